@@ -1,0 +1,106 @@
+"""The evals: one module each, the same shape. Deleting an eval is deleting its file.
+
+An eval module `evals/<name>.py` defines
+
+    EVAL_TYPE_ID    SAEBench's eval_type_id (the folder under eval_results/ and the prefix of its metrics)
+    METRICS         a literal {"metric": "higher" | "lower" | ""}: every metric it can return and which direction is better
+    CONFIG          a literal {profile: {setting: value}} for the profiles gemma, embedded, tiny (SAEBench's names where it has them)
+    requirements    (config, facts) -> list of problems, each "what\\nwhat to do"; empty if the eval can run
+    run             (setup, saes) -> {sae name: Result}; `saes` {name: TrainedSAE}, all on setup.hook_name
+
+An eval never changes the language model, the SAEs or the global random state; it seeds generators of its own from setup.seed.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an eval is given besides the SAEs.
+
+    `lm` offers: name, digest (hash of its weights), tokenizer, device, d_model, vocab_size, bos (token id), special_ids (set),
+    uniform_when_ablated (a zero residual gives equal logits: bias-free RMSNorm), residual(tokens_BT, layer) -> x_BTD,
+    finish(x_BTD, layer) -> h_BTD (the blocks after `layer` and the final norm), unembed(h) -> logits (..., V).
+    """
+
+    lm: Any
+    layer: int
+    hook_name: str  # as TransformerLens writes it: blocks.12.hook_resid_post
+    config: dict  # the eval's settings, resolved
+    texts: Callable[[], Iterable[str]]  # a fresh iterator over held-out documents, always in the same order
+    texts_digest: str  # hash of what `texts` yields, for cache keys
+    cache: Any  # evals.cache.Cache
+    data: Any  # where labelled texts come from: evals.data.Source
+    seed: int
+    say: Callable[[str], None]  # one progress line
+
+
+@dataclass
+class Result:
+    """What an eval returns for one SAE, in SAEBench's terms plus what is ours.
+
+    `metrics` {category: {name: number or None}} with SAEBench's own names; `corrected` {name: number} ours, beside them;
+    `stderrs` {name: number} for either; `details` SAEBench's eval_result_details; `problems` say why a number is None.
+    """
+
+    metrics: dict[str, dict[str, float | None]]
+    corrected: dict[str, float | None] = field(default_factory=dict)
+    stderrs: dict[str, float] = field(default_factory=dict)
+    details: list[dict] = field(default_factory=list)
+    unstructured: dict = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def names() -> list[str]:
+    """Names of all evals: the modules of this package that define EVAL_TYPE_ID."""
+    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if declared(p.stem, "EVAL_TYPE_ID"))
+
+
+def load(name: str) -> ModuleType:
+    """The eval module of that name."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def declared(name: str, constant: str):
+    """The value of a literal module constant (METRICS, CONFIG, EVAL_TYPE_ID) of an eval, or None.
+
+    Read from the source without importing it: `--help` and `runs.compare` need the names, not scikit-learn and torch.
+    """
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == constant for t in node.targets):
+            return ast.literal_eval(node.value)
+    return None
+
+
+def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
+    """{eval: its settings} for a comma-separated list, "all" or "none"; `overrides` is JSON, {eval: {setting: value}}."""
+    known = names()
+    picked = known if chosen == "all" else [name for name in chosen.split(",") if name and name != "none"]
+    for name in picked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0)
+            raise ValueError(f"no eval named {name!r}; the nearest is {near[0]!r}\nchoose from: {', '.join(known)}, all, none")
+    try:
+        given = json.loads(overrides or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--eval_config is not JSON: {error}\n"
+                         """write for example --eval_config '{"core": {"batch_size_prompts": 8}}'""") from None
+    configs = {}
+    for name in picked:
+        configs[name] = declared(name, "CONFIG")[profile]
+        for key in given.get(name, {}):
+            if key not in configs[name]:
+                raise ValueError(f"--eval_config: {name} has no setting {key!r}\nits settings: {', '.join(configs[name])}")
+        configs[name] = configs[name] | given.get(name, {})
+    return configs

@@ -1,0 +1,506 @@
+"""SAEBench's `core`: what the language model loses when its residual stream is replaced by the SAE's reconstruction.
+
+Protocol and metric names: SAEBench 0.6.0. Two passes over packed held-out text: *reconstruction* (cross-entropy and KL of
+the clean model, the model with the SAE and the zero-ablated model) and *sparsity* (everything else). Ours, beside
+SAEBench's: `r2`, the coefficient of determination (its `explained_variance` squares the mean of x² in place of the mean of
+x), and `mse_per_token` (its `mse` is divided by the number of tokens in a batch once more).
+
+The language model's part does not depend on the SAE: tokens, residuals and final hidden states are cached or, where they
+are too large, streamed; both ways give the same batches. The clean and the SAE runs share the blocks up to the layer.
+
+Shapes: R rows of tokens (S of them in the reconstruction pass), B rows in a batch, T tokens in a row, D = d_model,
+F features of an SAE, V the vocabulary, N any number of tokens. x residuals, x_hat reconstructions, h final hidden states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evals import Result, Setup, packing
+
+EVAL_TYPE_ID = "core"
+
+METRICS = {
+    # model_behavior_preservation
+    "kl_div_score": "higher",
+    "kl_div_with_ablation": "",
+    "kl_div_with_sae": "lower",
+    # model_performance_preservation
+    "ce_loss_score": "higher",
+    "ce_loss_with_ablation": "",
+    "ce_loss_with_sae": "lower",
+    "ce_loss_without_sae": "",
+    # reconstruction_quality
+    "explained_variance": "higher",
+    "explained_variance_legacy": "higher",
+    "mse": "lower",
+    "cossim": "higher",
+    # shrinkage
+    "l2_norm_in": "",
+    "l2_norm_out": "",
+    "l2_ratio": "",
+    "relative_reconstruction_bias": "",
+    # sparsity
+    "l0": "",
+    "l1": "",
+    # token_stats
+    "total_tokens_eval_reconstruction": "",
+    "total_tokens_eval_sparsity_variance": "",
+    # misc_metrics
+    "freq_over_1_percent": "",
+    "freq_over_10_percent": "",
+    "normalized_freq_over_1_percent": "",
+    "normalized_freq_over_10_percent": "",
+    "average_max_encoder_cosine_sim": "",
+    "average_max_decoder_cosine_sim": "",
+    "frac_alive": "higher",
+    # corrected
+    "r2": "higher",
+    "mse_per_token": "lower",
+}
+
+CONFIG = {
+    "gemma": {  # the sizes of SAEBench's paper
+        "dataset": "Skylion007/openwebtext",
+        "context_size": 128,  # tokens, BOS included
+        "batch_size_prompts": 16,  # rows in a batch
+        "n_eval_reconstruction_batches": 200,
+        "n_eval_sparsity_variance_batches": 2000,
+        "exclude_special_tokens_from_reconstruction": True,  # special tokens keep the original activation
+        "reuse_reconstruction_rows": False,  # whether the sparsity pass starts at the first row again; SAEBench goes on
+    },
+    "embedded": {  # 10,240 tokens through the whole model and 6,144 more up to the layer
+        "dataset": "held-out",
+        "context_size": 128,
+        "batch_size_prompts": 8,
+        "n_eval_reconstruction_batches": 10,
+        "n_eval_sparsity_variance_batches": 16,
+        "exclude_special_tokens_from_reconstruction": True,
+        "reuse_reconstruction_rows": True,
+    },
+    "tiny": {
+        "dataset": "held-out",
+        "context_size": 32,
+        "batch_size_prompts": 2,
+        "n_eval_reconstruction_batches": 2,
+        "n_eval_sparsity_variance_batches": 3,
+        "exclude_special_tokens_from_reconstruction": True,
+        "reuse_reconstruction_rows": True,
+    },
+}
+
+CATEGORIES = {  # SAEBench's, and what they hold
+    "model_behavior_preservation": ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
+    "model_performance_preservation": ("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"),
+    "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "mse", "cossim"),
+    "shrinkage": ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
+    "sparsity": ("l0", "l1"),
+    "token_stats": ("total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"),
+    "misc_metrics": (
+        "freq_over_1_percent", "freq_over_10_percent", "normalized_freq_over_1_percent", "normalized_freq_over_10_percent",
+        "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim", "frac_alive",
+    ),
+}
+
+LOGIT_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # for all logits at once
+FEATURE_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # for all features at once
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def requirements(config: dict, facts: dict) -> list[str]:
+    """Sizes that cannot give a result; what data and model need is checked where they are opened."""
+    least = {"context_size": 2} | dict.fromkeys(
+        ("batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches"), 1)
+    return [f"core: {name} = {config[name]!r} cannot be measured\nset it to a whole number, {least[name]} or more"
+            for name in least if not isinstance(config[name], int) or config[name] < least[name]]
+
+
+@torch.no_grad()
+def run(setup: Setup, saes: dict) -> dict[str, Result]:
+    """SAEBench's core metrics of every SAE, from one pass over the language model.
+
+    Raises ValueError if the held-out texts are too short for the sparsity pass or the residuals are not finite.
+    """
+    lm, plan = setup.lm, _plan(setup)
+    h_ablated_TD = _ablated(setup, plan)
+    tallies = {name: Tally() for name in saes}
+    rows_at_once = {name: _rows_at_once(sae, plan, lm.device) for name, sae in saes.items()}
+    x_sums = []  # Σ_t x of each row of the sparsity pass, [B, D]
+    for i, (tokens_BT, x_BTD, h_BTD) in _reported(setup, _clean_batches(setup, plan), plan, f"core: {len(saes)} SAE(s)"):
+        used_BT = ~torch.isin(tokens_BT, torch.tensor(sorted(lm.special_ids), dtype=torch.int64, device=tokens_BT.device))
+        if i in plan.sparsity:
+            x_sums.append((x_BTD.double() * used_BT[..., None]).sum(1).float())
+        h_saes = {}
+        for name, sae in saes.items():
+            x_hat_BTD, *features = _apply(sae, x_BTD, used_BT, rows_at_once[name])
+            tallies[name].broken += (~x_hat_BTD.isfinite().all(-1) & used_BT).sum()
+            if i in plan.sparsity:
+                tallies[name].add_sparsity(i - plan.sparsity.start, x_BTD.float(), x_hat_BTD, used_BT, *features)
+            if h_BTD is not None:
+                h_saes[name] = lm.finish(_replaced(setup, x_BTD, x_hat_BTD, used_BT), setup.layer)
+        if h_BTD is not None:
+            for name, losses in _losses(lm, tokens_BT, h_BTD, h_ablated_TD, h_saes).items():
+                tallies[name].add_losses(losses, used_BT)
+    x_sum_RD = torch.cat(x_sums).cpu().double()
+    return {name: _result(tallies[name], x_sum_RD, plan, sae) for name, sae in saes.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the language model's part
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows are measured how: the first `suffix_rows` go through the whole model, the batches `sparsity` up to the layer."""
+
+    tokens_RT: Tensor
+    batch: int  # rows
+    suffix_rows: int
+    sparsity: range  # batches
+    dtype: torch.dtype  # of the residuals
+    problems: list[str]
+
+
+def _plan(setup: Setup) -> Plan:
+    config, lm = setup.config, setup.lm
+    batch, context, n_suffix = config["batch_size_prompts"], config["context_size"], config["n_eval_reconstruction_batches"]
+    first = 0 if config["reuse_reconstruction_rows"] else n_suffix
+    sparsity = range(first, first + config["n_eval_sparsity_variance_batches"])
+    wanted = batch * max(n_suffix, sparsity.stop)
+    probe = lm.tokenizer(["In 1987, 3.5 µg of «été»:  the\nend"], add_special_tokens=False)["input_ids"]
+    depends_on = {
+        "texts": setup.texts_digest, "rows": wanted, "context": context, "bos": lm.bos,
+        "tokenizer": [lm.name, list(probe[0])],  # there is no common fingerprint; digits, spaces, accents tell most apart
+        "code": inspect.getsource(packing),
+    }
+    tokens_RT = setup.cache.get("core-tokens", depends_on, lambda: {
+        "tokens_RT": packing.pack(setup.texts(), lm.tokenizer, context, lm.bos, wanted)})["tokens_RT"]
+    rows = len(tokens_RT)
+    if rows <= first * batch:
+        raise ValueError(f"core: the held-out texts fill {rows} rows of {context} tokens; the sparsity pass starts at row "
+                         f"{first * batch}\ngive more text, or lower n_eval_reconstruction_batches")
+    problems = [f"the held-out texts fill only {rows} of the {wanted} rows asked for"] if rows < wanted else []
+    dtype = lm.residual(tokens_RT[:1, :1].to(lm.device), setup.layer).dtype
+    return Plan(tokens_RT, batch, min(batch * n_suffix, rows), sparsity, dtype, problems)
+
+
+def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Batches (tokens_BT, x_BTD, h_BTD) on the model's device; h_BTD is None after the reconstruction pass."""
+    lm, tokens_RT = setup.lm, plan.tokens_RT
+    shapes = {"x_RTD": (*tokens_RT.shape, lm.d_model), "h_STD": (plan.suffix_rows, tokens_RT.shape[1], lm.d_model)}
+    depends_on = {
+        "model": lm.digest, "layer": setup.layer, "dtype": str(plan.dtype), "device": torch.device(lm.device).type,
+        "tokens": hashlib.sha256(tokens_RT.numpy().tobytes()).hexdigest(), "batch": plan.batch, "suffix_rows": plan.suffix_rows,
+        "code": inspect.getsource(_clean_run),
+    }
+    n_bytes = plan.dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
+    if not (setup.cache.path("core", depends_on).exists() or setup.cache.fits(n_bytes)):
+        yield from _clean_run(setup, plan)
+        return
+
+    def make() -> dict[str, Tensor]:
+        tensors = {name: torch.empty(shape, dtype=plan.dtype) for name, shape in shapes.items()}
+        for i, (_, x_BTD, h_BTD) in _reported(setup, _clean_run(setup, plan), plan, "core: language model"):
+            rows = slice(i * plan.batch, (i + 1) * plan.batch)
+            tensors["x_RTD"][rows] = x_BTD.cpu()
+            if h_BTD is not None:
+                tensors["h_STD"][rows] = h_BTD.cpu()
+        return tensors
+
+    tensors = setup.cache.get("core", depends_on, make)
+    for start in range(0, len(tokens_RT), plan.batch):
+        rows = slice(start, start + plan.batch)
+        h_BTD = tensors["h_STD"][rows].to(lm.device) if start < plan.suffix_rows else None
+        yield tokens_RT[rows].to(lm.device), tensors["x_RTD"][rows].to(lm.device), h_BTD
+
+
+def _clean_run(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    for start in range(0, len(plan.tokens_RT), plan.batch):
+        tokens_BT = plan.tokens_RT[start : start + plan.batch].to(setup.lm.device)
+        x_BTD = setup.lm.residual(tokens_BT, setup.layer)
+        if not x_BTD.isfinite().all():
+            raise ValueError(f"core: {setup.lm.name} gives NaN or infinite residuals at {setup.hook_name}\n"
+                             "load the language model in float32 or bfloat16")
+        yield tokens_BT, x_BTD, setup.lm.finish(x_BTD, setup.layer) if start < plan.suffix_rows else None
+
+
+def _ablated(setup: Setup, plan: Plan) -> Tensor | None:
+    """Final hidden states [T, D] after a residual of zeros, or None where all logits are then equal.
+
+    One row stands for all: nothing depends on the tokens any more.
+    """
+    if setup.lm.uniform_when_ablated:
+        return None
+    zeros_1TD = torch.zeros(1, plan.tokens_RT.shape[1], setup.lm.d_model, dtype=plan.dtype, device=setup.lm.device)
+    return setup.lm.finish(zeros_1TD, setup.layer)[0]
+
+
+def _losses(lm, tokens_BT: Tensor, h_BTD: Tensor, h_ablated_TD: Tensor | None, h_saes: dict[str, Tensor]) -> dict[str, dict]:
+    """For each SAE {"ce_clean", "ce_ablated", "kl_ablated", "ce_sae", "kl_sae"}: [B, T], nats per token.
+
+    ce is of the next token (meaningless at the last position), kl is KL(p_clean ‖ p_new). The logits exist for a few tokens
+    at a time, the clean ones once for all SAEs.
+    """
+    target_N1 = tokens_BT.roll(-1, dims=1).reshape(-1, 1)
+    h_ND = h_BTD.flatten(0, 1)
+    new_ND = {name: h.flatten(0, 1) for name, h in h_saes.items()}
+    ablated_ND = None if h_ablated_TD is None else h_ablated_TD.expand_as(h_BTD).flatten(0, 1)
+    tokens_at_once = max(1, _budget(LOGIT_BYTES, lm.device) // (5 * 4 * lm.vocab_size))  # five fp32 tensors live at once
+    chunks = {name: defaultdict(list) for name in h_saes}
+    for start in range(0, len(h_ND), tokens_at_once):
+        part = slice(start, start + tokens_at_once)
+        logp_NV = lm.unembed(h_ND[part]).float().log_softmax(-1)
+        p_NV = logp_NV.exp()
+        ce_clean_N = -logp_NV.gather(1, target_N1[part])[:, 0]
+        if ablated_ND is None:  # equal logits: CE = ln V, KL = ln V − H(p)
+            ce_ablated_N = torch.full_like(ce_clean_N, math.log(lm.vocab_size))
+            kl_ablated_N = ce_ablated_N + torch.linalg.vecdot(p_NV, logp_NV)
+        else:
+            ce_ablated_N, kl_ablated_N = _compared(lm.unembed(ablated_ND[part]), target_N1[part], logp_NV, p_NV)
+        for name in h_saes:
+            ce_N, kl_N = _compared(lm.unembed(new_ND[name][part]), target_N1[part], logp_NV, p_NV)
+            for key, value_N in (("ce_clean", ce_clean_N), ("ce_ablated", ce_ablated_N), ("kl_ablated", kl_ablated_N),
+                                 ("ce_sae", ce_N), ("kl_sae", kl_N)):
+                chunks[name][key].append(value_N)
+    return {name: {key: torch.cat(values).view_as(tokens_BT) for key, values in of.items()} for name, of in chunks.items()}
+
+
+def _compared(logits_NV: Tensor, target_N1: Tensor, logp_NV: Tensor, p_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the target under new logits and Σ p·(log p − log q), [N] each."""
+    logq_NV = logits_NV.float().log_softmax(-1)
+    ce_N = -logq_NV.gather(1, target_N1)[:, 0]
+    return ce_N, -torch.linalg.vecdot(p_NV, logq_NV.sub_(logp_NV))
+
+
+def _budget(bytes_by_device: dict[str, int], device) -> int:
+    return bytes_by_device.get(torch.device(device).type, bytes_by_device["cpu"])
+
+
+def _reported(setup: Setup, batches: Iterable, plan: Plan, what: str) -> Iterator[tuple[int, tuple]]:
+    """`enumerate`, with a progress line now and then."""
+    total, said = math.ceil(len(plan.tokens_RT) / plan.batch), time.monotonic()
+    for i, batch in enumerate(batches):
+        yield i, batch
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            setup.say(f"{what}: batch {i + 1} of {total}")
+
+
+# ------------------------------------------------------------------------------------------------ one SAE on one batch
+
+
+def _rows_at_once(sae, plan: Plan, device) -> int:
+    features_of_a_row = 4 * 4 * plan.tokens_RT.shape[1] * sae.W_dec.shape[0]  # four fp32 tensors live at once
+    return max(1, _budget(FEATURE_BYTES, device) // features_of_a_row)
+
+
+def _apply(sae, x_BTD: Tensor, used_BT: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_hat_BTD, L0 and L1 of each token [B, T], unmasked firings of each feature [B, F]; `rows` rows of features at a time."""
+    parts = []
+    for x_RTD, used_RT in zip(x_BTD.split(rows), used_BT.split(rows)):
+        z_RTF = sae.encode(x_RTD)
+        fired_RF = ((z_RTF > 0) & used_RT[..., None]).sum(1)
+        parts.append((sae.decode(z_RTF).float(), (z_RTF != 0).sum(-1), z_RTF.sum(-1), fired_RF))
+    return tuple(torch.cat(of_rows) for of_rows in zip(*parts))
+
+
+def _replaced(setup: Setup, x_BTD: Tensor, x_hat_BTD: Tensor, used_BT: Tensor) -> Tensor:
+    x_hat_BTD = x_hat_BTD.to(x_BTD.dtype)
+    if setup.config["exclude_special_tokens_from_reconstruction"]:
+        return torch.where(used_BT[..., None], x_hat_BTD, x_BTD)
+    return x_hat_BTD
+
+
+@dataclass
+class Tally:
+    """Sums of one SAE by row of text, [B] in float64 per batch: enough for every metric and for errors clustered by row."""
+
+    losses: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    sparsity: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    fired_F: Tensor | int = 0  # tokens at which a feature fired
+    rows_fired_F: Tensor | int = 0  # rows in which it did
+    broken: Tensor | int = 0  # tokens whose reconstruction is not finite
+
+    def add_losses(self, losses: dict[str, Tensor], used_BT: Tensor) -> None:
+        """Cross-entropy counts at source tokens that have a next one, KL at all unmasked tokens."""
+        has_next_BT = used_BT.clone()
+        has_next_BT[:, -1] = False
+        for name, value_BT in losses.items():
+            self.losses[name].append(_row_sums(value_BT, has_next_BT if name.startswith("ce_") else used_BT))
+        self.losses["ce_tokens"].append(has_next_BT.sum(1).double())
+        self.losses["kl_tokens"].append(used_BT.sum(1).double())
+
+    def add_sparsity(self, batch: int, x_BTD: Tensor, x_hat_BTD: Tensor, used_BT: Tensor,
+                     l0_BT: Tensor, l1_BT: Tensor, fired_BF: Tensor) -> None:
+        """`mse` and `explained_variance_legacy` of a token depend on what else is in its batch, as in SAEBench."""
+        n = used_BT.sum()
+        mean_D = (x_BTD * used_BT[..., None]).sum((0, 1)) / n
+        norm_in_BT, norm_out_BT = x_BTD.norm(dim=-1), x_hat_BTD.norm(dim=-1)
+        dot_BT = (x_BTD * x_hat_BTD).sum(-1)
+        r_sq_BT = (x_BTD - x_hat_BTD).square().sum(-1)
+        values = {
+            "l2_norm_in": norm_in_BT,
+            "l2_norm_out": norm_out_BT,
+            "l2_ratio": norm_out_BT / torch.where(norm_in_BT < 1e-4, 1.0, norm_in_BT),
+            # a reconstruction of zeros points nowhere: it counts as 0, one such token does not void the mean
+            "cossim": dot_BT / (norm_in_BT * norm_out_BT).clamp_min(torch.finfo(torch.float32).tiny),
+            "mse": r_sq_BT / n,
+            "mse_per_token": r_sq_BT,
+            "explained_variance_legacy": 1 - r_sq_BT / (x_BTD - mean_D).square().sum(-1),
+            "l0": l0_BT,
+            "l1": l1_BT,
+            "x_sq": x_BTD.square().sum(-1),
+            "x_hat_sq": x_hat_BTD.square().sum(-1),
+            "dot": dot_BT,
+        }
+        for name, value_BT in values.items():
+            self.sparsity[name].append(_row_sums(value_BT, used_BT))
+        self.sparsity["tokens"].append(used_BT.sum(1).double())
+        self.sparsity["batch"].append(torch.full_like(used_BT[:, 0], batch, dtype=torch.int64))
+        self.fired_F = self.fired_F + fired_BF.sum(0)
+        self.rows_fired_F = self.rows_fired_F + (fired_BF > 0).sum(0)
+
+
+def _row_sums(value_BT: Tensor, used_BT: Tensor) -> Tensor:
+    return torch.where(used_BT, value_BT.double(), 0.0).sum(1)  # not a product: 0 · NaN is NaN
+
+
+# ------------------------------------------------------------------------------------------------ from sums to metrics
+
+
+def _result(tally: Tally, x_sum_RD: Tensor, plan: Plan, sae) -> Result:
+    # on the CPU: a GPU adds up by index in no fixed order
+    losses = {name: torch.cat(sums).cpu() for name, sums in tally.losses.items()}
+    sparsity = {name: torch.cat(sums).cpu() for name, sums in tally.sparsity.items()}
+    measured = {name: _ratio(*pair) for name, pair in (_loss_ratios(losses) | _sparsity_ratios(sparsity, x_sum_RD)).items()}
+    columns, problems = _features(tally, sparsity["tokens"].sum(), sae)
+    values = {name: value for name, (value, _) in measured.items()}
+    values |= _batch_metrics(sparsity, x_sum_RD.shape[1]) | _misc_metrics(columns)
+    details = _details(columns)
+    if broken := int(tally.broken):
+        problems.append(f"the SAE's reconstruction is not finite at {broken} tokens: nothing can be measured")
+        values, details = dict.fromkeys(values), []
+    elif values["l0"] == 0:
+        problems.append("the SAE is dead: L0 = 0")
+    undefined = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
+    if undefined:
+        problems.append(f"not finite, so without a value: {', '.join(undefined)}")
+        values |= dict.fromkeys(undefined)
+    context = plan.tokens_RT.shape[1]
+    values["total_tokens_eval_reconstruction"] = plan.suffix_rows * context
+    values["total_tokens_eval_sparsity_variance"] = len(sparsity["tokens"]) * context
+    return Result(
+        metrics={category: {name: values[name] for name in names} for category, names in CATEGORIES.items()},
+        corrected={name: values[name] for name in ("r2", "mse_per_token")},
+        stderrs={name: error for name, (_, error) in measured.items() if values[name] is not None and math.isfinite(error)},
+        details=details,
+        problems=plan.problems + problems,
+    )
+
+
+def _ratio(above_R: Tensor, below_R: Tensor) -> tuple[float, float]:
+    """Σ above / Σ below and its standard error, with rows of text as clusters (delta method); a mean is a ratio to the counts."""
+    rows, total = len(above_R), below_R.sum()
+    ratio = above_R.sum() / total
+    spread = (above_R - ratio * below_R).square().sum() * (rows / (rows - 1) if rows > 1 else math.nan)
+    return float(ratio), float(spread.sqrt() / total.abs())
+
+
+def _loss_ratios(sums: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Metrics of the reconstruction pass as (numerator, denominator) by row."""
+    ce_n, kl_n = sums["ce_tokens"], sums["kl_tokens"]
+    return {
+        "kl_div_score": (sums["kl_ablated"] - sums["kl_sae"], sums["kl_ablated"]),
+        "kl_div_with_ablation": (sums["kl_ablated"], kl_n),
+        "kl_div_with_sae": (sums["kl_sae"], kl_n),
+        "ce_loss_score": (sums["ce_ablated"] - sums["ce_sae"], sums["ce_ablated"] - sums["ce_clean"]),
+        "ce_loss_with_ablation": (sums["ce_ablated"], ce_n),
+        "ce_loss_with_sae": (sums["ce_sae"], ce_n),
+        "ce_loss_without_sae": (sums["ce_clean"], ce_n),
+    }
+
+
+def _sparsity_ratios(sums: dict[str, Tensor], x_sum_RD: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Metrics of the sparsity pass as (numerator, denominator) by row."""
+    means = ("explained_variance_legacy", "mse", "mse_per_token", "cossim", "l2_norm_in", "l2_norm_out", "l2_ratio", "l0", "l1")
+    mean_D = x_sum_RD.sum(0) / sums["tokens"].sum()
+    variance_R = sums["x_sq"] - 2 * x_sum_RD @ mean_D + sums["tokens"] * mean_D.square().sum()  # Σ_t ‖x − mean‖²
+    return {name: (sums[name], sums["tokens"]) for name in means} | {"r2": (variance_R - sums["mse_per_token"], variance_R)}
+
+
+def _batch_metrics(sums: dict[str, Tensor], d_model: int) -> dict[str, float]:
+    """SAEBench's two metrics that average over batches, whatever the number of tokens in each."""
+    n_batches = int(sums["batch"].max()) + 1
+    per_batch = {name: sums[name].new_zeros(n_batches).index_add(0, sums["batch"], sums[name])
+                 for name in ("tokens", "x_sq", "mse_per_token", "x_hat_sq", "dot")}
+    some = per_batch["tokens"] > 0  # a batch of special tokens only has no mean
+    x_sq, r_sq = ((per_batch[name] / per_batch["tokens"])[some].mean() for name in ("x_sq", "mse_per_token"))
+    return {
+        "explained_variance": float(1 - r_sq / (x_sq - (x_sq / d_model) ** 2)),
+        "relative_reconstruction_bias": float((per_batch["x_hat_sq"] / per_batch["dot"])[some].mean()),
+    }
+
+
+def _features(tally: Tally, tokens: Tensor, sae) -> tuple[dict[str, Tensor | None], list[str]]:
+    """SAEBench's columns of numbers per feature, [F] on the CPU, and why a column is missing (None)."""
+    fired_F, rows_F = tally.fired_F.cpu(), tally.rows_fired_F.cpu()
+    W_dec_FD, W_enc_DF, b_enc_F = sae.W_dec, sae.W_enc, sae.b_enc
+    columns = {
+        "feature_density": fired_F / tokens,
+        "consistent_activation_heuristic": torch.where(rows_F > 0, fired_F / rows_F, -1.0),
+        "encoder_bias": torch.zeros_like(W_dec_FD[:, 0]) if b_enc_F is None else b_enc_F,
+        "encoder_norm": None,
+        "encoder_decoder_cosine_sim": None,
+        "max_decoder_cosine_sim": _max_cosine(W_dec_FD),
+        "max_encoder_cosine_sim": None,
+    }
+    problems = ["the SAE has no encoder matrix [D, F]: its encoder metrics have no value"]
+    if W_enc_DF is not None:
+        problems = []
+        columns["encoder_norm"] = W_enc_DF.norm(dim=0)
+        columns["encoder_decoder_cosine_sim"] = F.cosine_similarity(W_enc_DF.T, W_dec_FD, dim=1)
+        columns["max_encoder_cosine_sim"] = _max_cosine(W_enc_DF.T)
+    return {name: column_F if column_F is None else column_F.cpu() for name, column_F in columns.items()}, problems
+
+
+def _max_cosine(W_FD: Tensor) -> Tensor:
+    """The largest cosine of each row with any other row, [F]; the F × F matrix exists a few rows at a time."""
+    rows_FD = F.normalize(W_FD.float(), dim=1)
+    largest = []
+    for start in range(0, len(rows_FD), 1024):
+        cosine_CF = rows_FD[start : start + 1024] @ rows_FD.T
+        cosine_CF.diagonal(start).fill_(-math.inf)
+        largest.append(cosine_CF.amax(1))
+    return torch.cat(largest)
+
+
+def _misc_metrics(columns: dict[str, Tensor | None]) -> dict[str, float | None]:
+    """Shares of features above a firing rate, and of all firings that are theirs; mean largest cosines."""
+    density_F = columns["feature_density"]
+    total = density_F.sum().clamp_min(1e-300)  # a dead SAE: 0 / 0 counts as 0, as in SAEBench
+    values = {"frac_alive": float((density_F > 0).double().mean())}
+    for percent in (1, 10):
+        often_F = density_F > percent / 100
+        values[f"freq_over_{percent}_percent"] = float(often_F.double().mean())
+        values[f"normalized_freq_over_{percent}_percent"] = float(density_F[often_F].sum() / total)
+    for side in ("encoder", "decoder"):
+        column_F = columns[f"max_{side}_cosine_sim"]
+        values[f"average_max_{side}_cosine_sim"] = None if column_F is None else float(column_F.double().mean())
+    return values
+
+
+def _details(columns: dict[str, Tensor | None]) -> list[dict]:
+    """One row per feature, rounded as SAEBench rounds."""
+    n_features = len(columns["feature_density"])
+    lists = {name: [None] * n_features if column_F is None else column_F.double().tolist() for name, column_F in columns.items()}
+    rounded = {name: [round(v, 10) if v is not None and math.isfinite(v) else None for v in lists[name]] for name in lists}
+    return [{"index": i} | {name: column[i] for name, column in rounded.items()} for i in range(n_features)]

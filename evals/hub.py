@@ -1,0 +1,356 @@
+"""Texts from the Hugging Face hub, or from files of the user's own read the same way, and SAEBench's eight probing data sets."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+SELECTION = 1  # goes into cache keys: raise it when the selection of texts below changes
+SEED = 42  # SAEBench's, for the order of shards and for every selection
+FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+NO_HUB = "or use --profile=embedded, which needs no hub"
+
+# ------------------------------------------------------------------------------------------------ streams
+
+
+class Stream:
+    """The non-empty texts of a hub data set's train split, or of local files, that `keep` accepts; resumable to the document.
+
+    Shards come in the order that SAEBench's core uses, a shuffle of the shards' numbers by seed 42; rows keep their order
+    within a shard. (`IterableDataset.shuffle` cannot stand in: its buffer is lost on resuming, and since datasets 5 it mixes
+    rows of several shards.)
+    """
+
+    def __init__(self, name: str, text_field: str = "text", keep: Callable[[str], bool] | None = None, state: dict | None = None):
+        self.name, self.text_field, self.keep = name, text_field, keep
+        self._state = state or {"shard": 0, "rows": None}
+        self._rows = None  # the open shard
+        self._texts = self._walk()
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._texts)
+
+    def state(self) -> dict:
+        """What follows the last text handed out, as JSON-able values: a shard's place and its position by `datasets`."""
+        return self._state if self._rows is None else {**self._state, "rows": self._rows.state_dict()}
+
+    def _walk(self) -> Iterator[str]:
+        import numpy as np
+
+        dataset = open_stream(self.name)
+        order = list(range(dataset.num_shards))
+        np.random.default_rng(SEED).shuffle(order)
+        start, rows = self._state["shard"], self._state["rows"]
+        for place in range(start, len(order)):
+            shard = dataset.shard(len(order), order[place])
+            if place == start and rows:
+                shard.load_state_dict(rows)
+            self._state, self._rows = {"shard": place, "rows": None}, shard
+            for row in shard:
+                text = self._text(row)
+                if text and not text.isspace() and (self.keep is None or self.keep(text)):
+                    yield text
+
+    def _text(self, row: dict) -> str:
+        if not isinstance(row.get(self.text_field), str):
+            columns = ", ".join(key for key, value in row.items() if isinstance(value, str))
+            raise ValueError(f"{self.name} has no text in the column {self.text_field!r}\n"
+                             f"give --text_field; columns with text: {columns or 'none'}")
+        return row[self.text_field]
+
+
+def open_stream(name: str, config: str | None = None):
+    """`datasets.IterableDataset` of the train split of a hub data set, or of a local file or folder."""
+    import datasets
+
+    files = local_files(name)
+    if files:
+        options = {"sample_by": "paragraph"} if files[0].suffix == ".txt" else {}  # a blank line ends a document
+        return datasets.load_dataset(FORMATS[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True,
+                                     **options)
+    return _load(name, config, split="train", streaming=True)
+
+
+def local_files(name: str) -> list[Path]:
+    """The files that `name` stands for if it is a local path, sorted; [] if it can only be a hub name.
+
+    FileNotFoundError for a path where nothing is, ValueError for a folder without readable files or with several formats.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        if _is_path(name):
+            raise FileNotFoundError(f"no file or folder {name}\ngive an existing {', '.join(FORMATS)} file, a folder of them, "
+                                    "or the name of a data set on the hub")
+        return []
+    files = sorted(f for f in path.rglob("*") if f.suffix in FORMATS) if path.is_dir() else [path]
+    formats = {f.suffix for f in files}
+    if len(formats) != 1 or not formats <= set(FORMATS):
+        raise ValueError(f"{name} holds {', '.join(sorted(formats)) or 'no'} text files\n"
+                         f"give one format: {', '.join(FORMATS)}")
+    return files
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be meant as a path: the hub's are `owner/name` or `name`."""
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or Path(name).suffix in FORMATS
+
+
+def identity(name: str):
+    """What cache keys know of a data set: names, sizes and times of local files, or the hub's commit (its name if offline)."""
+    files = local_files(name)
+    if files:
+        return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return [name, _commit(name)]
+
+
+@functools.cache
+def _commit(name: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, timeout=5).sha
+    except Exception:  # noqa: BLE001  without the hub, texts come from the local cache: the name must do
+        return None
+
+
+def _load(name: str, config: str | None = None, **options):
+    import datasets
+
+    try:
+        try:
+            return datasets.load_dataset(name, config, **options)
+        except RuntimeError as error:
+            if "scripts" not in str(error):
+                raise
+            # datasets 4 runs no loading scripts any more; the hub keeps a converted copy of such data sets
+            return datasets.load_dataset(name, config, revision="refs/convert/parquet", **options)
+    except Exception as error:  # noqa: BLE001  many kinds of network, access and format errors, one advice
+        raise OSError(f"cannot read the data set {name}: {_first_line(error)}\n"
+                      f"check the name and the network, {NO_HUB}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+# ------------------------------------------------------------------------------------------------ access
+
+
+def reachable(names: Iterable[str], timeout: float = 5.0) -> str | None:
+    """None if every model and data set can be read (local path, local cache, or the hub with this user's access).
+
+    Else the first problem as "what\\nwhat to do"; a request may take `timeout` seconds.
+    """
+    for name in dict.fromkeys(names):
+        if Path(name).expanduser().exists():
+            continue
+        if _is_path(name):
+            return f"no file or folder {name}\ngive an existing path, or a name on the hub"
+        problem = None if _cached(name) else _problem(name, timeout)
+        if problem:
+            return problem
+    return None
+
+
+def _cached(name: str) -> bool:
+    """Whether the local cache holds a model's weights under that name, or a data set as `datasets` prepared it."""
+    import datasets.config
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    prepared = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    return (isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))) \
+        or any(prepared.glob("*/*/*/dataset_info.json"))
+
+
+def _problem(name: str, timeout: float) -> str | None:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return (f"HF_HUB_OFFLINE is set and {name} is not in the local cache\n"
+                f"unset HF_HUB_OFFLINE for one run to fetch it, {NO_HUB}")
+    for kind in ("model", "dataset"):
+        try:
+            _ask(name, kind, timeout)
+            return None
+        except GatedRepoError:  # a kind of RepositoryNotFoundError
+            page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
+            return (f"{name} is gated and this user has no access to it\naccept its licence on {page}, then run "
+                    f"`hf auth login` or set HF_TOKEN, {NO_HUB}")
+        except RepositoryNotFoundError:
+            continue
+        except Exception as error:  # noqa: BLE001  whatever the HTTP library of the day raises
+            return (f"the hub cannot be reached for {name}: {_first_line(error)}\n"
+                    f"check the network and proxy settings (HF_ENDPOINT for a mirror), {NO_HUB}")
+    return (f"the hub has no model or data set {name}, or it is private\n"
+            "check the name; for a private one run `hf auth login` or set HF_TOKEN")
+
+
+def _ask(name: str, kind: str, timeout: float) -> None:
+    """Raise what the hub answers unless this user may read the repository's files."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    info = HfApi().repo_info(name, repo_type=kind, timeout=timeout)
+    if info.gated:  # its page is public, its files are not: ask for one
+        file = next(s.rfilename for s in info.siblings if s.rfilename not in (".gitattributes", "README.md"))
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=timeout)
+
+
+# ------------------------------------------------------------------------------------------------ SAEBench's probing sets
+# EVALS.md, section 2.1. A frame is a pandas.DataFrame; n counts texts of one class; classes keep the order given.
+
+
+def probing(config: dict) -> dict[str, dict[str, dict[str, list[str]]]]:
+    """SAEBench's labelled texts {data set: {class: {"train": [...], "test": [...]}}}, selected exactly as it does.
+
+    config: `dataset_names` (default: all eight), `probe_train_set_size` and `probe_test_set_size`, half of which is per class.
+    """
+    n_train, n_test = config["probe_train_set_size"] // 2, config["probe_test_set_size"] // 2
+    return {name: PROBING[name](n_train, n_test) for name in _chosen(config)}
+
+
+def repositories(config: dict) -> list[str]:
+    """The hub data sets that `probing(config)` reads, each once."""
+    return list(dict.fromkeys(name.split("_class_set")[0].removesuffix("_sentiment") for name in _chosen(config)))
+
+
+def _chosen(config: dict) -> list[str]:
+    names = config.get("dataset_names") or list(PROBING)
+    unknown = [name for name in names if name not in PROBING]
+    if unknown:
+        raise ValueError(f"unknown probing set {unknown[0]!r}\nchoose among {', '.join(PROBING)}")
+    return names
+
+
+def balanced(frame, label: str, balance: str, text: str, classes: list, n: int) -> dict[str, list[str]]:
+    """n texts per class, as many of each value of the column `balance` (two values: n/2 and n/2)."""
+    chosen = {}
+    for value in classes:
+        halves = [group for _, group in frame[frame[label] == value].groupby(balance)]
+        chosen[str(value)] = [t for half in halves for t in _sample(half, text, n // 2, value)]
+    return chosen
+
+
+def sampled(frame, label: str, text: str, classes: list, n: int) -> dict[str, list[str]]:
+    """n texts per class, drawn without replacement."""
+    return {str(value): _sample(frame[frame[label] == value], text, n, value) for value in classes}
+
+
+def _sample(frame, text: str, n: int, label) -> list[str]:
+    if len(frame) < n:
+        raise ValueError(f"probing class {label!r} has {len(frame)} texts to draw {n} from\nlower the probing set sizes")
+    return frame.sample(n=n, random_state=SEED)[text].tolist()
+
+
+def collect(labelled: Iterable[tuple[str, str]], classes: list[str], more_than: int) -> dict[str, list[str]]:
+    """Texts of (class, text) pairs by class, until each class has more than `more_than`; the others go on growing meanwhile."""
+    found: dict[str, list[str]] = {name: [] for name in classes}
+    for name, text in labelled:
+        if name in found:
+            found[name].append(text)
+            if all(len(texts) > more_than for texts in found.values()):
+                break
+    return found
+
+
+def shuffled_split(texts: dict[str, list[str]], n_train: int, n_test: int) -> dict[str, dict[str, list[str]]]:
+    """Train and test texts of each class after a shuffle; one random stream runs through the classes in their order."""
+    rng = random.Random(SEED)
+    split = {}
+    for name, pool in texts.items():
+        if len(pool) < n_train + n_test:
+            raise ValueError(f"probing class {name!r} has {len(pool)} texts for {n_train} + {n_test}\n"
+                             "lower the probing set sizes")
+        pool = list(pool)
+        rng.shuffle(pool)
+        split[name] = {"train": pool[:n_train], "test": pool[n_train:n_train + n_test]}
+    return split
+
+
+def _both(select: Callable, frames: dict, n_train: int, n_test: int) -> dict[str, dict[str, list[str]]]:
+    """The same selection from the train and the test frame."""
+    train, test = select(frames["train"], n_train), select(frames["test"], n_test)
+    return {name: {"train": train[name], "test": test[name]} for name in train}
+
+
+@functools.lru_cache(maxsize=1)  # the three class sets of biographies come one after the other, and so do the two of reviews
+def _frames(name: str) -> dict:
+    loaded = _load(name)
+    return {split: loaded[split].to_pandas() for split in ("train", "test")}
+
+
+def _biographies(classes: list[int], n_train: int, n_test: int):
+    return _both(lambda frame, n: balanced(frame, "profession", "gender", "hard_text", classes, n),
+                 _frames("LabHC/bias_in_bios"), n_train, n_test)
+
+
+def _reviews(n_train: int, n_test: int):
+    return _both(lambda frame, n: balanced(frame, "category", "rating", "text", [1, 2, 3, 5, 6], n),
+                 _frames("canrager/amazon_reviews_mcauley_1and5"), n_train, n_test)
+
+
+def _review_sentiment(n_train: int, n_test: int):
+    return _both(lambda frame, n: sampled(frame, "rating", "text", [1.0, 5.0], n),
+                 _frames("canrager/amazon_reviews_mcauley_1and5"), n_train, n_test)
+
+
+def _news(n_train: int, n_test: int):
+    return _both(lambda frame, n: sampled(frame, "label", "text", [0, 1, 2, 3], n),
+                 _frames("fancyzhx/ag_news"), n_train, n_test)
+
+
+def _languages(n_train: int, n_test: int):
+    pairs = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
+    rows = {name: open_stream("Helsinki-NLP/europarl", pair) for name, pair in pairs.items()}
+    return shuffled_split(europarl(rows, n_train + n_test), n_train, n_test)
+
+
+def europarl(rows: dict[str, Iterable[dict]], n: int) -> dict[str, list[str]]:
+    """The first n + 1 sentences of each language, from rows of a translation pair it takes part in."""
+    return {name: collect(((name, row["translation"][name]) for row in pair), [name], n)[name] for name, pair in rows.items()}
+
+
+CODE_SUFFIXES = {"C": (".c", ".h"), "Python": (".py",), "HTML": (".html",), "Java": (".java",),
+                 "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt")}  # the data set's own table
+LICENCE_CHARS = 150  # about 50 tokens at the head of a file, often a licence
+CODE_CHARS = 384  # about 128 tokens
+
+
+def _code(n_train: int, n_test: int):
+    # the data set's loading script, which `datasets` runs no more, did this: name the language by the path's suffix
+    rows = open_stream_of_files("codeparrot/github-code", "data/train-*.parquet")
+    return shuffled_split(collect(code(rows), list(CODE_SUFFIXES), n_train + n_test), n_train, n_test)
+
+
+def open_stream_of_files(name: str, pattern: str):
+    """Rows of the parquet files of a hub data set, without its loading script."""
+    return _load("parquet", data_files=f"hf://datasets/{name}/{pattern}", split="train", streaming=True)
+
+
+def code(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:
+    """(language, text without its first 150 characters) of the source files that are longer than 534 characters."""
+    language = {suffix: name for name, suffixes in CODE_SUFFIXES.items() for suffix in suffixes}
+    for row in rows:
+        name = language.get(os.path.splitext(row["path"])[1])
+        text = row.get("code", row.get("content"))
+        if name and len(text) > LICENCE_CHARS + CODE_CHARS:
+            yield name, text[LICENCE_CHARS:]
+
+
+PROBING: dict[str, Callable[[int, int], dict]] = {
+    "LabHC/bias_in_bios_class_set1": functools.partial(_biographies, [0, 1, 2, 6, 9]),
+    "LabHC/bias_in_bios_class_set2": functools.partial(_biographies, [11, 13, 14, 18, 19]),
+    "LabHC/bias_in_bios_class_set3": functools.partial(_biographies, [20, 21, 22, 25, 26]),
+    "canrager/amazon_reviews_mcauley_1and5": _reviews,
+    "canrager/amazon_reviews_mcauley_1and5_sentiment": _review_sentiment,
+    "codeparrot/github-code": _code,
+    "fancyzhx/ag_news": _news,
+    "Helsinki-NLP/europarl": _languages,
+}

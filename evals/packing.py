@@ -1,0 +1,47 @@
+"""Held-out documents as rows of tokens, packed as SAELens packs them for SAEBench's core eval.
+
+Shapes: R rows, T tokens in a row (the context).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+DOCUMENTS_AT_ONCE = 64  # fast tokenizers work on a list of texts in parallel
+
+
+def pack(texts: Iterable[str], tokenizer, context: int, bos: int, rows: int | None = None) -> Tensor:
+    """Tokens [R, T] int64: BOS at position 0 of every row and between documents inside a row; R <= `rows` if texts run out.
+
+    Documents are tokenised without special tokens and run on from one row to the next; what does not fill a row is dropped.
+    Raises ValueError if the texts do not fill one row.
+    """
+    if context < 2:
+        raise ValueError(f"a row of {context} tokens has no room for text after its BOS\nset context_size to 2 or more")
+    packed = list(islice(_rows(_documents(texts, tokenizer), context, bos), rows))
+    if not packed:
+        raise ValueError(f"the texts hold fewer than the {context} tokens of one row\n"
+                         "give more text, or set a smaller context_size")
+    return torch.tensor(packed, dtype=torch.int64)
+
+
+def _documents(texts: Iterable[str], tokenizer) -> Iterator[list[int]]:
+    texts = iter(texts)
+    while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
+        yield from tokenizer(batch, add_special_tokens=False)["input_ids"]
+
+
+def _rows(documents: Iterable[list[int]], context: int, bos: int) -> Iterator[list[int]]:
+    row = [bos]
+    for ids in documents:
+        if ids and len(row) > 1:  # at the start of a row the row's own BOS separates the documents
+            ids = [bos, *ids]
+        start = 0
+        while (end := start + context - len(row)) <= len(ids):
+            yield row + ids[start:end]
+            row, start = [bos], end
+        row += ids[start:]

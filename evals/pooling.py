@@ -1,0 +1,107 @@
+"""Texts -> one vector per text: the mean over a text's own positions of LM activations or of SAE features.
+
+Shapes: N texts, U distinct token rows, b rows of one LM batch, T positions, D = d_model, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+PART_FLOATS = 2**26  # floats of features held at a time: 256 MiB in fp32
+
+
+def tokenise(texts: list[str], tokenizer, context: int, bos: int) -> tuple[Tensor, Tensor]:
+    """Token rows tokens_NT (int64, T = context), BOS first, cut to T, padded on the right, and their lengths length_N with BOS.
+
+    Any token may pad, and the LM needs no attention mask: under causal attention a position never sees what is on its right,
+    and positions counted from the left are not moved by padding on the right. BOS is used because every model has one.
+    """
+    rows = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=context - 1)["input_ids"]
+    tokens_NT = torch.full((len(rows), context), bos, dtype=torch.int64)
+    for row, ids in enumerate(rows):
+        tokens_NT[row, 1 : 1 + len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return tokens_NT, torch.tensor([1 + len(ids) for ids in rows], dtype=torch.int64)
+
+
+def distinct(tokens_NT: Tensor, length_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct rows tokens_UT with their length_U, the longest first, and the place of each text among them, inverse_N.
+
+    Rows of like length next to each other waste little of an LM batch on padding; the longest first, so that a batch too
+    large for the memory fails at once. The result does not depend on the order in which the texts came.
+    """
+    keyed_NT = torch.cat([-length_N[:, None], tokens_NT], dim=1)  # the length is part of the key: BOS may be text or padding
+    keyed_UT, inverse_N = torch.unique(keyed_NT, dim=0, return_inverse=True)
+    return keyed_UT[:, 1:].contiguous(), -keyed_UT[:, 0], inverse_N
+
+
+def content_mask(tokens_NT: Tensor, length_N: Tensor, special_ids: Iterable[int]) -> Tensor:
+    """True at the positions that are averaged, [N, T]: inside the text and no pad, BOS or EOS token, wherever it stands."""
+    inside_NT = torch.arange(tokens_NT.shape[1]) < length_N[:, None]
+    return inside_NT & ~torch.isin(tokens_NT, torch.tensor(sorted(special_ids), dtype=tokens_NT.dtype))
+
+
+def pool(values_bTF: Tensor, mask_bT: Tensor) -> Tensor:
+    """Mean over the positions where the mask is True, [b, F] in fp32; 0 where a text has none (SAEBench divides by 0 there)."""
+    kept_bTF = values_bTF.float().masked_fill(~mask_bT[..., None], 0.0)  # not a product: 0·inf at a BOS would give NaN
+    return kept_bTF.sum(1) / mask_bT.sum(1, keepdim=True).clamp_min(1)
+
+
+def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
+    """The residual stream at setup.layer of `batch` rows at a time: (slice of rows, x_bTD on the LM's device, in the LM's dtype).
+
+    T is the longest row of the batch. Kept in the cache, an entry per batch, if all batches fit there (counted as fp32), else
+    taken from the LM each time; the batches, and so the numbers, are the same. Rows are best given as `distinct` orders them.
+    """
+
+    def batch_tokens(start: int) -> Tensor:
+        rows = slice(start, start + batch)
+        return tokens_UT[rows, : int(length_U[rows].max())].contiguous()
+
+    def depends_on(tokens_bT: Tensor) -> dict:
+        sha = hashlib.sha256(tokens_bT.numpy().tobytes()).hexdigest()
+        return {"lm": setup.lm.digest, "layer": setup.layer, "tokens": sha, "shape": list(tokens_bT.shape),
+                "torch": torch.__version__, "device": torch.device(setup.lm.device).type}
+
+    def residual(tokens_bT: Tensor) -> Tensor:
+        with torch.no_grad():
+            return setup.lm.residual(tokens_bT.to(setup.lm.device), setup.layer).contiguous()
+
+    starts = range(0, len(tokens_UT), batch)
+    # what is stored already takes no further room: without this an entry just written would be what no longer fits
+    missing = sum(batch_tokens(s).numel() for s in starts
+                  if not setup.cache.path("activations", depends_on(batch_tokens(s))).exists())
+    stored = setup.cache.fits(missing * setup.lm.d_model * 4)
+    for start in starts:
+        tokens_bT = batch_tokens(start)
+        if stored:
+            entry = setup.cache.get("activations", depends_on(tokens_bT), lambda t=tokens_bT: {"x": residual(t)})
+            x_bTD = entry["x"].to(setup.lm.device)
+        else:
+            x_bTD = residual(tokens_bT)
+        yield slice(start, start + len(tokens_bT)), x_bTD
+
+
+def pooled(setup, texts: list[str], encoders: dict[Hashable, Callable[[Tensor], Tensor]]) -> dict[Hashable, Tensor]:
+    """Pooled features {name: [N, F] fp32 on the CPU} of every encoder (x_bTD -> z_bTF), all fed from one pass of the LM.
+
+    Reads context_length, llm_batch_size and sae_batch_size from setup.config. How an encoder's input is cut into parts
+    depends on its own width only, so its features do not depend on which other encoders run beside it.
+    """
+    config = setup.config
+    tokens_NT, length_N = tokenise(texts, setup.lm.tokenizer, config["context_length"], setup.lm.bos)
+    tokens_UT, length_U, inverse_N = distinct(tokens_NT, length_N)
+    mask_UT = content_mask(tokens_UT, length_U, setup.lm.special_ids)
+    features_UF: dict[Hashable, Tensor] = {}
+    for rows, x_bTD in activation_batches(setup, tokens_UT, length_U, config["llm_batch_size"]):
+        mask_bT = mask_UT[rows, : x_bTD.shape[1]].to(x_bTD.device)
+        for name, encode in encoders.items():
+            if name not in features_UF:
+                features_UF[name] = torch.empty(len(tokens_UT), encode(x_bTD[:1, :1]).shape[-1])
+            size = max(1, min(config["sae_batch_size"], PART_FLOATS // (x_bTD.shape[1] * features_UF[name].shape[1])))
+            parts = [pool(encode(x), mask) for x, mask in zip(x_bTD.split(size), mask_bT.split(size))]
+            features_UF[name][rows] = torch.cat(parts).cpu()
+    return {name: z_UF[inverse_N] for name, z_UF in features_UF.items()}

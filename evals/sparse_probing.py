@@ -1,0 +1,269 @@
+"""Sparse probing: how well do a few SAE features tell a labelled class from the rest (SAEBench 0.6.0, `sparse_probing`)?
+
+Per class a balanced one-against-rest problem on pooled features; k features by mean difference, logistic regression on them,
+test accuracy; the same on LM channels; mean over classes, then over data sets.
+
+The random numbers differ from SAEBench on purpose. There one stream runs through all probes of an SAE and LM probes are
+fitted only if their cache is empty, so an equal seed scores an SAE differently on the first run and the second. Here each
+probe has a generator seeded by run seed, data set, class and metric: negatives are still drawn anew for each probe and each k,
+in SAEBench's order, but nothing depends on the cache, on other SAEs or on the order of data sets.
+Pooling and probes are fp32 (SAEBench: the LM's dtype). Corrected metrics beside the compatible ones:
+  *_top_k_test_accuracy_fixed_draw     one draw of negatives per class, for LM channels and SAE features and every k
+  *_val_selected_test_accuracy         full probe whose epoch is chosen on a fifth of the training rows, not on the test rows
+  sae_top_1_minus_llm_top_1            difference of the fixed draws, paired by class
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evals import Result, pooling, probes
+
+EVAL_TYPE_ID = "sparse_probing"
+
+METRICS = {
+    "llm_test_accuracy": "",
+    "llm_top_1_test_accuracy": "",
+    "llm_top_2_test_accuracy": "",
+    "llm_top_5_test_accuracy": "",
+    "llm_top_10_test_accuracy": "",
+    "llm_top_20_test_accuracy": "",
+    "llm_top_50_test_accuracy": "",
+    "llm_top_100_test_accuracy": "",
+    "sae_test_accuracy": "higher",
+    "sae_top_1_test_accuracy": "higher",
+    "sae_top_2_test_accuracy": "higher",
+    "sae_top_5_test_accuracy": "higher",
+    "sae_top_10_test_accuracy": "higher",
+    "sae_top_20_test_accuracy": "higher",
+    "sae_top_50_test_accuracy": "higher",
+    "sae_top_100_test_accuracy": "higher",
+    "llm_val_selected_test_accuracy": "",
+    "llm_top_1_test_accuracy_fixed_draw": "",
+    "llm_top_2_test_accuracy_fixed_draw": "",
+    "llm_top_5_test_accuracy_fixed_draw": "",
+    "llm_top_10_test_accuracy_fixed_draw": "",
+    "llm_top_20_test_accuracy_fixed_draw": "",
+    "llm_top_50_test_accuracy_fixed_draw": "",
+    "llm_top_100_test_accuracy_fixed_draw": "",
+    "sae_val_selected_test_accuracy": "higher",
+    "sae_top_1_test_accuracy_fixed_draw": "higher",
+    "sae_top_2_test_accuracy_fixed_draw": "higher",
+    "sae_top_5_test_accuracy_fixed_draw": "higher",
+    "sae_top_10_test_accuracy_fixed_draw": "higher",
+    "sae_top_20_test_accuracy_fixed_draw": "higher",
+    "sae_top_50_test_accuracy_fixed_draw": "higher",
+    "sae_top_100_test_accuracy_fixed_draw": "higher",
+    "sae_top_1_minus_llm_top_1": "higher",
+}
+
+# set sizes count positives and negatives, as in SAEBench: half of them are texts of the class
+CONFIG = {
+    "gemma": {
+        "dataset_names": [
+            "LabHC/bias_in_bios_class_set1",
+            "LabHC/bias_in_bios_class_set2",
+            "LabHC/bias_in_bios_class_set3",
+            "canrager/amazon_reviews_mcauley_1and5",
+            "canrager/amazon_reviews_mcauley_1and5_sentiment",
+            "codeparrot/github-code",
+            "fancyzhx/ag_news",
+            "Helsinki-NLP/europarl",
+        ],
+        "probe_train_set_size": 4000,
+        "probe_test_set_size": 1000,
+        "context_length": 128,
+        "sae_batch_size": 125,
+        "llm_batch_size": 32,
+        "k_values": [1, 2, 5, 10, 20, 50],
+    },
+    "embedded": {
+        "dataset_names": ["arxiv_field", "wikipedia_topic", "review_sentiment", "language"],
+        "probe_train_set_size": 400,
+        "probe_test_set_size": 200,
+        "context_length": 64,
+        "sae_batch_size": 125,
+        "llm_batch_size": 32,
+        "k_values": [1, 2, 5],
+    },
+    "tiny": {
+        "dataset_names": ["synthetic"],
+        "probe_train_set_size": 32,
+        "probe_test_set_size": 16,
+        "context_length": 16,
+        "sae_batch_size": 125,
+        "llm_batch_size": 16,
+        "k_values": [1, 2],
+    },
+}
+
+K_NAMED = (1, 2, 5, 10, 20, 50, 100)  # the k that SAEBench's schema has a key for
+
+
+def requirements(config: dict, facts) -> list[str]:
+    """Problems that keep the eval from running with these settings."""
+    problems = []
+    if not config["k_values"] or not set(config["k_values"]) <= set(K_NAMED):
+        problems.append(f"sparse_probing: k_values = {config['k_values']} must be some of {list(K_NAMED)}\n"
+                        "SAEBench's results have no key for any other k")
+    if config["context_length"] < 2:
+        problems.append(f"sparse_probing: context_length = {config['context_length']} leaves no token beside BOS\n"
+                        "set context_length to 2 or more")
+    return problems
+
+
+def run(setup, saes: dict) -> dict[str, Result]:
+    """Probe every SAE on every data set; {SAE name: Result}."""
+    encoders = {None: lambda x: x} | {name: sae.encode for name, sae in saes.items()}  # None: the LM's own channels
+    accuracies: dict = {name: {} for name in encoders}  # who -> data set -> metric -> class -> accuracy
+    selected: dict = {name: {} for name in saes}  # SAE -> data set -> class -> feature numbers
+    problems: dict = {name: [] for name in encoders}
+    for dataset, classes in setup.data.probing(setup.config).items():
+        texts, rows = _layout(dataset, classes)
+        setup.say(f"sparse_probing: {dataset}, {len(classes)} classes, {len(texts)} texts")
+        for name, x_NF in pooling.pooled(setup, texts, encoders).items():
+            bad = int((~x_NF.isfinite()).any(1).sum())
+            if bad:  # scikit-learn would raise on them, after the whole of training
+                what = "LM activations" if name is None else "features"
+                problems[name].append(f"sparse_probing: {dataset}: NaN or inf in the {what} of {bad} of {len(texts)} texts")
+                accuracies[name][dataset] = {}
+            elif name is None:
+                accuracies[name][dataset] = _llm_accuracies(setup, dataset, rows, x_NF)
+            else:
+                accuracies[name][dataset], selected[name][dataset] = _accuracies(setup, "sae", dataset, rows, x_NF)
+    return {name: _result(setup.config["k_values"], accuracies[None], accuracies[name], selected[name],
+                          problems[None] + problems[name]) for name in saes}
+
+
+def _layout(dataset: str, classes: dict) -> tuple[list[str], dict[str, dict[str, Tensor]]]:
+    """All texts of a data set in one list, and {"train" | "test": {class: their places in it}}."""
+    if len(classes) < 2:
+        raise ValueError(f"sparse_probing: data set {dataset} has {len(classes)} classes, one against the rest needs 2\n"
+                         f"leave {dataset} out of dataset_names or give it more classes")
+    texts: list[str] = []
+    rows: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
+    for name, splits in classes.items():
+        for split, places in rows.items():
+            places[name] = torch.arange(len(texts), len(texts) + len(splits[split]))
+            texts += splits[split]
+    return texts, rows
+
+
+@probes.one_thread()
+def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tuple[dict, dict]:
+    """Test accuracies {metric: {class: accuracy}} and the features of the largest k in the fixed draw {class: numbers}."""
+    x_NF, k_values = x_NF.to(setup.lm.device), setup.config["k_values"]
+    accuracies: dict[str, dict[str, float]] = {}
+    selected: dict[str, list[int]] = {}
+
+    def examples(name: str, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+        drawn = (probes.draw(rows[split], name, rng) for split in ("train", "test"))
+        return [(x_NF[row_M.to(x_NF.device)], label_M.to(x_NF.device)) for row_M, label_M in drawn]
+
+    for name in rows["train"]:
+        values = {}
+        metric = f"{side}_test_accuracy"
+        rng = probes.generator(setup.seed, dataset, name, metric)
+        values[metric] = probes.leaky_accuracy(*examples(name, rng), rng)
+        for k in k_values:
+            metric = f"{side}_top_{k}_test_accuracy"
+            train, test = examples(name, probes.generator(setup.seed, dataset, name, metric))
+            values[metric] = probes.sparse_probe_accuracy(train, test, probes.by_mean_difference(*train)[:k])
+
+        train, test = examples(name, probes.generator(setup.seed, dataset, name))
+        ranked_F = probes.by_mean_difference(*train)
+        for k in k_values:
+            values[f"{side}_top_{k}_test_accuracy_fixed_draw"] = probes.sparse_probe_accuracy(train, test, ranked_F[:k])
+        rng = probes.generator(setup.seed, dataset, name, "epochs")
+        values[f"{side}_val_selected_test_accuracy"] = probes.validation_selected(train, test, rng)[0]
+        selected[name] = ranked_F[: max(k_values)].tolist()
+        for metric, value in values.items():
+            accuracies.setdefault(metric, {})[name] = value
+    return accuracies, selected
+
+
+def _llm_accuracies(setup, dataset: str, rows: dict, x_ND: Tensor) -> dict:
+    """The accuracies of LM channels, fitted once: no SAE enters them."""
+    depends_on = {
+        "activations": hashlib.sha256(x_ND.numpy().tobytes()).hexdigest(),
+        "dataset": dataset,
+        "classes": [(split, name, len(places)) for split, named in rows.items() for name, places in named.items()],
+        "k_values": setup.config["k_values"],
+        "seed": setup.seed,
+        "device": torch.device(setup.lm.device).type,
+        "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, probes.__file__)],
+        "versions": [torch.__version__, version("scikit-learn")],
+    }
+
+    def make() -> dict[str, Tensor]:
+        accuracies, _ = _accuracies(setup, "llm", dataset, rows, x_ND)
+        return {metric: torch.tensor(list(values.values()), dtype=torch.float64) for metric, values in accuracies.items()}
+
+    stored = setup.cache.get("sparse_probing_llm", depends_on, make)
+    return {metric: dict(zip(rows["train"], stored[metric].tolist())) for metric in sorted(stored)}
+
+
+def _result(k_values: list[int], llm: dict, sae: dict, selected: dict, problems: list[str]) -> Result:
+    """The Result of one SAE from {data set: {metric: {class: accuracy}}} of the LM's channels and of its own features."""
+    per_class = {dataset: llm[dataset] | sae[dataset] for dataset in llm}
+    for values in per_class.values():
+        ours, theirs = (values.get(f"{side}_top_1_test_accuracy_fixed_draw") for side in ("sae", "llm"))
+        if ours and theirs:
+            values["sae_top_1_minus_llm_top_1"] = {name: ours[name] - theirs[name] for name in ours}
+
+    compatible = {side: [f"{side}_test_accuracy", *(f"{side}_top_{k}_test_accuracy" for k in K_NAMED)] for side in ("llm", "sae")}
+    corrected = [f"{side}_val_selected_test_accuracy" for side in compatible]
+    corrected += [f"{side}_top_{k}_test_accuracy_fixed_draw" for side in compatible for k in k_values]
+    corrected += ["sae_top_1_minus_llm_top_1"] if 1 in k_values else []
+    summary = {metric: _summary(metric, per_class) for metric in [*compatible["llm"], *compatible["sae"], *corrected]}
+
+    sparse = [a for values in sae.values() for metric in values if "_top_" in metric for a in values[metric].values()]
+    if sparse and all(a == 0.5 for a in sparse):
+        problems = [*problems, "sparse_probing: probing at chance: every sparse probe of the SAE scores exactly .5 "
+                               "(a dead SAE: its features do not depend on the text)"]
+    return Result(
+        metrics={side: {metric: summary[metric][0] for metric in metrics} for side, metrics in compatible.items()},
+        corrected={metric: summary[metric][0] for metric in corrected},
+        stderrs={metric: error for metric, (_, error) in summary.items() if error is not None},
+        details=[{"dataset_name": f"{dataset}_results"}
+                 | {metric: _summary(metric, {dataset: values})[0] for side in compatible.values() for metric in side}
+                 for dataset, values in per_class.items()],
+        unstructured={f"{dataset}_results": values | {"sae_features_fixed_draw": selected.get(dataset, {})}
+                      for dataset, values in per_class.items()},
+        problems=problems,
+    )
+
+
+def _summary(metric: str, per_class: dict) -> tuple[float | None, float | None]:
+    """Mean over data sets of the mean over classes, and its standard error; None where a data set has no such metric."""
+    if not all(metric in values for values in per_class.values()):
+        return None, None
+    values = [list(values[metric].values()) for values in per_class.values()]
+    return _mean([_mean(v) for v in values]), standard_error(values)
+
+
+def _mean(values) -> float:
+    return sum(values) / len(values)
+
+
+def standard_error(values_by_dataset: list[list[float]]) -> float | None:
+    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if there is one.
+
+    √(n/(n−1)·Σ w²(a − mean)²) with w a class's weight in the mean. The two classes of a two-class data set are one problem
+    seen from both sides and count as one. The spread over classes holds the noise of the finite test sets already, so no
+    binomial term is added; for a difference the values are differences per class, which makes it the paired error.
+    """
+    units = []  # (weight, value)
+    for values in values_by_dataset:
+        problems = [_mean(values)] if len(values) == 2 else values
+        units += [(1 / len(values_by_dataset) / len(problems), value) for value in problems]
+    if len(units) < 2:
+        return None
+    mean = sum(w * a for w, a in units)
+    return math.sqrt(len(units) / (len(units) - 1) * sum((w * (a - mean)) ** 2 for w, a in units))

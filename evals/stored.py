@@ -1,0 +1,32 @@
+"""Which eval results of a run are already there: a result is kept by the hash of what it depends on, never by its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import nn
+
+
+def path(out: Path, name: str, sae: str) -> Optional[Path]:
+    """The result file of the eval `name` for one SAE in the run folder `out`, if it was written."""
+    return next((out / "eval_results" / name).glob(f"*_{sae}_eval_results.json"), None)
+
+
+def is_done(out: Path, name: str, sae: str, depends_on: str) -> bool:
+    """Whether that result is there and was made from exactly this (a note beside it says from what)."""
+    result = path(out, name, sae)
+    note = result and result.with_suffix(".depends_on")
+    return bool(note and note.exists() and json.loads(note.read_text()) == depends_on)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers."""
+    total = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        total.update(key.encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,867 @@
+"""Train a sparse autoencoder (SAE) variant on a language model's residual stream, evaluate it, compare it with the baseline.
+
+    python experiment.py --out_dir=run_1
+
+No argument is needed. Read from top to bottom: settings → preflight → language model → token stream → activation buffer →
+training → evals → results → main.
+
+Shapes: B SAE batch (tokens), D = d_in = d_model, F = d_sae, R rows (contexts), T context length, N tokens of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not sys.stderr.isatty():  # libraries' progress bars would push the cause of a failure out of what the client shows of stderr
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import evals  # noqa: E402
+import evals.cache  # noqa: E402
+import runs.folder  # noqa: E402
+import variants  # noqa: E402
+import variants.saving  # noqa: E402
+from evals.language_model import LanguageModel, assert_soft_capping, hash_files  # noqa: E402
+from runs import compare, environment, failure, reading, report  # noqa: E402
+from runs.voice import VOICE, duration, say, track  # noqa: E402
+from variants import base  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parent
+
+# ================================================================================================ settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting is an optional flag; what is None is filled by the profile."""
+
+    out_dir: str = ""  # folder of the run, taken literally; empty: the first free of run_1, run_2, ...
+    variant: str = "topk"  # a file of variants/ by its name, or the path of one
+    hyper: str = ""  # the variant's own hyper-parameters: k=64,auxk_alpha=0
+    sweep: str = ""  # one SAE per value, all from one stream: k=20,40,80
+    profile: Literal["auto", "gemma", "embedded", "tiny"] = "auto"  # fills what is left unset; auto: gemma where it can run
+    preset: Literal["", "saebench"] = ""  # saebench: 500 M tokens at context 1024 (the recipe of SAEBench's released SAEs)
+    model: Optional[str] = None  # Hugging Face name or local folder
+    layers: Optional[str] = None  # residual stream after these blocks, comma-separated: 5,12,19
+    dataset: Optional[str] = None  # training text: "embedded", "tiny", a hub dataset, or a local .jsonl/.parquet/.txt
+    core_dataset: Optional[str] = None  # text of the core eval; the same as dataset: its held-out documents
+    text_field: str = "text"  # the column that holds the text, for hub and local datasets
+    context: Optional[int] = None  # tokens per row, BOS included
+    num_tokens: Optional[int] = None  # training tokens taken from the language model
+    passes: Optional[int] = None  # times each block of activations is passed over
+    block_tokens: Optional[int] = None  # tokens shuffled together
+    keep_bos: bool = False  # train on BOS positions too (as SAEBench's released SAEs did)
+    d_sae: Optional[int] = None  # features
+    batch_size: Optional[int] = None  # tokens per SAE step
+    lr: Optional[float] = None  # learning rate; unset: the variant's own
+    lm_batch_size: Optional[int] = None  # rows per language-model pass
+    evals: Optional[str] = None  # comma-separated names of evals/, or "none"
+    eval_config: str = ""  # overrides of the evals' own settings, as JSON: {"core": {"batch_size_prompts": 8}}
+    seed: int = 0  # of initialisation, shuffling and evals
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where model and SAEs live
+    dtype: Optional[Literal["float32", "bfloat16"]] = None  # of the language model; SAE parameters are always fp32
+    log_lines: int = 50  # rows of training_log.csv per SAE
+    checkpoint_seconds: float = 60.0  # between checkpoints, seconds
+    activation_cache_gb: float = 2.0  # bound of the shared cache of LM activations, GB (1e9 bytes); 0 switches it off
+    cache_dir: str = ""  # downloads, converted models, LM activations; empty: ~/.cache/sae_experiment
+    data_dir: str = ""  # folder that already holds the embedded profile's wheels
+    allow_identical: bool = False  # run even though the variant trains bit-identically to an existing one
+
+
+# What a setting leaves open, by profile. Sources: the origin's published set-up (gemma), measurements on 2 cores (embedded).
+PROFILES = {
+    "gemma": dict(model="google/gemma-2-2b", layers="12", dataset="monology/pile-uncopyrighted",
+                  core_dataset="Skylion007/openwebtext", context=128, num_tokens=5_000_000, passes=1, block_tokens=2**19,
+                  d_sae=16384, batch_size=2048, lm_batch_size=64, evals="core,sparse_probing", dtype="bfloat16"),
+    "embedded": dict(model="smollm2-135m-instruct", layers="9", dataset="embedded", core_dataset="embedded", context=128,
+                     num_tokens=120_000, passes=2, block_tokens=2**17, d_sae=2304, batch_size=1024, lr=2e-3, lm_batch_size=16,
+                     evals="core,sparse_probing", dtype="float32"),
+    "tiny": dict(model="tiny-gemma2", layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384, passes=1,
+                 block_tokens=4096, d_sae=128, batch_size=256, lr=3e-3, lm_batch_size=32, evals="core,sparse_probing",
+                 dtype="float32"),
+}
+BUILT_IN = {p[key] for p in (PROFILES["embedded"], PROFILES["tiny"]) for key in ("model", "dataset")}
+PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16)}
+
+# Settings that change where a run lives or how often it speaks, but not what comes out of it.
+NOT_IN_FINGERPRINT = {"out_dir", "checkpoint_seconds", "activation_cache_gb", "cache_dir", "data_dir", "allow_identical"}
+
+
+def parse_settings(argv: list[str]) -> Settings:
+    """Settings from the command line; an unknown flag or value ends in one line naming the nearest valid one."""
+    from simple_parsing import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str):
+            raise ValueError(f"{message}\nsee python experiment.py --help")
+
+    parser = Parser(description=__doc__.split("\n\n")[0], add_option_string_dash_variants=False, allow_abbrev=False)
+    parser.add_arguments(Settings, dest="settings")
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{f.name}" for f in dataclasses.fields(Settings)]
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag, flags, 1, 0)
+        raise ValueError(f"unknown argument {flag}; the nearest is {near[0]}\nvalid flags: {' '.join(flags)}")
+    return parsed.settings
+
+
+def resolve(settings: Settings) -> tuple[Settings, str]:
+    """Fill what is unset from the profile; also the one line that says which profile was taken and why."""
+    profile, why = settings.profile, "asked for"
+    if profile == "auto":
+        profile, why = choose_profile(settings)
+    defaults = PROFILES[profile] | (PRESETS[settings.preset] if settings.preset else {})
+    filled = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
+    if settings.dataset and not settings.core_dataset:
+        filled["core_dataset"] = settings.dataset
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    cache_dir = settings.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "sae_experiment")
+    settings = dataclasses.replace(settings, profile=profile, device=device, cache_dir=str(cache_dir), **filled)
+    for name, least in dict(context=2, num_tokens=1, passes=1, d_sae=1, batch_size=1, lm_batch_size=1, block_tokens=1).items():
+        if getattr(settings, name) < least:
+            raise ValueError(f"--{name}={getattr(settings, name)} is below {least}\ngive a larger number")
+    if min(settings.num_tokens, settings.block_tokens) < settings.batch_size:
+        raise ValueError(f"--num_tokens={settings.num_tokens} and --block_tokens={settings.block_tokens} must each hold at least one "
+                         f"batch of {settings.batch_size} tokens: the run would train 0 steps\n"
+                         f"give more tokens, or a smaller --batch_size")
+    return settings, f"profile {profile}: {why}"
+
+
+def choose_profile(settings: Settings) -> tuple[str, str]:
+    """`gemma` where a GPU and the gated weights are there, else `embedded`, and why."""
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return "embedded", "no CUDA GPU here, so the built-in SmolLM2-135M (--profile gemma asks for Gemma-2-2B)"
+    from evals import hub
+
+    problem = hub.reachable([settings.model or PROFILES["gemma"]["model"]])
+    if problem:
+        return "embedded", problem.splitlines()[0] + ", so the built-in SmolLM2-135M"
+    return "gemma", "a CUDA GPU and access to the weights"
+
+
+def make_source(settings: Settings):
+    """Where this run's texts come from."""
+    from evals import data
+
+    own = {name: None if name in BUILT_IN else name for name in (settings.dataset, settings.core_dataset)}
+    return data.Source("hub" if settings.profile == "gemma" else settings.profile, own[settings.dataset], own[settings.core_dataset],
+                       settings.text_field, Path(settings.cache_dir), Path(settings.data_dir) if settings.data_dir else None)
+
+
+def layers_of(settings: Settings) -> list[int]:
+    try:
+        return sorted({int(part) for part in settings.layers.split(",")})
+    except ValueError:
+        raise ValueError(f"--layers={settings.layers} is not a list of block numbers\nwrite for example --layers 5,12,19") from None
+
+
+def evals_of(settings: Settings) -> dict[str, dict]:
+    """The chosen evals and their resolved settings."""
+    return evals.choose(settings.evals, settings.profile, settings.eval_config)
+
+
+def hypers_of(settings: Settings, module) -> dict[str, dict]:
+    """Hyper-parameters per SAE of a layer, by the suffix of its name: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
+    fixed = variants.parse_hyper(module, settings.hyper)
+    if not settings.sweep:
+        return {"": fixed}
+    key, _, values = settings.sweep.partition("=")
+    each = [variants.parse_hyper(module, f"{key}={value}") for value in values.split(",")]
+    return {f".{key}_{h[key]}": fixed | h for h in each}
+
+
+def block_plan(settings: Settings) -> list[int]:
+    """Training tokens of each block; a last block smaller than a batch is left out."""
+    full, rest = divmod(settings.num_tokens, settings.block_tokens)
+    return [settings.block_tokens] * full + [rest] * (rest >= settings.batch_size)
+
+
+def count_steps(settings: Settings) -> int:
+    return settings.passes * sum(n // settings.batch_size for n in block_plan(settings))
+
+
+def fingerprint(settings: Settings) -> str:
+    """Hash of the settings and the code that decide a run's result."""
+    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT}
+    files = [PROJECT / "experiment.py", PROJECT / "variants/base.py", variants.path(settings.variant), *(PROJECT / "evals").glob("*.py")]
+    return evals.cache.digest([kept, hash_files(sorted(files)), torch.__version__])
+
+
+# ================================================================================================ preflight
+
+
+def preflight(settings: Settings, source) -> dict:
+    """Everything that can be known to fail before a weight is read; returns the facts of the machine and the forecast."""
+    from evals import hub
+    from variants import check, trial
+
+    chosen, layers = evals_of(settings), layers_of(settings)
+    trial.read(settings.variant, {})  # a mistake in the user's own file is told first
+    hypers = hypers_of(settings, variants.load(settings.variant))
+    wanted = [settings.model, settings.dataset, *([settings.core_dataset] if "core" in chosen else [])]
+    if source.kind == "hub" and "sparse_probing" in chosen:
+        wanted += hub.repositories(chosen["sparse_probing"])
+    problem = hub.reachable([name for name in wanted if name not in BUILT_IN and not Path(name).exists()])
+    if problem:
+        raise ConnectionError(problem)
+    shape = model_shape(settings)
+    if not 0 <= layers[0] <= layers[-1] < shape["n_layers"]:
+        raise ValueError(f"--layers={settings.layers}: {settings.model} has blocks 0 to {shape['n_layers'] - 1}\nchoose among those")
+    findings = {}
+    for suffix, hyper in hypers.items():
+        findings[suffix] = check.run(
+            settings.variant, hyper, d_in=shape["d_model"], d_sae=settings.d_sae, batch_size=settings.batch_size,
+            total_steps=count_steps(settings), lr=settings.lr, seed=settings.seed, train_step=train_step,
+            make_optimizer=make_optimizer, reference_files=reference_variants(), allow_identical=settings.allow_identical,
+            accelerator=settings.device != "cpu")
+        for note in findings[suffix].notes:
+            say(f"note: {settings.variant}{suffix}: {note}")
+
+    facts = dict(model=settings.model, instruct="instruct" in settings.model.lower() or settings.model.endswith("-it"),
+                 profile=settings.profile, device=settings.device)
+    for name, config in chosen.items():
+        problems = evals.load(name).requirements(config, facts)
+        if problems:
+            what, _, advice = problems[0].partition("\n")
+            others = ",".join(other for other in chosen if other != name) or "none"
+            raise ValueError(f"the eval {name} cannot run: {what}\n{advice or f'leave it out: --evals {others}'}")
+    copies, largest = len(layers) * len(hypers), max(findings.values(), key=lambda f: f.parameter_bytes + f.step_peak_bytes)
+    block = min(settings.block_tokens, settings.num_tokens) * shape["d_model"] * (4 if settings.dtype == "float32" else 2)
+    need = dict(lm=shape["bytes"], saes=copies * (4 * largest.parameter_bytes + largest.buffer_bytes),  # with gradient, Adam's moments
+                step=largest.step_peak_bytes, buffer=block * len(layers))
+    have = environment.memory_available(settings.device)
+    facts["forecast_bytes"] = need | {"total": sum(need.values()), "available": have}
+    say("forecast: " + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in need.items()) +
+        f"  = {sum(need.values()) / 1e9:.2f} GB of {have / 1e9:.1f} GB on {settings.device}; {count_steps(settings):,} steps of "
+        f"{settings.batch_size:,} tokens, {copies} SAE{'s' * (copies > 1)} of {largest.parameters:,} parameters")
+    message = check.too_large(largest, int(have - need["lm"] - need["saes"] * (copies - 1) / copies - need["buffer"]))
+    if message:
+        raise MemoryError(message)
+    for folder, wanted in ((settings.cache_dir, 2e9 if settings.profile == "embedded" else 5e7), (settings.out_dir, 4 * need["saes"])):
+        if (free := environment.disk_free(folder)) < wanted:
+            raise OSError(f"{folder}: {free / 1e9:.1f} GB free, the run writes up to {wanted / 1e9:.1f} GB\n"
+                          "free some space, or name another folder with --cache_dir or --out_dir")
+    return facts
+
+
+def reference_variants() -> list[Path]:
+    """Variants whose training is known: those shipped here, and those stored with the baselines as they ran."""
+    return [variants.path(n) for n in variants.names()] + sorted((PROJECT / "runs/baseline").glob("*/*/variant.py"))
+
+
+def model_shape(settings: Settings) -> dict:
+    """d_model, n_layers and bytes of the language model from its configuration alone."""
+    if settings.model == PROFILES["embedded"]["model"]:
+        return dict(d_model=576, n_layers=30, bytes=538_000_000)
+    if settings.model == PROFILES["tiny"]["model"]:
+        return dict(d_model=32, n_layers=4, bytes=1_000_000)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(settings.model).get_text_config()
+    d, mlp, width = config.hidden_size, config.intermediate_size, 4 if settings.dtype == "float32" else 2
+    per_block = 4 * d * d + 3 * d * mlp  # an upper bound: grouped-query attention has less
+    return dict(d_model=d, n_layers=config.num_hidden_layers, bytes=width * (config.num_hidden_layers * per_block + config.vocab_size * d))
+
+
+# ================================================================================================ language model
+
+
+def load_language_model(settings: Settings) -> LanguageModel:
+    """The profile's model, or any causal LM of transformers by hub name or local folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    where = model_location(settings)
+    config = AutoConfig.from_pretrained(where)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    hf = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, settings.dtype),
+                                              attn_implementation="eager" if capped else None).to(settings.device)
+    if capped:
+        assert_soft_capping(hf)
+    commit = getattr(config, "_commit_hash", None)
+    digest = f"{where}@{commit}" if commit else hash_files(sorted(Path(where).glob("*.safetensors")) + [Path(where) / "config.json"])
+    return LanguageModel(hf, AutoTokenizer.from_pretrained(where), settings.model, f"{digest}:{settings.dtype}")
+
+
+def model_location(settings: Settings) -> str:
+    """Hub name or folder of the model's weights; the built-in models are made in the cache at their first use."""
+    if settings.model == PROFILES["embedded"]["model"]:
+        from evals import embedded
+
+        return str(embedded.model_folder(settings.cache_dir, settings.data_dir))
+    if settings.model == PROFILES["tiny"]["model"]:
+        from evals import tiny
+
+        return str(tiny.model_folder(settings.cache_dir))
+    return settings.model
+
+
+# ================================================================================================ token stream
+
+
+class TokenStream:
+    """Training text as blocks of packed rows: BOS, then T − 1 tokens of documents joined by BOS.
+
+    Block b holds as many rows as give `plan[b]` trainable tokens, so its content depends on the text and on b alone.
+    `cursor(b)` is all that is needed to continue from block b.
+    """
+
+    def __init__(self, source, lm: LanguageModel, settings: Settings, cursor: Optional[dict] = None):
+        self.source, self.tokenizer, self.bos = source, lm.tokenizer, lm.bos
+        self.context, self.keep_bos, self.plan = settings.context, settings.keep_bos, block_plan(settings)
+        cursor = cursor or {"block": 0, "documents": None, "leftover": []}
+        self.next, self.ids = cursor["block"], list(cursor["leftover"])
+        self.documents = source.documents("train", cursor["documents"])
+        self.cursors = {self.next: cursor}
+        self.lock = threading.Lock()
+
+    def block(self, b: int) -> tuple[Tensor, Tensor]:
+        """Rows [R, T] (int32) and the flat positions [plan[b]] of the tokens to train on."""
+        with self.lock:  # the background thread and a late caller must not both advance
+            while True:
+                rows_RT, index_N = self._advance(self.plan[self.next])
+                self.next += 1
+                if self.next > b:
+                    return rows_RT, index_N
+
+    def _advance(self, wanted: int) -> tuple[Tensor, Tensor]:
+        rows, valid, ids, start, body = [], 0, self.ids, 0, self.context - 1
+        while valid < wanted:
+            while len(ids) - start < body:
+                ids.extend(self._more())
+            row = [self.bos, *ids[start:start + body]]
+            start += body
+            valid += len(row) if self.keep_bos else len(row) - row.count(self.bos)
+            rows.append(row)
+        self.ids = ids[start:]
+        self.cursors = {b: c for b, c in self.cursors.items() if b >= self.next - 1}  # the current block's and the next's
+        self.cursors[self.next + 1] = {"block": self.next + 1, "documents": self.documents.state(), "leftover": list(self.ids)}
+        rows_RT = torch.tensor(rows, dtype=torch.int32)
+        keep_R = torch.ones_like(rows_RT, dtype=torch.bool) if self.keep_bos else rows_RT != self.bos
+        return rows_RT, keep_R.flatten().nonzero().squeeze(1)[:wanted]
+
+    def _more(self) -> list[int]:
+        texts = list(itertools.islice(self.documents, 64))
+        if not texts:
+            say("the training text has been read once; starting again from its beginning")
+            self.documents = self.source.documents("train", None)
+            texts = list(itertools.islice(self.documents, 64))
+            if not texts:
+                raise ValueError("the training dataset holds no text\ncheck --dataset and --text_field")
+        ids = []
+        for document in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            ids += [*document, self.bos]
+        return ids
+
+
+# ================================================================================================ activation buffer
+
+
+def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream, cache, first: int):
+    """Yield (b, {layer: x_ND}) from block `first` on, on the training device, in the language model's dtype.
+
+    What the model gave is kept in the shared cache, so another variant on the same data does not pay for it again. The
+    next block is tokenised in the background.
+    """
+    layers, plan = layers_of(settings), block_plan(settings)
+    said = {}
+
+    def key(b: int) -> dict:
+        return dict(model=lm.digest, layers=layers, data=stream.source.digest("train"), context=settings.context, plan=plan[:b + 1],
+                    keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size)
+
+    with ThreadPoolExecutor(1) as background:
+        ahead = {}
+
+        def prefetch(b: int) -> None:
+            if b < len(plan) and not cache.path("train", key(b)).exists():
+                ahead[b] = background.submit(stream.block, b)
+
+        def make(b: int) -> dict[str, Tensor]:
+            rows_RT, index_N = ahead.pop(b).result() if b in ahead else stream.block(b)
+            prefetch(b + 1)
+            return collect(settings, lm, rows_RT, index_N, layers, f"activations {b + 1}/{len(plan)}")
+
+        for b in range(first, len(plan)):
+            given = cache.get("train", key(b), lambda b=b: make(b))
+            if b == 0 and not settings.keep_bos and not said:
+                said["bos"] = share = float(given["bos_share"])
+                say(f"BOS positions are left out; with them they would hold {share:.1%} of E‖x‖²")
+            yield b, {layer: given[f"x_{layer}"].to(settings.device) for layer in layers}
+
+
+def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Tensor, layers: list[int], label: str) -> dict[str, Tensor]:
+    """Residuals of the wanted positions of a block, {"x_<layer>": x_ND}, and the share of E‖x‖² its BOS positions would have had."""
+    R, T = rows_RT.shape
+    out = {layer: torch.empty(len(index_N), lm.d_model, dtype=lm.dtype, device=lm.device) for layer in layers}
+    batch, starts = settings.lm_batch_size, []
+    norm_bos = torch.zeros((), dtype=torch.float64, device=lm.device)
+
+    def spans():
+        start = 0
+        while start < R:
+            yield start, min(start + batch, R)
+            start = starts[-1]
+
+    for start, stop in track(spans(), label, R * T, "tok", lambda span: (span[1] - span[0]) * T):
+        tokens_BT = rows_RT[start:stop].to(lm.device, torch.long)
+        try:
+            kept = lm.residuals(tokens_BT, layers)
+        except torch.cuda.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch = batch // 2
+            say(f"out of GPU memory: going on with a language-model batch of {batch} rows")
+            torch.cuda.empty_cache()
+            starts.append(start)
+            continue
+        starts.append(stop)
+        # positions come from the host: selecting by them does not wait for the device
+        low, high = torch.searchsorted(index_N, torch.tensor([start * T, stop * T])).tolist()
+        inside = (index_N[low:high] - start * T).to(lm.device)
+        for layer in layers:
+            out[layer][low:high] = kept[layer].flatten(0, 1).index_select(0, inside)
+        norm_bos += kept[layers[0]][:, 0].double().pow(2).sum()
+    rest = out[layers[0]].double().pow(2).sum() if len(index_N) < 10**6 else out[layers[0]].float().pow(2).sum().double()
+    return {f"x_{layer}": x_ND for layer, x_ND in out.items()} | {"bos_share": norm_bos / (norm_bos + rest)}
+
+
+# ================================================================================================ training
+
+
+@dataclass
+class Job:
+    """One SAE in training."""
+
+    name: str  # layer_12, or layer_12.k_40 in a sweep
+    layer: int
+    hyper: dict
+    sae: base.SAE
+    optimizer: torch.optim.Optimizer
+    scale: float = 0.0  # √E‖x‖² of the raw activations; 0: not measured yet
+
+
+def make_optimizer(sae: base.SAE, lr: float) -> torch.optim.Optimizer:
+    """Fused Adam on the variant's parameter groups; each group's own learning rate is what the schedule multiplies."""
+    optimizer = torch.optim.Adam(sae.parameter_groups(lr), lr=lr, betas=sae.adam_betas, fused=True)
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"]
+    return optimizer
+
+
+def train_step(sae: base.SAE, optimizer: torch.optim.Optimizer, batch: base.Batch, progress: base.Progress, lr: float = 0.0):
+    """One step; returns the loss and its terms, still on the device: nothing here waits for it."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("base_lr", lr) * progress.lr_factor()
+    with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
+        loss, terms = sae.loss(batch, progress)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if sae.unit_norm_decoder:
+        base.project_decoder_gradient(sae.W_dec)
+    if sae.grad_clip:
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.grad_clip)
+    optimizer.step()
+    if sae.unit_norm_decoder:
+        base.normalise_decoder(sae.W_dec)
+    sae.count_step(len(batch.x))
+    with torch.no_grad():
+        sae.after_step(batch, progress)
+    return loss.detach(), {k: v.detach() for k, v in terms.items()}
+
+
+def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
+    """The SAEs to train, all from one stream; each is initialised from the seed alone, whatever its siblings are."""
+    module, jobs = variants.load(settings.variant), []
+    for layer, (suffix, hyper) in itertools.product(layers_of(settings), hypers_of(settings, module).items()):
+        torch.manual_seed(settings.seed)
+        sae = variants.build(module, lm.d_model, settings.d_sae, hyper).to(settings.device)
+        jobs.append(Job(f"layer_{layer}{suffix}", layer, hyper, sae, make_optimizer(sae, settings.lr or sae.default_lr)))
+    return jobs
+
+
+def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, interrupts) -> list[dict]:
+    """Train all jobs to the end, continuing from out/checkpoint.pt where there is one; returns the rows of the training log."""
+    total, saved = count_steps(settings), load_checkpoint(out, jobs)
+    if saved and saved["step"] == total:
+        return saved["log"]
+    log, step = saved["log"] if saved else [], saved["step"] if saved else 0
+    stream = TokenStream(source, lm, settings, saved and saved["cursor"])
+    ends = list(itertools.accumulate(settings.passes * (n // settings.batch_size) for n in block_plan(settings)))  # step after each block
+    first = sum(end <= step for end in ends)
+    log_every = max(1, total // settings.log_lines)
+    recent = saved["recent"] if saved else {job.name: [] for job in jobs}  # (loss, terms), on the device, since the last log line
+    clock = dict(checkpoint=time.monotonic(), line=time.monotonic(), start=time.monotonic(), step=step)
+
+    def save(b: int) -> None:
+        cursors = dict(stream.cursors)  # the stream lags where blocks came from the cache: the nearest cursor before is as good
+        save_checkpoint(out, jobs, step, cursors[max(c for c in cursors if c <= b)], log, recent)
+        clock["checkpoint"] = time.monotonic()
+
+    b = first
+    try:
+        for b, x_of_layer in activation_blocks(settings, lm, stream, cache, first):
+            if step == 0:
+                begin(jobs, x_of_layer)
+            for step, x_by_layer in batches(settings, x_of_layer, b, ends[b - 1] if b else 0, step):  # noqa: B020
+                interrupts.deferred = True
+                progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
+                for job in jobs:
+                    recent[job.name].append(train_step(job.sae, job.optimizer, base.Batch(x_by_layer[job.layer] / job.scale), progress))
+                step += 1
+                if step % log_every == 0 or step == total:
+                    log += log_rows(settings, jobs, recent, x_by_layer, progress, clock, step)
+                    write_log(out, log)
+                    if time.monotonic() - clock["line"] > 30 or step == total:
+                        clock["line"] = time.monotonic()
+                        say_progress(log[-len(jobs):], total * settings.batch_size)
+                    if time.monotonic() - clock["checkpoint"] > settings.checkpoint_seconds or step == total:
+                        save(b)
+                interrupts.deferred = False
+                if interrupts.signal:
+                    raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if jobs[0].scale and not interrupts.deferred:  # a second signal may come in the middle of a step
+            check_finite(jobs, recent, step)
+            save(b)
+        raise
+    return log
+
+
+def begin(jobs: list[Job], x_of_layer: dict[int, Tensor]) -> None:
+    """Measure the scale on the first block, in fp64, and let each variant initialise itself from normalised data."""
+    for job in jobs:
+        x_ND = x_of_layer[job.layer]
+        job.scale = sum(part.double().pow(2).sum().item() for part in x_ND.split(2**16)) / len(x_ND)
+        job.scale = job.scale**0.5
+        job.sae.initialise(x_ND[:8192].float() / job.scale)
+
+
+def batches(settings: Settings, x_of_layer: dict[int, Tensor], b: int, begins: int, first: int):
+    """Yield (step, {layer: x_BD fp32}) of block b, whose first step is `begins`, from step `first` on.
+
+    Each pass shuffles the block anew by (seed, block, pass) alone.
+    """
+    n, B = len(next(iter(x_of_layer.values()))), settings.batch_size
+    for p in range(settings.passes):
+        generator = torch.Generator().manual_seed(int(evals.cache.digest([settings.seed, b, p])[:15], 16))
+        order_N = torch.randperm(n, generator=generator).to(settings.device)
+        for i in range(n // B):
+            step = begins + p * (n // B) + i
+            if step >= first:
+                yield step, {layer: x_ND.index_select(0, order_N[i * B:(i + 1) * B]).float() for layer, x_ND in x_of_layer.items()}
+
+
+def check_finite(jobs: list[Job], recent: dict, step: int) -> None:
+    """Stop at the first loss that is not finite or has exploded, naming the step and the term. Reads the device once per job."""
+    for job in jobs:
+        if not recent[job.name]:
+            continue
+        names = ["loss", *recent[job.name][0][1]]
+        values = torch.stack([torch.stack([loss, *terms.values()]).float() for loss, terms in recent[job.name]]).cpu()
+        bad = ~values.isfinite() | (values.abs() > 1e6)  # E‖x‖² = 1, so a loss starts near 1
+        if bad.any():
+            row = int(bad.any(1).nonzero()[0])
+            term = names[int(bad[row].nonzero()[-1])]
+            value, at = values[row, names.index(term)], step - len(values) + row
+            raise FloatingPointError(f"{job.name}: the term {term!r} became {value:.3g} at step {at}\n"
+                                     "lower --lr or the term's weight; the last good checkpoint is checkpoint.pt in the run's folder")
+
+
+@torch.no_grad()
+def log_rows(settings: Settings, jobs: list[Job], recent: dict, x_by_layer: dict, progress: base.Progress, clock: dict, step: int):
+    """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share. Measuring changes no SAE."""
+    check_finite(jobs, recent, step)
+    now, rows = time.monotonic(), []
+    rate = (step - clock["step"]) * settings.batch_size / max(now - clock["start"], 1e-9)
+    for job in jobs:
+        x_BD = x_by_layer[job.layer] / job.scale
+        job.sae.eval()
+        z_BF = job.sae.encode(x_BD)
+        error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
+        job.sae.train()
+        row = dict(sae=job.name, step=step, tokens=step * settings.batch_size, loss=mean(loss for loss, _ in recent[job.name]))
+        row |= {k: mean(terms[k] for _, terms in recent[job.name]) for k in recent[job.name][0][1]}
+        row |= dict(l0=float((z_BF != 0).float().sum(-1).mean()), explained_variance=1 - float(error),
+                    dead_share=float(job.sae.dead_features(progress).float().mean()), tokens_per_s=round(rate))
+        rows.append(row)
+        recent[job.name].clear()
+    clock.update(start=time.monotonic(), step=step)
+    return rows
+
+
+def mean(tensors) -> float:
+    return float(torch.stack([t.double() for t in tensors]).mean())
+
+
+def say_progress(rows: list[dict], total_tokens: int) -> None:
+    for row in rows:
+        left = (total_tokens - row["tokens"]) / max(row["tokens_per_s"], 1)
+        say(f"tokens {row['tokens'] / 1e6:7.3f}M  loss {row['loss']:.4f}  L0 {row['l0']:6.1f}  EV {row['explained_variance']:.3f}  "
+            f"dead {row['dead_share']:.1%}  {row['tokens_per_s'] / 1e3:.1f}k tok/s  eta {duration(left)}"
+            + f"  {row['sae']}" * (len(rows) > 1))
+
+
+def write_log(out: Path, log: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(log[0]))
+    writer.writeheader()
+    writer.writerows(log)
+    runs.folder.write_text(out / "training_log.csv", text.getvalue())
+
+
+def save_checkpoint(out: Path, jobs: list[Job], step: int, cursor: dict, log: list[dict], recent: dict) -> None:
+    """All that a resume needs, in one file, written to a temporary name and renamed."""
+    state = dict(step=step, cursor=cursor, log=log, recent=recent, rng=torch.get_rng_state(),
+                 cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                 saes={job.name: dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale) for job in jobs})
+    temporary = out / "checkpoint.pt.tmp"
+    torch.save(state, temporary)
+    os.replace(temporary, out / "checkpoint.pt")
+
+
+def load_checkpoint(out: Path, jobs: list[Job]) -> Optional[dict]:
+    """Put jobs and random state back to the last checkpoint, or return None."""
+    if not (out / "checkpoint.pt").exists():
+        return None
+    device = next(jobs[0].sae.parameters()).device
+    state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
+    for job in jobs:
+        saved = state["saes"][job.name]
+        job.sae.load_state_dict(saved["sae"])
+        job.optimizer.load_state_dict(saved["optimizer"])
+        job.scale = saved["scale"]
+    torch.set_rng_state(state["rng"].cpu())
+    if state["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    say(f"continuing from step {state['step']:,}")
+    return state
+
+
+# ================================================================================================ evals
+
+
+def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path) -> dict[str, BaseException]:
+    """Run the chosen evals on all SAEs, a layer at a time; results lie in out/eval_results. Returns the evals that crashed.
+
+    A result is kept by the hash of what it depends on (weights, model, data, eval settings, code): continuing after a
+    crash, or with one eval more, repeats none.
+    """
+    from evals import saebench, stored
+
+    code = hash_files(sorted((PROJECT / "evals").glob("*.py")))
+    crashed = {}
+    for name, config in evals_of(settings).items():
+        for layer in layers_of(settings):
+            trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
+            depends = {sae: evals.cache.digest([name, config, layer, lm.digest, source.digest("heldout"), source.digest("train"), code,
+                                                settings.seed, stored.weights_digest(t)]) for sae, t in trained.items()}
+            pending = {sae: t for sae, t in trained.items() if not stored.is_done(out, name, sae, depends[sae])}
+            if not pending:
+                continue
+            say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' * (len(pending) > 1)}")
+            try:
+                results = evals.load(name).run(make_setup(settings, lm, layer, config, source, cache), pending)
+            except Exception as error:  # noqa: BLE001  one eval's crash must not cost the others' results
+                crashed[name] = error
+                say(f"eval {name} failed: {type(error).__name__}: {error}")
+                continue
+            for sae, result in results.items():
+                config_of_sae = dict(d_in=lm.d_model, d_sae=len(trained[sae].W_dec), hook_name=hook_name(layer), hook_layer=layer,
+                                     model_name=lm.name, architecture=settings.variant)
+                path = saebench.write(out / "eval_results" / name, result, evals.declared(name, "EVAL_TYPE_ID"),
+                                      config | dict(model_name=lm.name, random_seed=settings.seed), sae, settings.variant, config_of_sae)
+                runs.folder.write_json(path.with_suffix(".depends_on"), depends[sae])
+    return crashed
+
+
+def make_setup(settings: Settings, lm: LanguageModel, layer: int, config: dict, source, cache) -> evals.Setup:
+    return evals.Setup(lm, layer, hook_name(layer), config, lambda: source.documents("heldout"), source.digest("heldout"), cache, source,
+                       settings.seed, say)
+
+
+def hook_name(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_post"
+
+
+# ================================================================================================ results
+
+
+def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict) -> dict:
+    """final_info.json: one section per SAE, deterministic, made for `diff`."""
+    from evals import saebench, stored
+
+    module, chosen = variants.load(settings.variant), evals_of(settings)
+    sections = {}
+    for job in jobs:
+        last = [row for row in log if row["sae"] == job.name][-1]
+        means = {f"training.{k}": last[k] for k in last if k not in ("sae", "loss", "tokens_per_s", "l0", "explained_variance")}
+        means["training.final_loss"] = last["loss"]
+        stderrs, problems = {}, [f"the eval {name} failed: {type(e).__name__}: {str(e).splitlines()[0]}" for name, e in crashed.items()]
+        numbers, files = job.sae.report(dict(lm=lm, layer=job.layer, trained=base.TrainedSAE(job.sae, job.scale)))
+        means |= {f"variant.{k}": v for k, v in numbers.items()}
+        for file, content in files.items():
+            write = runs.folder.write_bytes if isinstance(content, bytes) else runs.folder.write_text
+            write(out / "variant_report" / job.name / file, content)
+        measured = {}
+        for name in chosen:
+            path = stored.path(out, name, job.name)
+            if path and name not in crashed:
+                result = saebench.read(path)
+                new_means, new_stderrs = saebench.flatten(result, evals.declared(name, "EVAL_TYPE_ID"))
+                measured |= new_means
+                stderrs |= new_stderrs
+                problems += [f"{name}: {problem}" for problem in result.problems]
+        measured = {k: v for k, v in measured.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}
+        config = dict(
+            variant=Path(settings.variant).stem, hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
+            hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder), context=settings.context,
+            num_tokens=settings.num_tokens, passes=settings.passes, batch_size=settings.batch_size, steps=count_steps(settings),
+            lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
+            dataset=public_name(settings.dataset), core_dataset=public_name(settings.core_dataset), profile=settings.profile, evals=chosen)
+        sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
+                                  config=config, problems=problems)
+    return sections
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is; of a local path only its last part: paths do not belong in a result."""
+    return Path(name).name if os.path.exists(name) else name
+
+
+# ================================================================================================ main
+
+
+class Interrupts:
+    """SIGTERM and Ctrl-C: at once where nothing is half done, else (`deferred`) at the end of the optimiser step."""
+
+    def __init__(self):
+        self.signal, self.deferred = 0, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame) -> None:
+        again, self.signal = self.signal, number
+        if again or not self.deferred:
+            raise KeyboardInterrupt
+
+
+def run(settings: Settings, why: str, out: Path, state: str, info: dict, interrupts: Interrupts) -> dict[str, BaseException]:
+    """The whole run, phase by phase; `info` (run_info.json) says at each moment which phase it is in. Returns the evals that crashed."""
+    say(why)
+    source = make_source(settings)
+    cache = evals.cache.Cache(Path(settings.cache_dir) / "activations", settings.activation_cache_gb)
+
+    with phase("preflight", info, out):
+        info["facts"] = preflight(settings, source)
+        runs.folder.write_bytes(out / "variant.py", variants.path(settings.variant).read_bytes())
+    with phase("language model", info, out):
+        lm = load_language_model(settings)
+        info["model_digest"] = lm.digest
+        say(f"language model: {lm.name}, {lm.n_layers} blocks, d_model {lm.d_model}, {settings.dtype} on {settings.device}")
+    with phase("training", info, out):
+        jobs = make_jobs(settings, lm)
+        log = train(settings, lm, jobs, source, cache, out, interrupts)
+        for job in jobs:
+            metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
+                            prepend_bos=True, dataset_path=public_name(settings.dataset))
+            variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
+    with phase("evals", info, out):
+        crashed = evaluate(settings, lm, jobs, source, cache, out)
+    with phase("results", info, out):
+        from evals.dashboards import dashboards
+
+        sections = results(settings, lm, jobs, log, out, crashed)
+        runs.folder.write_json(out / "final_info.json", sections)
+        boards = [dict(board, sae=job.name) for job in jobs for board in dashboards(
+            make_setup(settings, lm, job.layer, {}, source, cache), base.TrainedSAE(job.sae, job.scale))]
+        mine = reading.read(out)
+        report.write(out, mine, compare.stored_baselines(mine), log, boards)
+        say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most {settings.activation_cache_gb:g}; "
+            "delete the folder to clear it)")
+        info["cache"] = dict(hits=cache.hits, misses=cache.misses)
+    return crashed
+
+
+@contextlib.contextmanager
+def phase(name: str, info: dict, out: Path):
+    """Time a phase and name it in run_info.json, so that even a process killed without a word leaves its place."""
+    info["phase"] = name
+    runs.folder.write_json(out / "run_info.json", info)
+    start = time.monotonic()
+    yield
+    info["seconds"][name] = round(info["seconds"].get(name, 0) + time.monotonic() - start, 1)
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 failed, 128 + signal interrupted."""
+    out, info, settings = None, dict(phase="settings", seconds={}), None
+    try:
+        settings, why = resolve(parse_settings(sys.argv[1:] if argv is None else argv))
+        settings = dataclasses.replace(settings, out_dir=settings.out_dir or runs.folder.next_free())
+        mark = fingerprint(settings)
+        state, lock = runs.folder.claim(settings.out_dir, mark)
+        out, interrupts = Path(settings.out_dir).resolve(), Interrupts()
+        if state == "finished":
+            say(f"{settings.out_dir} is already finished with these settings and this code; nothing to do")
+            say("\n" + compare.summary(out))
+            return 0
+        VOICE.log = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115  open to the end of the run
+        if state == "resume":
+            before = json.loads((out / "run_info.json").read_text())
+            say(f"{settings.out_dir} was left in its phase {before['phase']!r} ({before['status']}); continuing")
+            info["seconds"] = before["seconds"]
+            (out / "error.json").unlink(missing_ok=True)
+        kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "cache_dir", "data_dir")}  # no paths
+        info |= dict(status="running", fingerprint=mark, settings=kept, seed=settings.seed, versions=environment.versions(),
+                     commit=environment.git_commit(), hardware=environment.hardware(settings.device))
+        crashed = run(settings, why, out, state, info, interrupts)
+        info |= dict(status="failed" if crashed else "finished", peak_memory_gb=environment.peak_memory_gb(settings.device))
+        runs.folder.write_json(out / "run_info.json", info)
+        if not crashed:
+            (out / "checkpoint.pt").unlink(missing_ok=True)
+        say("\n" + compare.summary(out))
+        say(f"{settings.out_dir}: final_info.json, report.html, sae/; {duration(sum(info['seconds'].values()))}, "
+            f"{info['peak_memory_gb']['host']:.1f} GB at most")
+        for name, error in crashed.items():
+            return failure.report(error, f"eval {name}", out, variants.path(settings.variant))
+        return 0
+    except KeyboardInterrupt:
+        if out and "status" in info:
+            runs.folder.write_json(out / "run_info.json", info | dict(status="interrupted"))
+        print(f"interrupted in {info['phase']}: the same command continues", file=sys.stderr, flush=True)
+        return 128 + (interrupts.signal if out else signal.SIGINT)
+    except Exception as error:  # noqa: BLE001  every failure ends in the same few lines
+        if out and "status" in info:
+            runs.folder.write_json(out / "run_info.json", info | dict(status="failed"))
+        try:
+            variant = settings and variants.path(settings.variant)
+        except FileNotFoundError:  # that is the failure
+            variant = None
+        return failure.report(error, info["phase"], out, variant)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,545 @@
+"""Compare recorded runs with a baseline and with each other: python -m runs.compare run_1 run_2 … [--baseline NAME_OR_PATH].
+
+A difference counts where it exceeds twice the combined standard error √(se_a² + se_b²); "?" where that is not known.
+Runs of another model, layer or hook are shown but not compared, nor are evals that ran with other settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import io
+import math
+import os
+import re
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import evals
+from runs.reading import Run, canonical, file_label, read, slug
+
+BASELINES = Path(__file__).resolve().parent / "baseline"
+HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "frac_alive", "sae_top_1_test_accuracy",
+            "sae_top_2_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy", "sae_top_1_minus_llm_top_1",
+            "mean_absorption_fraction_score", "mean_absorption_score", "scr_metric_threshold_10",
+            "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "disentanglement_score")
+HEADLINE_LINES = 13
+BY_RUN = ("core.l0", "core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1", "core.frac_alive", "core.explained_variance")
+WIDTH = 100  # columns of printed text
+# final losses and their terms are sums of different things in different variants: no direction
+TRAINING = {"training.final_loss": "", "training.l0": "", "training.explained_variance": "higher",
+            "training.dead_share": "lower", "training.frac_alive": "higher"}
+IDENTITY = ("model", "layer", "hook_name")
+SHOWN = {"variant": (), "hyper": (), "d_sae": (), "context": ("context_size", "context_length"), "dataset": (), "keep_bos": (),
+         "dtype": (), "num_tokens": ("tokens",), "passes": (), "batch_size": (), "lr": (), "seed": ()}  # {key: its former names}
+ACCURACY = re.compile(r"\.sae_(top_\d+_|val_selected_)?test_accuracy")
+# settings of an eval that do not change what it measures; a seed's effect is what the standard error is about
+NO_MATTER = re.compile(r"verbose|llm_batch_size|sae_batch_size|lower_vram_usage|device|model_name|(random_)?seed|compute_.*")
+# counts over counts, which two SAEs can share by chance
+COUNTED = re.compile(r"frac_alive$|freq_over_|dead_share$")
+# what depends on the language model and the texts alone, and so is equal in every run
+LM_ONLY = re.compile(r"\.llm_|with_ablation$|ce_loss_without_sae$|l2_norm_in$|total_tokens|^training\.(steps?|tokens)$")
+
+# ------------------------------------------------------------------------------------------------ what is known
+
+
+def directions() -> dict[str, str]:
+    """{metric: "higher" | "lower" | ""} of every eval's declared metrics and of training's; what is missing has no direction."""
+    known = dict(TRAINING)
+    for name in evals.names():
+        prefix = evals.declared(name, "EVAL_TYPE_ID")
+        known |= {canonical(f"{prefix}.{metric}"): way for metric, way in (evals.declared(name, "METRICS") or {}).items()}
+    return known
+
+
+def baseline_for(config: dict, name: str = "standard") -> Path | None:
+    """The stored baseline of that name for the model of a run's config, or None."""
+    path = BASELINES / slug(config.get("model", "")) / name / "final_info.json"
+    return path if config.get("model") and path.is_file() else None
+
+
+def warnings(run: Run, baseline: Run | None = None) -> list[str]:
+    """What makes a run's figures doubtful, one line each; with a baseline also what looks like the baseline's own figures."""
+    found, l0, width = [], _leaf(run, "l0"), run.config.get("d_sae")
+    alive = _leaf(run, "frac_alive")
+    if l0 == 0 or alive == 0:
+        found.append(f"dead SAE: {'L0 = 0' if l0 == 0 else 'frac_alive = 0'}, no feature ever fires")
+    elif alive is not None and alive < 0.1:
+        found.append(f"nearly dead SAE: only {alive:.1%} of its features ever fire")
+    if l0 is not None and width and l0 > width / 10:
+        found.append(f"not sparse: L0 = {number(l0)} is more than a tenth of its {width:,} features")
+    accuracies = {m: v for m, v in run.means.items() if v is not None and ACCURACY.search(m)}
+    chance = [m for m, v in accuracies.items() if v <= 0.5 + max(0.005, 2 * run.stderrs.get(m, 0.0))]
+    if chance:
+        found.append(f"probing at chance (.5) in {len(chance)} of {len(accuracies)} accuracies of the SAE: {_listing(chance)}")
+    steps = run.config.get("steps", run.means.get("training.steps"))
+    tokens = _get(run.config, "num_tokens")
+    if steps == 0:
+        found.append("untrained: 0 training steps")
+    elif steps is None and isinstance(tokens, (int, float)) and tokens <= 0:  # SAEBench's custom SAEs say -100000 even if trained
+        found.append(f"no sign of training: {tokens} training tokens and no number of steps")
+    for key, places in run.config.get("disagree", {}).items():
+        by_value = defaultdict(list)
+        for where, value in places.items():
+            by_value[value].append(where)
+        found.append(f"metadata disagree on the {key}: " + ", ".join(f"{v} ({', '.join(w)})" for v, w in by_value.items()))
+    if baseline is not None and baseline.path != run.path:
+        same, of = _identical(run, baseline)
+        if len(same) == of > 1:
+            found.append(f"all {of} SAE metrics equal those of {baseline.name} to the last digit: the change had no effect")
+        elif same:
+            found.append(f"equal to {baseline.name} to the last digit: {_listing(same)}")
+    return found
+
+
+def _identical(run: Run, other: Run) -> tuple[list[str], int]:
+    """Metrics of the SAE with equal values that can hardly be equal by chance, and the number of those both sides have."""
+    both = [m for m, v in run.means.items() if _telling(m, v) and other.means.get(m) is not None]
+    return [m for m in both if run.means[m] == other.means[m]], len(both)
+
+
+def _telling(metric: str, value: float | None) -> bool:
+    """Whether equality would tell anything: of the SAE, no count, and with more than the 8 significant bits of a bfloat16."""
+    if not isinstance(value, float) or LM_ONLY.search(metric) or COUNTED.search(metric):
+        return False
+    return not (math.frexp(value)[0] * 256).is_integer()
+
+
+def _leaf(run: Run, name: str) -> float | None:
+    """A core metric by its last name."""
+    return run.means.get(f"core.{name}")
+
+
+def _get(config: dict, key: str):
+    """A setting under its present or a former name."""
+    return next((config[name] for name in (key, *SHOWN.get(key, ())) if config.get(name) is not None), None)
+
+
+def _listing(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def stored_baselines(runs: Iterable[Run] | dict, asked: str | None = None) -> list[Run]:
+    """The baseline asked for by path or name, else the standard one of each model among the runs. FileNotFoundError."""
+    runs = _listed(runs)
+    if asked and Path(asked).exists():
+        return list(read(asked).values())
+    if asked and "/" in asked:
+        paths = {BASELINES / asked / "final_info.json"}
+    else:
+        paths = {baseline_for(run.config, asked or "standard") for run in runs} - {None}
+    paths = sorted(path for path in paths if path.is_file())
+    if asked and not paths:
+        models = {slug(run.config.get("model", "")) for run in runs}
+        stored = sorted(p.parent for p in BASELINES.glob("*/*/final_info.json"))
+        names = [p.name for p in stored if p.parent.name in models] if "/" not in asked else []
+        names = names or [p.relative_to(BASELINES).as_posix() for p in stored]
+        raise FileNotFoundError(f"no baseline named {asked!r}{_nearest(asked, names)}")
+    return [run for path in paths for run in read(path).values()]
+
+
+# ------------------------------------------------------------------------------------------------ judging
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One metric of one run against the baseline's: `verdict` better, worse, equal or ""; `beyond` two standard errors."""
+
+    difference: float | None = None
+    verdict: str = ""
+    beyond: str = ""  # yes, no, ? (standard error unknown)
+
+
+def judge(metric: str, run: Run, baseline: Run | None, direction: str) -> Judged:
+    """The difference run − baseline of a metric that both have; empty where one lacks it."""
+    a, b = run.means.get(metric), baseline and baseline.means.get(metric)
+    if a is None or b is None:
+        return Judged()
+    difference = a - b
+    if difference == 0:
+        return Judged(0.0, "equal", "no")
+    verdict = "" if not direction else "better" if (difference > 0) == (direction == "higher") else "worse"
+    errors = [side.stderrs[metric] for side in (run, baseline) if side.stderrs.get(metric) is not None]
+    beyond = "yes" if errors and abs(difference) > 2 * math.hypot(*errors) else "no"
+    if not errors or (len(errors) == 1 and beyond == "yes"):  # one side's error is a lower bound: enough for a no, not for a yes
+        beyond = "?"
+    return Judged(difference, verdict, beyond)
+
+
+def identity(config: dict) -> tuple:
+    """Model, layer and hook: runs that agree in them can be compared. The hook follows from the layer where it is not given."""
+    hook = config.get("hook_name") or f"blocks.{config.get('layer')}.hook_resid_post"
+    return slug(config.get("model", "")), config.get("layer"), hook
+
+
+def obstacles(run: Run, baseline: Run) -> tuple[list[str], dict[str, str]]:
+    """Why nothing can be compared (lines), and {eval: why} for single evals that ran with other settings."""
+    sides = zip(IDENTITY, identity(run.config), identity(baseline.config))
+    why = [f"{key} {a} / {b}" for key, a, b in sides if a != b]
+    if len(why) > 1 and run.config.get("layer") != baseline.config.get("layer"):
+        why = [line for line in why if not line.startswith("hook_name")]  # it names the layer once more
+    for side in (run, baseline):
+        why += [f"the {key} of {side.name} is uncertain" for key in IDENTITY if key in side.config.get("disagree", {})]
+    ours, theirs = (side.config.get("evals") for side in (run, baseline))
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return why, {}
+    settings = {}
+    for name in ours.keys() & theirs.keys():
+        a, b = ours[name], theirs[name]
+        different = sorted(k for k in a.keys() & b.keys() if a[k] != b[k] and not NO_MATTER.fullmatch(k))
+        if different:
+            settings[canonical(name)] = ", ".join(f"{k} {_short(a[k])} / {_short(b[k])}" for k in different)
+    return why, settings
+
+
+def _short(value) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{k}={v}" for k, v in value.items())
+    return f"{len(value)} items" if isinstance(value, list) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+@dataclass
+class Table:
+    """Lines that stand above, a header, rows of cells (the first `left` columns aligned left), lines below."""
+
+    above: list[str]
+    header: list[str]
+    rows: list[list[str]]
+    below: list[str]
+    left: int = 1
+
+
+def tables(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None, directions: dict[str, str],
+           everything: bool = False) -> list[Table]:
+    """One table per model, layer and hook: by metric for up to three runs, else one row per run; a sweep is sorted by L0."""
+    built = []
+    for compared, references, above in _groups(_listed(runs), _listed(baseline)):
+        sweep = len({run.path for run in compared}) < len(compared)
+        if sweep or len(compared) > 3:
+            built.append(_by_run(compared, references, directions, above, sweep))
+        else:
+            built.append(_by_metric(compared, references, directions, above, everything))
+    return built
+
+
+def _groups(runs: list[Run], stored: list[Run]) -> list[tuple[list[Run], list[Run], list[str]]]:
+    """(runs to compare, what with, lines to say) per model, layer and hook. Without any baseline the first run stands for it."""
+    groups: dict[tuple, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[identity(run.config)].append(run)
+    matched = {key: [b for b in stored if identity(b.config) == key] for key in groups}
+    found = []
+    for key, members in groups.items():
+        references = matched[key] or ([] if any(matched.values()) else stored)
+        if references or len(members) == 1 or len({run.path for run in members}) < len(members):
+            found.append((members, references, []))
+        else:
+            first = members[0]
+            found.append((members[1:], [first], [f"no stored baseline for {key[0] or 'this model'}: {first.name} stands for it",
+                                                 *(f"warning: {first.name}: {line}" for line in warnings(first))]))
+    return found
+
+
+def _listed(runs: Iterable[Run] | dict | None) -> list[Run]:
+    return list(runs.values() if isinstance(runs, dict) else runs or ())
+
+
+def _partner(run: Run, references: list[Run]) -> Run | None:
+    """The reference to compare with: of several, the one with the nearest L0."""
+    l0 = _leaf(run, "l0") or 0
+    return min(references, key=lambda b: abs((_leaf(b, "l0") or 0) - l0), default=None)
+
+
+def _by_metric(runs: list[Run], references: list[Run], known: dict[str, str], above: list[str], everything: bool) -> Table:
+    partners = [_partner(run, references) for run in runs]
+    distinct = list({id(p): p for p in partners if p}.values())
+    above, several, blocked, skipped = list(above), len(runs) > 1, [], []
+    above += [f"baseline: {p.name} ({_where(p.path)})" for p in distinct]
+    for run, partner in zip(runs, partners):
+        why, settings = obstacles(run, partner) if partner else ([], {})
+        blocked.append(bool(why) or partner is None)
+        skipped.append(settings)
+        of = f"{run.name}: " if several else ""
+        if why:
+            above.append(f"not compared: {of}{'; '.join(why)}")
+        above += [f"not compared: {of}{name} ({reason})" for name, reason in sorted(settings.items())]
+        if partner and (differs := _differences(run, partner)):
+            above.append(f"differs: {of}{differs}")
+    above += [f"warning: {line}" for line in (_noted(runs, partners) if several else warnings(runs[0], partners[0]))]
+
+    header = ["metric", *(["baseline"] if len(distinct) == 1 else [p.name for p in distinct])]
+    for run, block in zip(runs, blocked):
+        header += [run.name, *([] if block else ["difference", "verdict"] if several else ["difference", "verdict", "> 2 SE"])]
+    names = _ordered({m for run in (*runs, *distinct) for m, v in run.means.items() if v is not None})
+    shown = names if everything else [m for m in names if any(run.means.get(m) is not None for run in runs)][:HEADLINE_LINES]
+    rows = []
+    for metric in shown:
+        row = [_brief(metric) if several else metric, *(number(p.means.get(metric)) for p in distinct)]
+        for run, partner, block, settings in zip(runs, partners, blocked, skipped):
+            row.append(number(run.means.get(metric)))
+            if not block:
+                judged = judge(metric, run, partner, known.get(metric, ""))
+                if judged.difference is not None and metric.partition(".")[0] in settings:
+                    judged = Judged(None, "–")
+                difference = signed(judged.difference, run.means.get(metric), partner.means.get(metric))
+                beyond = {"yes": "*", "?": "?"}.get(judged.beyond, "") if several else judged.beyond
+                row += [difference, judged.verdict + beyond] if several else [difference, judged.verdict, beyond]
+        rows.append(row)
+    below = ["* by more than 2 standard errors, ? standard error unknown"] if several and not all(blocked) else []
+    if hidden := len(names) - len(shown):
+        below.append(f"{hidden} more metrics with --all")
+    return Table(above, header, rows, below)
+
+
+def _by_run(runs: list[Run], references: list[Run], known: dict[str, str], above: list[str], sweep: bool) -> Table:
+    partners = [_partner(run, references) for run in runs]
+    names, known_paths = _names(runs), {run.path for run in runs}
+    # a sweep's partner has another L0, so that a verdict on a single metric would mislead
+    judging = bool(references) and not sweep
+    measured = {m for run in runs for m, v in run.means.items() if v is not None and m.rpartition(".")[2] in HEADLINE}
+    metrics = sorted(_ordered(measured), key=lambda m: BY_RUN.index(_brief(m)) if _brief(m) in BY_RUN else len(BY_RUN))
+    rows, reasons = [], []
+    for reference in (r for r in references if r.path not in known_paths):
+        rows.append((reference, [f"{reference.name} (baseline)", *(number(reference.means.get(m)) for m in metrics)]))
+    for name, run, partner in zip(names, runs, partners):
+        why, settings = obstacles(run, partner) if partner else ([], {})
+        reasons.append([f"not compared: {reason}" for reason in (*why, *(f"{k} ({v})" for k, v in settings.items()))])
+        cells = [name]
+        for metric in metrics:
+            mark = " " * judging
+            if judging and not why and metric.partition(".")[0] not in settings:
+                judged = judge(metric, run, partner, known.get(metric, ""))
+                mark = {"yes": {"better": "+", "worse": "-"}.get(judged.verdict, " "), "?": "?"}.get(judged.beyond, " ")
+            cells.append(number(run.means.get(metric)) + mark)
+        rows.append((run, cells))
+    if sweep:
+        rows.sort(key=lambda row: (_leaf(row[0], "l0") is None, _leaf(row[0], "l0")))
+    lines = _collected(names, reasons) + [f"warning: {line}" for line in _noted(runs, partners)]
+    if len(lines) > 10:
+        lines[10:] = [f"warning: {len(lines) - 10} more lines like these, see the single runs"]
+    above = [*above, *(f"baseline: {_where(path)}" for path in dict.fromkeys(r.path for r in references)),
+             *["the frontier, by L0"] * sweep, *lines]
+    table = [["SAE", *(_brief(m).rpartition(".")[2] for m in metrics)], *(cells for _, cells in rows)]
+    widths = [max(map(len, column)) + 2 for column in zip(*table)]
+    fitting = max(2, sum(sum(widths[: i + 1]) - 2 <= WIDTH for i in range(len(widths))))
+    header, *rows = [cells[:fitting] for cells in table]
+    below = ["+ better, - worse, by more than 2 standard errors; ? standard error unknown"] if judging else []
+    return Table(above, header, rows, below)
+
+
+def _names(runs: list[Run]) -> list[str]:
+    """What to call runs beside each other: those of one file by their sections alone."""
+    one = len({run.path for run in runs}) == 1 and len(runs) > 1
+    return [run.name.removeprefix(file_label(run.path) + " ") if one else run.name for run in runs]
+
+
+def _brief(metric: str) -> str:
+    return re.sub(r"(top_\d+)_test_accuracy", r"\1", metric)
+
+
+def _collected(names: list[str], lines: list[list[str]]) -> list[str]:
+    """Each line once, with the names of the runs it is about."""
+    about = defaultdict(list)
+    for name, own in zip(names, lines):
+        for line in own:
+            about[line].append(name)
+    return [f"{line} — {_listing(found)}" for line, found in about.items()]
+
+
+def _noted(runs: list[Run], partners: list[Run | None]) -> list[str]:
+    """The warnings of several runs, with their names, and those about runs that are one and the same SAE."""
+    names, same = _names(runs), defaultdict(list)
+    for name, run in zip(names, runs):
+        same[tuple(sorted((m, v) for m, v in run.means.items() if _telling(m, v)))].append(name)
+    twins = [f"all SAE metrics of {_listing(found, 6)} are equal to the last digit: the same SAE"
+             for metrics, found in same.items() if metrics and len(found) > 1]
+    return twins + _collected(names, [warnings(run, partner) for run, partner in zip(runs, partners)])
+
+
+def all_warnings(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None) -> list[str]:
+    """The warnings of all runs, with the run's name where there are several."""
+    runs, found = _listed(runs), []
+    for compared, references, _ in _groups(runs, _listed(baseline)):
+        partners = [_partner(run, references) for run in compared]
+        found += _noted(compared, partners) if len(runs) > 1 else warnings(compared[0], partners[0])
+    return found
+
+
+def _differences(run: Run, baseline: Run) -> str:
+    pairs = ((key, _get(run.config, key), _get(baseline.config, key)) for key in SHOWN)
+    return ", ".join(f"{key} {_short(a)} / {_short(b)}" for key, a, b in pairs if a is not None and b is not None and a != b)
+
+
+def _ordered(metrics: Iterable[str]) -> list[str]:
+    """Headline metrics in their order, then the variant's own, the rest by name, and last what says nothing about the SAE."""
+    rank = {name: i for i, name in enumerate(HEADLINE)}
+
+    def key(metric):
+        other = 98 if metric.startswith("variant.") else 100 if LM_ONLY.search(metric) else 99
+        return rank.get(metric.rpartition(".")[2], other), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", metric)]
+
+    return sorted(metrics, key=key)
+
+
+def _where(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    path = path.parent if path.name == "final_info.json" else path
+    for folder in (Path.cwd(), BASELINES.parent.parent):
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------ printing
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, counts in full; – for what is missing."""
+    if value is None:
+        return "–"
+    if value == 0 or isinstance(value, int):
+        return f"{value:,.0f}"
+    return f"{value:.3e}" if not 1e-4 <= abs(value) < 1e7 else f"{value:,.{_decimals(value)}f}"
+
+
+def signed(difference: float | None, *sides: float) -> str:
+    """A difference with no more decimals than the values it comes from, unless nothing were left of it."""
+    if not difference:
+        return "" if difference is None else "0"
+    decimals = min(_decimals(difference), max(_decimals(v) for v in sides if v))
+    text = f"{difference:+,.{decimals}f}"
+    return text if float(text.replace(",", "")) else f"{difference:+.1e}"
+
+
+def _decimals(value: float) -> int:
+    return min(max(3 - math.floor(math.log10(abs(value))), 0), 8)
+
+
+def compare(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None, directions: dict[str, str],
+            everything: bool = False) -> str:
+    """The comparison as text of up to 100 columns for one run. `runs` and `baseline` may be what `read` returns."""
+    return "\n\n".join(_text(table) for table in tables(runs, baseline, directions, everything))
+
+
+def summary(path: str | Path) -> str:
+    """What a run prints at its end: the run of that folder against the stored standard baseline of its model."""
+    sections = read(path)
+    return compare(sections, stored_baselines(sections), directions())
+
+
+def _text(table: Table) -> str:
+    widths = [max(map(len, column)) for column in zip(table.header, *table.rows)]
+    align = [str.ljust if i < table.left or name == "verdict" else str.rjust for i, name in enumerate(table.header)]
+    lines = [line for text in table.above for line in textwrap.wrap(text, WIDTH, subsequent_indent="    ")]
+    for row in (table.header, *table.rows):
+        lines.append("  ".join(put(cell, width) for put, cell, width in zip(align, row, widths)).rstrip())
+    return "\n".join(lines + table.below)
+
+
+def _markdown(table: Table) -> str:
+    def row(cells):
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = row([":--" if i < table.left or name == "verdict" else "--:" for i, name in enumerate(table.header)])
+    parts = ["\n".join(f"- {line}" for line in table.above), "\n".join([row(table.header), rule, *map(row, table.rows)]),
+             "\n".join(table.below)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _csv(runs: list[Run], baseline: list[Run], known: dict[str, str]) -> str:
+    """Every metric of every run in full precision, one line each."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", "model", "layer", "metric", "value", "stderr", "baseline", "baseline_value", "baseline_stderr",
+                     "difference", "direction", "verdict", "beyond_2_se"])
+    for compared, references, _ in _groups(runs, baseline):
+        for run in compared if baseline else (*references, *compared):
+            partner = _partner(run, references)
+            why, settings = obstacles(run, partner) if partner else ([], {})
+            for metric, value in run.means.items():
+                judged = judge(metric, run, partner, known.get(metric, ""))
+                if judged.difference is not None and (why or metric.partition(".")[0] in settings):
+                    judged = Judged(None, "not compared")
+                theirs = [partner.name, partner.means.get(metric), partner.stderrs.get(metric)] if partner else [None] * 3
+                writer.writerow([run.name, run.config.get("model"), run.config.get("layer"), metric, value,
+                                 run.stderrs.get(metric), *theirs, judged.difference, known.get(metric, ""),
+                                 judged.verdict, judged.beyond])
+    return out.getvalue().rstrip("\n")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; 0 if something was compared, 1 with one line on stderr if not."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # the reader, head for one, has gone: nothing to say, not even when Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print(str(error).split("\n")[0], file=sys.stderr)
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        wrong = re.search(r"unrecognized arguments: (\S+)", message)
+        near = wrong and difflib.get_close_matches(wrong[1].split("=")[0], flags, 1, 0)
+        raise ValueError(f"unknown argument {wrong[1]}; the nearest is {near[0]}" if near else message)
+
+
+def _main(argv: list[str]) -> int:
+    parser = _Parser(prog="python -m runs.compare", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="run", help="run folder, or any JSON file that records runs")
+    parser.add_argument("--baseline", help="a stored baseline's name (standard, gemma-2-2b/topk) or a path; "
+                                           "default: standard, of the runs' own model")
+    parser.add_argument("--all", action="store_true", help="every metric")
+    parser.add_argument("--csv", action="store_true", help="one line per run and metric, in full precision")
+    parser.add_argument("--markdown", action="store_true", help="tables for a README")
+    options = parser.parse_args(argv)
+
+    runs, unreadable = [], []
+    for name in dict.fromkeys(options.runs):
+        if not Path(name).exists():
+            raise FileNotFoundError(f"no run named {name!r}" + _nearest(Path(name).name, _neighbours(Path(name))))
+        try:
+            runs += read(name).values()
+        except (ValueError, OSError) as error:
+            unreadable.append(str(error).split("\n")[0])
+    if not runs:
+        raise ValueError("; ".join(unreadable))
+    for line in unreadable:
+        print(f"left out: {line}", file=sys.stderr)
+    baseline = stored_baselines(runs, options.baseline)
+    known = directions()
+    if options.csv:
+        print(_csv(runs, baseline, known))
+    else:
+        show = _markdown if options.markdown else _text
+        print("\n\n".join(show(table) for table in tables(runs, baseline, known, options.all)))
+    return 0
+
+
+def _neighbours(path: Path) -> list[str]:
+    if not path.parent.is_dir():
+        return []
+    return sorted(p.name for p in path.parent.iterdir() if p.suffix == ".json" or (p / "final_info.json").is_file())
+
+
+def _nearest(wrong: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(wrong, names, 1, 0)
+    return f"; the nearest is {near[0]!r}" if near else "; there are none here"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

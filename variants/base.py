@@ -1,0 +1,322 @@
+"""The contract of a declarative SAE variant, and the mathematics that variants share.
+
+A variant is a file `variants/<name>.py` that defines `class SAE(base.SAE)` with
+
+    __init__(self, d_in, d_sae, k=40, ...)   keyword arguments = hyper-parameters (`--hyper k=64`)
+    encode(self, x)                          (..., d_in) -> (..., d_sae), any leading dimensions
+    loss(self, batch, progress)              -> (scalar, {"term": scalar tensor, ...})
+
+and may override `decode`, `decoder`, `initialise`, `after_step`, `parameter_groups`, `report`, `feature_groups`.
+
+Shapes: B tokens in a batch, D = d_in, F = d_sae, K features kept per token, N any number of rows.
+x_BD is the normalised activation (E‖x‖² = 1 over the stream), z_BF features, x_hat_BD the reconstruction, e_BD = x − x_hat.
+Reconstruction losses are summed over D and averaged over B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ------------------------------------------------------------------------------------------------ what a variant receives
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands when a batch is drawn; `step` counts from 0, tokens are those already trained on."""
+
+    step: int
+    total_steps: int
+    tokens: int
+    total_tokens: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, from 0 to just below 1."""
+        return self.step / self.total_steps
+
+    def warmup(self, steps: int, share: float) -> float:
+        """Linear ramp from 0 to 1 over `steps` optimiser steps, at most `share` of the run."""
+        return min(self.step / max(1.0, min(steps, share * self.total_steps)), 1.0)
+
+    def sparsity_warmup(self) -> float:
+        """The factor sp(t) on sparsity penalties: 5000 steps, at most a tenth of the run."""
+        return self.warmup(5000, 0.1)
+
+    def lr_factor(self) -> float:
+        """Learning-rate factor: 1000 steps of warm-up (at most 5 % of the run), linear decay over the last fifth."""
+        up = min((self.step + 1) / max(1.0, min(1000, 0.05 * self.total_steps)), 1.0)
+        return up * min((self.total_steps - self.step) / max(1.0, 0.2 * self.total_steps), 1.0)
+
+
+class Batch:
+    """One training batch: `x` [B, D], normalised; `tokens` and `positions` [B] only where the variant `needs_contexts`."""
+
+    def __init__(self, x: Tensor, **given: Tensor):
+        self.x = x
+        self.__dict__.update(given)
+
+    def __getattr__(self, name: str):  # reached only for what was not given: say so instead of handing out a None
+        raise AttributeError(f"the batch has no {name!r}: only x is given unless the variant declares it needs more\n"
+                             "declare needs_contexts = True (tokens, positions) in the variant's SAE class")
+
+
+# ------------------------------------------------------------------------------------------------ the base class
+
+
+class SAE(nn.Module):
+    """Base of every variant: tied unit-norm initialisation, linear decoder, declared training recipe, dead-feature counters.
+
+    Parameters: W_enc [D, F], b_enc [F], W_dec [F, D] (rows are features), b_dec [D]. Override what the paper changes.
+    """
+
+    unit_norm_decoder = False  # project the decoder's gradient, renormalise its rows after each step
+    grad_clip: float | None = None  # maximal global gradient norm
+    adam_betas = (0.9, 0.999)
+    default_lr = 3e-4  # learning rate where neither the user nor the profile sets one; may be a property of the widths
+    needs_contexts = False  # batches of whole, ordered contexts with tokens and positions
+    attention_layers: tuple[int, ...] = ()  # attention patterns of these layers, relative to the SAE's own
+    no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
+    saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
+
+    def __init__(self, d_in: int, d_sae: int, decoder_norm: float = 1.0):
+        super().__init__()
+        self.d_in, self.d_sae = d_in, d_sae
+        W_dec_FD = decoder_norm * F.normalize(torch.randn(d_sae, d_in), dim=1)
+        self.W_dec = nn.Parameter(W_dec_FD)
+        self.W_enc = nn.Parameter(W_dec_FD.T.clone().contiguous())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        # int64: a feature's age in tokens passes 2**31 in long runs
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self._fired_F: Tensor | None = None
+
+    # -- the model
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """(x − b_dec)·W_enc + b_enc, shape (..., F); the bias is folded first, which saves the product for b_dec's gradient."""
+        bias_F = self.b_enc - self.b_dec @ self.W_enc
+        return x.to(self.W_enc.dtype) @ self.W_enc + bias_F
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features (..., F) of activations (..., D)."""
+        return F.relu(self.pre_activations(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction (..., D) of features (..., F)."""
+        return z @ self.W_dec + self.b_dec
+
+    def loss(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss of one batch and its named terms, all scalar tensors."""
+        raise TypeError(f"{type(self).__module__}: the class SAE defines no loss(self, batch, progress)\n"
+                        "return (scalar loss, {'term': tensor, ...})")
+
+    @property
+    def decoder(self) -> Tensor:
+        """The linear decoder as evals see it, [number of features, D]."""
+        return self.W_dec
+
+    # -- hooks a variant may override
+
+    def initialise(self, x_ND: Tensor) -> None:
+        """Called once before training with normalised activations of the first block."""
+
+    def after_step(self, batch: Batch, progress: Progress) -> None:
+        """Called after each optimiser step, without gradient."""
+
+    def parameter_groups(self, lr: float) -> list[dict]:
+        """Adam's parameter groups."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
+
+    def report(self, context: dict) -> tuple[dict[str, float], dict[str, object]]:
+        """Own measurements ({name: number}, into final_info as `variant.<name>`) and files ({name: bytes or str})."""
+        return {}, {}
+
+    def feature_groups(self) -> list[list[int]] | None:
+        """Groups of features that belong together (used by unlearning), or None."""
+        return None
+
+    # -- dead features
+
+    def note_fired(self, z_BF: Tensor) -> None:
+        """Remember which features this batch fired; the counters move once per step, in `count_step`."""
+        self._fired_F = (z_BF.detach() > 0).flatten(0, -2).any(0)
+
+    def note_fired_indices(self, z_BK: Tensor, index_BK: Tensor) -> None:
+        """The same for the sparse form: kept values and their feature numbers."""
+        fired_F = torch.zeros(self.d_sae, device=z_BK.device, dtype=z_BK.dtype)
+        # amax over the kept values has no data-dependent shape, so nothing waits for the device
+        fired_F.scatter_reduce_(0, index_BK.flatten(), z_BK.detach().flatten(), "amax")
+        self._fired_F = fired_F > 0
+
+    @torch.no_grad()
+    def count_step(self, tokens: int) -> None:
+        """Age every feature by a batch and reset those that fired; called by the trainer once per step."""
+        if self._fired_F is not None:
+            self.tokens_since_fired += tokens
+            self.tokens_since_fired.masked_fill_(self._fired_F, 0)
+            self._fired_F = None
+
+    def dead_features(self, progress: Progress) -> Tensor:
+        """Mask [F] of features silent for 10 M tokens, or for a tenth of a run shorter than 100 M (VARIANTS, auxk)."""
+        return self.tokens_since_fired >= min(10_000_000, progress.total_tokens // 10)
+
+
+# ------------------------------------------------------------------------------------------------ shared mathematics
+
+
+def reconstruction_loss(e_BD: Tensor) -> Tensor:
+    """‖e‖²: summed over D, averaged over B, in fp32."""
+    return e_BD.to(torch.promote_types(e_BD.dtype, torch.float32)).pow(2).sum(-1).mean()
+
+
+class _KeptActivations(torch.autograd.Function):
+    """acts_BF at index_BK, differentiable in x, W_enc and the bias along the kept entries alone: K/F of the dense gradient's work."""
+
+    @staticmethod
+    def forward(ctx, x_BD, W_enc_DF, bias_F, acts_BF, index_BK):
+        kept_BK = acts_BF.gather(1, index_BK)
+        ctx.save_for_backward(x_BD, W_enc_DF, index_BK, kept_BK > 0)
+        return kept_BK
+
+    @staticmethod
+    def backward(ctx, grad_BK):
+        x_BD, W_enc_DF, index_BK, positive_BK = ctx.saved_tensors
+        grad_BK = grad_BK * positive_BK  # ReLU
+        d_bias_F = grad_BK.new_zeros(W_enc_DF.shape[1]).index_add_(0, index_BK.flatten(), grad_BK.flatten())
+        # dW_encᵀ[f] = Σ over kept (b, k) with index f of grad·x[b]: just what embedding_bag accumulates for its table
+        with torch.enable_grad():
+            table_FD = grad_BK.new_zeros(W_enc_DF.shape[::-1]).requires_grad_()
+            bag_BD = F.embedding_bag(index_BK, table_FD, per_sample_weights=grad_BK.detach(), mode="sum")
+        (d_table_FD,) = torch.autograd.grad(bag_BD, table_FD, x_BD)
+        d_x_BD = decode_sparse(grad_BK, index_BK, W_enc_DF.T) if ctx.needs_input_grad[0] else None
+        return d_x_BD, d_table_FD.T, d_bias_F, None, None
+
+
+def dense_activations(sae: SAE, x_BD: Tensor) -> Tensor:
+    """ReLU(z_pre) [B, F], to choose features from; on the CPU without a graph, since `kept_activations` has its own gradient."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and x_BD.device.type != "cpu"):
+        return F.relu(sae.pre_activations(x_BD))
+
+
+def kept_activations(sae: SAE, x_BD: Tensor, acts_BF: Tensor, index_BK: Tensor) -> Tensor:
+    """The activations chosen by index_BK, [B, K], with the gradient of ReLU((x − b_dec)·W_enc + b_enc) at those entries."""
+    if x_BD.device.type == "cpu":
+        return _KeptActivations.apply(x_BD, sae.W_enc, sae.b_enc - sae.b_dec @ sae.W_enc, acts_BF, index_BK)
+    return acts_BF.gather(1, index_BK)
+
+
+def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Tensor) -> Tensor:
+    """Auxiliary loss that revives dead features (Gao et al. 2024, appendix A.2).
+
+    The D/2 largest activations *before* top-k among the dead reconstruct the residual e; the error is divided by e's
+    variance. Ranking after top-k instead, where dead features are exactly 0, leaves the term without any gradient.
+    """
+    if dead_F.device.type == "cpu" and not dead_F.any():  # the CPU may look without waiting; a GPU computes a plain 0
+        return e_BD.new_zeros(())
+    k_aux = min(sae.d_in // 2, sae.d_sae)
+    index_BK = acts_BF.detach().masked_fill(~dead_F, -1.0).topk(k_aux, dim=-1, sorted=False).indices
+    z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]  # fewer dead features than k_aux: the rest is 0
+    target_BD = e_BD.detach()
+    error = reconstruction_loss(target_BD - decode_sparse(z_BK, index_BK, sae.W_dec))
+    variance = (target_BD - target_BD.mean(0)).pow(2).sum(-1).mean()
+    return (error / variance.clamp_min(1e-12)) * dead_F.any()
+
+
+def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """Σ_k z[b,k]·W_dec[index[b,k]], shape [B, D].
+
+    On the CPU `embedding_bag` reads only the rows used (half the time of the dense product at F = 2304); on a GPU the
+    dense product is faster below a width of about 65k.
+    """
+    if z_BK.device.type == "cpu":
+        return F.embedding_bag(index_BK, W_dec_FD, per_sample_weights=z_BK.to(W_dec_FD.dtype), mode="sum")
+    z_BF = torch.zeros(z_BK.shape[0], W_dec_FD.shape[0], device=z_BK.device, dtype=z_BK.dtype)
+    return z_BF.scatter(1, index_BK, z_BK) @ W_dec_FD
+
+
+def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """Weiszfeld's algorithm for the point with the smallest mean distance to the rows of x, shape [D]."""
+    x_ND = x_ND.double()
+    median_D = x_ND.mean(0)
+    for _ in range(iterations):
+        weight_N = 1.0 / (x_ND - median_D).norm(dim=1).clamp_min(1e-12)
+        new_D = (weight_N[:, None] * x_ND).sum(0) / weight_N.sum()
+        moved, median_D = (new_D - median_D).norm(), new_D
+        if moved < tolerance * median_D.norm():
+            break
+    return median_D.float()
+
+
+@torch.no_grad()
+def project_decoder_gradient(W_dec_FD: nn.Parameter) -> None:
+    """Remove from each decoder row's gradient its part along the row (rows are features: axis 1, not 0)."""
+    if W_dec_FD.grad is not None:
+        row_FD = F.normalize(W_dec_FD, dim=1)
+        W_dec_FD.grad -= (W_dec_FD.grad * row_FD).sum(1, keepdim=True) * row_FD
+
+
+@torch.no_grad()
+def normalise_decoder(W_dec_FD: nn.Parameter) -> None:
+    """Give each decoder row unit norm, in place."""
+    W_dec_FD /= W_dec_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+@torch.no_grad()
+def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float = 0.999) -> None:
+    """Moving average of the smallest positive activation a batch kept (0-d tensors), after 1000 steps or 5 % of the run.
+
+    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low.
+    """
+    if progress.step >= min(1000, 0.05 * progress.total_steps):
+        smallest = torch.where(kept > 0, kept, torch.inf).amin().to(theta.dtype)
+        new = torch.where(theta < 0, smallest, theta.lerp(smallest, 1 - decay))
+        theta.copy_(torch.where(smallest.isfinite(), new, theta))
+
+
+# ------------------------------------------------------------------------------------------------ a trained SAE, as evals see it
+
+
+class TrainedSAE(nn.Module):
+    """A trained variant that takes *raw* activations and has unit-norm decoder rows, whatever its own scales are.
+
+    encode: (..., D) any float dtype -> (..., F) fp32; decode: (..., F) -> (..., D) fp32. `scale` is the factor by which the
+    training activations were divided; features are multiplied by it and by their decoder row's norm.
+    """
+
+    def __init__(self, sae: SAE, scale: float):
+        super().__init__()
+        self.sae = sae.eval().requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(float(scale)))
+        norm_F = sae.decoder.detach().float().norm(dim=1)
+        # a row of zeros stays as it is: dividing by its norm would make NaN of a dead feature
+        self.register_buffer("gain_F", scale * torch.where(norm_F > 0, norm_F, torch.ones_like(norm_F)))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        return self.sae.encode(x.to(self.gain_F) / self.scale).float() * self.gain_F
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        return self.sae.decode(z.to(self.gain_F) / self.gain_F).float() * self.scale
+
+    @property
+    def W_dec(self) -> Tensor:
+        """Decoder rows of unit norm, [F, D]."""
+        return self.sae.decoder.detach().float() * (self.scale / self.gain_F)[:, None]
+
+    @property
+    def W_enc(self) -> Tensor | None:
+        """Encoder [D, F] on raw activations where the variant has one of that shape, else None."""
+        W = getattr(self.sae, "W_enc", None)
+        ok = W is not None and W.shape == (self.sae.d_in, len(self.gain_F))
+        return W.detach().float() * (self.gain_F / self.scale) if ok else None
+
+    @property
+    def b_enc(self) -> Tensor | None:
+        """Encoder bias [F] in raw units where the variant has one, else None."""
+        b = getattr(self.sae, "b_enc", None)
+        return b.detach().float() * self.gain_F if b is not None and b.shape == self.gain_F.shape else None

@@ -1,0 +1,519 @@
+"""Preflight of a variant: a few training steps on synthetic data, on the CPU, in seconds, before anything expensive.
+
+Every failure is one exception whose message is "file.py:line: what is wrong\\nwhat to do". The trial itself is in trial.py,
+the memory forecast in memory.py, the wording in messages.py; here is what is demanded.
+
+Shapes: B tokens, D = d_in, F = number of features.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import variants
+from variants import base, memory
+from variants.memory import Sizes
+from variants.messages import Variant, assigned, at, attempting, computed, declared, defined, described, fail, where
+from variants.trial import (
+    STEPS,
+    Evidence,
+    Plan,
+    build,
+    duplicate,
+    examine,
+    initialised,
+    make_plan,
+    measured_losses,
+    one_thread,
+    pretend_dead,
+    random_state,
+    read,
+    reseed,
+    smallest,
+    train,
+)
+
+ALWAYS_ON = 0.9  # share of features active on the average token that is no sparse code any more
+MODULE_INTERNALS = set(vars(torch.nn.Module()))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the check found out, at the real sizes: bytes of memory and lines worth telling."""
+
+    parameters: int  # number of trainable and fixed parameters
+    parameter_bytes: int
+    buffer_bytes: int
+    step_peak_bytes: int  # most alive at once in loss, backward and after_step, besides parameters, gradients and optimiser
+    largest: tuple[int, tuple[int, ...], str]  # bytes, shape and "file.py:line" of the largest tensor of a step
+    notes: list[str]
+
+
+def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total_steps: int, lr: float | None, seed: int,
+        train_step: Callable, make_optimizer: Callable, reference_files: Iterable = (), allow_identical: bool = False,
+        accelerator: bool = False) -> Findings:
+    """Check a variant, by name or path, for training at the given real sizes; raises on the first thing that is wrong.
+
+    `train_step(sae, optimizer, batch, progress, lr)` and `make_optimizer(sae, lr)` are the training loop's. `reference_files`
+    are variants from which this one must differ in effect, unless `allow_identical`. With `accelerator` the memory forecast
+    is for a GPU, where shared functions take other paths.
+    """
+    if total_steps < 1:
+        raise ValueError(f"{total_steps} training steps: there are fewer tokens than one batch of {batch_size}\n"
+                         "raise --num_tokens or lower --batch_size")
+    if lr is not None and not lr > 0:
+        raise ValueError(f"the learning rate is {lr}: nothing would be trained\nset --lr to a positive number, such as 3e-4")
+    v = read(name, hyper)
+    check_signatures(v)
+    with random_state(seed), one_thread():
+        sae, sizes = smallest(v, d_sae)
+        refuse_undelivered(v, sae)
+        plan = make_plan(sizes, batch_size, total_steps, seed, train_step, make_optimizer)
+        sae = initialised(v, sizes, plan)
+        check_decoder(v, sae)
+        evidence = Evidence()
+        zero_weights = [n for n, p in sae.named_parameters() if p.ndim > 1 and not p.any()]
+        start = {n: p.detach().clone() for n, p in sae.named_parameters()}
+        before = measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
+        losses = list(train(v, sae, plan, lambda *step: examine(v, evidence, *step)))
+        after = measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
+
+        z_BF = check_encode(v, sae, plan)
+        check_features(v, z_BF, zero_weights)
+        notes = check_gradients(v, sae, evidence)
+        check_moved(v, sae, start, evidence)
+        check_falls(v, before, after, plan)
+        check_silent(v, sae, plan)
+        notes += check_shapes(v, sae, plan, z_BF)
+        notes += check_saved(v, sae, plan, z_BF)
+        check_scale(v, sae, plan)
+        notes += check_identical(v, sae, plan, losses, z_BF, reference_files, allow_identical)
+        notes += accelerator_notes(v, sae, plan)
+        figures = forecast(v, sizes, Sizes(batch_size, d_in, d_sae), plan, accelerator)
+    n_bytes, shape, line = figures.largest
+    place = "the backward pass" if line is None else at(v, assigned(v, line) if isinstance(line, str) else line)
+    notes += [f"{at(v, line)} waits for the GPU in every step (.item(), float(), a condition on a tensor, or a mask as an index)"
+              for line in sorted(figures.waits)]
+    return Findings(figures.parameters, figures.parameter_bytes, figures.buffer_bytes, figures.peak_bytes,
+                    (n_bytes, shape, place), notes)
+
+
+def too_large(findings: Findings, limit_bytes: int) -> str | None:
+    """The message, if parameters with gradients and Adam's moments, buffers and a step need more than `limit_bytes`."""
+    need = 4 * findings.parameter_bytes + findings.buffer_bytes + findings.step_peak_bytes
+    if need <= limit_bytes:
+        return None
+    n_bytes, shape, place = findings.largest
+    return (f"a tensor of shape {list(shape)} ({n_bytes / 2**30:.1f} GiB) at {place} is the largest; training needs "
+            f"{need / 2**30:.1f} GiB, {findings.step_peak_bytes / 2**30:.1f} GiB of it in a step; the machine has "
+            f"{limit_bytes / 2**30:.1f} GiB\n"
+            "reduce --batch_size or --d_sae, or make that tensor smaller: a sample of rows, one chunk at a time, only the pairs needed")
+
+
+# ------------------------------------------------------------------------------------------------ the contract
+
+
+def check_signatures(v: Variant) -> None:
+    """encode and loss can be called the way training and the evals call them."""
+    if v.module.SAE.loss is base.SAE.loss:
+        fail(v, defined(v, "loss"), "the class SAE defines no loss", "write def loss(self, batch, progress): … "
+             "return loss, {'term': tensor, …}; see variants/topk.py")
+    for method, wanted in (("encode", "(self, x)"), ("loss", "(self, batch, progress)"), ("decode", "(self, z)"),
+                           ("after_step", "(self, batch, progress)"), ("initialise", "(self, x_ND)")):
+        signature = inspect.signature(getattr(v.module.SAE, method))
+        try:
+            signature.bind(*[None] * len(wanted.split(",")))
+        except TypeError:
+            fail(v, defined(v, method), f"{method}{signature} has the wrong arguments, it is called as {method}{wanted}",
+                 f"write def {method}{wanted}:")
+
+
+def refuse_undelivered(v: Variant, sae: base.SAE) -> None:
+    """What a variant may declare and this trainer does not deliver is refused, never passed as a silent None."""
+    for attribute, wanted in (("needs_contexts", "ordered contexts"), ("attention_layers", "attention patterns")):
+        if getattr(sae, attribute):
+            fail(v, declared(v, attribute), f"{attribute} = {getattr(sae, attribute)!r} asks for {wanted}, which training "
+                 "does not deliver: its batches are shuffled tokens", f"remove {attribute} and work with batch.x alone")
+
+
+# ------------------------------------------------------------------------------------------------ what the steps have shown
+
+
+def reconstruction_error(v: Variant, sae: base.SAE, plan: Plan) -> float | None:
+    """‖x − x_hat‖² of the held-out batch, summed over D, averaged over B; None where encode does not return features."""
+    probe = duplicate(sae).eval()
+    with torch.no_grad(), random_state(plan.seed), attempting(v, "in encode and decode on [tokens, d_in]", plan.sizes):
+        z_BF = probe.encode(plan.x_BD)
+        return base.reconstruction_loss(plan.x_BD - probe.decode(z_BF)).item() if isinstance(z_BF, Tensor) else None
+
+
+def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str]) -> None:
+    """Some features fire, and not all of them always."""
+    line = defined(v, "encode") if v.module.SAE.encode is not base.SAE.encode else defined(v, "__init__")
+    if not (z_BF > 0).any():
+        if zero_weights:
+            fail(v, assigned(v, zero_weights[0]) or line, f"no feature ever fires: {' and '.join(zero_weights)} "
+                 f"start{'s' if len(zero_weights) == 1 else ''} as all zeros, so no gradient flows",
+                 "start from random rows, as base.SAE does, with W_enc = W_dec transposed")
+        fail(v, line, f"no feature ever fires: encode gives only zeros after {STEPS} steps (activations have E‖x‖² = 1)",
+             "lower the threshold or the penalty, or check the sign of the bias and the initialisation")
+    active = (z_BF != 0).float().mean().item()
+    if active > ALWAYS_ON:
+        fail(v, line, f"{active:.0%} of the features are active on the average token: this is no sparse code",
+             "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it")
+
+
+def check_gradients(v: Variant, sae: base.SAE, evidence: Evidence) -> list[str]:
+    """Every parameter and every loss term takes part in training, unless declared in no_gradient or ablated by a zero."""
+    ablated = [f"{key}={value}" for key, value in v.given.items() if isinstance(value, (bool, int, float)) and value == 0]
+    notes = []
+
+    def report(line, what, advice):
+        if not ablated:
+            fail(v, line, what, advice)
+        notes.append(f"{at(v, line)}: {what} (with {', '.join(ablated)})")
+
+    for term in evidence.terms:
+        if term in sae.no_gradient:
+            continue
+        line = computed(v, term)
+        if term not in evidence.differentiable:
+            report(line, f"the loss term {term!r} has no gradient in any of {STEPS} steps: it is detached, a constant or a comparison",
+                   f"compute it from parameters without .detach(), .item() or >; or list it: no_gradient = ({term!r},)")
+        elif term not in evidence.effective:
+            report(line, f"the gradient of the loss term {term!r} is exactly 0 in all of {STEPS} steps",
+                   f"it has no effect on any parameter: check what it is computed from, or list it: no_gradient = ({term!r},)")
+        elif term in evidence.weighted:
+            continue
+        elif term in evidence.outside:
+            report(line, f"the loss term {term!r} is returned but never added to the loss",
+                   f"add it with its weight; or, if it is only to be logged, list it: no_gradient = ({term!r},)")
+        elif term in evidence.unclear:
+            notes.append(f"{at(v, line)}: the loss does not contain the tensor returned as {term!r}; if it is not added in another "
+                         "form, it has no effect")
+        else:
+            report(line, f"the loss term {term!r} is multiplied by 0 in all of {STEPS} steps, from the start of the run to its end",
+                   "give it a weight above 0, or take it out")
+    for name, parameter in sae.named_parameters():
+        if parameter.requires_grad and name not in evidence.trained and name not in sae.no_gradient:
+            own = assigned(v, name)
+            report(own or defined(v, "loss"), f"the parameter {name} gets no gradient in any of {STEPS} steps",
+                   "use it in loss" + ("" if own else f", drop it (del self.{name} in __init__)")
+                   + f", or list it: no_gradient = ({name!r},)")
+    return notes
+
+
+def check_moved(v: Variant, sae: base.SAE, start: dict[str, Tensor], evidence: Evidence) -> None:
+    """Parameters with a gradient are also given to the optimiser."""
+    for name, parameter in sae.named_parameters():
+        if name in evidence.trained and name not in sae.no_gradient and torch.equal(parameter, start.get(name, parameter)):
+            fail(v, defined(v, "parameter_groups"), f"the parameter {name} has a gradient but never changes",
+                 "return it from parameter_groups, and do not write its old value back in after_step")
+
+
+def check_falls(v: Variant, before: tuple[list[float], float], after: tuple[list[float], float], plan: Plan) -> None:
+    """Training lowers the loss, as the beginning, the middle or the end of the run defines it, and not at x_hat's expense."""
+    advice = "check the sign of every term and of every gradient written by hand, and what is detached"
+    if not any(late < early for early, late in zip(before[0], after[0])) and not learns_by_heart(v, plan):
+        fail(v, defined(v, "loss"), f"the loss does not fall: {before[0][1]:.4g} before, {after[0][1]:.4g} after {STEPS} steps on "
+             "synthetic data", advice)
+    if after[1] > max(before[1], 1.0):
+        fail(v, defined(v, "loss"), f"the reconstruction gets worse while the loss falls: ‖x − x_hat‖² is {before[1]:.4g} before and "
+             f"{after[1]:.4g} after {STEPS} steps, where 1 is no better than x_hat = 0", advice)
+
+
+def learns_by_heart(v: Variant, plan: Plan) -> bool:
+    """Whether the loss of one batch falls when that batch is all there is: a second chance where k is 1 or the penalty strong."""
+    middle = plan.points[STEPS // 2]
+    plan = dataclasses.replace(plan, x_SBD=plan.x_BD.expand(STEPS, -1, -1), points=[middle] * STEPS, learning_rate=1e-3, dead_at=())
+    losses = list(train(v, initialised(v, plan.sizes, plan), plan))
+    return losses[-1] < losses[0]
+
+
+def check_silent(v: Variant, sae: base.SAE, plan: Plan) -> None:
+    """Features that never fire and a token on which none does, both common in real training, give no NaN."""
+    quiet, x_BD = duplicate(sae), plan.x_BD.clone()
+    with torch.no_grad():
+        if getattr(quiet, "b_enc", None) is not None:
+            quiet.b_enc.clamp_(max=0)
+            quiet.b_enc[: len(quiet.b_enc) // 3] = -1e3
+        if getattr(quiet, "b_dec", None) is not None and quiet.b_dec.shape == x_BD[0].shape:
+            x_BD[0] = quiet.b_dec
+    with random_state(plan.seed):
+        examine(v, Evidence(), quiet, base.Batch(x=x_BD), plan.points[-1], "where some features never fire and a token has none")
+
+
+# ------------------------------------------------------------------------------------------------ encode and decode
+
+
+def check_decoder(v: Variant, sae: base.SAE) -> None:
+    with attempting(v, "reading the property decoder", line=defined(v, "decoder")):
+        decoder = sae.decoder
+    if not (isinstance(decoder, Tensor) and decoder.ndim == 2 and decoder.shape[1] == sae.d_in):
+        fail(v, defined(v, "decoder"), f"decoder is {described(decoder)}, not [number of features, d_in = {sae.d_in}]",
+             "rows are features: return W_dec of shape [d_sae, d_in], several decoders concatenated along dim 0")
+
+
+def matches(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding; a few entries may differ where rounding changes which of two near-equal features is kept."""
+    return a.shape == b.shape and ((a - b).abs() > 1e-4 * a.abs().max().clamp_min(1e-12)).float().mean().item() < 5e-4
+
+
+@torch.no_grad()
+def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
+    """encode on [B, D] gives a tensor [B, F], the same each time, and changes nothing; returns it."""
+    probe, line = duplicate(sae).eval(), defined(v, "encode")
+    with attempting(v, "in encode on [tokens, d_in]", plan.sizes):
+        state = {k: t.clone() for k, t in probe.state_dict().items()}
+        z_BF = probe.encode(plan.x_BD)
+    if not isinstance(z_BF, Tensor):
+        fail(v, line, f"encode returned {described(z_BF)} instead of one tensor of features",
+             "return z alone; what loss needs besides belongs into another method")
+    width = len(probe.decoder)
+    if z_BF.shape != (plan.sizes.B, width):
+        fail(v, line, f"encode gave shape {list(z_BF.shape)} for x [{plan.sizes.B}, {plan.sizes.D}]; the decoder has {width} rows",
+             "encode must return one number per decoder row: (..., d_in) -> (..., number of features)")
+    if not z_BF.isfinite().all():
+        fail(v, line, "encode gives NaN or infinity", "guard divisions, roots and logarithms of 0")
+    with attempting(v, "in encode on [tokens, d_in]", plan.sizes):
+        again_BF = probe.encode(plan.x_BD)
+    changed = [k for k, t in probe.state_dict().items() if not torch.equal(t, state[k])]
+    if changed:
+        fail(v, line, f"encode changes {', '.join(changed)}: evals would alter the SAE they measure",
+             "move the update into loss or after_step")
+    if not torch.equal(z_BF, again_BF):
+        fail(v, line, "encode gives different features for the same x", "no noise or dropout in encode unless self.training")
+    return z_BF
+
+
+@torch.no_grad()
+def check_shapes(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[str]:
+    """encode and decode on [batch, context, ·] and in bf16 agree with [tokens, ·]."""
+    B, D, _ = plan.sizes
+    probe, contexts = duplicate(sae).eval(), (8, B // 8)
+    advice = "training passes [tokens, d_in], evals [batch, context, d_in]: work along dim=-1 and do not unpack x.shape"
+    with attempting(v, f"in encode on [batch, context, d_in] = {[*contexts, D]}; [tokens, d_in] works", plan.sizes):
+        z = probe.encode(plan.x_BD.reshape(*contexts, D))
+    if not isinstance(z, Tensor) or z.shape != (*contexts, z_BF.shape[1]):
+        fail(v, defined(v, "encode"), f"encode gave {described(z)} for x {[*contexts, D]}", advice)
+    if not matches(z_BF, z.reshape(z_BF.shape)):
+        fail(v, defined(v, "encode"), f"encode gives other features for x {[*contexts, D]} than for the same tokens as {[B, D]}", advice)
+    with attempting(v, "in decode on [tokens, features]", plan.sizes):
+        x_hat_BD = probe.decode(z_BF)
+    with attempting(v, f"in decode on [batch, context, features] = {list(z.shape)}; [tokens, features] works", plan.sizes):
+        x_hat = probe.decode(z)
+    for shape, found in (((B, D), x_hat_BD), ((*contexts, D), x_hat)):
+        if not isinstance(found, Tensor) or found.shape != shape:
+            fail(v, defined(v, "decode"), f"decode gave {described(found)} where {list(shape)} was due", advice)
+    if not matches(x_hat_BD, x_hat.reshape(B, D)):
+        fail(v, defined(v, "decode"), "decode gives another reconstruction for [batch, context, features] than for [tokens, features]",
+             advice)
+    trained = base.TrainedSAE(probe, 1.0)
+    with attempting(v, "in encode on bf16 activations", plan.sizes):
+        bf16 = trained.encode(plan.x_BD.bfloat16())
+    if not torch.equal(bf16, trained.encode(plan.x_BD.bfloat16().float())):
+        fail(v, defined(v, "encode"), "encode gives other features for bf16 activations than for the same numbers in fp32",
+             "compute in the dtype of the weights")
+    notes = []
+    if not matches(z_BF[: B // 4], probe.encode(plan.x_BD[: B // 4])):
+        notes.append(f"{at(v, defined(v, 'encode'))}: a token's features depend on the other tokens passed with it, and evals pass others")
+    if not matches(x_hat_BD - probe.decode(torch.zeros_like(z_BF)), z_BF @ probe.decoder):
+        notes.append(f"{at(v, defined(v, 'decode'))}: decode(z) is not z @ decoder plus a constant; evals that use decoder rows "
+                     "see other directions")
+    return notes
+
+
+@torch.no_grad()
+def check_saved(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[str]:
+    """The state dict alone, loaded into a fresh SAE, gives the same features, and the same loss to go on from."""
+    reseed(plan.seed + 1)
+    fresh = build(v, plan.sizes)
+    try:
+        fresh.load_state_dict({k: t.clone() for k, t in sae.state_dict().items()})
+    except RuntimeError as error:
+        fail(v, defined(v, "__init__"), f"a saved SAE does not load: {' '.join(str(error).split())[:200]}",
+             "create every parameter and buffer in __init__, with its final shape")
+    fresh.train(sae.training)
+    if lost := state_outside(sae, fresh, lambda model: duplicate(model).eval().encode(plan.x_BD)):
+        fail(v, assigned(v, lost), f"a saved and loaded SAE gives other features: {lost} is learned, but it is no parameter or buffer",
+             f'use self.register_buffer("{lost.split(".")[-1]}", torch.tensor(…)) and change it in place')
+
+    def loss(model):
+        with torch.enable_grad():
+            return duplicate(model).loss(base.Batch(x=plan.x_BD), plan.points[-1])[0].detach()
+
+    lost = state_outside(sae, fresh, loss, plan.seed)
+    return [f"{at(v, assigned(v, lost))}: {lost} changes in training but is no parameter or buffer: an interrupted run cannot "
+            "continue exactly"] if lost else []
+
+
+def state_outside(sae: base.SAE, fresh: base.SAE, compute: Callable, seed: int = 0) -> str | None:
+    """Which attribute, lost by saving, `compute(model)` depends on; None if nothing is lost."""
+    def result(model):
+        with random_state(seed):
+            return compute(model)
+
+    wanted = result(sae)
+    if torch.equal(wanted, result(fresh)):
+        return None
+    modules = dict(fresh.named_modules())
+    tried = []
+    for prefix, module in sae.named_modules():
+        plain = {k: value for k, value in vars(module).items() if k not in MODULE_INTERNALS}
+        plain.update({k: module._buffers[k] for k in module._non_persistent_buffers_set})
+        for name, value in plain.items():
+            if prefix not in modules or same(value, getattr(modules[prefix], name, None)):
+                continue
+            setattr(modules[prefix], name, copy.copy(value))
+            tried.append(f"{prefix}.{name}".lstrip("."))
+            if torch.equal(wanted, result(fresh)):
+                return tried[-1]
+    return ", ".join(tried) or "something"
+
+
+def same(a, b) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    try:
+        return bool(a == b)
+    except Exception:  # noqa: BLE001  whatever cannot be compared counts as different
+        return False
+
+
+def check_scale(v: Variant, sae: base.SAE, plan: Plan) -> None:
+    """On activations three times as large, a trained SAE's features are three times as large."""
+    one, three = (base.TrainedSAE(duplicate(sae), scale) for scale in (1.0, 3.0))
+    if not matches(3 * one.encode(plan.x_BD), three.encode(3 * plan.x_BD)):
+        fail(v, defined(v, "encode"), "features do not scale with the normalisation",
+             "encode must depend on x, the parameters and the buffers alone")
+
+
+# ------------------------------------------------------------------------------------------------ against known variants
+
+
+def code(tree: ast.Module) -> str:
+    """What a module computes: without comments, docstrings and the hyper-parameters' default values."""
+    tree = copy.deepcopy(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            node.args.defaults = [ast.Constant(0)] * len(node.args.defaults)
+            node.args.kw_defaults = [d and ast.Constant(0) for d in node.args.kw_defaults]
+    return ast.dump(tree)
+
+
+def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:
+    """Lines of the statements of `mine` that `theirs` does not have."""
+    def statements(tree):
+        return [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt) and not hasattr(n, "body")]
+
+    known = {text for text, _ in statements(theirs)}
+    return sorted(line for text, line in statements(mine) if text not in known and not text.startswith(("'", '"')))
+
+
+def check_identical(v: Variant, sae: base.SAE, plan: Plan, losses: list[float], z_BF: Tensor, files: Iterable,
+                    allowed: bool) -> list[str]:
+    """The variant's change has an effect: it does not train bit for bit like one of the reference files."""
+    notes, seen = [], set()
+    for file in map(Path, files):
+        try:
+            other = read(str(file), {})
+            shared = {k: value for k, value in v.hyper.items() if k in other.hyper}
+            other = Variant(other.module, other.file, other.tree, {}, {**other.hyper, **shared})
+        except Exception:  # noqa: BLE001  a stored variant of another version proves nothing
+            continue
+        known_as = file.stem if file.stem != "variant" else file.parent.name
+        if code(other.tree) in seen:
+            continue
+        seen.add(code(other.tree))
+        if code(other.tree) == code(v.tree):
+            defaults = variants.hyperparameters(other.module)
+            edited = [f"{k}={value}" for k, value in v.hyper.items() if defaults.get(k, value) != value]
+            notes.append(f"this is {known_as} with {', '.join(edited)}" if edited else f"this is the unmodified {known_as}")
+        elif trains_identically(other, sae, plan, losses, z_BF):
+            what = f"this variant trains bit-identically to {known_as}: its change has no effect"
+            if allowed or v.module.SAE.feature_groups is not base.SAE.feature_groups:  # groups act in evals, not in training
+                notes.append(what + " on training")
+                continue
+            lines = changed_lines(v.tree, other.tree)
+            fail(v, lines[0] if lines else None, what + (f" (it differs in line{'s' if len(lines) > 1 else ''} "
+                 f"{', '.join(map(str, lines[:6]))}{', …' if len(lines) > 6 else ''})" if lines else ""),
+                 "make sure the new code is called and its result used; --allow_identical runs it all the same")
+    return notes
+
+
+def trains_identically(other: Variant, sae: base.SAE, plan: Plan, losses: list[float], z_BF: Tensor) -> bool:
+    """Same losses, features, reconstruction and shared parameters, to the last bit."""
+    with random_state(plan.seed):
+        try:
+            rival = initialised(other, plan.sizes, plan)
+            if any(mine != theirs for mine, theirs in zip(losses, train(other, rival, plan))):
+                return False
+            with torch.no_grad():
+                rival.eval()
+                theirs_BF = rival.encode(plan.x_BD)
+                same_code = torch.equal(theirs_BF, z_BF) and torch.equal(rival.decode(theirs_BF), duplicate(sae).eval().decode(z_BF))
+        except Exception:  # noqa: BLE001  a reference that cannot run here is not what this variant does
+            return False
+        mine = dict(sae.named_parameters())
+        return same_code and all(torch.equal(p, mine[n]) for n, p in rival.named_parameters() if n in mine)
+
+
+# ------------------------------------------------------------------------------------------------ the real machine
+
+
+def accelerator_notes(v: Variant, sae: base.SAE, plan: Plan) -> list[str]:
+    """What works on the CPU in fp32 and would fail on a GPU: dtypes under bf16 autocast, tensors made on the CPU."""
+    notes = []
+    with random_state(plan.seed):
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss, _ = duplicate(sae).loss(base.Batch(x=plan.x_BD), plan.points[-1])
+            loss.backward()
+        except Exception as error:  # noqa: BLE001
+            place = where(error, v.file) or at(v, defined(v, "loss"))
+            notes.append(f"{place} fails under bf16 autocast, as used on a GPU: {str(error).splitlines()[0][:160]}")
+        try:  # the meta device computes shapes only, and like a GPU it is not where torch.zeros(n) is
+            duplicate(sae).to("meta").loss(base.Batch(x=plan.x_BD.to("meta")), plan.points[-1])
+        except Exception as error:  # noqa: BLE001  a condition on a tensor cannot run there and says nothing
+            if "device" in str(error) and "cpu" in str(error) and (place := where(error, v.file)):
+                notes.append(f"{place} mixes devices, which fails on a GPU: create tensors with device=x.device, or as buffers")
+    return notes
+
+
+def forecast(v: Variant, small: Sizes, real: Sizes, plan: Plan, accelerator: bool) -> memory.Forecast:
+    """Memory at the real sizes, for the run's last step and for its first, when periodic work is done, if that differs."""
+    def traced(sizes: Sizes, progress: base.Progress, device: str = "cpu") -> memory.Trace:
+        with torch.device(device):
+            sae = build(v, sizes).train()
+            x_BD = torch.nn.functional.normalize(torch.randn(sizes.B, sizes.D), dim=1)
+            with attempting(v, f"in a training step at B = {sizes.B}, d_in = {sizes.D}, d_sae = {sizes.F}", sizes, defined(v, "loss")):
+                if device == "cpu":
+                    sae.initialise(x_BD)
+                pretend_dead(sae)
+                return memory.trace_step(v.module.__file__, sae, base.Batch(x=x_BD), progress)
+
+    first, last = plan.points[0], plan.points[-1]
+    done = memory.forecast(lambda sizes: traced(sizes, last), small, real)
+    more = []
+    if {m[:2] for m in traced(small, first).made} - {m[:2] for m in traced(small, last).made}:
+        more.append(memory.forecast(lambda sizes: traced(sizes, first), small, real))
+    if accelerator:
+        try:  # the meta device takes the code paths of a GPU, at the real sizes, and allocates nothing
+            more.append(memory.measured(traced(real, last, "meta")))
+        except Exception:  # noqa: BLE001  it cannot run a condition on a tensor; the extrapolation can
+            pass
+    return dataclasses.replace(done, peak_bytes=max(f.peak_bytes for f in [done, *more]),
+                               largest=max((f.largest for f in [done, *more]), key=lambda t: t[0]))

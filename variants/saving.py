@@ -1,0 +1,74 @@
+"""Trained SAEs on disk: SAELens' format where SAELens has the architecture, else the variant's own file with its state.
+
+SAELens' format (cfg.json + sae_weights.safetensors, read by `sae_lens.SAE.load_from_disk(folder)`): W_enc [D, F], b_enc [F],
+W_dec [F, D] with unit rows, b_dec [D], on raw activations: the training normalisation is folded into the biases.
+Own format (cfg.json with architecture "variant", state.safetensors, variant.py). Either is read by one line:
+
+    sae = variants.saving.load_sae("run_1/sae/layer_12")   # encode(x_raw), decode(features), W_dec
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from torch import Tensor
+
+import variants
+from variants import base
+
+
+def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dict, metadata: dict) -> None:
+    """Write a trained SAE to `folder`, which appears whole or not at all. `source`: the variant's file."""
+    from safetensors.torch import save_file
+
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    trained = base.TrainedSAE(copy.deepcopy(sae).cpu(), scale)  # the live one stays on its device
+    cfg = dict(d_in=sae.d_in, d_sae=len(sae.decoder), dtype="float32", device="cpu")
+    if sae.saelens:
+        tensors, extra = folded(trained)
+        save_file(tensors, temporary / "sae_weights.safetensors")
+        cfg |= dict(architecture=sae.saelens, apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none",
+                    metadata=metadata) | extra
+    else:
+        save_file({k: v.contiguous() for k, v in trained.sae.state_dict().items()}, temporary / "state.safetensors")
+        shutil.copyfile(source, temporary / "variant.py")
+        cfg |= dict(architecture="variant", init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale, metadata=metadata)
+    (temporary / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
+    if folder.exists():  # of an interrupted attempt of the same run
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:
+    """SAELens' tensors and architecture-specific configuration of a trained SAE."""
+    sae = trained.sae
+    extra = dict(k=sae.k, rescale_acts_by_decoder_norm=False) if sae.saelens == "topk" else {}
+    tensors = dict(W_enc=trained.W_enc, b_enc=trained.b_enc, W_dec=trained.W_dec, b_dec=sae.b_dec.detach() * trained.scale)
+    return {k: v.float().contiguous() for k, v in tensors.items()}, extra
+
+
+def load_sae(folder: str | Path) -> base.TrainedSAE:
+    """Read a folder written by `save_sae` (either format); the result takes raw activations."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    if cfg["architecture"] == "variant":
+        module = variants.load(str(folder / "variant.py"))
+        sae = variants.build(module, **cfg["init"], hyper=cfg["hyper"])
+        sae.load_state_dict(load_file(folder / "state.safetensors"))
+        return base.TrainedSAE(sae, cfg["scale"])
+    known = {"standard": {}, "topk": dict(k=cfg.get("k"))}
+    if cfg["architecture"] not in known:
+        raise ValueError(f"{folder}: no variant reads SAELens' architecture {cfg['architecture']!r}\nknown: {', '.join(known)}")
+    sae = variants.build(variants.load(cfg["architecture"]), cfg["d_in"], cfg["d_sae"], known[cfg["architecture"]])
+    missing = sae.load_state_dict(load_file(folder / "sae_weights.safetensors"), strict=False)
+    if missing.unexpected_keys or {"W_enc", "W_dec", "b_enc", "b_dec"} & set(missing.missing_keys):
+        raise ValueError(f"{folder}: the weights do not fit the architecture {cfg['architecture']!r}: {missing}\nwas the folder edited?")
+    return base.TrainedSAE(sae, 1.0)

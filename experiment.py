@@ -94,7 +94,7 @@ PROFILES = {
                   core_dataset="Skylion007/openwebtext", context=128, num_tokens=5_000_000, passes=1, block_tokens=2**19,
                   d_sae=16384, batch_size=2048, lm_batch_size=64, evals="core,sparse_probing", dtype="bfloat16"),
     "embedded": dict(model="smollm2-135m-instruct", layers="9", dataset="embedded", core_dataset="embedded", context=128,
-                     num_tokens=120_000, passes=2, block_tokens=2**17, d_sae=2304, batch_size=1024, lr=2e-3, lm_batch_size=16,
+                     num_tokens=160_000, passes=1, block_tokens=2**18, d_sae=2304, batch_size=1024, lr=3e-3, lm_batch_size=16,
                      evals="core,sparse_probing", dtype="float32"),
     "tiny": dict(model="tiny-gemma2", layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384, passes=1,
                  block_tokens=4096, d_sae=128, batch_size=256, lr=3e-3, lm_batch_size=32, evals="core,sparse_probing",
@@ -301,7 +301,8 @@ def load_language_model(settings: Settings) -> LanguageModel:
     if capped:
         assert_soft_capping(hf)
     commit = getattr(config, "_commit_hash", None)
-    digest = f"{where}@{commit}" if commit else hash_files(sorted(Path(where).glob("*.safetensors")) + [Path(where) / "config.json"])
+    parts = [f for f in sorted(Path(where).glob("*")) if f.suffix in (".safetensors", ".bin", ".json", ".model")]  # tokenizer included
+    digest = f"{where}@{commit}" if commit else hash_files(parts)
     return LanguageModel(hf, AutoTokenizer.from_pretrained(where), settings.model, f"{digest}:{settings.dtype}")
 
 
@@ -333,7 +334,7 @@ class TokenStream:
         self.context, self.keep_bos, self.plan = settings.context, settings.keep_bos, block_plan(settings)
         cursor = cursor or {"block": 0, "documents": None, "leftover": []}
         self.next, self.ids = cursor["block"], list(cursor["leftover"])
-        self.documents = source.documents("train", cursor["documents"])
+        self.documents, self.place = None, cursor["documents"]  # opened at the first need: blocks from the cache need no text
         self.cursors = {self.next: cursor}
         self.lock = threading.Lock()
 
@@ -357,12 +358,14 @@ class TokenStream:
             rows.append(row)
         self.ids = ids[start:]
         self.cursors = {b: c for b, c in self.cursors.items() if b >= self.next - 1}  # the current block's and the next's
-        self.cursors[self.next + 1] = {"block": self.next + 1, "documents": self.documents.state(), "leftover": list(self.ids)}
+        place = self.documents.state() if self.documents else self.place
+        self.cursors[self.next + 1] = {"block": self.next + 1, "documents": place, "leftover": list(self.ids)}
         rows_RT = torch.tensor(rows, dtype=torch.int32)
         keep_R = torch.ones_like(rows_RT, dtype=torch.bool) if self.keep_bos else rows_RT != self.bos
         return rows_RT, keep_R.flatten().nonzero().squeeze(1)[:wanted]
 
     def _more(self) -> list[int]:
+        self.documents = self.documents or self.source.documents("train", self.place)
         texts = list(itertools.islice(self.documents, 64))
         if not texts:
             say("the training text has been read once; starting again from its beginning")
@@ -717,8 +720,8 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
     sections = {}
     for job in jobs:
         last = [row for row in log if row["sae"] == job.name][-1]
-        means = {f"training.{k}": last[k] for k in last if k not in ("sae", "loss", "tokens_per_s", "l0", "explained_variance")}
-        means["training.final_loss"] = last["loss"]
+        means = {f"training.{k}": last[k] for k in last if k not in ("sae", "step", "loss", "tokens_per_s", "l0", "explained_variance")}
+        means |= {"training.final_loss": last["loss"], "training.steps": last["step"]}
         stderrs, problems = {}, [f"the eval {name} failed: {type(e).__name__}: {str(e).splitlines()[0]}" for name, e in crashed.items()]
         numbers, files = job.sae.report(dict(lm=lm, layer=job.layer, trained=base.TrainedSAE(job.sae, job.scale)))
         means |= {f"variant.{k}": v for k, v in numbers.items()}

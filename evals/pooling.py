@@ -85,14 +85,13 @@ def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -
         yield slice(start, start + len(tokens_bT)), x_bTD
 
 
-def pooled(setup, texts: list[str], encoders: dict[Hashable, Callable[[Tensor], Tensor]]) -> dict[Hashable, Tensor]:
+def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, Callable]) -> dict[Hashable, Tensor]:
     """Pooled features {name: [N, F] fp32 on the CPU} of every encoder (x_bTD -> z_bTF), all fed from one pass of the LM.
 
-    Reads context_length, llm_batch_size and sae_batch_size from setup.config. How an encoder's input is cut into parts
+    Reads llm_batch_size and sae_batch_size from setup.config. How an encoder's input is cut into parts
     depends on its own width only, so its features do not depend on which other encoders run beside it.
     """
     config = setup.config
-    tokens_NT, length_N = tokenise(texts, setup.lm.tokenizer, config["context_length"], setup.lm.bos)
     tokens_UT, length_U, inverse_N = distinct(tokens_NT, length_N)
     mask_UT = content_mask(tokens_UT, length_U, setup.lm.special_ids)
     features_UF: dict[Hashable, Tensor] = {}

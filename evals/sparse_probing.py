@@ -16,6 +16,8 @@ Pooling and probes are fp32 (SAEBench: the LM's dtype). Corrected metrics beside
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import math
 from importlib.metadata import version
 from pathlib import Path
@@ -124,14 +126,13 @@ def run(setup, saes: dict) -> dict[str, Result]:
     accuracies: dict = {name: {} for name in encoders}  # who -> data set -> metric -> class -> accuracy
     selected: dict = {name: {} for name in saes}  # SAE -> data set -> class -> feature numbers
     problems: dict = {name: [] for name in encoders}
-    for dataset, classes in setup.data.probing(setup.config).items():
-        texts, rows = _layout(dataset, classes)
-        setup.say(f"sparse_probing: {dataset}, {len(classes)} classes, {len(texts)} texts")
-        for name, x_NF in pooling.pooled(setup, texts, encoders).items():
+    for dataset, (tokens_NT, length_N, rows) in labelled_rows(setup).items():
+        setup.say(f"sparse_probing: {dataset}, {len(rows['train'])} classes, {len(tokens_NT)} texts")
+        for name, x_NF in pooling.pooled(setup, tokens_NT, length_N, encoders).items():
             bad = int((~x_NF.isfinite()).any(1).sum())
             if bad:  # scikit-learn would raise on them, after the whole of training
                 what = "LM activations" if name is None else "features"
-                problems[name].append(f"sparse_probing: {dataset}: NaN or inf in the {what} of {bad} of {len(texts)} texts")
+                problems[name].append(f"sparse_probing: {dataset}: NaN or inf in the {what} of {bad} of {len(tokens_NT)} texts")
                 accuracies[name][dataset] = {}
             elif name is None:
                 accuracies[name][dataset] = _llm_accuracies(setup, dataset, rows, x_NF)
@@ -139,6 +140,35 @@ def run(setup, saes: dict) -> dict[str, Result]:
                 accuracies[name][dataset], selected[name][dataset] = _accuracies(setup, "sae", dataset, rows, x_NF)
     return {name: _result(setup.config["k_values"], accuracies[None], accuracies[name], selected[name],
                           problems[None] + problems[name]) for name in saes}
+
+
+def labelled_rows(setup) -> dict[str, tuple[Tensor, Tensor, dict]]:
+    """Every data set as (tokens_NT, length_N, places of its texts by split and class); a second run reads no texts."""
+
+    def make() -> dict[str, Tensor]:
+        stored = {}
+        for dataset, classes in setup.data.probing(setup.config).items():
+            texts, rows = _layout(dataset, classes)
+            tokenised = pooling.tokenise(texts, setup.lm.tokenizer, setup.config["context_length"], setup.lm.bos)
+            named = zip((("tokens",), ("length",)), tokenised)
+            placed = (((split, name), places) for split, by_class in rows.items() for name, places in by_class.items())
+            for key, tensor in itertools.chain(named, placed):
+                stored[json.dumps([len(stored), dataset, *key])] = tensor  # numbered: the file does not keep their order
+        return stored
+
+    depends_on = {"texts": setup.data.probing_digest(setup.config), "lm": setup.lm.digest, "context": setup.config["context_length"],
+                  "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, pooling.__file__)]}
+    found: dict = {}
+    for key, tensor in sorted(((json.loads(k), t) for k, t in setup.cache.get("probing-tokens", depends_on, make).items()),
+                              key=lambda item: item[0][0]):
+        _, dataset, *what = key
+        if what == ["tokens"]:
+            found[dataset] = [tensor, None, {"train": {}, "test": {}}]
+        elif what == ["length"]:
+            found[dataset][1] = tensor
+        else:
+            found[dataset][2][what[0]][what[1]] = tensor
+    return {dataset: tuple(parts) for dataset, parts in found.items()}
 
 
 def _layout(dataset: str, classes: dict) -> tuple[list[str], dict[str, dict[str, Tensor]]]:

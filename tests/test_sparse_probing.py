@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evals import Setup, declared, pooling, probes, sparse_probing
-from evals.cache import Cache
+from evals.cache import Cache, digest
 
 BOS, EOS, PAD, MARK = 0, 1, 2, 3  # MARK stands in texts of the class "marked" only
 VOCABULARY, D = 40, 6
@@ -58,8 +58,13 @@ def texts(classes=("marked", "b", "c"), train=24, test=12):
 
 def make_setup(tmp_path, data=None, lm=None, limit_gb=1.0, seed=0):
     config = {**sparse_probing.CONFIG["tiny"], "llm_batch_size": 7, "sae_batch_size": 5}
-    source = SimpleNamespace(probing=lambda config: data or {"first": texts(), "second": texts(("x", "marked"))})
+    data = data or {"first": texts(), "second": texts(("x", "marked"))}
+    source = SimpleNamespace(probing=lambda config: data, probing_digest=lambda config: digest(data))
     return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, limit_gb), source, seed, lambda s: None)
+
+
+def tokenised(setup, written):
+    return pooling.tokenise(written, setup.lm.tokenizer, setup.config["context_length"], setup.lm.bos)
 
 
 def random_sae(seed, features=9):
@@ -79,7 +84,7 @@ def test_pooling_skips_special_tokens_and_counts_the_rest():
     written = [f"5 {EOS} 7", "9", f"{BOS}", " ".join(str(i) for i in range(4, 30))]
     setup = SimpleNamespace(lm=lm, layer=0, config={"context_length": 6, "llm_batch_size": 2, "sae_batch_size": 1},
                             cache=SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False), fits=lambda n: False))
-    z_NF = pooling.pooled(setup, written, {"z": lambda x: x + 1.0})["z"]  # + 1: what stands at masked positions is not 0
+    z_NF = pooling.pooled(setup, *tokenised(setup, written), {"z": lambda x: x + 1.0})["z"]  # + 1: what stands at masked positions is not 0
     for text, z_F in zip(written, z_NF):
         tokens = [BOS] + [int(t) for t in text.split()][:5]
         total, count, before = np.zeros(D), 0, np.zeros(D)
@@ -100,7 +105,7 @@ def test_an_infinite_feature_at_a_special_position_is_masked():
 def test_equal_rows_pass_the_model_once(tmp_path):
     """Fails if duplicates are not removed, or if BOS as text and BOS as padding are taken for the same row."""
     setup = make_setup(tmp_path)
-    z_NF = pooling.pooled(setup, ["5 6", "7", "5 6", "7 0", "5 6"], {"x": lambda x: x})["x"]
+    z_NF = pooling.pooled(setup, *tokenised(setup, ["5 6", "7", "5 6", "7 0", "5 6"]), {"x": lambda x: x})["x"]
     assert setup.lm.rows == 3
     assert torch.equal(z_NF[0], z_NF[2]) and torch.equal(z_NF[0], z_NF[4]) and not torch.equal(z_NF[0], z_NF[1])
 

@@ -98,8 +98,7 @@ class SAE(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """(x − b_dec)·W_enc + b_enc, shape (..., F); the bias is folded first, which saves the product for b_dec's gradient."""
-        bias_F = self.b_enc - self.b_dec @ self.W_enc
-        return x.to(self.W_enc.dtype) @ self.W_enc + bias_F
+        return F.linear(x.to(self.W_enc.dtype), self.W_enc.T, self.b_enc - self.b_dec @ self.W_enc)
 
     def encode(self, x: Tensor) -> Tensor:
         """Features (..., F) of activations (..., D)."""
@@ -174,38 +173,40 @@ def reconstruction_loss(e_BD: Tensor) -> Tensor:
 
 
 class _KeptActivations(torch.autograd.Function):
-    """acts_BF at index_BK, differentiable in x, W_enc and the bias along the kept entries alone: K/F of the dense gradient's work."""
+    """acts_BF at index_BK, differentiable in the parameters along the kept entries alone: K/F of the dense gradient's work."""
 
     @staticmethod
-    def forward(ctx, x_BD, W_enc_DF, bias_F, acts_BF, index_BK):
+    def forward(ctx, x_BD, W_enc_DF, b_enc_F, b_dec_D, acts_BF, index_BK):
         kept_BK = acts_BF.gather(1, index_BK)
-        ctx.save_for_backward(x_BD, W_enc_DF, index_BK, kept_BK > 0)
+        ctx.save_for_backward(x_BD, W_enc_DF, b_dec_D, index_BK, kept_BK > 0)
         return kept_BK
 
     @staticmethod
     def backward(ctx, grad_BK):
-        x_BD, W_enc_DF, index_BK, positive_BK = ctx.saved_tensors
+        x_BD, W_enc_DF, b_dec_D, index_BK, positive_BK = ctx.saved_tensors
         grad_BK = grad_BK * positive_BK  # ReLU
         d_bias_F = grad_BK.new_zeros(W_enc_DF.shape[1]).index_add_(0, index_BK.flatten(), grad_BK.flatten())
-        # dW_encᵀ[f] = Σ over kept (b, k) with index f of grad·x[b]: just what embedding_bag accumulates for its table
+        # dW_encᵀ[f] = Σ over kept (b, k) of feature f of grad·(x[b] − b_dec): just what embedding_bag accumulates for its table
         with torch.enable_grad():
             table_FD = grad_BK.new_zeros(W_enc_DF.shape[::-1]).requires_grad_()
             bag_BD = F.embedding_bag(index_BK, table_FD, per_sample_weights=grad_BK.detach(), mode="sum")
-        (d_table_FD,) = torch.autograd.grad(bag_BD, table_FD, x_BD)
+        (d_table_FD,) = torch.autograd.grad(bag_BD, table_FD, x_BD - b_dec_D)
         d_x_BD = decode_sparse(grad_BK, index_BK, W_enc_DF.T) if ctx.needs_input_grad[0] else None
-        return d_x_BD, d_table_FD.T, d_bias_F, None, None
+        return d_x_BD, d_table_FD.T, d_bias_F, -(W_enc_DF @ d_bias_F), None, None
 
 
 def dense_activations(sae: SAE, x_BD: Tensor) -> Tensor:
     """ReLU(z_pre) [B, F], to choose features from; on the CPU without a graph, since `kept_activations` has its own gradient."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and x_BD.device.type != "cpu"):
-        return F.relu(sae.pre_activations(x_BD))
+    if x_BD.device.type == "cpu":
+        with torch.no_grad():
+            return sae.pre_activations(x_BD).relu_()
+    return F.relu(sae.pre_activations(x_BD))
 
 
 def kept_activations(sae: SAE, x_BD: Tensor, acts_BF: Tensor, index_BK: Tensor) -> Tensor:
     """The activations chosen by index_BK, [B, K], with the gradient of ReLU((x − b_dec)·W_enc + b_enc) at those entries."""
     if x_BD.device.type == "cpu":
-        return _KeptActivations.apply(x_BD, sae.W_enc, sae.b_enc - sae.b_dec @ sae.W_enc, acts_BF, index_BK)
+        return _KeptActivations.apply(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, acts_BF, index_BK)
     return acts_BF.gather(1, index_BK)
 
 

@@ -864,6 +864,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         except FileNotFoundError:  # that is the failure
             variant = None
         return failure.report(error, info["phase"], out, variant)
+    finally:
+        VOICE.close()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")  # of the project: an --out_dir there would move them away
 LOCK = ".lock"
+NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt"}  # what a run that failed in preflight leaves
 
 # ------------------------------------------------------------------------------------------------ writing
 
@@ -110,6 +111,10 @@ def _state(folder: Path, out_dir, fingerprint: str) -> str:
             info = _load(folder / "run_info.json")
             if info.get("fingerprint") == fingerprint:
                 return "finished" if info.get("status") == "finished" and _load(folder / "final_info.json") else "resume"
+            if info.get("status") == "failed" and set(_content(folder)) <= NOTHING_BUT_WORDS:
+                for name in _content(folder):  # failed before it did anything: a typo a minute would leave a folder each
+                    (folder / name).unlink()
+                return "new"
             _move_away(folder, out_dir)
     except OSError as error:
         raise _unwritable(out_dir, error) from None

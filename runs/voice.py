@@ -19,6 +19,12 @@ class Voice:
         if self.log:
             print(text, file=self.log, flush=True)
 
+    def close(self) -> None:
+        """Close log.txt; `say` goes on to stdout alone."""
+        if self.log:
+            self.log.close()
+            self.log = None
+
     def track(self, items, label: str, total: int, unit: str, size=lambda item: 1):
         """Yield the items; every 30 s say how far, how fast and how long still."""
         if sys.stdout.isatty():

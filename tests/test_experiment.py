@@ -146,6 +146,33 @@ def test_a_crashing_eval_costs_only_itself(cache, tmp_path, capsys, monkeypatch)
     assert "core broke" in capsys.readouterr().err
 
 
+def test_a_typo_leaves_no_heap_of_folders(cache, tmp_path):
+    """Fails if runs that did nothing but fail are kept aside, or if one that trained is not."""
+    for wrong in ("--evals=cor", "--layers=9", "--hyper=kk=1"):
+        assert experiment.main(command(tmp_path / "run", cache, wrong)) == 1
+    assert experiment.main(command(tmp_path / "run", cache, "--evals=none")) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert experiment.main(command(tmp_path / "run", cache, "--layers=9")) == 1
+    assert (tmp_path / "run.previous-1/final_info.json").exists()
+
+
+def test_a_local_folder_and_a_local_file_stand_for_gemma(cache, tmp_path):
+    """Fails if the path that Gemma takes (profile gemma, streamed text, bf16 model, core on another data set) breaks anywhere."""
+    from evals import tiny
+
+    for name, split in (("train", "train"), ("core", "heldout")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in tiny.documents(split)))
+    small = {"core": {"batch_size_prompts": 4, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 3, "context_size": 32}}
+    assert experiment.main([
+        "--profile=gemma", f"--model={tiny.model_folder(cache)}", f"--dataset={tmp_path / 'train.jsonl'}", "--layers=1", "--device=cpu",
+        f"--core_dataset={tmp_path / 'core.jsonl'}", "--context=32", "--num_tokens=8192", "--block_tokens=2048", "--d_sae=128",
+        "--batch_size=256", "--lm_batch_size=16", "--evals=core", f"--eval_config={json.dumps(small)}", f"--out_dir={tmp_path / 'run'}",
+        f"--cache_dir={cache}"]) == 0
+    section = json.loads((tmp_path / "run/final_info.json").read_text())["layer_1"]
+    assert section["config"]["dtype"] == "bfloat16" and section["config"]["model"] == Path(tiny.model_folder(cache)).name
+    assert 0 < section["means"]["core.r2"] < 1 and section["means"]["core.total_tokens_eval_reconstruction"] == 256
+
+
 # ------------------------------------------------------------------------------------------------ failures
 
 

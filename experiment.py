@@ -187,7 +187,7 @@ def hypers_of(settings: Settings, module) -> dict[str, dict]:
     if not settings.sweep:
         return {"": fixed}
     key, _, values = settings.sweep.partition("=")
-    each = [variants.parse_hyper(module, f"{key}={value}") for value in values.split(",")]
+    each = [variants.parse_hyper(module, f"{key}={value}") for value in variants.split(values)]
     return {f".{key}_{h[key]}": fixed | h for h in each}
 
 
@@ -389,7 +389,6 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
     next block is tokenised in the background.
     """
     layers, plan = layers_of(settings), block_plan(settings)
-    said = {}
 
     def key(b: int) -> dict:
         return dict(model=lm.digest, layers=layers, data=stream.source.digest("train"), context=settings.context, plan=plan[:b + 1],
@@ -408,11 +407,11 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
             return collect(settings, lm, rows_RT, index_N, layers, f"activations {b + 1}/{len(plan)}")
 
         for b in range(first, len(plan)):
-            given = cache.get("train", key(b), lambda b=b: make(b))
-            if b == 0 and not settings.keep_bos and not said:
-                said["bos"] = share = float(given["bos_share"])
-                say(f"BOS positions are left out; with them they would hold {share:.1%} of E‖x‖²")
-            yield b, {layer: given[f"x_{layer}"].to(settings.device) for layer in layers}
+            fits = cache.path("train", key(b)).exists() or cache.fits(plan[b] * lm.d_model * len(layers) * lm.dtype.itemsize)
+            given = cache.get("train", key(b), lambda b=b: make(b)) if fits else make(b)  # what does not fit never leaves the device
+            if b == 0 and not settings.keep_bos:
+                say(f"BOS positions are left out; with them they would hold {float(given['bos_share']):.1%} of E‖x‖²")
+            yield b, {layer: given.pop(f"x_{layer}").to(settings.device) for layer in layers}
 
 
 def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Tensor, layers: list[int], label: str) -> dict[str, Tensor]:
@@ -545,6 +544,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                 interrupts.deferred = False
                 if interrupts.signal:
                     raise KeyboardInterrupt
+            x_of_layer.clear()  # before the next block is made: one block at a time on the device
     except KeyboardInterrupt:
         if jobs[0].scale and not interrupts.deferred:  # a second signal may come in the middle of a step
             check_finite(jobs, recent, step)

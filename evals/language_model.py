@@ -41,6 +41,12 @@ class LanguageModel:
         """The transformer without its unembedding; after wrapping, its blocks are TransformerLens' own components."""
         return getattr(self.hf, self.hf.base_model_prefix)
 
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        """The transformer blocks, whatever the architecture calls them."""
+        lists = (m for m in self.backbone.children() if isinstance(m, torch.nn.ModuleList) and len(m) == self.n_layers)
+        return next(lists)
+
     @torch.no_grad()
     def residuals(self, tokens_BT: Tensor, layers: list[int]) -> dict[int, Tensor]:
         """Residual stream after each of the blocks `layers`: {layer: x_BTD}, from one pass of the plain model."""
@@ -53,7 +59,7 @@ class LanguageModel:
                     raise StopForward
             return hook
 
-        handles = [self.backbone.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
+        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
         try:
             self.backbone(input_ids=tokens_BT, use_cache=False)
         except StopForward:
@@ -83,7 +89,8 @@ class LanguageModel:
     @torch.no_grad()
     def finish(self, x_BTD: Tensor, layer: int) -> Tensor:
         """From the residual stream after block `layer` to the input of the unembedding [B, T, D]: blocks up to it are passed by."""
-        passed = list(self.bridge.original_model.get_submodule(self.hf.base_model_prefix).layers)[:layer + 1]
+        _ = self.bridge  # wraps the blocks, so that every eval sees the same model
+        passed = list(self.blocks)[:layer + 1]
         x_BTD = x_BTD.to(self.dtype)
         for block in passed:  # an instance attribute shadows the method without touching the wrapped module
             block.__dict__["forward"] = lambda hidden, *args, **kwargs: x_BTD

@@ -162,7 +162,7 @@ def test_a_local_folder_and_a_local_file_stand_for_gemma(cache, tmp_path):
 
     for name, split in (("train", "train"), ("core", "heldout")):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in tiny.documents(split)))
-    small = {"core": {"batch_size_prompts": 4, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 3, "context_size": 32}}
+    small = {"core": dict(batch_size_prompts=4, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=3, context_size=32)}
     assert experiment.main([
         "--profile=gemma", f"--model={tiny.model_folder(cache)}", f"--dataset={tmp_path / 'train.jsonl'}", "--layers=1", "--device=cpu",
         f"--core_dataset={tmp_path / 'core.jsonl'}", "--context=32", "--num_tokens=8192", "--block_tokens=2048", "--d_sae=128",

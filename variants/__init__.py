@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -58,10 +59,15 @@ def hyperparameters(module: ModuleType) -> dict[str, object]:
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
+def split(text: str) -> list[str]:
+    """At the commas outside brackets: "a=(0,1),b=2" -> ["a=(0,1)", "b=2"]."""
+    return re.split(r",(?![^(\[{]*[)\]}])", text)
+
+
 def parse_hyper(module: ModuleType, text: str) -> dict[str, object]:
     """`k=64,auxk_alpha=0` -> {"k": 64, "auxk_alpha": 0}, checked against the variant's own names."""
     known, given = hyperparameters(module), {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in filter(None, (part.strip() for part in split(text))):
         key, _, value = item.partition("=")
         if key not in known or not value:
             near = difflib.get_close_matches(key, known, 1, 0) if known else []

@@ -515,7 +515,8 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     first = sum(end <= step for end in ends)
     log_every = max(1, total // settings.log_lines)
     recent = saved["recent"] if saved else {job.name: [] for job in jobs}  # (loss, terms), on the device, since the last log line
-    clock = dict(checkpoint=time.monotonic(), line=time.monotonic(), start=time.monotonic(), step=step)
+    begun = time.monotonic()
+    clock = dict(checkpoint=begun, line=begun, start=begun, step=step, block=begun, activations=0.0, sae=0.0)  # seconds
 
     def save(b: int) -> None:
         cursors = dict(stream.cursors)  # the stream lags where blocks came from the cache: the nearest cursor before is as good
@@ -525,6 +526,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     b = first
     try:
         for b, x_of_layer in activation_blocks(settings, lm, stream, cache, first):
+            lap(clock, "activations")
             if step == 0:
                 begin(jobs, x_of_layer)
             for step, x_by_layer in batches(settings, x_of_layer, b, ends[b - 1] if b else 0, step):  # noqa: B020
@@ -544,13 +546,22 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                 interrupts.deferred = False
                 if interrupts.signal:
                     raise KeyboardInterrupt
+            lap(clock, "sae")
             x_of_layer.clear()  # before the next block is made: one block at a time on the device
     except KeyboardInterrupt:
         if jobs[0].scale and not interrupts.deferred:  # a second signal may come in the middle of a step
             check_finite(jobs, recent, step)
             save(b)
         raise
+    say(f"training: {clock['activations']:.1f} s for texts and activations, {clock['sae']:.1f} s for SAE steps")
     return log
+
+
+def lap(clock: dict, name: str) -> None:
+    """Add the time since the last lap to clock[name]."""
+    now = time.monotonic()
+    clock[name] += now - clock["block"]
+    clock["block"] = now
 
 
 def begin(jobs: list[Job], x_of_layer: dict[int, Tensor]) -> None:
@@ -600,7 +611,7 @@ def log_rows(settings: Settings, jobs: list[Job], recent: dict, x_by_layer: dict
     now, rows = time.monotonic(), []
     rate = (step - clock["step"]) * settings.batch_size / max(now - clock["start"], 1e-9)
     for job in jobs:
-        x_BD = x_by_layer[job.layer] / job.scale
+        x_BD = x_by_layer[job.layer][:512] / job.scale  # a glance at every turn, not a measurement: that is the core eval's
         job.sae.eval()
         z_BF = job.sae.encode(x_BD)
         error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()

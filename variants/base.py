@@ -184,7 +184,7 @@ class _KeptActivations(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BK):
         x_BD, W_enc_DF, b_dec_D, index_BK, positive_BK = ctx.saved_tensors
-        grad_BK = grad_BK * positive_BK  # ReLU
+        grad_BK = (grad_BK * positive_BK).to(W_enc_DF.dtype)  # ReLU
         d_bias_F = grad_BK.new_zeros(W_enc_DF.shape[1]).index_add_(0, index_BK.flatten(), grad_BK.flatten())
         # dW_encᵀ[f] = Σ over kept (b, k) of feature f of grad·(x[b] − b_dec): just what embedding_bag accumulates for its table
         with torch.enable_grad():
@@ -216,9 +216,11 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
     The D/2 largest activations *before* top-k among the dead reconstruct the residual e; the error is divided by e's
     variance. Ranking after top-k instead, where dead features are exactly 0, leaves the term without any gradient.
     """
-    if dead_F.device.type == "cpu" and not dead_F.any():  # the CPU may look without waiting; a GPU computes a plain 0
-        return e_BD.new_zeros(())
     k_aux = min(sae.d_in // 2, sae.d_sae)
+    if dead_F.device.type == "cpu":  # which may look without waiting; a GPU ranks k_aux features and gives those that live 0
+        k_aux = min(k_aux, int(dead_F.sum()))
+        if not k_aux:
+            return e_BD.new_zeros(())
     index_BK = acts_BF.detach().masked_fill(~dead_F, -1.0).topk(k_aux, dim=-1, sorted=False).indices
     z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]  # fewer dead features than k_aux: the rest is 0
     target_BD = e_BD.detach()

@@ -246,23 +246,35 @@ def preflight(settings: Settings, source) -> dict:
             what, _, advice = problems[0].partition("\n")
             others = ",".join(other for other in chosen if other != name) or "none"
             raise ValueError(f"the eval {name} cannot run: {what}\n{advice or f'leave it out: --evals {others}'}")
-    copies, largest = len(layers) * len(hypers), max(findings.values(), key=lambda f: f.parameter_bytes + f.step_peak_bytes)
-    block = min(settings.block_tokens, settings.num_tokens) * shape["d_model"] * (4 if settings.dtype == "float32" else 2)
-    need = dict(lm=shape["bytes"], saes=copies * (4 * largest.parameter_bytes + largest.buffer_bytes),  # with gradient, Adam's moments
-                step=largest.step_peak_bytes, buffer=block * len(layers))
-    have = environment.memory_available(settings.device)
-    facts["forecast_bytes"] = need | {"total": sum(need.values()), "available": have}
-    say("forecast: " + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in need.items()) +
-        f"  = {sum(need.values()) / 1e9:.2f} GB of {have / 1e9:.1f} GB on {settings.device}; {count_steps(settings):,} steps of "
-        f"{settings.batch_size:,} tokens, {copies} SAE{'s' * (copies > 1)} of {largest.parameters:,} parameters")
-    message = check.too_large(largest, int(have - need["lm"] - need["saes"] * (copies - 1) / copies - need["buffer"]))
-    if message:
-        raise MemoryError(message)
-    for folder, wanted in ((settings.cache_dir, 2e9 if settings.profile == "embedded" else 5e7), (settings.out_dir, 4 * need["saes"])):
-        if (free := environment.disk_free(folder)) < wanted:
-            raise OSError(f"{folder}: {free / 1e9:.1f} GB free, the run writes up to {wanted / 1e9:.1f} GB\n"
+    facts |= forecast(settings, shape, max(findings.values(), key=lambda f: f.parameter_bytes + f.step_peak_bytes), len(findings))
+    wanted = {settings.cache_dir: 2e9 if settings.profile == "embedded" else 5e7, settings.out_dir: 4 * facts["forecast_bytes"]["saes"]}
+    for folder, size in wanted.items():
+        if (free := environment.disk_free(folder)) < size:
+            raise OSError(f"{folder}: {free / 1e9:.1f} GB free, the run writes up to {size / 1e9:.1f} GB\n"
                           "free some space, or name another folder with --cache_dir or --out_dir")
     return facts
+
+
+def forecast(settings: Settings, shape: dict, largest, sweep: int) -> dict:
+    """Memory and training time at the real sizes, said in one line; MemoryError where the memory is not there."""
+    from variants import check
+
+    layers, on_cpu = layers_of(settings), settings.device == "cpu"
+    copies, dtype = len(layers) * sweep, getattr(torch, settings.dtype)
+    block = min(settings.block_tokens, settings.num_tokens) * shape["d_model"] * dtype.itemsize * len(layers)
+    need = dict(process=1.2e9 if on_cpu else 0.5e9,  # Python, libraries, texts; on a GPU what CUDA keeps
+                lm=shape["bytes"], saes=copies * (4 * largest.parameter_bytes + largest.buffer_bytes),  # gradient, two moments
+                step=largest.step_peak_bytes, buffer=2 * block if on_cpu else block)  # in host memory also on its way to the cache
+    have = environment.memory_available(settings.device)
+    flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) + 3 * settings.passes * copies * largest.parameters)
+    seconds = flops / environment.matmul_rate(settings.device, dtype) / (0.8 if on_cpu else 0.4)  # shares of that rate seen in practice
+    say("forecast: " + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in need.items()) + f"  = {sum(need.values()) / 1e9:.2f} GB of "
+        f"{have / 1e9:.1f} GB on {settings.device}; {copies} SAE{'s' * (copies > 1)} of {largest.parameters:,} parameters, "
+        f"{count_steps(settings):,} steps of {settings.batch_size:,} tokens, about {duration(seconds)} of training")
+    message = check.too_large(largest, int(have - sum(need.values()) + need["saes"] / copies + need["step"]))
+    if message:
+        raise MemoryError(message)
+    return dict(forecast_bytes=need | dict(total=sum(need.values()), available=have), forecast_training_seconds=round(seconds))
 
 
 def reference_variants() -> list[Path]:
@@ -271,17 +283,19 @@ def reference_variants() -> list[Path]:
 
 
 def model_shape(settings: Settings) -> dict:
-    """d_model, n_layers and bytes of the language model from its configuration alone."""
+    """d_model, n_layers, parameters of a block and bytes of the language model, from its configuration alone."""
     if settings.model == PROFILES["embedded"]["model"]:
-        return dict(d_model=576, n_layers=30, bytes=538_000_000)
+        return dict(d_model=576, n_layers=30, block_parameters=3_540_096, bytes=538_000_000)
     if settings.model == PROFILES["tiny"]["model"]:
-        return dict(d_model=32, n_layers=4, bytes=1_000_000)
+        return dict(d_model=32, n_layers=4, block_parameters=10_000, bytes=1_000_000)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(settings.model).get_text_config()
-    d, mlp, width = config.hidden_size, config.intermediate_size, 4 if settings.dtype == "float32" else 2
-    per_block = 4 * d * d + 3 * d * mlp  # an upper bound: grouped-query attention has less
-    return dict(d_model=d, n_layers=config.num_hidden_layers, bytes=width * (config.num_hidden_layers * per_block + config.vocab_size * d))
+    d, mlp, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or d // heads
+    block = 2 * d * head * (heads + (getattr(config, "num_key_value_heads", None) or heads)) + 3 * d * mlp
+    return dict(d_model=d, n_layers=config.num_hidden_layers, block_parameters=block,
+                bytes=getattr(torch, settings.dtype).itemsize * (config.num_hidden_layers * block + config.vocab_size * d))
 
 
 # ================================================================================================ language model
@@ -521,6 +535,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     def save(b: int) -> None:
         cursors = dict(stream.cursors)  # the stream lags where blocks came from the cache: the nearest cursor before is as good
         save_checkpoint(out, jobs, step, cursors[max(c for c in cursors if c <= b)], log, recent)
+        write_log(out, log)
         clock["checkpoint"] = time.monotonic()
 
     b = first
@@ -537,9 +552,9 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                 step += 1
                 if step % log_every == 0 or step == total:
                     log += log_rows(settings, jobs, recent, x_by_layer, progress, clock, step)
-                    write_log(out, log)
                     if time.monotonic() - clock["line"] > 30 or step == total:
                         clock["line"] = time.monotonic()
+                        write_log(out, log)
                         say_progress(log[-len(jobs):], total * settings.batch_size)
                     if time.monotonic() - clock["checkpoint"] > settings.checkpoint_seconds or step == total:
                         save(b)
@@ -639,6 +654,8 @@ def say_progress(rows: list[dict], total_tokens: int) -> None:
 
 
 def write_log(out: Path, log: list[dict]) -> None:
+    if not log:
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(log[0]))
     writer.writeheader()
@@ -750,19 +767,14 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
                 problems += [f"{name}: {problem}" for problem in result.problems]
         measured = {k: v for k, v in measured.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}
         config = dict(
-            variant=Path(settings.variant).stem, hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
+            variant=Path(settings.variant).stem, hyper=variants.hyperparameters(module) | job.hyper, model=environment.public_name(settings.model),
             hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder), context=settings.context,
             num_tokens=settings.num_tokens, passes=settings.passes, batch_size=settings.batch_size, steps=count_steps(settings),
             lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
-            dataset=public_name(settings.dataset), core_dataset=public_name(settings.core_dataset), profile=settings.profile, evals=chosen)
+            dataset=environment.public_name(settings.dataset), core_dataset=environment.public_name(settings.core_dataset), profile=settings.profile, evals=chosen)
         sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
                                   config=config, problems=problems)
     return sections
-
-
-def public_name(name: str) -> str:
-    """A hub name as it is; of a local path only its last part: paths do not belong in a result."""
-    return Path(name).name if os.path.exists(name) else name
 
 
 # ================================================================================================ main
@@ -799,8 +811,8 @@ def run(settings: Settings, why: str, out: Path, state: str, info: dict, interru
         jobs = make_jobs(settings, lm)
         log = train(settings, lm, jobs, source, cache, out, interrupts)
         for job in jobs:
-            metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
-                            prepend_bos=True, dataset_path=public_name(settings.dataset))
+            metadata = dict(model_name=environment.public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
+                            prepend_bos=True, dataset_path=environment.public_name(settings.dataset))
             variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
     with phase("evals", info, out):
         crashed = evaluate(settings, lm, jobs, source, cache, out)
@@ -845,7 +857,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         VOICE.log = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115  open to the end of the run
         if state == "resume":
             before = json.loads((out / "run_info.json").read_text())
-            say(f"{settings.out_dir} was left in its phase {before['phase']!r} ({before['status']}); continuing")
+            how = "killed without a word, often for lack of memory" if before["status"] == "running" else before["status"]
+            say(f"{settings.out_dir} was left in its phase {before['phase']!r} ({how}); continuing")
             info["seconds"] = before["seconds"]
             (out / "error.json").unlink(missing_ok=True)
         kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "cache_dir", "data_dir")}  # no paths

@@ -8,9 +8,15 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "numpy", "scikit-learn", "safetensors", "tokenizers")
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is; of a local path only its last part: paths do not belong in a result."""
+    return Path(name).name if os.path.exists(name) else name
 
 
 def versions() -> dict[str, str | None]:
@@ -69,6 +75,24 @@ def memory_available(device: str) -> float:
     except (OSError, ValueError):
         container = float("inf")
     return min(psutil.virtual_memory().available, container)
+
+
+def matmul_rate(device: str, dtype) -> float:
+    """Floating-point operations per second of a product like those of the models, from a fifth of a second of trying."""
+    import torch
+
+    a, b = (torch.ones(1024, 1024 if device == "cpu" else 8192, device=device, dtype=dtype) for _ in range(2))
+    done, start = 0, None
+    while start is None or time.perf_counter() - start < 0.2:
+        for _ in range(1 if device == "cpu" else 20):
+            a @ b.T
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if start is None:  # the first round pays for the library's start
+            start = time.perf_counter()
+            continue
+        done += 1 if device == "cpu" else 20
+    return 2 * 1024 * a.numel() * done / (time.perf_counter() - start)
 
 
 def disk_free(folder: str | Path) -> int:

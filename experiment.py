@@ -43,6 +43,7 @@ import variants  # noqa: E402
 import variants.saving  # noqa: E402
 from evals.language_model import LanguageModel, assert_soft_capping, hash_files  # noqa: E402
 from runs import compare, environment, failure, reading, report  # noqa: E402
+from runs.environment import public_name  # noqa: E402
 from runs.voice import VOICE, duration, say, track  # noqa: E402
 from variants import base  # noqa: E402
 
@@ -767,11 +768,12 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
                 problems += [f"{name}: {problem}" for problem in result.problems]
         measured = {k: v for k, v in measured.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}
         config = dict(
-            variant=Path(settings.variant).stem, hyper=variants.hyperparameters(module) | job.hyper, model=environment.public_name(settings.model),
+            variant=Path(settings.variant).stem, hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
             hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder), context=settings.context,
             num_tokens=settings.num_tokens, passes=settings.passes, batch_size=settings.batch_size, steps=count_steps(settings),
             lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
-            dataset=environment.public_name(settings.dataset), core_dataset=environment.public_name(settings.core_dataset), profile=settings.profile, evals=chosen)
+            dataset=public_name(settings.dataset), core_dataset=public_name(settings.core_dataset), profile=settings.profile,
+            evals=chosen)
         sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
                                   config=config, problems=problems)
     return sections
@@ -811,8 +813,8 @@ def run(settings: Settings, why: str, out: Path, state: str, info: dict, interru
         jobs = make_jobs(settings, lm)
         log = train(settings, lm, jobs, source, cache, out, interrupts)
         for job in jobs:
-            metadata = dict(model_name=environment.public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
-                            prepend_bos=True, dataset_path=environment.public_name(settings.dataset))
+            metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
+                            prepend_bos=True, dataset_path=public_name(settings.dataset))
             variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
     with phase("evals", info, out):
         crashed = evaluate(settings, lm, jobs, source, cache, out)

@@ -1,0 +1,49 @@
+"""TopK SAE (Gao et al. 2024, "Scaling and evaluating sparse autoencoders").
+
+loss = ‖x − x_hat‖² + auxk_alpha·auxk,   z = the k largest of ReLU((x − b_dec)·W_enc + b_enc) per token
+Tied unit-norm initialisation, b_dec = geometric median of the first batch; Adam with lr 2e-4/√(F/2¹⁴); each step:
+project the decoder's gradient, clip to norm 1, step, renormalise. auxk reconstructs the residual with dead features.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from variants import base
+
+
+class SAE(base.SAE):
+    """TopK SAE. k: features kept per token; auxk_alpha: weight of the loss that revives dead features."""
+
+    unit_norm_decoder = True
+    grad_clip = 1.0
+    saelens = "topk"
+
+    def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32):
+        if not 1 <= k <= d_sae:
+            raise ValueError(f"topk: k = {k} must lie between 1 and d_sae = {d_sae}\nchange --hyper k=… or --d_sae")
+        super().__init__(d_in, d_sae)
+        self.k, self.auxk_alpha = int(k), auxk_alpha
+        self.default_lr = 2e-4 / (d_sae / 2**14) ** 0.5
+        self.register_buffer("theta", torch.tensor(-1.0))  # smallest kept activation, moving average; < 0: none yet
+
+    def initialise(self, x_ND):
+        self.b_dec.data.copy_(base.geometric_median(x_ND))
+
+    def encode(self, x):
+        acts = F.relu(self.pre_activations(x))
+        top, index = acts.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(acts).scatter(-1, index, top)
+
+    def loss(self, batch, progress):
+        acts_BF = base.dense_activations(self, batch.x)
+        index_BK = acts_BF.detach().topk(self.k, dim=-1, sorted=False).indices
+        top_BK = base.kept_activations(self, batch.x, acts_BF, index_BK)
+        self.note_fired_indices(top_BK, index_BK)
+        self._kept = top_BK.detach()
+        e_BD = batch.x - base.decode_sparse(top_BK, index_BK, self.W_dec) - self.b_dec
+        reconstruction = base.reconstruction_loss(e_BD)
+        auxk = base.auxk_loss(self, batch.x, e_BD, acts_BF, self.dead_features(progress))
+        return reconstruction + self.auxk_alpha * auxk, {"reconstruction": reconstruction, "auxk": auxk}
+
+    def after_step(self, batch, progress):
+        base.update_theta(self.theta, self._kept, progress)

@@ -234,7 +234,7 @@ def preflight(settings: Settings, source) -> dict:
         findings[suffix] = check.run(
             settings.variant, hyper, d_in=shape["d_model"], d_sae=settings.d_sae, batch_size=settings.batch_size,
             total_steps=count_steps(settings), lr=settings.lr, seed=settings.seed, train_step=train_step,
-            make_optimizer=make_optimizer, reference_files=reference_variants(), allow_identical=settings.allow_identical,
+            make_optimizer=make_optimizer, reference_files=reference_variants(settings.variant), allow_identical=settings.allow_identical,
             accelerator=settings.device != "cpu")
         for note in findings[suffix].notes:
             say(f"note: {settings.variant}{suffix}: {note}")
@@ -278,9 +278,10 @@ def forecast(settings: Settings, shape: dict, largest, sweep: int) -> dict:
     return dict(forecast_bytes=need | dict(total=sum(need.values()), available=have), forecast_training_seconds=round(seconds))
 
 
-def reference_variants() -> list[Path]:
-    """Variants whose training is known: those shipped here, and those stored with the baselines as they ran."""
-    return [variants.path(n) for n in variants.names()] + sorted((PROJECT / "runs/baseline").glob("*/*/variant.py"))
+def reference_variants(name: str) -> list[Path]:
+    """Variants that this one must not equal: the others here, and those stored with the baselines as they ran."""
+    others = [file for file in map(variants.path, variants.names()) if file.resolve() != variants.path(name).resolve()]
+    return others + sorted((PROJECT / "runs/baseline").glob("*/*/variant.py"))
 
 
 def model_shape(settings: Settings) -> dict:

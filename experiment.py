@@ -215,7 +215,7 @@ def fingerprint(settings: Settings) -> str:
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the machine and the forecast."""
     from evals import hub
-    from variants import check, trial
+    from variants.preflight import check, trial
 
     chosen, layers = evals_of(settings), layers_of(settings)
     trial.read(settings.variant, {})  # a mistake in the user's own file is told first
@@ -258,7 +258,7 @@ def preflight(settings: Settings, source) -> dict:
 
 def forecast(settings: Settings, shape: dict, largest, sweep: int) -> dict:
     """Memory and training time at the real sizes, said in one line; MemoryError where the memory is not there."""
-    from variants import check
+    from variants.preflight import check
 
     layers, on_cpu = layers_of(settings), settings.device == "cpu"
     copies, dtype = len(layers) * sweep, getattr(torch, settings.dtype)

@@ -36,7 +36,7 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
 
 def place(error: BaseException, variant: Optional[Path]) -> str:
     """file:line of the user's variant where the traceback passes through it, else of the last frame in this project."""
-    from variants import check
+    from variants.preflight import check
 
     if variant and (where := check.where(error, variant)):
         return where

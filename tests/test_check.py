@@ -5,38 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import experiment
 import variants
-from variants import base, check, memory
+from variants import base
+from variants.preflight import check, memory
 
 BROKEN = Path(__file__).parent / "fixtures" / "broken_variants"
 GOOD = Path(__file__).parent / "fixtures" / "good_variants"
 SHIPPED = [variants.path("topk"), variants.path("standard")]
 
 
-def make_optimizer(sae, lr):
-    return torch.optim.Adam(sae.parameter_groups(lr), betas=sae.adam_betas)
-
-
-def train_step(sae, optimizer, batch, progress, lr):
-    optimizer.zero_grad()
-    loss, terms = sae.loss(batch, progress)
-    loss.backward()
-    if sae.unit_norm_decoder:
-        base.project_decoder_gradient(sae.W_dec)
-    if sae.grad_clip:
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.grad_clip)
-    optimizer.step()
-    if sae.unit_norm_decoder:
-        base.normalise_decoder(sae.W_dec)
-    sae.count_step(len(batch.x))
-    with torch.no_grad():
-        sae.after_step(batch, progress)
-    return loss, terms
-
-
 def run(name, hyper=None, **changes):
     real = dict(d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0, reference_files=SHIPPED)
-    return check.run(str(name), hyper or {}, train_step=train_step, make_optimizer=make_optimizer, **{**real, **changes})
+    return check.run(str(name), hyper or {}, train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, **{**real, **changes})
 
 
 def line_of(file, text):

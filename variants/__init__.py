@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-SHARED = {"__init__", "base", "check", "compat", "memory", "messages", "saving", "trial"}  # modules of this package that are no variants
+SHARED = {"__init__", "base", "compat", "saving"}  # modules of this package that are no variants
 
 
 def names() -> list[str]:

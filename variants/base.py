@@ -81,6 +81,7 @@ class SAE(nn.Module):
     attention_layers: tuple[int, ...] = ()  # attention patterns of these layers, relative to the SAE's own
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
+    centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
 
     def __init__(self, d_in: int, d_sae: int, decoder_norm: float = 1.0):
         super().__init__()
@@ -323,3 +324,36 @@ class TrainedSAE(nn.Module):
         """Encoder bias [F] in raw units where the variant has one, else None."""
         b = getattr(self.sae, "b_enc", None)
         return b.detach().float() * self.gain_F if b is not None and b.shape == self.gain_F.shape else None
+
+
+# ------------------------------------------------------------------------------------------------ top-k over a batch
+
+
+def batch_topk(acts_BF: Tensor, k: int) -> Tensor:
+    """Mask [B, F] of exactly k·B entries: the largest of the whole batch."""
+    flat, n = acts_BF.detach().flatten(), k * len(acts_BF)
+    index = _largest_on_cpu(flat, n) if flat.device.type == "cpu" else flat.topk(n, sorted=False).indices
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, index, True).view_as(acts_BF)
+
+
+def _largest_on_cpu(flat: Tensor, n: int) -> Tensor:
+    """Indices of the n largest; only what exceeds a bound taken from every 17th entry is ranked (a sixth of topk's time)."""
+    sample = flat[::17]
+    bound = sample.topk(min(len(sample), n * 5 // (17 * 4) + 1), sorted=False).values.min()
+    candidates = (flat > bound).nonzero().squeeze(1)
+    if len(candidates) < n:  # the sample was not typical
+        return flat.topk(n, sorted=False).indices
+    return candidates[flat[candidates].topk(n, sorted=False).indices]
+
+
+def above_theta(acts: Tensor, theta: Tensor, k: int) -> Tensor:
+    """Features (..., F) of single tokens: z·1[z > theta]; the k largest of each token as long as there is no theta (< 0)."""
+    if theta < 0:
+        top, index = acts.topk(k, dim=-1, sorted=False)
+        return torch.zeros_like(acts).scatter(-1, index, top)
+    return acts * (acts > theta)
+
+
+def theta_decay(progress: Progress) -> float:
+    """Decay of theta's moving average: .999, or a window of a twentieth of a run shorter than 20,000 steps."""
+    return 1 - 1 / max(1.0, min(1000, 0.05 * progress.total_steps))

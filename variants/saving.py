@@ -1,7 +1,8 @@
 """Trained SAEs on disk: SAELens' format where SAELens has the architecture, else the variant's own file with its state.
 
-SAELens' format (cfg.json + sae_weights.safetensors, read by `sae_lens.SAE.load_from_disk(folder)`): W_enc [D, F], b_enc [F],
-W_dec [F, D] with unit rows, b_dec [D], on raw activations: the training normalisation is folded into the biases.
+SAELens' format (cfg.json + sae_weights.safetensors, read by `sae_lens.SAE.load_from_disk(folder)`): W_enc [D, F], b_enc [F] (gated:
+b_gate, b_mag, r_mag; jumprelu: also threshold), W_dec [F, D] with unit rows, b_dec [D], on raw activations: the training
+normalisation is folded into biases and thresholds.
 Own format (cfg.json with architecture "variant", state.safetensors, variant.py). Either is read by one line:
 
     sae = variants.saving.load_sae("run_1/sae/layer_12")   # encode(x_raw), decode(features), W_dec
@@ -49,7 +50,14 @@ def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:
     """SAELens' tensors and architecture-specific configuration of a trained SAE."""
     sae = trained.sae
     extra = dict(k=sae.k, rescale_acts_by_decoder_norm=False) if sae.saelens == "topk" else {}
-    tensors = dict(W_enc=trained.W_enc, b_enc=trained.b_enc, W_dec=trained.W_dec, b_dec=sae.b_dec.detach() * trained.scale)
+    tensors = dict(W_enc=trained.W_enc, W_dec=trained.W_dec, b_dec=sae.b_dec.detach() * trained.scale)
+    if sae.saelens == "gated":  # both paths grow with W_enc, so r_mag, the ratio of the two, stays as it is
+        tensors |= dict(b_gate=sae.b_gate * trained.gain_F, b_mag=sae.b_mag * trained.gain_F, r_mag=sae.r_mag)
+    else:
+        tensors |= dict(b_enc=trained.b_enc)
+    if sae.saelens == "jumprelu":  # theta: one for all features (0-d) or one for each
+        tensors |= dict(threshold=sae.theta.detach() * trained.gain_F)
+        extra = dict(apply_b_dec_to_input=sae.centred)
     return {k: v.float().contiguous() for k, v in tensors.items()}, extra
 
 
@@ -64,11 +72,16 @@ def load_sae(folder: str | Path) -> base.TrainedSAE:
         sae = variants.build(module, **cfg["init"], hyper=cfg["hyper"])
         sae.load_state_dict(load_file(folder / "state.safetensors"))
         return base.TrainedSAE(sae, cfg["scale"])
-    known = {"standard": {}, "topk": dict(k=cfg.get("k"))}
+    known = {"standard": {}, "topk": dict(k=cfg.get("k")), "gated": {}, "jumprelu": dict(target_l0=1)}
     if cfg["architecture"] not in known:
         raise ValueError(f"{folder}: no variant reads SAELens' architecture {cfg['architecture']!r}\nknown: {', '.join(known)}")
     sae = variants.build(variants.load(cfg["architecture"]), cfg["d_in"], cfg["d_sae"], known[cfg["architecture"]])
-    missing = sae.load_state_dict(load_file(folder / "sae_weights.safetensors"), strict=False)
-    if missing.unexpected_keys or {"W_enc", "W_dec", "b_enc", "b_dec"} & set(missing.missing_keys):
+    weights = load_file(folder / "sae_weights.safetensors")
+    if cfg["architecture"] == "jumprelu":
+        weights["theta"] = weights.pop("threshold")
+        if cfg["apply_b_dec_to_input"]:  # ours does not centre its input
+            weights["b_enc"] = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]
+    missing = sae.load_state_dict(weights, strict=False)
+    if missing.unexpected_keys or {name for name, _ in sae.named_parameters()} & set(missing.missing_keys):
         raise ValueError(f"{folder}: the weights do not fit the architecture {cfg['architecture']!r}: {missing}\nwas the folder edited?")
     return base.TrainedSAE(sae, 1.0)

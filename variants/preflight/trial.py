@@ -27,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import variants
-from variants import base, memory
-from variants.memory import Sizes
-from variants.messages import Variant, attempting, computed, defined, described, explained, fail, returns
+from variants import base
+from variants.preflight import memory
+from variants.preflight.memory import Sizes
+from variants.preflight.messages import Variant, attempting, computed, defined, described, explained, fail, returns
 
 STEPS = 24  # training steps, spread over the whole run so that schedules and curricula are seen
 DURATION = re.compile("step|warm|every|interval|period|freq|seed|token|epoch|refresh|window")  # integers that are no widths

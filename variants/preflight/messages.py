@@ -17,7 +17,7 @@ from types import ModuleType
 from torch import Tensor
 
 from variants import base
-from variants.memory import Sizes
+from variants.preflight.memory import Sizes
 
 
 @dataclass(frozen=True)

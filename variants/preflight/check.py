@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 import variants
-from variants import base, memory
-from variants.memory import Sizes
-from variants.messages import Variant, assigned, at, attempting, computed, declared, defined, described, fail, where
-from variants.trial import (
+from variants import base
+from variants.preflight import memory
+from variants.preflight.memory import Sizes
+from variants.preflight.messages import Variant, assigned, at, attempting, computed, declared, defined, described, fail, where
+from variants.preflight.trial import (
     STEPS,
     Evidence,
     Plan,

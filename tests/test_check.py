@@ -17,7 +17,8 @@ SHIPPED = [variants.path("topk"), variants.path("standard")]
 
 def run(name, hyper=None, **changes):
     real = dict(d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0, reference_files=SHIPPED)
-    return check.run(str(name), hyper or {}, train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, **{**real, **changes})
+    loop = dict(train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
+    return check.run(str(name), hyper or {}, **{**real, **loop, **changes})
 
 
 def line_of(file, text):
@@ -128,7 +129,8 @@ def test_small_real_sizes_pass(sizes):
 def test_ablation_is_a_remark_not_an_error():
     """Fails if a penalty set to 0 on purpose is refused like one that is 0 by mistake."""
     notes = run("standard", {"l1_penalty": 0}).notes
-    assert "'l1' is multiplied by 0" in notes[0] and "(with l1_penalty=0)" in notes[0]
+    assert all("(with l1_penalty=0)" in note for note in notes if "standard.py" in note)
+    assert any("'l1' is multiplied by 0" in note for note in notes) and any("no sparse code" in note for note in notes)
 
 
 def test_sizes_that_only_fit_the_real_width_are_tried_at_it(tmp_path):

@@ -89,8 +89,7 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
         after = measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
 
         z_BF = check_encode(v, sae, plan)
-        check_features(v, z_BF, zero_weights)
-        notes = check_gradients(v, sae, evidence)
+        notes = check_features(v, z_BF, zero_weights) + check_gradients(v, sae, evidence)
         check_moved(v, sae, start, evidence)
         check_falls(v, before, after, plan)
         check_silent(v, sae, plan)
@@ -157,8 +156,8 @@ def reconstruction_error(v: Variant, sae: base.SAE, plan: Plan) -> float | None:
         return base.reconstruction_loss(plan.x_BD - probe.decode(z_BF)).item() if isinstance(z_BF, Tensor) else None
 
 
-def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str]) -> None:
-    """Some features fire, and not all of them always."""
+def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str]) -> list[str]:
+    """Some features fire, and not all of them always, unless what keeps them apart was set to 0 on purpose."""
     line = defined(v, "encode") if v.module.SAE.encode is not base.SAE.encode else defined(v, "__init__")
     if not (z_BF > 0).any():
         if zero_weights:
@@ -168,20 +167,26 @@ def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str]) -> None:
         fail(v, line, f"no feature ever fires: encode gives only zeros after {STEPS} steps (activations have E‖x‖² = 1)",
              "lower the threshold or the penalty, or check the sign of the bias and the initialisation")
     active = (z_BF != 0).float().mean().item()
-    if active > ALWAYS_ON:
-        fail(v, line, f"{active:.0%} of the features are active on the average token: this is no sparse code",
-             "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it")
+    what = f"{active:.0%} of the features are active on the average token: this is no sparse code"
+    if active > ALWAYS_ON and not (zeros := ablated(v)):
+        fail(v, line, what, "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it")
+    return [f"{at(v, line)}: {what} (with {', '.join(zeros)})"] if active > ALWAYS_ON else []
+
+
+def ablated(v: Variant) -> list[str]:
+    """Hyper-parameters given as 0 or False: what then has no effect was meant to have none."""
+    return [f"{key}={value}" for key, value in v.given.items() if isinstance(value, (bool, int, float)) and value == 0]
 
 
 def check_gradients(v: Variant, sae: base.SAE, evidence: Evidence) -> list[str]:
     """Every parameter and every loss term takes part in training, unless declared in no_gradient or ablated by a zero."""
-    ablated = [f"{key}={value}" for key, value in v.given.items() if isinstance(value, (bool, int, float)) and value == 0]
+    zeros = ablated(v)
     notes = []
 
     def report(line, what, advice):
-        if not ablated:
+        if not zeros:
             fail(v, line, what, advice)
-        notes.append(f"{at(v, line)}: {what} (with {', '.join(ablated)})")
+        notes.append(f"{at(v, line)}: {what} (with {', '.join(zeros)})")
 
     for term in evidence.terms:
         if term in sae.no_gradient:

@@ -544,6 +544,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     try:
         for b, x_of_layer in activation_blocks(settings, lm, stream, cache, first):
             lap(clock, "activations")
+            clock.update(start=clock["block"], line=clock["block"], step=step)  # speed and eta are the SAE steps' own
             if step == 0:
                 begin(jobs, x_of_layer)
             for step, x_by_layer in batches(settings, x_of_layer, b, ends[b - 1] if b else 0, step):  # noqa: B020

@@ -423,8 +423,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
             return collect(settings, lm, rows_RT, index_N, layers, f"activations {b + 1}/{len(plan)}")
 
         for b in range(first, len(plan)):
-            fits = cache.path("train", key(b)).exists() or cache.fits(plan[b] * lm.d_model * len(layers) * lm.dtype.itemsize)
-            given = cache.get("train", key(b), lambda b=b: make(b)) if fits else make(b)  # what does not fit never leaves the device
+            given = cache.get("train", key(b), lambda b=b: make(b))
             if b == 0 and not settings.keep_bos:
                 say(f"BOS positions are left out; with them they would hold {float(given['bos_share']):.1%} of E‖x‖²")
             yield b, {layer: given.pop(f"x_{layer}").to(settings.device) for layer in layers}

@@ -53,9 +53,9 @@ class Cache:
                 print(f"cache: {path.name} is unreadable ({error}); making it again", flush=True)
                 path.unlink(missing_ok=True)
         self.misses.append(kind)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in make().items()}
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        if self.fits(size):
+        tensors = make()
+        if self.fits(sum(t.numel() * t.element_size() for t in tensors.values())):  # else it never leaves its device
+            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
             try:

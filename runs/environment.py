@@ -82,17 +82,20 @@ def matmul_rate(device: str, dtype) -> float:
     import torch
 
     a, b = (torch.ones(1024, 1024 if device == "cpu" else 8192, device=device, dtype=dtype) for _ in range(2))
-    done, start = 0, None
-    while start is None or time.perf_counter() - start < 0.2:
-        for _ in range(1 if device == "cpu" else 20):
+    rounds = 1 if device == "cpu" else 20
+
+    def multiply() -> None:
+        for _ in range(rounds):
             a @ b.T
         if device == "cuda":
             torch.cuda.synchronize()
-        if start is None:  # the first round pays for the library's start
-            start = time.perf_counter()
-            continue
-        done += 1 if device == "cpu" else 20
-    return 2 * 1024 * a.numel() * done / (time.perf_counter() - start)
+
+    multiply()  # the first round pays for the library's start
+    done, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < 0.2:
+        multiply()
+        done += rounds
+    return 2 * 1024 * a.numel() * done / elapsed
 
 
 def disk_free(folder: str | Path) -> int:

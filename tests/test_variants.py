@@ -150,6 +150,18 @@ def test_a_variant_saelens_does_not_know_is_saved_whole(tmp_path):
     assert torch.equal(variants.saving.load_sae(tmp_path / "sae").encode(x), base.TrainedSAE(sae, 5.0).encode(x))
 
 
+def test_a_variant_that_inherits_a_saelens_name_but_computes_something_else_is_saved_as_it_is(tmp_path):
+    """Fails if an edited encode under topk's `saelens` is written as SAELens' TopK: other features than were evaluated."""
+    file = tmp_path / "edited.py"
+    file.write_text("from variants import topk\n\nclass SAE(topk.SAE):\n    def encode(self, x):\n        return super().encode(x) ** 2\n")
+    torch.manual_seed(0)
+    sae = variants.build(variants.load(str(file)), 12, 40, {"k": 5})
+    variants.saving.save_sae(tmp_path / "sae", sae, 3.0, file, {"k": 5}, {})
+    x = torch.randn(20, 12) * 3
+    assert not (tmp_path / "sae/sae_weights.safetensors").exists()
+    assert torch.equal(variants.saving.load_sae(tmp_path / "sae").encode(x), base.TrainedSAE(sae, 3.0).encode(x))
+
+
 def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():
     """Fails if features are not rescaled along with the rows, or a dead zero row becomes NaN."""
     torch.manual_seed(0)

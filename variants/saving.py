@@ -17,6 +17,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import variants
@@ -30,20 +31,46 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     trained = base.TrainedSAE(copy.deepcopy(sae).cpu(), scale)  # the live one stays on its device
-    cfg = dict(d_in=sae.d_in, d_sae=len(sae.decoder), dtype="float32", device="cpu")
-    if sae.saelens:
-        tensors, extra = folded(trained)
-        save_file(tensors, temporary / "sae_weights.safetensors")
-        cfg |= dict(architecture=sae.saelens, apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none",
-                    metadata=metadata) | extra
-    else:
+    cfg = dict(d_in=sae.d_in, d_sae=len(sae.decoder), dtype="float32", device="cpu", metadata=metadata)
+    if not (sae.saelens and write_saelens(temporary, trained, cfg)):
         save_file({k: v.contiguous() for k, v in trained.sae.state_dict().items()}, temporary / "state.safetensors")
         shutil.copyfile(source, temporary / "variant.py")
-        cfg |= dict(architecture="variant", init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale, metadata=metadata)
-    (temporary / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
+        own = dict(architecture="variant", init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale)
+        (temporary / "cfg.json").write_text(json.dumps(cfg | own, indent=1), encoding="utf-8")
     if folder.exists():  # of an interrupted attempt of the same run
         shutil.rmtree(folder)
     os.replace(temporary, folder)
+
+
+def write_saelens(folder: Path, trained: base.TrainedSAE, cfg: dict) -> bool:
+    """Write SAELens' files; False, and no file, where they read back to other features or another decoder.
+
+    A variant made from another one's file or class may still carry its `saelens` while it computes something else.
+    """
+    from safetensors.torch import save_file
+
+    try:
+        tensors, extra = folded(trained)
+        save_file(tensors, folder / "sae_weights.safetensors")
+        cfg = cfg | dict(architecture=trained.sae.saelens, apply_b_dec_to_input=True, normalize_activations="none",
+                         reshape_activations="none") | extra
+        (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
+        if same(trained, load_sae(folder)):
+            return True
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # no such weights, or of other shapes
+        pass
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        (folder / name).unlink(missing_ok=True)
+    return False
+
+
+def same(trained: base.TrainedSAE, other: base.TrainedSAE) -> bool:
+    """Whether two SAEs give the same features and reconstructions, on random activations of the training scale."""
+    d_in = trained.sae.d_in
+    x_ND = trained.scale * (torch.randn(64, d_in, generator=torch.Generator().manual_seed(0)) / d_in**0.5 + trained.sae.b_dec)
+    z_NF = trained.encode(x_ND)
+    pairs = (z_NF, other.encode(x_ND)), (trained.decode(z_NF), other.decode(z_NF))
+    return all((one - two).norm() <= 1e-3 * one.norm() for one, two in pairs)  # features at a threshold may fall either way
 
 
 def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:

@@ -11,10 +11,8 @@ Shapes: B SAE batch (tokens), D = d_in = d_model, F = d_sae, R rows (contexts), 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import difflib
-import io
 import itertools
 import json
 import os
@@ -42,10 +40,10 @@ import runs.folder  # noqa: E402
 import variants  # noqa: E402
 import variants.saving  # noqa: E402
 from evals.language_model import LanguageModel, assert_soft_capping, hash_files  # noqa: E402
-from runs import compare, environment, failure, reading, report  # noqa: E402
+from runs import compare, environment, failure, reading, report, training_log  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.voice import VOICE, duration, say, track  # noqa: E402
-from variants import base  # noqa: E402
+from variants import base, contexts, imperative, interchange  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -57,9 +55,10 @@ class Settings:
     """Every setting is an optional flag; what is None is filled by the profile."""
 
     out_dir: str = ""  # folder of the run, taken literally; empty: the first free of run_1, run_2, ...
-    variant: str = "topk"  # a file of variants/ by its name, or the path of one
+    variant: Optional[str] = None  # a file of variants/ by its name, or the path of one; unset: topk, or that of init_from
+    init_from: str = ""  # a trained SAE to start from: folder of SAELens, dictionary_learning or a run, or SAELens' release:id
     hyper: str = ""  # the variant's own hyper-parameters: k=64,auxk_alpha=0
-    sweep: str = ""  # one SAE per value, all from one stream: k=20,40,80
+    sweep: str = ""  # one SAE per value, all from one stream: k=20,40,80; of several, per combination: k=20,40,auxk_alpha=0,0.03
     profile: Literal["auto", "gemma", "embedded", "tiny"] = "auto"  # fills what is left unset; auto: gemma where it can run
     preset: Literal["", "saebench"] = ""  # saebench: 500 M tokens at context 1024 (the recipe of SAEBench's released SAEs)
     model: Optional[str] = None  # Hugging Face name or local folder
@@ -68,7 +67,7 @@ class Settings:
     core_dataset: Optional[str] = None  # text of the core eval; the same as dataset: its held-out documents
     text_field: str = "text"  # the column that holds the text, for hub and local datasets
     context: Optional[int] = None  # tokens per row, BOS included
-    num_tokens: Optional[int] = None  # training tokens taken from the language model
+    num_tokens: Optional[int] = None  # training tokens taken from the language model; 0 evaluates what init_from names
     passes: Optional[int] = None  # times each block of activations is passed over
     block_tokens: Optional[int] = None  # tokens shuffled together
     keep_bos: bool = False  # train on BOS positions too (as SAEBench's released SAEs did)
@@ -132,17 +131,21 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
     profile, why = settings.profile, "asked for"
     if profile == "auto":
         profile, why = choose_profile(settings)
-    defaults = PROFILES[profile] | (PRESETS[settings.preset] if settings.preset else {})
+    defaults = PROFILES[profile] | (PRESETS[settings.preset] if settings.preset else {}) | dict(variant="topk")
+    if settings.init_from:
+        defaults |= interchange.settings_of(settings.init_from)
     filled = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     if settings.dataset and not settings.core_dataset:
         filled["core_dataset"] = settings.dataset
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cache_dir = settings.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "sae_experiment")
     settings = dataclasses.replace(settings, profile=profile, device=device, cache_dir=str(cache_dir), **filled)
-    for name, least in dict(context=2, num_tokens=1, passes=1, d_sae=1, batch_size=1, lm_batch_size=1, block_tokens=1).items():
+    least_of = dict(context=2, num_tokens=int(not settings.init_from), passes=1, d_sae=1, batch_size=1, lm_batch_size=1, block_tokens=1)
+    for name, least in least_of.items():
         if getattr(settings, name) < least:
-            raise ValueError(f"--{name}={getattr(settings, name)} is below {least}\ngive a larger number")
-    if min(settings.num_tokens, settings.block_tokens) < settings.batch_size:
+            raise ValueError(f"--{name}={getattr(settings, name)} is below {least}\n"
+                             "give a larger number" + ", or name an SAE to evaluate: --init_from" * (name == "num_tokens"))
+    if min(settings.num_tokens or settings.batch_size, settings.block_tokens) < settings.batch_size:
         raise ValueError(f"--num_tokens={settings.num_tokens} and --block_tokens={settings.block_tokens} must each hold at least one "
                          f"batch of {settings.batch_size} tokens: the run would train 0 steps\n"
                          f"give more tokens, or a smaller --batch_size")
@@ -183,13 +186,24 @@ def evals_of(settings: Settings) -> dict[str, dict]:
 
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
-    """Hyper-parameters per SAE of a layer, by the suffix of its name: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
+    """Hyper-parameters per SAE of a layer, by the suffix of its name: {"": {...}} or {".k_20": {...}, ".k_40": {...}}.
+
+    Several swept hyper-parameters give one SAE for each combination.
+    """
     fixed = variants.parse_hyper(module, settings.hyper)
-    if not settings.sweep:
-        return {"": fixed}
-    key, _, values = settings.sweep.partition("=")
-    each = [variants.parse_hyper(module, f"{key}={value}") for value in variants.split(values)]
-    return {f".{key}_{h[key]}": fixed | h for h in each}
+    if settings.init_from and not settings.sweep:
+        return interchange.hypers_of(settings.init_from, variants.hyperparameters(module), fixed)
+    axes: list[list[dict]] = []
+    for item in variants.split(settings.sweep) if settings.sweep else []:
+        if "=" in item:  # the next hyper-parameter begins
+            axes.append([])
+        elif not axes:
+            raise ValueError(f"--sweep {settings.sweep} does not begin with a name\n"
+                             "write --sweep k=20,40,80 or --sweep k=20,40,auxk_alpha=0,0.03")
+        key = item.partition("=")[0] if "=" in item else next(iter(axes[-1][0]))
+        axes[-1].append(variants.parse_hyper(module, item if "=" in item else f"{key}={item}"))
+    combined = [{k: v for h in each for k, v in h.items()} for each in itertools.product(*axes)]
+    return {"".join(f".{k}_{v}" for k, v in h.items()): fixed | h for h in combined}
 
 
 def block_plan(settings: Settings) -> list[int]:
@@ -205,8 +219,9 @@ def count_steps(settings: Settings) -> int:
 def fingerprint(settings: Settings) -> str:
     """Hash of the settings and the code that decide a run's result."""
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT}
-    files = [PROJECT / "experiment.py", PROJECT / "variants/base.py", variants.path(settings.variant), *(PROJECT / "evals").glob("*.py")]
-    return evals.cache.digest([kept, hash_files(sorted(files)), torch.__version__])
+    files = [PROJECT / "experiment.py", *variants.sources(settings.variant), *(PROJECT / "evals").glob("*.py")]
+    begun = interchange.files(settings.init_from) if settings.init_from else []
+    return evals.cache.digest([kept, hash_files(sorted(files) + begun), torch.__version__])
 
 
 # ================================================================================================ preflight
@@ -229,13 +244,18 @@ def preflight(settings: Settings, source) -> dict:
     shape = model_shape(settings)
     if not 0 <= layers[0] <= layers[-1] < shape["n_layers"]:
         raise ValueError(f"--layers={settings.layers}: {settings.model} has blocks 0 to {shape['n_layers'] - 1}\nchoose among those")
+    if settings.init_from:
+        interchange.check_width(settings.init_from, shape["d_model"])
     findings = {}
     for suffix, hyper in hypers.items():
+        if not settings.num_tokens:  # nothing to train
+            findings[suffix] = check.untrained(settings.variant, hyper, shape["d_model"], settings.d_sae)
+            continue
         findings[suffix] = check.run(
             settings.variant, hyper, d_in=shape["d_model"], d_sae=settings.d_sae, batch_size=settings.batch_size,
             total_steps=count_steps(settings), lr=settings.lr, seed=settings.seed, train_step=train_step,
             make_optimizer=make_optimizer, reference_files=reference_variants(settings.variant), allow_identical=settings.allow_identical,
-            accelerator=settings.device != "cpu")
+            accelerator=settings.device != "cpu", context=settings.context, room=(layers[0], shape["n_layers"] - 1 - layers[-1]))
         for note in findings[suffix].notes:
             say(f"note: {settings.variant}{suffix}: {note}")
 
@@ -258,23 +278,19 @@ def preflight(settings: Settings, source) -> dict:
 
 def forecast(settings: Settings, shape: dict, largest, sweep: int) -> dict:
     """Memory and training time at the real sizes, said in one line; MemoryError where the memory is not there."""
-    from variants.preflight import check
+    from variants.preflight import budget
 
-    layers, on_cpu = layers_of(settings), settings.device == "cpu"
-    copies, dtype = len(layers) * sweep, getattr(torch, settings.dtype)
+    layers, dtype = layers_of(settings), getattr(torch, settings.dtype)
+    copies = len(layers) * sweep
     block = min(settings.block_tokens, settings.num_tokens) * shape["d_model"] * dtype.itemsize * len(layers)
-    need = dict(process=1.2e9 if on_cpu else 0.5e9,  # Python, libraries, texts; on a GPU what CUDA keeps
-                lm=shape["bytes"], saes=copies * (4 * largest.parameter_bytes + largest.buffer_bytes),  # gradient, two moments
-                step=largest.step_peak_bytes, buffer=2 * block if on_cpu else block)  # in host memory also on its way to the cache
+    need = budget.need(largest, copies, shape["bytes"], block, settings.device)
     have = environment.memory_available(settings.device)
     flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) + 3 * settings.passes * copies * largest.parameters)
-    seconds = flops / environment.matmul_rate(settings.device, dtype) / (0.8 if on_cpu else 0.4)  # shares of that rate seen in practice
+    seconds = budget.seconds(flops, environment.matmul_rate(settings.device, dtype), settings.device)
     say("forecast: " + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in need.items()) + f"  = {sum(need.values()) / 1e9:.2f} GB of "
         f"{have / 1e9:.1f} GB on {settings.device}; {copies} SAE{'s' * (copies > 1)} of {largest.parameters:,} parameters, "
         f"{count_steps(settings):,} steps of {settings.batch_size:,} tokens, about {duration(seconds)} of training")
-    message = check.too_large(largest, int(have - sum(need.values()) + need["saes"] / copies + need["step"]))
-    if message:
-        raise MemoryError(message)
+    budget.check(largest, copies, need, have)
     return dict(forecast_bytes=need | dict(total=sum(need.values()), available=have), forecast_training_seconds=round(seconds))
 
 
@@ -398,9 +414,10 @@ class TokenStream:
 # ================================================================================================ activation buffer
 
 
-def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream, cache, first: int):
-    """Yield (b, {layer: x_ND}) from block `first` on, on the training device, in the language model's dtype.
+def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream, cache, first: int, wanted: list[contexts.Attention]):
+    """Yield (b, block) from block `first` on, on the training device, residuals in the language model's dtype.
 
+    A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention (variants/contexts.py).
     What the model gave is kept in the shared cache, so another variant on the same data does not pay for it again. The
     next block is tokenised in the background.
     """
@@ -408,7 +425,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
 
     def key(b: int) -> dict:
         return dict(model=lm.digest, layers=layers, data=stream.source.digest("train"), context=settings.context, plan=plan[:b + 1],
-                    keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size)
+                    keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size, attention=sorted(map(str, wanted)))
 
     with ThreadPoolExecutor(1) as background:
         ahead = {}
@@ -420,19 +437,22 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
         def make(b: int) -> dict[str, Tensor]:
             rows_RT, index_N = ahead.pop(b).result() if b in ahead else stream.block(b)
             prefetch(b + 1)
-            return collect(settings, lm, rows_RT, index_N, layers, f"activations {b + 1}/{len(plan)}")
+            return collect(settings, lm, rows_RT, index_N, layers, wanted, f"activations {b + 1}/{len(plan)}")
 
         for b in range(first, len(plan)):
             given = cache.get("train", key(b), lambda b=b: make(b))
             if b == 0 and not settings.keep_bos:
                 say(f"BOS positions are left out; with them they would hold {float(given['bos_share']):.1%} of E‖x‖²")
-            yield b, {layer: given.pop(f"x_{layer}").to(settings.device) for layer in layers}
+            yield b, contexts.placed(given, settings.device)
 
 
-def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Tensor, layers: list[int], label: str) -> dict[str, Tensor]:
-    """Residuals of the wanted positions of a block, {"x_<layer>": x_ND}, and the share of E‖x‖² its BOS positions would have had."""
+def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Tensor, layers: list[int], wanted: list[contexts.Attention],
+            label: str) -> dict[str, Tensor]:
+    """A block's tensors for the wanted positions index_N of its rows, and the share of E‖x‖² its BOS positions would have had."""
     R, T = rows_RT.shape
     out = {layer: torch.empty(len(index_N), lm.d_model, dtype=lm.dtype, device=lm.device) for layer in layers}
+    attending = sorted({layer for w in wanted for layer in w.layers})
+    attention = {w: [] for w in wanted}
     batch, starts = settings.lm_batch_size, []
     norm_bos = torch.zeros((), dtype=torch.float64, device=lm.device)
 
@@ -445,7 +465,7 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
     for start, stop in track(spans(), label, R * T, "tok", lambda span: (span[1] - span[0]) * T):
         tokens_BT = rows_RT[start:stop].to(lm.device, torch.long)
         try:
-            kept = lm.residuals(tokens_BT, layers)
+            kept, pattern = lm.residuals_and_attention(tokens_BT, layers, attending) if attending else (lm.residuals(tokens_BT, layers), {})
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -460,9 +480,13 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
         inside = (index_N[low:high] - start * T).to(lm.device)
         for layer in layers:
             out[layer][low:high] = kept[layer].flatten(0, 1).index_select(0, inside)
+        for w in wanted:
+            attention[w].append(w.keep(pattern, index_N[low:high] - start * T, low))
         norm_bos += kept[layers[0]][:, 0].double().pow(2).sum()
     rest = out[layers[0]].double().pow(2).sum() if len(index_N) < 10**6 else out[layers[0]].float().pow(2).sum().double()
-    return {f"x_{layer}": x_ND for layer, x_ND in out.items()} | {"bos_share": norm_bos / (norm_bos + rest)}
+    block = {f"x_{layer}": x_ND for layer, x_ND in out.items()} | dict(bos_share=norm_bos / (norm_bos + rest))
+    block |= dict(tokens_N=rows_RT.flatten()[index_N], place_N=index_N.int())
+    return block | {name: t for w in wanted for name, t in w.named(attention[w]).items()}
 
 
 # ================================================================================================ training
@@ -479,17 +503,30 @@ class Job:
     optimizer: torch.optim.Optimizer
     scale: float = 0.0  # √E‖x‖² of the raw activations; 0: not measured yet
 
+    @property
+    def attention(self) -> Optional[contexts.Attention]:
+        """What its batches hold of attention, or None."""
+        return contexts.Attention.of(self.sae, self.layer)
 
-def make_optimizer(sae: base.SAE, lr: float) -> torch.optim.Optimizer:
-    """Fused Adam on the variant's parameter groups; each group's own learning rate is what the schedule multiplies."""
+
+def make_optimizer(sae: base.SAE, lr: float):
+    """Fused Adam on the variant's parameter groups; each group's own learning rate is what the schedule multiplies.
+
+    A trainer of the imperative form brings its own; its state takes the optimiser's place.
+    """
+    if isinstance(sae, imperative.Imperative):
+        return imperative.TrainerState(sae)
     optimizer = torch.optim.Adam(sae.parameter_groups(lr), lr=lr, betas=sae.adam_betas, fused=True)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
 
 
-def train_step(sae: base.SAE, optimizer: torch.optim.Optimizer, batch: base.Batch, progress: base.Progress, lr: float = 0.0):
+def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progress, lr: float = 0.0):
     """One step; returns the loss and its terms, still on the device: nothing here waits for it."""
+    if isinstance(sae, imperative.Imperative):
+        with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
+            return sae.update(batch, progress)
     for group in optimizer.param_groups:
         group["lr"] = group.get("base_lr", lr) * progress.lr_factor()
     with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
@@ -513,15 +550,22 @@ def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
     """The SAEs to train, all from one stream; each is initialised from the seed alone, whatever its siblings are."""
     module, jobs = variants.load(settings.variant), []
     for layer, (suffix, hyper) in itertools.product(layers_of(settings), hypers_of(settings, module).items()):
-        torch.manual_seed(settings.seed)
-        sae = variants.build(module, lm.d_model, settings.d_sae, hyper).to(settings.device)
-        jobs.append(Job(f"layer_{layer}{suffix}", layer, hyper, sae, make_optimizer(sae, settings.lr or sae.default_lr)))
+        environment.seed_everything(settings.seed)
+        setting = dict(steps=count_steps(settings), lr=settings.lr, seed=settings.seed, device=settings.device, layer=layer,
+                       lm_name=settings.model)
+        sae = variants.build(module, lm.d_model, settings.d_sae, hyper, setting).to(settings.device)
+        name = f"layer_{layer}{suffix}"
+        scale = interchange.adopt(sae, settings.init_from, name) if settings.init_from else None
+        scale = scale or float(not settings.num_tokens)  # an SAE that is only evaluated takes activations as they are
+        jobs.append(Job(name, layer, hyper, sae, make_optimizer(sae, settings.lr or sae.default_lr), scale))
     return jobs
 
 
 def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, interrupts) -> list[dict]:
     """Train all jobs to the end, continuing from out/checkpoint.pt where there is one; returns the rows of the training log."""
     total, saved = count_steps(settings), load_checkpoint(out, jobs)
+    if not total:  # an SAE from elsewhere is only to be evaluated
+        return []
     if saved and saved["step"] == total:
         return saved["log"]
     log, step = saved["log"] if saved else [], saved["step"] if saved else 0
@@ -536,38 +580,40 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     def save(b: int) -> None:
         cursors = dict(stream.cursors)  # the stream lags where blocks came from the cache: the nearest cursor before is as good
         save_checkpoint(out, jobs, step, cursors[max(c for c in cursors if c <= b)], log, recent)
-        write_log(out, log)
+        training_log.write(out, log)
         clock["checkpoint"] = time.monotonic()
 
     b = first
     try:
-        for b, x_of_layer in activation_blocks(settings, lm, stream, cache, first):
+        wanted = list(dict.fromkeys(job.attention for job in jobs if job.attention))
+        for b, block in activation_blocks(settings, lm, stream, cache, first, wanted):
             lap(clock, "activations")
             clock.update(start=clock["block"], line=clock["block"], step=step)  # speed and eta are the SAE steps' own
             if step == 0:
-                begin(jobs, x_of_layer)
-            for step, x_by_layer in batches(settings, x_of_layer, b, ends[b - 1] if b else 0, step):  # noqa: B020
+                begin(jobs, block, fresh=not settings.init_from)
+            for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, step):  # noqa: B020
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
                 for job in jobs:
-                    recent[job.name].append(train_step(job.sae, job.optimizer, base.Batch(x_by_layer[job.layer] / job.scale), progress))
+                    recent[job.name].append(train_step(job.sae, job.optimizer, batch_of_job[job.name], progress))
                 step += 1
                 if step % log_every == 0 or step == total:
-                    log += log_rows(settings, jobs, recent, x_by_layer, progress, clock, step)
+                    x_of_job = {name: batch.x for name, batch in batch_of_job.items()}
+                    log += training_log.rows(jobs, recent, x_of_job, progress, settings.batch_size, clock, step)
                     if time.monotonic() - clock["line"] > 30 or step == total:
                         clock["line"] = time.monotonic()
-                        write_log(out, log)
-                        say_progress(log[-len(jobs):], total * settings.batch_size)
+                        training_log.write(out, log)
+                        training_log.say_rows(log[-len(jobs):], total * settings.batch_size)
                     if time.monotonic() - clock["checkpoint"] > settings.checkpoint_seconds or step == total:
                         save(b)
                 interrupts.deferred = False
                 if interrupts.signal:
                     raise KeyboardInterrupt
             lap(clock, "sae")
-            x_of_layer.clear()  # before the next block is made: one block at a time on the device
+            block.clear()  # before the next block is made: one block at a time on the device
     except KeyboardInterrupt:
         if jobs[0].scale and not interrupts.deferred:  # a second signal may come in the middle of a step
-            check_finite(jobs, recent, step)
+            training_log.check_finite(jobs, recent, step)
             save(b)
         raise
     say(f"training: {clock['activations']:.1f} s for texts and activations, {clock['sae']:.1f} s for SAE steps")
@@ -581,94 +627,49 @@ def lap(clock: dict, name: str) -> None:
     clock["block"] = now
 
 
-def begin(jobs: list[Job], x_of_layer: dict[int, Tensor]) -> None:
-    """Measure the scale on the first block, in fp64, and let each variant initialise itself from normalised data."""
+def begin(jobs: list[Job], block: dict[str, Tensor], fresh: bool) -> None:
+    """Measure the scale on the first block, in fp64, and let each fresh SAE initialise itself from normalised data."""
     for job in jobs:
-        x_ND = x_of_layer[job.layer]
-        job.scale = sum(part.double().pow(2).sum().item() for part in x_ND.split(2**16)) / len(x_ND)
-        job.scale = job.scale**0.5
-        job.sae.initialise(x_ND[:8192].float() / job.scale)
+        x_ND = block[f"x_{job.layer}"]
+        if not job.scale:
+            job.scale = (sum(part.double().pow(2).sum().item() for part in x_ND.split(2**16)) / len(x_ND)) ** 0.5
+            if not fresh:  # its weights took raw activations
+                interchange.rescale(job.sae, job.scale)
+        if fresh:
+            job.sae.initialise(x_ND[:8192].float() / job.scale)
 
 
-def batches(settings: Settings, x_of_layer: dict[int, Tensor], b: int, begins: int, first: int):
-    """Yield (step, {layer: x_BD fp32}) of block b, whose first step is `begins`, from step `first` on.
+def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: int, begins: int, first: int):
+    """Yield (step, {job's name: Batch}) of block b, whose first step is `begins`, from step `first` on.
 
-    Each pass shuffles the block anew by (seed, block, pass) alone.
+    Each pass shuffles the block anew by (seed, block, pass) alone: its tokens, or its rows where a variant needs whole contexts.
     """
-    n, B = len(next(iter(x_of_layer.values()))), settings.batch_size
+    n, B = len(block["place_N"]), settings.batch_size
+    whole = any(job.sae.needs_contexts or job.sae.attention_layers for job in jobs)
+    rows = int(block["place_N"][-1]) // settings.context + 1
     for p in range(settings.passes):
         generator = torch.Generator().manual_seed(int(evals.cache.digest([settings.seed, b, p])[:15], 16))
-        order_N = torch.randperm(n, generator=generator).to(settings.device)
+        order = torch.randperm(rows if whole else n, generator=generator)
+        order = contexts.rows_of_step(rows, n // B, order) if whole else order.to(settings.device).split(B)
         for i in range(n // B):
             step = begins + p * (n // B) + i
-            if step >= first:
-                yield step, {layer: x_ND.index_select(0, order_N[i * B:(i + 1) * B]).float() for layer, x_ND in x_of_layer.items()}
-
-
-def check_finite(jobs: list[Job], recent: dict, step: int) -> None:
-    """Stop at the first loss that is not finite or has exploded, naming the step and the term. Reads the device once per job."""
-    for job in jobs:
-        if not recent[job.name]:
-            continue
-        names = ["loss", *recent[job.name][0][1]]
-        values = torch.stack([torch.stack([loss, *terms.values()]).float() for loss, terms in recent[job.name]]).cpu()
-        bad = ~values.isfinite() | (values.abs() > 1e6)  # E‖x‖² = 1, so a loss starts near 1
-        if bad.any():
-            row = int(bad.any(1).nonzero()[0])
-            term = names[int(bad[row].nonzero()[-1])]
-            value, at = values[row, names.index(term)], step - len(values) + row
-            raise FloatingPointError(f"{job.name}: the term {term!r} became {value:.3g} at step {at}\n"
-                                     "lower --lr or the term's weight; the last good checkpoint is checkpoint.pt in the run's folder")
-
-
-@torch.no_grad()
-def log_rows(settings: Settings, jobs: list[Job], recent: dict, x_by_layer: dict, progress: base.Progress, clock: dict, step: int):
-    """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share. Measuring changes no SAE."""
-    check_finite(jobs, recent, step)
-    now, rows = time.monotonic(), []
-    rate = (step - clock["step"]) * settings.batch_size / max(now - clock["start"], 1e-9)
-    for job in jobs:
-        x_BD = x_by_layer[job.layer][:512] / job.scale  # a glance at every turn, not a measurement: that is the core eval's
-        job.sae.eval()
-        z_BF = job.sae.encode(x_BD)
-        error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
-        job.sae.train()
-        row = dict(sae=job.name, step=step, tokens=step * settings.batch_size, loss=mean(loss for loss, _ in recent[job.name]))
-        row |= {k: mean(terms[k] for _, terms in recent[job.name]) for k in recent[job.name][0][1]}
-        row |= dict(l0=float((z_BF != 0).float().sum(-1).mean()), explained_variance=1 - float(error),
-                    dead_share=float(job.sae.dead_features(progress).float().mean()), tokens_per_s=round(rate))
-        rows.append(row)
-        recent[job.name].clear()
-    clock.update(start=time.monotonic(), step=step)
-    return rows
-
-
-def mean(tensors) -> float:
-    return float(torch.stack([t.double() for t in tensors]).mean())
-
-
-def say_progress(rows: list[dict], total_tokens: int) -> None:
-    for row in rows:
-        left = (total_tokens - row["tokens"]) / max(row["tokens_per_s"], 1)
-        say(f"tokens {row['tokens'] / 1e6:7.3f}M  loss {row['loss']:.4f}  L0 {row['l0']:6.1f}  EV {row['explained_variance']:.3f}  "
-            f"dead {row['dead_share']:.1%}  {row['tokens_per_s'] / 1e3:.1f}k tok/s  eta {duration(left)}"
-            + f"  {row['sae']}" * (len(rows) > 1))
-
-
-def write_log(out: Path, log: list[dict]) -> None:
-    if not log:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(log[0]))
-    writer.writeheader()
-    writer.writerows(log)
-    runs.folder.write_text(out / "training_log.csv", text.getvalue())
+            if step < first:
+                continue
+            given = {}
+            for job in jobs:
+                place = job.layer, job.attention
+                if place not in given and whole:
+                    mine = job.attention.of_block(block) if job.attention else block
+                    given[place] = contexts.take(mine, order[i], settings.context, block[f"x_{job.layer}"], settings.device)
+                elif place not in given:
+                    given[place] = dict(x=block[f"x_{job.layer}"].index_select(0, order[i]).float())
+            yield step, {job.name: base.Batch(**{**given[job.layer, job.attention], "x": given[job.layer, job.attention]["x"] / job.scale})
+                         for job in jobs}
 
 
 def save_checkpoint(out: Path, jobs: list[Job], step: int, cursor: dict, log: list[dict], recent: dict) -> None:
     """All that a resume needs, in one file, written to a temporary name and renamed."""
-    state = dict(step=step, cursor=cursor, log=log, recent=recent, rng=torch.get_rng_state(),
-                 cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    state = dict(step=step, cursor=cursor, log=log, recent=recent, rng=environment.random_state(),
                  saes={job.name: dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale) for job in jobs})
     temporary = out / "checkpoint.pt.tmp"
     torch.save(state, temporary)
@@ -686,9 +687,7 @@ def load_checkpoint(out: Path, jobs: list[Job]) -> Optional[dict]:
         job.sae.load_state_dict(saved["sae"])
         job.optimizer.load_state_dict(saved["optimizer"])
         job.scale = saved["scale"]
-    torch.set_rng_state(state["rng"].cpu())
-    if state["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    environment.set_random_state(state["rng"])
     say(f"continuing from step {state['step']:,}")
     return state
 
@@ -704,7 +703,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     """
     from evals import saebench, stored
 
-    code = hash_files(sorted((PROJECT / "evals").glob("*.py")))
+    code, variant = hash_files(sorted((PROJECT / "evals").glob("*.py"))), Path(settings.variant).stem
     crashed = {}
     for name, config in evals_of(settings).items():
         for layer in layers_of(settings):
@@ -723,9 +722,9 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
                 continue
             for sae, result in results.items():
                 config_of_sae = dict(d_in=lm.d_model, d_sae=len(trained[sae].W_dec), hook_name=hook_name(layer), hook_layer=layer,
-                                     model_name=lm.name, architecture=settings.variant)
+                                     model_name=lm.name, architecture=variant)
                 path = saebench.write(out / "eval_results" / name, result, evals.declared(name, "EVAL_TYPE_ID"),
-                                      config | dict(model_name=lm.name, random_seed=settings.seed), sae, settings.variant, config_of_sae)
+                                      config | dict(model_name=lm.name, random_seed=settings.seed), sae, variant, config_of_sae)
                 runs.folder.write_json(path.with_suffix(".depends_on"), depends[sae])
     return crashed
 
@@ -749,9 +748,9 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
     module, chosen = variants.load(settings.variant), evals_of(settings)
     sections = {}
     for job in jobs:
-        last = [row for row in log if row["sae"] == job.name][-1]
+        last = next((row for row in reversed(log) if row["sae"] == job.name), dict(step=0, loss=None))
         means = {f"training.{k}": last[k] for k in last if k not in ("sae", "step", "loss", "tokens_per_s", "l0", "explained_variance")}
-        means |= {"training.final_loss": last["loss"], "training.steps": last["step"]}
+        means |= {"training.final_loss": last["loss"], "training.steps": last["step"]} if log else {}
         stderrs, problems = {}, [f"the eval {name} failed: {type(e).__name__}: {str(e).splitlines()[0]}" for name, e in crashed.items()]
         numbers, files = job.sae.report(dict(lm=lm, layer=job.layer, trained=base.TrainedSAE(job.sae, job.scale)))
         means |= {f"variant.{k}": v for k, v in numbers.items()}
@@ -774,7 +773,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
             num_tokens=settings.num_tokens, passes=settings.passes, batch_size=settings.batch_size, steps=count_steps(settings),
             lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
             dataset=public_name(settings.dataset), core_dataset=public_name(settings.core_dataset), profile=settings.profile,
-            evals=chosen)
+            evals=chosen, **({"init_from": public_name(settings.init_from)} if settings.init_from else {}))
         sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
                                   config=config, problems=problems)
     return sections

@@ -69,6 +69,49 @@ class LanguageModel:
                 handle.remove()
         return kept
 
+    @torch.no_grad()
+    def residuals_and_attention(self, tokens_BT: Tensor, layers: list[int],
+                                attention_layers: list[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """{layer: x_BTD} as `residuals` and {layer: attention pattern [B, query T, key T], fp16, mean over heads}, from one pass.
+
+        Fused attention kernels give no patterns, so this pass is eager and its residuals differ from theirs by rounding.
+        RuntimeError for an architecture whose attention gives none.
+        """
+        x, patterns, T = {}, {}, tokens_BT.shape[1]
+        wanted, given = len(set(layers)) + len(set(attention_layers)), self.hf.config._attn_implementation
+
+        def keep(found, layer, value):
+            found[layer] = value
+            if len(x) + len(patterns) == wanted:
+                raise StopForward
+
+        def keep_residual(layer):
+            return lambda module, args, output: keep(x, layer, output if isinstance(output, Tensor) else output[0])
+
+        def keep_pattern(layer):
+            def hook(module, args, output):
+                for part in output if isinstance(output, tuple) else ():  # norms have "attention" in their name too
+                    if isinstance(part, Tensor) and part.dim() == 4 and part.shape[2:] == (T, T):
+                        keep(patterns, layer, part.mean(1, dtype=torch.float32).half())
+            return hook
+
+        handles = [self.blocks[layer].register_forward_hook(keep_residual(layer)) for layer in set(layers)]
+        handles += [module.register_forward_hook(keep_pattern(layer)) for layer in set(attention_layers)
+                    for name, module in self.blocks[layer].named_children() if "attn" in name or "attention" in name]
+        try:
+            self.hf.set_attn_implementation("eager")
+            self.backbone(input_ids=tokens_BT, use_cache=False)
+        except StopForward:
+            pass
+        finally:
+            self.hf.set_attn_implementation(given)
+            for handle in handles:
+                handle.remove()
+        if missing := sorted(set(attention_layers) - set(patterns)):
+            raise RuntimeError(f"{self.name} ({self.hf.config.model_type}) gives no attention patterns in block {missing[0]}\n"
+                               "use a model with ordinary softmax attention in that block, or a variant without attention_layers")
+        return x, patterns
+
     @cached_property
     def bridge(self):
         """The same model under TransformerLens' hook names (made once; 6 s of import)."""

@@ -1,6 +1,7 @@
 """Compare recorded runs with a baseline and with each other: python -m runs.compare run_1 run_2 … [--baseline NAME_OR_PATH].
 
 A difference counts where it exceeds twice the combined standard error √(se_a² + se_b²); "?" where that is not known.
+Where the baseline has SAEs on both sides of a run's L0, the run is compared with what lies between them at its own L0.
 Runs of another model, layer or hook are shown but not compared, nor are evals that ran with other settings.
 """
 
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import evals
+from runs import frontier
+from runs.frontier import Interpolated
 from runs.reading import Run, canonical, file_label, read, slug
 
 BASELINES = Path(__file__).resolve().parent / "baseline"
@@ -31,6 +34,8 @@ HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "
 HEADLINE_LINES = 13
 BY_RUN = ("core.l0", "core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1", "core.frac_alive", "core.explained_variance")
 WIDTH = 100  # columns of printed text
+MARKS = "* by more than 2 standard errors, ? standard error unknown"
+BY_L0_METRICS, BY_L0_ROWS, BY_L0_NAME = 6, 36, 30  # of the table by L0: metrics and rows at most, characters of an SAE's name
 # final losses and their terms are sums of different things in different variants: no direction
 TRAINING = {"training.final_loss": "", "training.l0": "", "training.explained_variance": "higher",
             "training.dead_share": "lower", "training.frac_alive": "higher"}
@@ -79,7 +84,9 @@ def warnings(run: Run, baseline: Run | None = None) -> list[str]:
         found.append(f"probing at chance (.5) in {len(chance)} of {len(accuracies)} accuracies of the SAE: {_listing(chance)}")
     steps = run.config.get("steps", run.means.get("training.steps"))
     tokens = _get(run.config, "num_tokens")
-    if steps == 0:
+    if run.config.get("init_from"):  # trained elsewhere; how, its own record says
+        pass
+    elif steps == 0:
         found.append("untrained: 0 training steps")
     elif steps is None and isinstance(tokens, (int, float)) and tokens <= 0:  # SAEBench's custom SAEs say -100000 even if trained
         found.append(f"no sign of training: {tokens} training tokens and no number of steps")
@@ -128,7 +135,7 @@ def stored_baselines(runs: Iterable[Run] | dict, asked: str | None = None) -> li
     """The baseline asked for by path or name, else the standard one of each model among the runs. FileNotFoundError."""
     runs = _listed(runs)
     if asked and Path(asked).exists():
-        return list(read(asked).values())
+        return _with_frontier(Path(asked))
     if asked and "/" in asked:
         paths = {BASELINES / asked / "final_info.json"}
     else:
@@ -140,7 +147,12 @@ def stored_baselines(runs: Iterable[Run] | dict, asked: str | None = None) -> li
         names = [p.name for p in stored if p.parent.name in models] if "/" not in asked else []
         names = names or [p.relative_to(BASELINES).as_posix() for p in stored]
         raise FileNotFoundError(f"no baseline named {asked!r}{_nearest(asked, names)}")
-    return [run for path in paths for run in read(path).values()]
+    return [run for path in paths for run in _with_frontier(path.parent)]
+
+
+def _with_frontier(path: Path) -> list[Run]:
+    """The runs of a file, or of a folder's final_info.json and, where a baseline has one, its frontier.json beside it."""
+    return [run for file in (path, path / "frontier.json") if file == path or file.is_file() for run in read(file).values()]
 
 
 # ------------------------------------------------------------------------------------------------ judging
@@ -219,15 +231,43 @@ class Table:
 
 def tables(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None, directions: dict[str, str],
            everything: bool = False) -> list[Table]:
-    """One table per model, layer and hook: by metric for up to three runs, else one row per run; a sweep is sorted by L0."""
+    """One table per model, layer and hook: by metric for up to three runs, else one row per run; a sweep is sorted by L0.
+
+    Where the baseline has SAEs around the L0 of a run, it is judged at equal L0: of several runs per metric one row per run.
+    """
     built = []
     for compared, references, above in _groups(_listed(runs), _listed(baseline)):
         sweep = len({run.path for run in compared}) < len(compared)
-        if sweep or len(compared) > 3:
-            built.append(_by_run(compared, references, directions, above, sweep))
+        saes = frontier_for(compared, references)
+        around = any(frontier.at(_leaf(run, "l0"), saes) for run in compared)
+        if around and 1 < len(compared) <= BY_L0_ROWS // 2:
+            built.append(_by_l0(compared, references, saes, directions, above, everything))
+        elif sweep or len(compared) > 3:
+            built.append(_by_run(compared, references, saes, directions, above, sweep))
         else:
-            built.append(_by_metric(compared, references, directions, above, everything))
+            built.append(_by_metric(compared, references, saes, directions, above, everything))
     return built
+
+
+def families(runs: Iterable[Run]) -> list[list[Run]]:
+    """The runs of one variant that differ in hyper-parameters and seed alone belong together; each without a known variant is alone."""
+    found: list[list[Run]] = []
+    for run in runs:
+        family = next((f for f in found if _related(run, f[0])), None)
+        found.append([run]) if family is None else family.append(run)
+    return found
+
+
+def _related(a: Run, b: Run) -> bool:
+    same = (_get(a.config, key) == _get(b.config, key) for key in SHOWN if key not in ("hyper", "seed"))
+    return bool(a.config.get("variant")) and all(same) and identity(a.config) == identity(b.config) and obstacles(a, b) == ([], {})
+
+
+def frontier_for(runs: list[Run], references: list[Run]) -> list[Run]:
+    """The family of references, of at least two L0, around the L0 of the most runs; [] if there is none."""
+    same = [r for r in references if (_leaf(r, "l0") or 0) > 0 and identity(r.config) == identity(runs[0].config)]
+    several = [saes for saes in families(same) if len({_leaf(sae, "l0") for sae in saes}) > 1]
+    return max(several, key=lambda saes: sum(frontier.at(_leaf(run, "l0"), saes) is not None for run in runs), default=[])
 
 
 def _groups(runs: list[Run], stored: list[Run]) -> list[tuple[list[Run], list[Run], list[str]]]:
@@ -239,12 +279,13 @@ def _groups(runs: list[Run], stored: list[Run]) -> list[tuple[list[Run], list[Ru
     found = []
     for key, members in groups.items():
         references = matched[key] or ([] if any(matched.values()) else stored)
-        if references or len(members) == 1 or len({run.path for run in members}) < len(members):
+        others = [run for run in members if run.path != members[0].path]
+        if references or not others:
             found.append((members, references, []))
         else:
-            first = members[0]
-            found.append((members[1:], [first], [f"no stored baseline for {key[0] or 'this model'}: {first.name} stands for it",
-                                                 *(f"warning: {first.name}: {line}" for line in warnings(first))]))
+            first = [run for run in members if run.path == members[0].path]
+            found.append((others, first, [f"no stored baseline for {key[0] or 'this model'}: {file_label(first[0].path)} stands for it",
+                                          *(f"warning: {run.name}: {line}" for run in first for line in warnings(run))]))
     return found
 
 
@@ -258,11 +299,13 @@ def _partner(run: Run, references: list[Run]) -> Run | None:
     return min(references, key=lambda b: abs((_leaf(b, "l0") or 0) - l0), default=None)
 
 
-def _by_metric(runs: list[Run], references: list[Run], known: dict[str, str], above: list[str], everything: bool) -> Table:
-    partners = [_partner(run, references) for run in runs]
+def _by_metric(runs: list[Run], references: list[Run], saes: list[Run], known: dict[str, str], above: list[str],
+               everything: bool) -> Table:
+    nearest = [_partner(run, references) for run in runs]
+    partners = [frontier.at(_leaf(run, "l0"), saes) or near for run, near in zip(runs, nearest)]
     distinct = list({id(p): p for p in partners if p}.values())
     above, several, blocked, skipped = list(above), len(runs) > 1, [], []
-    above += [f"baseline: {p.name} ({_where(p.path)})" for p in distinct]
+    above += [f"baseline: {_described(p)}" for p in distinct]
     for run, partner in zip(runs, partners):
         why, settings = obstacles(run, partner) if partner else ([], {})
         blocked.append(bool(why) or partner is None)
@@ -270,10 +313,12 @@ def _by_metric(runs: list[Run], references: list[Run], known: dict[str, str], ab
         of = f"{run.name}: " if several else ""
         if why:
             above.append(f"not compared: {of}{'; '.join(why)}")
+        elif partner and (other := _other_l0(run, partner, saes)):
+            above.append(of + other)
         above += [f"not compared: {of}{name} ({reason})" for name, reason in sorted(settings.items())]
         if partner and (differs := _differences(run, partner)):
             above.append(f"differs: {of}{differs}")
-    above += [f"warning: {line}" for line in (_noted(runs, partners) if several else warnings(runs[0], partners[0]))]
+    above += [f"warning: {line}" for line in (_noted(runs, nearest) if several else warnings(runs[0], nearest[0]))]
 
     header = ["metric", *(["baseline"] if len(distinct) == 1 else [p.name for p in distinct])]
     for run, block in zip(runs, blocked):
@@ -282,7 +327,7 @@ def _by_metric(runs: list[Run], references: list[Run], known: dict[str, str], ab
     shown = names if everything else [m for m in names if any(run.means.get(m) is not None for run in runs)][:HEADLINE_LINES]
     rows = []
     for metric in shown:
-        row = [_brief(metric) if several else metric, *(number(p.means.get(metric)) for p in distinct)]
+        row = [_brief(metric) if several else metric, *(_theirs(p, metric) for p in distinct)]
         for run, partner, block, settings in zip(runs, partners, blocked, skipped):
             row.append(number(run.means.get(metric)))
             if not block:
@@ -290,28 +335,117 @@ def _by_metric(runs: list[Run], references: list[Run], known: dict[str, str], ab
                 if judged.difference is not None and metric.partition(".")[0] in settings:
                     judged = Judged(None, "–")
                 difference = signed(judged.difference, run.means.get(metric), partner.means.get(metric))
-                beyond = {"yes": "*", "?": "?"}.get(judged.beyond, "") if several else judged.beyond
-                row += [difference, judged.verdict + beyond] if several else [difference, judged.verdict, beyond]
+                row += [difference, _verdict(judged)] if several else [difference, judged.verdict, judged.beyond]
         rows.append(row)
-    below = ["* by more than 2 standard errors, ? standard error unknown"] if several and not all(blocked) else []
+    below = [MARKS] if several and not all(blocked) else []
     if hidden := len(names) - len(shown):
         below.append(f"{hidden} more metrics with --all")
     return Table(above, header, rows, below)
 
 
-def _by_run(runs: list[Run], references: list[Run], known: dict[str, str], above: list[str], sweep: bool) -> Table:
-    partners = [_partner(run, references) for run in runs]
-    names, known_paths = _names(runs), {run.path for run in runs}
-    # a sweep's partner has another L0, so that a verdict on a single metric would mislead
-    judging = bool(references) and not sweep
+def _verdict(judged: Judged) -> str:
+    return judged.verdict + {"yes": "*", "?": "?"}.get(judged.beyond, "")
+
+
+def _theirs(partner: Run | None, metric: str) -> str:
+    """The baseline's figure, with ~ where it lies between those of two SAEs."""
+    value = partner.means.get(metric) if partner else None
+    return "~" * (value is not None and _between(partner, metric)) + number(value)
+
+
+def _between(partner: Run, metric: str) -> bool:
+    return isinstance(partner, Interpolated) and len({sae.means[metric] for sae in partner.between}) > 1
+
+
+def _described(partner: Run) -> str:
+    if not isinstance(partner, Interpolated):
+        return f"{partner.name} ({_where(partner.path)})"
+    a, b = (f"{_section(sae)} (L0 {number(_leaf(sae, 'l0'))})" for sae in partner.between)
+    return f"{partner.name} ({_where(partner.path)}), ~ between {a} and {b}, linear in log L0"
+
+
+def _section(run: Run) -> str:
+    return run.name.removeprefix(file_label(run.path) + " ")
+
+
+def _other_l0(run: Run, partner: Run, saes: list[Run]) -> str:
+    """What to say where a run and what it is compared with have not the same L0, else nothing."""
+    ours, theirs = _leaf(run, "l0"), _leaf(partner, "l0")
+    if ours and theirs is None:
+        return "not at equal L0: the baseline's is not known"
+    if not ours or not theirs or max(ours / theirs, theirs / ours) < 1 + (frontier.SAME if saes else 0.1):
+        return ""
+    outside = f", outside the baseline's {_range(saes)}" if saes else ""
+    return f"not at equal L0: {number(ours)} / {number(theirs)}, a factor of {max(ours / theirs, theirs / ours):.3g}{outside}"
+
+
+def _range(saes: list[Run]) -> str:
+    return "L0 {} to {}".format(*map(number, frontier.ends(saes)))
+
+
+def _by_l0(runs: list[Run], references: list[Run], saes: list[Run], known: dict[str, str], above: list[str], everything: bool) -> Table:
+    named = sorted(zip(_names(runs), runs), key=lambda pair: (_leaf(pair[1], "l0") is None, _leaf(pair[1], "l0")))
+    names, runs = [re.sub(r"\blayer_\d+\.", "", name) for name, _ in named], [run for _, run in named]
+    partners = [frontier.at(_leaf(run, "l0"), saes) for run in runs]
+    blocked = [obstacles(run, partner) if partner else ([], {}) for run, partner in zip(runs, partners)]
+    directed = [m for m in _ordered({m for run in runs for m, v in run.means.items() if v is not None}) if known.get(m)]
+    headline = [m for m in _headline(runs) if known.get(m) and any(p and p.means.get(m) is not None for p in partners)]
+    shown = directed if everything else headline[: min(BY_L0_METRICS, BY_L0_ROWS // len(runs))]
+    rows = []
+    for metric in shown:
+        title = metric if everything else _brief(metric).rpartition(".")[2]
+        for name, run, partner, (why, settings) in zip(names, runs, partners, blocked):
+            judged = judge(metric, run, partner, known[metric])
+            if judged.difference is not None and (why or metric.partition(".")[0] in settings):
+                judged = Judged(None, "–")
+            ours, l0 = run.means.get(metric), _leaf(run, "l0")
+            difference = "" if judged.difference is None else signed(judged.difference, ours, partner.means[metric])
+            rows.append([title, _cut(name), number(l0), _theirs(partner, metric), number(ours), difference, _verdict(judged)])
+            title = ""
+    differs = [[f"differs: {found}"] if (found := _differences(run, saes[0], but="hyper")) else [] for run in runs]
+    above = [*above, f"baseline: {saes[0].config['variant']}, {len(saes)} SAEs of {_range(saes)} ({_where(saes[0].path)})",
+             f"the frontier of layer {runs[0].config.get('layer')}, the baseline at each SAE's own L0",
+             *_about(names, runs, blocked, [_partner(run, references) for run in runs], differs)]
+    between = any(p and _between(p, metric) for p in partners for metric in shown if p and p.means.get(metric) is not None)
+    below = ["~ between the baseline's two SAEs of the next L0, linear in log L0"] if between else []
+    below += [f"– outside the baseline's {_range(saes)}"] if None in partners else []
+    hidden = [f"{len(directed) - len(shown)} more metrics with --all"] if len(directed) > len(shown) else []
+    return Table(above, ["metric", "SAE", "L0", "baseline", "run", "difference", "verdict"], rows, [*below, MARKS, *hidden], 2)
+
+
+def _cut(name: str) -> str:
+    """A name without its middle where it is too long for the table by L0."""
+    return name if len(name) <= BY_L0_NAME else f"{name[: BY_L0_NAME // 2]}…{name[1 - BY_L0_NAME // 2 :]}"
+
+
+def _headline(runs: list[Run]) -> list[str]:
+    """The measured headline metrics, those that matter most beside an L0 first."""
     measured = {m for run in runs for m, v in run.means.items() if v is not None and m.rpartition(".")[2] in HEADLINE}
-    metrics = sorted(_ordered(measured), key=lambda m: BY_RUN.index(_brief(m)) if _brief(m) in BY_RUN else len(BY_RUN))
-    rows, reasons = [], []
+    return sorted(_ordered(measured), key=lambda m: BY_RUN.index(_brief(m)) if _brief(m) in BY_RUN else len(BY_RUN))
+
+
+def _about(names: list[str], runs: list[Run], blocked: list[tuple], nearest: list[Run | None], more: list[list[str]]) -> list[str]:
+    """Lines above a table of many SAEs: what is not compared and why, more, and warnings; ten of them at most."""
+    reasons = [[*(f"not compared: {reason}" for reason in (*why, *(f"{k} ({v})" for k, v in settings.items()))), *own]
+               for (why, settings), own in zip(blocked, more)]
+    lines = _collected(names, reasons) + [f"warning: {line}" for line in _noted(runs, nearest)]
+    if len(lines) > 10:
+        lines[10:] = [f"warning: {len(lines) - 10} more lines like these, see the single runs"]
+    return lines
+
+
+def _by_run(runs: list[Run], references: list[Run], saes: list[Run], known: dict[str, str], above: list[str], sweep: bool) -> Table:
+    nearest = [_partner(run, references) for run in runs]
+    partners = [frontier.at(_leaf(run, "l0"), saes) for run in runs] if saes else nearest
+    names, known_paths = _names(runs), {run.path for run in runs}
+    # the nearest SAE to one of a sweep has another L0, so that a verdict on a single metric would mislead
+    judging = any(partners) if saes else bool(references) and not sweep
+    metrics = _headline(runs)
+    rows = []
     for reference in (r for r in references if r.path not in known_paths):
-        rows.append((reference, [f"{reference.name} (baseline)", *(number(reference.means.get(m)) for m in metrics)]))
-    for name, run, partner in zip(names, runs, partners):
-        why, settings = obstacles(run, partner) if partner else ([], {})
-        reasons.append([f"not compared: {reason}" for reason in (*why, *(f"{k} ({v})" for k, v in settings.items()))])
+        rows.append((reference, [f"{reference.name} (baseline)", *(number(reference.means.get(m)) + " " * judging for m in metrics)]))
+    blocked = [obstacles(run, near) if near else ([], {}) for run, near in zip(runs, nearest)]
+    for name, run, partner, (why, settings) in zip(names, runs, partners, blocked):
         cells = [name]
         for metric in metrics:
             mark = " " * judging
@@ -322,16 +456,15 @@ def _by_run(runs: list[Run], references: list[Run], known: dict[str, str], above
         rows.append((run, cells))
     if sweep:
         rows.sort(key=lambda row: (_leaf(row[0], "l0") is None, _leaf(row[0], "l0")))
-    lines = _collected(names, reasons) + [f"warning: {line}" for line in _noted(runs, partners)]
-    if len(lines) > 10:
-        lines[10:] = [f"warning: {len(lines) - 10} more lines like these, see the single runs"]
+    outside = [[f"not compared: outside the baseline's {_range(saes)}"] if saes and partner is None else [] for partner in partners]
     above = [*above, *(f"baseline: {_where(path)}" for path in dict.fromkeys(r.path for r in references)),
-             *["the frontier, by L0"] * sweep, *lines]
-    table = [["SAE", *(_brief(m).rpartition(".")[2] for m in metrics)], *(cells for _, cells in rows)]
+             *["the frontier, by L0"] * sweep, *_about(names, runs, blocked, nearest, outside)]
+    table = [["SAE", *(_brief(m).rpartition(".")[2] + " " * judging for m in metrics)], *(cells for _, cells in rows)]
     widths = [max(map(len, column)) + 2 for column in zip(*table)]
     fitting = max(2, sum(sum(widths[: i + 1]) - 2 <= WIDTH for i in range(len(widths))))
     header, *rows = [cells[:fitting] for cells in table]
     below = ["+ better, - worse, by more than 2 standard errors; ? standard error unknown"] if judging else []
+    below += ["compared at equal L0: with what lies between the baseline's two SAEs around it"] if judging and saes else []
     return Table(above, header, rows, below)
 
 
@@ -351,7 +484,7 @@ def _collected(names: list[str], lines: list[list[str]]) -> list[str]:
     for name, own in zip(names, lines):
         for line in own:
             about[line].append(name)
-    return [f"{line} — {_listing(found)}" for line, found in about.items()]
+    return [f"{line} — {f'all {len(names)}' if len(found) == len(names) > 3 else _listing(found)}" for line, found in about.items()]
 
 
 def _noted(runs: list[Run], partners: list[Run | None]) -> list[str]:
@@ -373,8 +506,8 @@ def all_warnings(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | No
     return found
 
 
-def _differences(run: Run, baseline: Run) -> str:
-    pairs = ((key, _get(run.config, key), _get(baseline.config, key)) for key in SHOWN)
+def _differences(run: Run, baseline: Run, but: str = "") -> str:
+    pairs = ((key, _get(run.config, key), _get(baseline.config, key)) for key in SHOWN if key != but)
     return ", ".join(f"{key} {_short(a)} / {_short(b)}" for key, a, b in pairs if a is not None and b is not None and a != b)
 
 
@@ -459,10 +592,11 @@ def _csv(runs: list[Run], baseline: list[Run], known: dict[str, str]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "model", "layer", "metric", "value", "stderr", "baseline", "baseline_value", "baseline_stderr",
-                     "difference", "direction", "verdict", "beyond_2_se"])
+                     "difference", "direction", "verdict", "beyond_2_se", "l0", "baseline_l0"])
     for compared, references, _ in _groups(runs, baseline):
+        saes = frontier_for(compared, references)
         for run in compared if baseline else (*references, *compared):
-            partner = _partner(run, references)
+            partner = frontier.at(_leaf(run, "l0"), saes) or _partner(run, references)
             why, settings = obstacles(run, partner) if partner else ([], {})
             for metric, value in run.means.items():
                 judged = judge(metric, run, partner, known.get(metric, ""))
@@ -471,7 +605,7 @@ def _csv(runs: list[Run], baseline: list[Run], known: dict[str, str]) -> str:
                 theirs = [partner.name, partner.means.get(metric), partner.stderrs.get(metric)] if partner else [None] * 3
                 writer.writerow([run.name, run.config.get("model"), run.config.get("layer"), metric, value,
                                  run.stderrs.get(metric), *theirs, judged.difference, known.get(metric, ""),
-                                 judged.verdict, judged.beyond])
+                                 judged.verdict, judged.beyond, _leaf(run, "l0"), partner and _leaf(partner, "l0")])
     return out.getvalue().rstrip("\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import random
 import resource
 import subprocess
 import sys
@@ -17,6 +18,40 @@ PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets",
 def public_name(name: str) -> str:
     """A hub name as it is; of a local path only its last part: paths do not belong in a result."""
     return Path(name).name if os.path.exists(name) else name
+
+
+def seed_everything(seed: int) -> None:
+    """The generators of torch, NumPy and Python."""
+    import numpy as np
+    import torch
+
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state() -> dict:
+    """The state of those generators, in what `torch.load(weights_only=True)` reads."""
+    import numpy as np
+    import torch
+
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                numpy=[name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss], python=list(random.getstate()))
+
+
+def set_random_state(state: dict) -> None:
+    """Put them back."""
+    import numpy as np
+    import torch
+
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype("uint32"), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
 
 
 def versions() -> dict[str, str | None]:

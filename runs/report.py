@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from html import escape
 from pathlib import Path
 
-from runs.compare import Table, all_warnings, directions, identity, tables
+from runs.compare import Table, all_warnings, directions, families, identity, tables
 from runs.folder import write_text
 from runs.reading import Run
 
@@ -146,66 +146,88 @@ def _curves(log_rows: list[dict]) -> str:
 
 
 def _frontier(runs: list[Run], stored: list[Run]) -> str:
-    """Reconstruction against L0 where several SAEs share a layer."""
+    """Reconstruction against L0 where the run or the baseline has SAEs of several L0 in a layer."""
     by_layer: dict[tuple, list[Run]] = {}
     for run in runs:
         by_layer.setdefault(identity(run.config), []).append(run)
     html = []
     for key, members in by_layer.items():
-        if len(members) < 2:
-            continue
         sides = [("this run", members), ("baseline", [b for b in stored if identity(b.config) == key])]
+        if not any(len({sae.means.get("core.l0") for sae in side} - {None}) > 1 for _, side in sides):
+            continue
+        lines = [(f"{name} ({family[0].config.get('variant') or family[0].name})", family)
+                 for name, side in sides for family in families(side)]
         charts = []
         for metric, title, unit in FRONTIER:
-            series = [(name, sorted((r.means["core.l0"], r.means[metric]) for r in side
-                                    if r.means.get("core.l0") is not None and r.means.get(metric) is not None))
-                      for name, side in sides]
-            charts.append(chart(f"{title}, layer {key[1]}", series, "L0, features per token", unit, dots=True))
+            series = [(name, _by_l0(family, metric)) for name, family in lines]
+            loose = {name for name, family in lines if not _one_line(family)}
+            charts.append(chart(f"{title}, layer {key[1]}", series, "L0, features per token (log)", unit, True, True, loose))
         if any(charts):
-            html += [_legend([name for name, _ in sides]), f"<div class=charts>{''.join(filter(None, charts))}</div>"]
-    return f"<h2>Frontier</h2>{''.join(html)}" if html else ""
+            html += [_legend([name for name, _ in lines]), f"<div class=charts>{''.join(filter(None, charts))}</div>"]
+    return f"<h2>Frontier</h2><p class=mut>bars: one standard error, where known</p>{''.join(html)}" if html else ""
 
 
-def chart(title: str, series: list[tuple[str, list[tuple[float, float]]]], x_unit: str, y_unit: str, dots: bool = False) -> str:
-    """An inline SVG line chart of finite (x, y) pairs; y is logarithmic where it is positive and spans more than a factor 50."""
+def _by_l0(saes: list[Run], metric: str) -> list[tuple[float, float, float]]:
+    """(L0, value, standard error or 0) of the SAEs that have both, by L0; one of L0 = 0 has no place on a logarithmic axis."""
+    return sorted((sae.means["core.l0"], sae.means[metric], sae.stderrs.get(metric, 0.0)) for sae in saes
+                  if (sae.means.get("core.l0") or 0) > 0 and sae.means.get(metric) is not None)
+
+
+def _one_line(saes: list[Run]) -> bool:
+    """Whether one hyper-parameter at most makes them differ, so that a line through them means something."""
+    hyper = [sae.config.get("hyper") or {} for sae in saes]
+    return sum(len({str(h.get(key)) for h in hyper}) > 1 for key in dict.fromkeys(k for h in hyper for k in h)) <= 1
+
+
+def chart(title: str, series: list[tuple[str, list[tuple[float, ...]]]], x_unit: str, y_unit: str, dots: bool = False,
+          log_x: bool = False, loose: Collection[str] = ()) -> str:
+    """An inline SVG chart of finite (x, y) or (x, y, standard error); y is logarithmic where positive and over a factor 50.
+
+    Series named in `loose` are points without a line.
+    """
     keep = max(2, min(300, POINTS // max(len(series), 1)))
-    thinned = [(name, points[:: max(1, math.ceil(len(points) / keep))] + points[-1:]) for name, points in series]
-    xs, ys = ([p[axis] for _, points in thinned for p in points] for axis in (0, 1))
+    thinned = [(name, points[:-1][:: max(1, math.ceil(len(points) / keep))] + points[-1:]) for name, points in series]
+    xs = [p[0] for _, points in thinned for p in points]
+    ys = [p[1] + sign * sum(p[2:]) for _, points in thinned for p in points for sign in (-1, 1)]
     if not xs:
         return ""
-    log = min(ys) > 0 and max(ys) / min(ys) > 50
-    scale = math.log10 if log else float
+    log_y = min(ys) > 0 and max(ys) / min(ys) > 50
+    scale_x, scale_y = (math.log10 if log else float for log in (log_x, log_y))
     width, height, left, right, top, bottom = 360, 230, 58, 14, 30, 42
-    x_low, x_high = _span(min(xs), max(xs), 0)
-    y_low, y_high = _span(scale(min(ys)), scale(max(ys)), 0.05)
+    x_low, x_high = _span(scale_x(min(xs)), scale_x(max(xs)), 0.05 * log_x)
+    y_low, y_high = _span(scale_y(min(ys)), scale_y(max(ys)), 0.05)
 
     def at_x(x):
-        return left + (x - x_low) / (x_high - x_low) * (width - left - right)
+        return left + (scale_x(x) - x_low) / (x_high - x_low) * (width - left - right)
 
     def at_y(y):
-        return height - bottom - (scale(y) - y_low) / (y_high - y_low) * (height - top - bottom)
+        return height - bottom - (scale_y(y) - y_low) / (y_high - y_low) * (height - top - bottom)
 
     out = [f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{escape(title)}">'
            f"<text class=t x={left} y=16>{escape(title)}</text>"]
-    y_ticks = _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high)
+    y_ticks = _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high)
     for y in y_ticks:
         out.append(f'<path d="M{left} {at_y(y):.1f}H{width - right}" stroke="var(--line)"/>'
                    f'<text x={left - 6} y={at_y(y) + 4:.1f} text-anchor=end>{_short(y)}</text>')
-    for x in _ticks(x_low, x_high, 4):
+    for x in _l0_ticks(10**x_low, 10**x_high) if log_x else _ticks(x_low, x_high, 4):
         out.append(f'<path d="M{at_x(x):.1f} {height - bottom}v4" stroke="var(--mut)"/>'
                    f'<text x={at_x(x):.1f} y={height - bottom + 17} text-anchor=middle>{_short(x)}</text>')
-    middle, y_unit = (top + height - bottom) / 2, y_unit + " (log)" * log
+    middle, y_unit = (top + height - bottom) / 2, y_unit + " (log)" * log_y
     out.append(f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill=none stroke="var(--mut)"/>'
                f'<text x={(left + width - right) / 2:.0f} y={height - 8} text-anchor=middle>{escape(x_unit)}</text>'
                f'<text transform="translate(13 {middle:.0f})rotate(-90)" text-anchor=middle>{escape(y_unit)}</text>')
     for number, (name, points) in enumerate(thinned):
-        colour, path = _colour(number, len(series)), "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in points)
-        if points:
+        colour, path = _colour(number, len(series)), "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y, *_ in points)
+        if len(points) > 1 and name not in loose:
             out.append(f'<path d="M{path}" fill=none stroke="{colour}" stroke-width=1.8 stroke-linejoin=round>'
                        f"<title>{escape(name)}</title></path>")
+        bars = "".join(f"M{at_x(x):.1f} {at_y(y - error[0]):.1f}V{at_y(y + error[0]):.1f}" for x, y, *error in points if sum(error))
+        if bars:
+            out.append(f'<path d="{bars}" fill=none stroke="{colour}" stroke-width=1.2 opacity=.6 />')
         if dots or len(points) == 1:
             out += [f'<circle cx={at_x(x):.1f} cy={at_y(y):.1f} r=3.2 fill="{colour}">'
-                    f"<title>{escape(name)}: {x:.4g}, {y:.4g}</title></circle>" for x, y in points]
+                    f"<title>{escape(name)}: {x:.4g}, {y:.4g}{f' ± {error[0]:.2g}' if sum(error) else ''}</title></circle>"
+                    for x, y, *error in points]
     return "".join(out) + "</svg>"
 
 
@@ -240,6 +262,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
     ticks = [10.0**e for e in range(math.floor(low), math.floor(high) + 1, every)]
     ticks += [3 * t for t in ticks] if high - low < 2.5 else []
     return sorted(t for t in ticks if low <= math.log10(t) <= high)
+
+
+def _l0_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between two values, of a wide range the powers alone, of a narrow one round numbers."""
+    powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    ticks = [t for t in (m * power for power in powers for m in (1, 2, 5)) if low <= t <= high]
+    if len(ticks) > 7:
+        return [power for power in powers if low <= power <= high]
+    return ticks if len(ticks) > 2 else [t for t in _ticks(low, high, 4) if t > 0]
 
 
 def _short(value: float) -> str:

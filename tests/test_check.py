@@ -53,7 +53,7 @@ def line_of(file, text):
     ("reversed_gradient", "def loss", ["loss does not fall", "sign"]),
     ("kept_graph", "def loss", ["second time", "store it with .detach()"]),
     ("wrong_counters", "def __init__", ["320 features", "counters for 160"]),
-    ("asks_for_contexts", "needs_contexts = True", ["needs_contexts", "does not deliver"]),
+    ("asks_for_contexts", "attention_layers =", ["layer -1 from the SAE's own", "has 0 below"]),
 ])
 def test_broken_variant_ends_in_its_message(name, place, words):
     """Fails if the mistake passes, or is reported as another one or at another line."""

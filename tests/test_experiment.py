@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import experiment
+import variants
 
 PROJECT = Path(experiment.__file__).parent
 # small enough for seconds, with several blocks, passes and a last block that is cut
@@ -96,6 +97,29 @@ def test_several_layers_and_a_sweep_share_one_stream_and_change_nothing(referenc
     together = many["layer_2.k_32"]["means"]
     assert {k: together[k] for k in alone if not k.startswith("sparse")} == {k: v for k, v in alone.items() if not k.startswith("sparse")}
     assert many["layer_2.k_8"]["means"]["core.l0"] < 8.5
+
+
+def test_a_sweep_of_two_hyper_parameters_trains_every_combination():
+    """Fails if combinations are missing, values go to the wrong name, or a list without a name is let through."""
+    module = variants.load("topk")
+    settings = experiment.parse_settings(["--sweep=k=8,16,auxk_alpha=0,0.5", "--hyper=auxk_alpha=1"])
+    assert experiment.hypers_of(settings, module) == {f".k_{k}.auxk_alpha_{a}": dict(k=k, auxk_alpha=a) for k in (8, 16) for a in (0, 0.5)}
+    with pytest.raises(ValueError, match="does not begin with a name"):
+        experiment.hypers_of(experiment.parse_settings(["--sweep=8,16"]), module)
+
+
+@pytest.mark.parametrize("name", ["neighbours", "attention_pairs"])
+def test_contexts_and_attention_are_delivered_and_resumed(cache, tmp_path, name):
+    """Fails if a variant that needs whole contexts or attention patterns does not continue bit for bit after a kill."""
+    more = [f"--variant={PROJECT / 'tests/fixtures/good_variants'}/{name}.py", "--evals=none", "--checkpoint_seconds=0"]
+    assert experiment.main(command(tmp_path / "whole", cache, *more)) == 0
+    process = start(tmp_path / "killed", cache, *more)
+    wait_for(tmp_path / "killed/checkpoint.pt", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert experiment.main(command(tmp_path / "killed", cache, *more)) == 0
+    assert "continuing from step" in (tmp_path / "killed/log.txt").read_text()
+    assert (tmp_path / "killed/final_info.json").read_bytes() == (tmp_path / "whole/final_info.json").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ nothing is lost

@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 
 import evals.cache
 import experiment
+import variants
 from evals import data, embedded, tiny
 from evals.language_model import assert_soft_capping
+from variants import contexts
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
     lm = experiment.load_language_model(settings)
     stream = experiment.TokenStream(Words(2000), lm, settings)
     rows_RT, index_N = stream.block(0)
-    got = experiment.collect(settings, lm, rows_RT, index_N, [1, 2], "")
+    got = experiment.collect(settings, lm, rows_RT, index_N, [1, 2], [], "")
     for layer in (1, 2):
         expected = lm.residuals(rows_RT.long(), [layer])[layer].flatten(0, 1)[index_N]
         assert torch.allclose(got[f"x_{layer}"], expected, atol=1e-5)
@@ -120,7 +122,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, ca
     settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64")
     lm = experiment.load_language_model(settings)
     rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
-    expected = experiment.collect(settings, lm, rows_RT, index_N, [1], "")
+    expected = experiment.collect(settings, lm, rows_RT, index_N, [1], [], "")
     whole = lm.residuals
 
     def small_card(tokens_BT, layers):
@@ -129,19 +131,53 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, ca
         return whole(tokens_BT, layers)
 
     monkeypatch.setattr(lm, "residuals", small_card)
-    got = experiment.collect(settings, lm, rows_RT, index_N, [1], "")
+    got = experiment.collect(settings, lm, rows_RT, index_N, [1], [], "")
     assert torch.allclose(got["x_1"], expected["x_1"], atol=1e-5) and "4 rows" in capsys.readouterr().out
 
 
 def test_batches_pass_over_the_block_as_often_as_asked_and_resume_in_the_middle(cache):
     """Fails if a pass repeats a token, two passes share an order, or a resume starts at another batch."""
     settings = dataclasses.replace(settings_for(cache), batch_size=8, passes=2)
-    x = {0: torch.arange(64.0)[:, None]}
-    seen = [(step, given[0].flatten().tolist()) for step, given in experiment.batches(settings, x, 3, 100, 100)]
+    block = dict(x_0=torch.arange(64.0)[:, None], place_N=torch.arange(64))
+    job = experiment.Job("layer_0", 0, {}, variants.build(variants.load("topk"), 4, 8, dict(k=2)), None, 2.0)
+
+    def batches(first):
+        given = experiment.batches(settings, [job], block, 3, 100, first)
+        return [(step, (2 * batch_of_job["layer_0"].x).flatten().tolist()) for step, batch_of_job in given]
+
+    seen = batches(100)
     assert [step for step, _ in seen] == list(range(100, 116))
     first, second = (sum((values for _, values in seen[i:i + 8]), []) for i in (0, 8))
     assert sorted(first) == sorted(second) == list(range(64)) and first != second
-    assert [(s, g[0].flatten().tolist()) for s, g in experiment.batches(settings, x, 3, 100, 109)] == seen[9:]
+    assert batches(109) == seen[9:]
+
+
+def test_attention_of_a_block_belongs_to_its_tokens(cache):
+    """Fails if patterns are taken from another layer, row or position between the model and the batch a variant receives."""
+    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64", "--lm_batch_size=7")
+    lm = experiment.load_language_model(settings)
+    rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
+    sae = variants.build(variants.load("topk"), lm.d_model, 8, dict(k=2))
+    sae.attention_layers, sae.attention_threshold = (-1, 1), 0.1
+    job = experiment.Job("layer_1", 1, {}, sae, None, 2.0)
+    block = experiment.collect(settings, lm, rows_RT, index_N, [1], [job.attention], "")
+    x, pattern = lm.residuals_and_attention(rows_RT.long(), [1], [0, 2])
+    seen = 0
+    for _, given in experiment.batches(settings, [job], contexts.placed(block, "cpu"), 0, 0, 0):
+        batch = given["layer_1"]
+        row_B = torch.empty_like(batch.contexts)
+        for c in batch.contexts.unique():
+            mine_B = batch.contexts == c
+            tokens, positions = batch.tokens[mine_B], batch.positions[mine_B]
+            row_B[mine_B] = next(r for r, row_T in enumerate(rows_RT) if torch.equal(row_T[positions].long(), tokens))
+        assert torch.allclose(batch.x * 2, x[1][row_B, batch.positions].float(), atol=1e-5)
+        query_P, key_P = batch.pairs
+        for a, layer in enumerate((0, 2)):
+            expected_P = pattern[layer][row_B[query_P], batch.positions[query_P], batch.positions[key_P]].float()
+            assert torch.allclose(batch.pair_attention[:, a], expected_P, atol=2e-3)
+        assert (batch.pair_attention.amax(1) > 0.1).all() and (batch.contexts[query_P] == batch.contexts[key_P]).all()
+        seen += len(batch.x)
+    assert seen == len(index_N)
 
 
 def test_the_cache_is_bounded_and_survives_damage(tmp_path):

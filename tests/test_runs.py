@@ -1,5 +1,6 @@
 """Recorded runs: reading every shape, judging differences, warnings, the report, and the manners of a run folder."""
 
+import dataclasses
 import fcntl
 import hashlib
 import html.parser
@@ -16,7 +17,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from runs import compare, folder, reading, report
+from runs import compare, folder, frontier, reading, report
 from runs.reading import Run, read
 
 PROJECT = Path(folder.__file__).resolve().parent.parent
@@ -232,6 +233,120 @@ def test_a_sweep_is_shown_as_a_frontier(tmp_path):
     assert lines[start + 1].split()[1:] == ["20.00", "0.9200"]
 
 
+CE, R2 = "core.ce_loss_score", "core.r2"
+TWO_ENDS = ((20.0, 0.80), (100.0, 0.92))  # (L0, CE loss score): in the middle on a log axis, at L0 44.7, .86
+
+
+def saes_of(variant, points, **config):
+    """One SAE per (L0, CE loss score), in the order given."""
+    return [run(f"{variant} l_{l0:g}", {"core.l0": l0, CE: ce}, {CE: 0.002}, variant=variant, hyper={"l": l0}, **config)
+            for l0, ce in points]
+
+
+def test_between_two_saes_figures_are_linear_in_log_l0():
+    """Fails if L0 itself is the axis (.567 at 20), errors shrink between the two (.0158 by squares), or far SAEs take part."""
+    measured = ((160.0, 0.9, 0.9, {CE: 0.5}), (10.0, 0.5, None, {CE: 0.01, "core.l0": 0.1}), (40.0, 0.7, 0.8, {CE: 0.03}))
+    saes = [run(f"l_{l0:g}", {"core.l0": l0, CE: ce, R2: r2, "core.total_tokens": 10}, errors, variant="standard")
+            for l0, ce, r2, errors in measured]
+    middle = frontier.at(20.0, saes)  # ln(20/10) / ln(40/10) = 1/2
+    assert middle.means == {"core.l0": 20.0, CE: pytest.approx(0.6), "core.total_tokens": 10}
+    assert middle.stderrs == {CE: pytest.approx(0.02)} and [sae.name for sae in middle.between] == ["l_10", "l_40"]
+    quarter = frontier.at(10 * math.sqrt(2), saes)
+    assert (quarter.means[CE], quarter.stderrs[CE]) == (pytest.approx(0.55), pytest.approx(0.015))
+    assert frontier.at(80.0, saes).means[R2] == pytest.approx(0.85)
+    assert [frontier.at(l0, saes) for l0 in (9.8, 164.0, 0.0, None)] == [None] * 4
+    assert frontier.at(40.0, saes) is saes[2] and frontier.at(159.0, saes) is frontier.at(161.0, saes) is saes[0]
+
+
+def test_equal_l0_reverses_the_verdict_of_the_nearest_sae():
+    """Fails if a run that is better only by its larger L0 passes for better: alone, in a sweep, in a large sweep or in the CSV."""
+    base = saes_of("standard", TWO_ENDS)
+    ours = run("r", {"core.l0": 50.0, CE: 0.85}, {CE: 0.003}, variant="mine")
+    assert compare.judge(CE, ours, base[0], "higher").verdict == "better"  # the nearest, by L0: 0.05 above it
+    # .8 + .12 · ln(50/20) / ln(100/20) = .8683; twice the combined error: .0072
+    lines = compare.compare([ours], base, DIRECTIONS).splitlines()
+    assert next(line for line in lines if line.startswith(CE)).split()[1:] == ["~0.8683", "0.8500", "-0.0183", "worse", "yes"]
+    assert "~ between standard l_20 (L0 20.00) and standard l_100 (L0 100.0)" in " ".join(map(str.strip, lines))
+    row = next(r for r in compare._csv([ours], base, DIRECTIONS).splitlines() if CE in r).split(",")
+    assert row[6] == "standard at L0 50" and row[-4:] == ["worse", "yes", "50.0", "50.0"]
+
+    sweep = [dataclasses.replace(ours, name=f"r l_{n}", means={"core.l0": 50.0 + n, CE: 0.85}) for n in range(20)]
+    text = compare.compare(sweep[:2], base, DIRECTIONS)
+    assert [line.split()[-4:] for line in text.splitlines() if "~0." in line] == [
+        ["~0.8683", "0.8500", "-0.0183", "worse*"], ["~0.8698", "0.8500", "-0.0198", "worse*"]]
+    assert "50.00          0.8500-" in compare.compare(sweep, base, DIRECTIONS)
+
+
+def test_a_sweep_beside_a_frontier(tmp_path):
+    """Fails if figures outside the baseline's L0 are judged, metrics mixed up, other settings compared, or the table grows too long."""
+    more = dict.fromkeys([f"sparse_probing.sae_top_{k}_test_accuracy" for k in (1, 2, 5)], 0.75)
+    more |= dict.fromkeys([R2, "core.kl_div_score", "core.frac_alive"], 0.75)
+    evals = {"core": {"context_size": 128}, "sparse_probing": {"k_values": [1]}}
+    ours = {f"layer_3.k_{k}": entry({"core.l0": float(k), CE: 0.9 + k / 1e7, **more}, {CE: 0.001}, variant="topk", evals=evals)
+            for k in (90, 10, 30, 40, 50, 200)}
+    base = [run(sae.name, sae.means | more, sae.stderrs, variant="standard", evals=evals | {"sparse_probing": {"k_values": [2]}})
+            for sae in saes_of("standard", TWO_ENDS)]
+    lines = compare.compare(read(record(tmp_path / "run_1", ours)), base, compare.directions()).splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 100
+    start = next(i for i, line in enumerate(lines) if line.startswith("ce_loss_score"))
+    table = [line.split() for line in lines[start : start + 6]]
+    assert table[0] == ["ce_loss_score", "k_10", "10.00", "–", "0.9000"] and table[5] == ["k_200", "200.0", "–", "0.9000"]
+    assert [row[0] for row in table[1:]] == ["k_30", "k_40", "k_50", "k_90", "k_200"]
+    assert table[1][2:] == ["~0.8302", "0.9000", "+0.0698", "better*"]  # .8 + .12 · ln 1.5 / ln 5
+    assert table[4][2:] == ["~0.9121", "0.9000", "-0.0121", "worse*"]  # .8 + .12 · ln 4.5 / ln 5
+    probing = next(i for i, line in enumerate(lines) if line.startswith("sae_top_1"))
+    assert lines[probing + 1].split() == ["k_30", "30.00", "0.7500", "0.7500", "–"]
+    assert "– outside the baseline's L0 20.00 to 100.0" in lines and any("k_values 1 items" in line for line in lines)
+
+
+def test_what_is_no_frontier_is_not_interpolated():
+    """Fails if a line is drawn between variants, widths, training budgets or eval settings, or a far baseline passes for a near one."""
+    ours = run("r", {"core.l0": 50.0, CE: 0.85}, {CE: 0.003}, variant="mine")
+    (low,), (high,) = saes_of("standard", TWO_ENDS[:1]), saes_of("standard", TWO_ENDS[1:])
+    assert compare.frontier_for([ours], [low, high]) == [low, high]
+    stated = {"variant": "standard", "num_tokens": 9, "evals": {"core": {"context_size": 128}}}
+    for other in ({"variant": "topk"}, {"d_sae": 500}, {"num_tokens": 7}, {"layer": 4}, {"evals": {"core": {"context_size": 64}}}):
+        strange, first = (run(name, sae.means, **stated | own) for name, sae, own in (("b", high, other), ("a", low, {})))
+        assert compare.frontier_for([ours], [first, strange]) == []
+    unnamed = [run(sae.name, sae.means) for sae in (low, high)]  # of variants unknown
+    assert compare.frontier_for([ours], unnamed) == []
+    lines = compare.compare([ours], [low, *saes_of("topk", TWO_ENDS[1:])], DIRECTIONS).splitlines()
+    assert next(line for line in lines if line.startswith(CE)).split()[1:] == ["0.8000", "0.8500", "+0.0500", "better", "yes"]
+    assert "not at equal L0: 50.00 / 20.00, a factor of 2.5" in lines
+    below = run("r", {"core.l0": 10.0, CE: 0.7}, variant="mine")
+    assert "not at equal L0: 10.00 / 20.00, a factor of 2, outside the baseline's L0 20.00 to 100.0" in (
+        compare.compare([below], [low, high], DIRECTIONS))
+
+    published = [sae for name in ("jumprelu", "standard", "topk") for sae in read(GEMMA / name).values()]  # L0 4459, 8896, unknown
+    config = {"model": "google/gemma-2-2b", "layer": 12, "hook_name": "blocks.12.hook_resid_post", "variant": "mine"}
+    text = compare.compare([run("r", {"core.l0": 6000.0, CE: 0.9}, **config)], published, DIRECTIONS)
+    assert "~" not in text and "not at equal L0: 6,000 / 4,459" in text
+    text = compare.compare([run("r", {"core.l0": 40.0, CE: 0.9}, **config)], published[2:], DIRECTIONS)
+    assert "not at equal L0: the baseline's is not known" in text
+
+
+@pytest.mark.parametrize("files", [{"final_info.json": (0, 1)}, {"final_info.json": (0,), "frontier.json": (1,)}])
+def test_a_stored_frontier_in_one_file_or_beside_the_default(tmp_path, monkeypatch, files):
+    """Fails if SAEs stored in either place are not found, or two files are not one frontier."""
+    monkeypatch.setattr(compare, "BASELINES", tmp_path)
+    for name, which in files.items():
+        sections = {f"layer_3.l_{i}": entry({"core.l0": TWO_ENDS[i][0], CE: TWO_ENDS[i][1]}, variant="standard", hyper={"l": i})
+                    for i in which}
+        folder.write_json(tmp_path / "tiny/standard" / name, sections)
+    ours = run("r", {"core.l0": 50.0, CE: 0.85}, variant="mine")
+    for asked in (None, str(tmp_path / "tiny/standard")):
+        lines = compare.compare([ours], compare.stored_baselines([ours], asked), DIRECTIONS).splitlines()
+        assert next(line for line in lines if line.startswith(CE)).split()[1:3] == ["~0.8683", "0.8500"]
+
+
+def test_a_sweep_stands_in_for_a_missing_baseline(tmp_path):
+    """Fails if only the first SAE of the first of two sweeps is compared with."""
+    for name, points in (("a", TWO_ENDS), ("b", ((50.0, 0.85), (60.0, 0.95)))):
+        record(tmp_path / name, {f"layer_3.l_{l0:g}": entry({"core.l0": l0, CE: ce}, variant=name, hyper={"l": l0}) for l0, ce in points})
+    text = compare.compare([*read(tmp_path / "a").values(), *read(tmp_path / "b").values()], None, DIRECTIONS)
+    assert "a stands for it" in text and [line.split()[-1] for line in text.splitlines() if "~0." in line] == ["worse?", "better?"]
+
+
 def command(*arguments, **options):
     return subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=60, **options)
 
@@ -300,6 +415,26 @@ def test_chart_puts_points_where_they_belong():
     y = [230 - 42 - (value + 0.05) / 1.1 * (230 - 30 - 42) for value in (0.0, 1.0)]
     assert f'd="M58.0 {y[0]:.1f}L346.0 {y[1]:.1f}' in svg
     assert "(log)" in report.chart("t", [("a", [(0.0, 0.01), (10.0, 1.0)])], "x", "y")  # spans a factor 100
+
+
+def test_the_frontier_is_drawn_by_log_l0_with_its_errors(tmp_path):
+    """Fails if L0 is on a linear axis, bars are no standard errors, points of several dials are joined, or a baseline's line is missing."""
+    svg = report.chart("t", [("a", [(10.0, 0.5, 0.1), (100.0, 0.6, 0.0), (1000.0, 0.9, 0.1)])], "x", "y", True, True)
+    # y from .4 to 1.0 with 5 % room: .37 to 1.03 over 158 units, so that the bar of ±.1 around .5 goes from .6 to .4
+    low, high = (230 - 42 - (value - 0.37) / 0.66 * 158 for value in (0.4, 0.6))
+    assert "<circle cx=202.0 " in svg and svg.count("<circle") == 3  # 100 is in the middle of 10 and 1000: 58 + 288 / 2
+    assert f"{low:.1f}V{high:.1f}M" in svg and ">100</text>" in svg
+
+    points = ((20.0, 0.80), (60.0, 0.85), (100.0, 0.92))
+    base, ours = saes_of("standard", points), run("r", {"core.l0": 50.0, CE: 0.85}, {CE: 0.003}, variant="mine")
+    several = [run(f"p {k} {a}", {"core.l0": k, CE: 0.8 + a}, variant="mine", hyper={"k": k, "a": a})
+               for k in (20.0, 40.0) for a in (0.0, 0.1)]
+    for runs, dots, lines in (([ours], 4, 1), (several, 7, 1), (saes_of("mine", points), 6, 2)):
+        page = report.write(tmp_path, {r.name: r for r in runs}, base, []).read_text(encoding="utf-8")
+        svg = page.split("<h2>Frontier</h2>")[1].split("<svg")[1].split("</svg>")[0]
+        assert (svg.count("<circle"), svg.count("stroke-linejoin")) == (dots, lines)
+        assert "this run (mine)" in page and "baseline (standard)" in page
+    assert "<h2>Frontier" not in report.write(tmp_path, {"r": ours}, base[:1], []).read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ folders

@@ -1,16 +1,21 @@
-"""SAE variants, one file each; `load` turns a name or a path into the module, with clear words where that fails."""
+"""SAE variants, one file each; `load` turns a name or a path into the module, with clear words where that fails.
+
+A variant has one of two forms: a class `SAE` (variants/base.py), or a trainer with `.ae` and `.update` (variants/imperative.py).
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import inspect
+import itertools
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
-SHARED = {"__init__", "base", "compat", "saving"}  # modules of this package that are no variants
+SHARED = {"__init__", "base", "compat", "contexts", "imperative", "interchange", "saving"}  # modules of this package that are no variants
 
 
 def names() -> list[str]:
@@ -33,28 +38,66 @@ def path(name: str) -> Path:
     return found
 
 
+def sources(name: str) -> list[Path]:
+    """The files a variant's result depends on: its own, what it imports of this package, and what variants share."""
+    folder, found = Path(__file__).parent, {path(name).resolve()}
+    pending = [*found, *(folder / f"{shared}.py" for shared in SHARED)]
+    found.update(pending)
+    while pending:
+        for node in ast.walk(ast.parse(pending.pop().read_bytes())):
+            module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named = module + [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            new = {folder / f"{n.rpartition('.')[2]}.py" for n in named if (folder / f"{n.rpartition('.')[2]}.py").exists()} - found
+            found |= new
+            pending += new
+    return sorted(found)
+
+
 def load(name: str) -> ModuleType:
-    """Import a variant by name or file path. Raises SyntaxError or ImportError as Python does, AttributeError without `SAE`."""
+    """Import a variant by name or file path; its class is `module.SAE` in either form.
+
+    Raises SyntaxError or ImportError as Python does, AttributeError where there is neither `SAE` nor a trainer.
+    """
+    from variants import base, imperative
+
     file = path(name)
     name = f"variants.{file.stem}"
     module = ModuleType(name)
-    module.__file__ = str(file)
+    module.__file__, module.__package__ = str(file), package_of(file)
     sys.modules[name] = module  # dataclasses look their module up there
     # compiled from the source each time: Python's own cache takes an edit of equal length within a second for no edit
-    exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
-    from variants import base
-
-    if not (inspect.isclass(getattr(module, "SAE", None)) and issubclass(module.SAE, base.SAE)):
+    tree = ast.parse(file.read_bytes(), str(file))
+    module.__dict__.update(imperative.lent(tree))
+    exec(compile(tree, str(file), "exec"), module.__dict__)
+    if inspect.isclass(getattr(module, "SAE", None)) and issubclass(module.SAE, base.SAE):
+        return module
+    trainer = imperative.trainer_of(module)
+    if trainer:
+        module.SAE = imperative.adapted(trainer)
+    else:
         classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
         near = difflib.get_close_matches("SAE", classes, 1, 0)
-        raise AttributeError(f"{file.name} defines no class SAE that derives from variants.base.SAE"
+        raise AttributeError(f"{file.name} defines no class SAE that derives from variants.base.SAE, and no class with an update method"
                              + (f" (it defines {', '.join(classes)})" if classes else "") + "\n"
                              + (f"rename {near[0]} to SAE, " if near else "write ") + "class SAE(base.SAE): …; see variants/topk.py")
     return module
 
 
+def package_of(file: Path) -> str:
+    """The package a file lies in, so that its relative imports work; the file of an installed library is one, too."""
+    folders = list(itertools.takewhile(lambda folder: (folder / "__init__.py").exists(), file.resolve().parents))
+    package = ".".join(folder.name for folder in reversed(folders))
+    if package:
+        importlib.import_module(package)
+    return package
+
+
 def hyperparameters(module: ModuleType) -> dict[str, object]:
-    """Names and defaults of a variant's hyper-parameters: the keyword arguments of its SAE."""
+    """Names and defaults of a variant's hyper-parameters: the keyword arguments of its SAE or trainer."""
+    from variants import imperative
+
+    if issubclass(module.SAE, imperative.Imperative):
+        return imperative.hyperparameters(module.SAE.trainer_class)
     parameters = list(inspect.signature(module.SAE.__init__).parameters.values())[3:]
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
@@ -81,6 +124,13 @@ def parse_hyper(module: ModuleType, text: str) -> dict[str, object]:
     return given
 
 
-def build(module: ModuleType, d_in: int, d_sae: int, hyper: dict[str, object]):
-    """A freshly initialised SAE of the variant, [d_in, d_sae], in fp32 on the CPU."""
+def build(module: ModuleType, d_in: int, d_sae: int, hyper: dict[str, object], setting: dict | None = None):
+    """A freshly initialised SAE of the variant, [d_in, d_sae], in fp32, on the CPU unless a trainer puts it elsewhere.
+
+    `setting` is what trainers are told of the run: steps, lr (or None), seed, device, layer, lm_name.
+    """
+    from variants import imperative
+
+    if issubclass(module.SAE, imperative.Imperative):
+        return module.SAE(d_in, d_sae, imperative.SETTING | (setting or {}), **hyper)
     return module.SAE(d_in, d_sae, **hyper).float()

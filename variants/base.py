@@ -53,7 +53,14 @@ class Progress:
 
 
 class Batch:
-    """One training batch: `x` [B, D], normalised; `tokens` and `positions` [B] only where the variant `needs_contexts`."""
+    """One training batch: `x` [B, D], normalised, and what the variant declared it needs.
+
+    needs_contexts: whole contexts in their order. tokens, positions [B] (BOS, at position 0, is left out), contexts [B] (number of the
+    context within the batch, ascending).
+    attention_layers: attention [C, A, T, T], mean over heads, query × key position, for the C contexts and A layers. With an
+    attention_threshold instead pairs [2, P], (query, key) as indices into the batch, where one of the layers exceeds it,
+    and pair_attention [P, A].
+    """
 
     def __init__(self, x: Tensor, **given: Tensor):
         self.x = x
@@ -61,7 +68,8 @@ class Batch:
 
     def __getattr__(self, name: str):  # reached only for what was not given: say so instead of handing out a None
         raise AttributeError(f"the batch has no {name!r}: only x is given unless the variant declares it needs more\n"
-                             "declare needs_contexts = True (tokens, positions) in the variant's SAE class")
+                             "declare needs_contexts = True (tokens, positions, contexts) or attention_layers = (-1, 0) (attention) "
+                             "in the variant's class")
 
 
 # ------------------------------------------------------------------------------------------------ the base class
@@ -78,7 +86,8 @@ class SAE(nn.Module):
     adam_betas = (0.9, 0.999)
     default_lr = 3e-4  # learning rate where neither the user nor the profile sets one; may be a property of the widths
     needs_contexts = False  # batches of whole, ordered contexts with tokens and positions
-    attention_layers: tuple[int, ...] = ()  # attention patterns of these layers, relative to the SAE's own
+    attention_layers: tuple[int, ...] = ()  # attention patterns of these layers, relative to the SAE's own; implies needs_contexts
+    attention_threshold: float | None = None  # only the pairs above it, as a list, instead of dense patterns
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import variants
-from variants import base
+from variants import base, imperative, interchange
 
 
 def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dict, metadata: dict) -> None:
@@ -31,8 +30,15 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     trained = base.TrainedSAE(copy.deepcopy(sae).cpu(), scale)  # the live one stays on its device
+    known = trained
+    if isinstance(sae, imperative.Imperative) and (like := interchange.of_trainer(trained.sae)):
+        like = base.TrainedSAE(like, scale)
+        known = like if same(trained, like) else trained
+    k = {"k": known.sae.k} if hasattr(known.sae, "k") else {}
     cfg = dict(d_in=sae.d_in, d_sae=len(sae.decoder), dtype="float32", device="cpu", metadata=metadata)
-    if not (sae.saelens and write_saelens(temporary, trained, cfg)):
+    # what the weights do not say: read back, a BatchTopK SAE is one again, and not just SAELens' JumpReLU
+    trained_as = dict(sae_lens_version="6.0.0", architecture_variant=source.stem, hyper=hyper | k)
+    if not (known.sae.saelens and write_saelens(temporary, known, cfg | dict(metadata=metadata | trained_as))):
         save_file({k: v.contiguous() for k, v in trained.sae.state_dict().items()}, temporary / "state.safetensors")
         shutil.copyfile(source, temporary / "variant.py")
         own = dict(architecture="variant", init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale)
@@ -57,7 +63,7 @@ def write_saelens(folder: Path, trained: base.TrainedSAE, cfg: dict) -> bool:
         (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
         if same(trained, load_sae(folder)):
             return True
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # no such weights, or of other shapes
+    except Exception:  # noqa: BLE001  other weights or shapes, a variant's file edited or deleted meanwhile: the own format holds all
         pass
     for name in ("sae_weights.safetensors", "cfg.json"):
         (folder / name).unlink(missing_ok=True)
@@ -89,26 +95,6 @@ def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_sae(folder: str | Path) -> base.TrainedSAE:
-    """Read a folder written by `save_sae` (either format); the result takes raw activations."""
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    if cfg["architecture"] == "variant":
-        module = variants.load(str(folder / "variant.py"))
-        sae = variants.build(module, **cfg["init"], hyper=cfg["hyper"])
-        sae.load_state_dict(load_file(folder / "state.safetensors"))
-        return base.TrainedSAE(sae, cfg["scale"])
-    known = {"standard": {}, "topk": dict(k=cfg.get("k")), "gated": {}, "jumprelu": dict(target_l0=1)}
-    if cfg["architecture"] not in known:
-        raise ValueError(f"{folder}: no variant reads SAELens' architecture {cfg['architecture']!r}\nknown: {', '.join(known)}")
-    sae = variants.build(variants.load(cfg["architecture"]), cfg["d_in"], cfg["d_sae"], known[cfg["architecture"]])
-    weights = load_file(folder / "sae_weights.safetensors")
-    if cfg["architecture"] == "jumprelu":
-        weights["theta"] = weights.pop("threshold")
-        if cfg["apply_b_dec_to_input"]:  # ours does not centre its input
-            weights["b_enc"] = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]
-    missing = sae.load_state_dict(weights, strict=False)
-    if missing.unexpected_keys or {name for name, _ in sae.named_parameters()} & set(missing.missing_keys):
-        raise ValueError(f"{folder}: the weights do not fit the architecture {cfg['architecture']!r}: {missing}\nwas the folder edited?")
-    return base.TrainedSAE(sae, 1.0)
+    """Read a folder written by `save_sae` (either format), or any other that `interchange` knows; the result takes raw activations."""
+    found = interchange.read(Path(folder))
+    return base.TrainedSAE(interchange.build(found), found.scale or 1.0)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import variants
-from variants import base
+from variants import base, imperative
 from variants.preflight import memory
 from variants.preflight.memory import Sizes
 from variants.preflight.messages import Variant, assigned, at, attempting, computed, declared, defined, described, fail, where
@@ -28,6 +28,7 @@ from variants.preflight.trial import (
     STEPS,
     Evidence,
     Plan,
+    as_batch,
     build,
     duplicate,
     examine,
@@ -61,12 +62,12 @@ class Findings:
 
 def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total_steps: int, lr: float | None, seed: int,
         train_step: Callable, make_optimizer: Callable, reference_files: Iterable = (), allow_identical: bool = False,
-        accelerator: bool = False) -> Findings:
+        accelerator: bool = False, context: int | None = None, room: tuple[int, int] = (0, 0)) -> Findings:
     """Check a variant, by name or path, for training at the given real sizes; raises on the first thing that is wrong.
 
     `train_step(sae, optimizer, batch, progress, lr)` and `make_optimizer(sae, lr)` are the training loop's. `reference_files`
     are variants from which this one must differ in effect, unless `allow_identical`. With `accelerator` the memory forecast
-    is for a GPU, where shared functions take other paths.
+    is for a GPU, where shared functions take other paths. `context`: tokens per row; `room`: layers below and above the SAE's.
     """
     if total_steps < 1:
         raise ValueError(f"{total_steps} training steps: there are fewer tokens than one batch of {batch_size}\n"
@@ -74,37 +75,57 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
     if lr is not None and not lr > 0:
         raise ValueError(f"the learning rate is {lr}: nothing would be trained\nset --lr to a positive number, such as 3e-4")
     v = read(name, hyper)
+    setting = imperative.SETTING | dict(steps=max(total_steps, STEPS), schedule=STEPS, lr=Plan.learning_rate, seed=seed)
+    v = dataclasses.replace(v, setting=setting)
     check_signatures(v)
     with random_state(seed), one_thread():
         sae, sizes = smallest(v, d_sae)
-        refuse_undelivered(v, sae)
+        check_needs(v, sae, batch_size, context, room)
         plan = make_plan(sizes, batch_size, total_steps, seed, train_step, make_optimizer)
         sae = initialised(v, sizes, plan)
         check_decoder(v, sae)
         evidence = Evidence()
+        look = (lambda *step: finite(v, *step)) if v.is_trainer else (lambda *step: examine(v, evidence, *step))
         zero_weights = [n for n, p in sae.named_parameters() if p.ndim > 1 and not p.any()]
         start = {n: p.detach().clone() for n, p in sae.named_parameters()}
-        before = measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
-        losses = list(train(v, sae, plan, lambda *step: examine(v, evidence, *step)))
-        after = measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
+        before = [] if v.is_trainer else measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
+        losses = list(train(v, sae, plan, look))
+        after = [] if v.is_trainer else measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
 
         z_BF = check_encode(v, sae, plan)
-        notes = check_features(v, z_BF, zero_weights) + check_gradients(v, sae, evidence)
-        check_moved(v, sae, start, evidence)
-        check_falls(v, before, after, plan)
-        check_silent(v, sae, plan)
+        notes = check_features(v, z_BF, zero_weights)
+        if v.is_trainer:
+            finite(v, sae)
+            notes += check_trained(v, sae, start, before[1], after[1], plan)
+        else:
+            notes += check_gradients(v, sae, evidence)
+            check_moved(v, sae, start, evidence)
+            check_falls(v, before, after, plan)
+            check_silent(v, sae, plan)
         notes += check_shapes(v, sae, plan, z_BF)
         notes += check_saved(v, sae, plan, z_BF)
         check_scale(v, sae, plan)
         notes += check_identical(v, sae, plan, losses, z_BF, reference_files, allow_identical)
-        notes += accelerator_notes(v, sae, plan)
+        notes += check_resumed(v, plan) if v.is_trainer else accelerator_notes(v, sae, plan)
         figures = forecast(v, sizes, Sizes(batch_size, d_in, d_sae), plan, accelerator)
     n_bytes, shape, line = figures.largest
     place = "the backward pass" if line is None else at(v, assigned(v, line) if isinstance(line, str) else line)
-    notes += [f"{at(v, line)} waits for the GPU in every step (.item(), float(), a condition on a tensor, or a mask as an index)"
-              for line in sorted(figures.waits)]
+    if figures.waits:
+        first, *others = sorted(figures.waits)
+        lines = ", ".join([at(v, first), *map(str, others)])
+        notes.append(f"{lines} wait{'s' * (not others)} for the GPU in every step (.item(), float(), a condition on a tensor, or a mask "
+                     "as an index)")
     return Findings(figures.parameters, figures.parameter_bytes, figures.buffer_bytes, figures.peak_bytes,
                     (n_bytes, shape, place), notes)
+
+
+def untrained(name: str, hyper: dict, d_in: int, d_sae: int) -> Findings:
+    """The figures of an SAE that is only to be evaluated."""
+    v = read(name, hyper)
+    with random_state(), attempting(v, f"constructing SAE({d_in}, {d_sae})"):
+        sae = variants.build(v.module, d_in, d_sae, hyper)
+    parameters, buffers = (sum(t.nbytes for t in tensors) for tensors in (sae.parameters(), sae.buffers()))
+    return Findings(sum(p.numel() for p in sae.parameters()), parameters, buffers, 0, (0, (), ""), [])
 
 
 def too_large(findings: Findings, limit_bytes: int) -> str | None:
@@ -124,6 +145,18 @@ def too_large(findings: Findings, limit_bytes: int) -> str | None:
 
 def check_signatures(v: Variant) -> None:
     """encode and loss can be called the way training and the evals call them."""
+    if v.is_trainer:
+        signature = inspect.signature(v.module.SAE.trainer_class.update)
+        try:
+            signature.bind(*[None] * 3)
+        except TypeError:
+            try:
+                signature.bind(*[None] * 4)
+            except TypeError:
+                fail(v, defined(v, "update"), f"update{signature} has the wrong arguments, it is called as "
+                     "update(self, step, activations)", "write def update(self, step, activations):, and behind them batch if it "
+                     "needs contexts or attention")
+        return
     if v.module.SAE.loss is base.SAE.loss:
         fail(v, defined(v, "loss"), "the class SAE defines no loss", "write def loss(self, batch, progress): … "
              "return loss, {'term': tensor, …}; see variants/topk.py")
@@ -137,12 +170,22 @@ def check_signatures(v: Variant) -> None:
                  f"write def {method}{wanted}:")
 
 
-def refuse_undelivered(v: Variant, sae: base.SAE) -> None:
-    """What a variant may declare and this trainer does not deliver is refused, never passed as a silent None."""
-    for attribute, wanted in (("needs_contexts", "ordered contexts"), ("attention_layers", "attention patterns")):
-        if getattr(sae, attribute):
-            fail(v, declared(v, attribute), f"{attribute} = {getattr(sae, attribute)!r} asks for {wanted}, which training "
-                 "does not deliver: its batches are shuffled tokens", f"remove {attribute} and work with batch.x alone")
+def check_needs(v: Variant, sae: base.SAE, batch_size: int, context: int | None, room: tuple[int, int]) -> None:
+    """The contexts and layers a variant asks for exist: what cannot be given is refused, never passed as a silent None."""
+    offsets, threshold = sae.attention_layers, sae.attention_threshold
+    if not isinstance(offsets, (tuple, list)) or any(type(o) is not int for o in offsets) or len(set(offsets)) < len(offsets):
+        fail(v, declared(v, "attention_layers"), f"attention_layers = {offsets!r} is no tuple of different whole numbers",
+             "write offsets from the SAE's own layer: attention_layers = (-1, 0)")
+    if beyond := [o for o in offsets if not -room[0] <= o <= room[1]]:
+        fail(v, declared(v, "attention_layers"), f"attention_layers asks for layer {beyond[0]:+d} from the SAE's own, and the model has "
+             f"{room[0]} below and {room[1]} above", "choose offsets inside, or other --layers")
+    if threshold is not None and not (offsets and 0 <= threshold < 1):
+        fail(v, declared(v, "attention_threshold"), f"attention_threshold = {threshold!r} "
+             + ("is no share of a token's attention" if offsets else "stands alone"),
+             "give a number from 0 to below 1" if offsets else "name the layers: attention_layers = (0,)")
+    if (sae.needs_contexts or offsets) and context and batch_size < context:
+        fail(v, declared(v, "needs_contexts"), f"a batch of {batch_size} tokens holds no whole context of {context}",
+             f"give --batch_size {context} or more, or a shorter --context")
 
 
 # ------------------------------------------------------------------------------------------------ what the steps have shown
@@ -237,6 +280,64 @@ def check_falls(v: Variant, before: tuple[list[float], float], after: tuple[list
              f"{after[1]:.4g} after {STEPS} steps, where 1 is no better than x_hat = 0", advice)
 
 
+def finite(v: Variant, sae: imperative.Imperative, *_) -> None:
+    """No parameter of a trainer's ae has become NaN or infinite in the steps so far."""
+    for name, p in sae.named_parameters():
+        if not p.isfinite().all():
+            became = "NaN" if p.isnan().any() else "infinite"
+            fail(v, defined(v, "update"), f"the parameter {name.removeprefix('ae.')} became {became} in update",
+                 "guard divisions by a count that may be 0, roots and logarithms of 0; clip the gradient")
+
+
+def check_trained(v: Variant, sae: imperative.Imperative, start: dict[str, Tensor], before: float, after: float, plan: Plan) -> list[str]:
+    """A trainer's update changes parameters and lowers ‖x − x_hat‖²; parameters it leaves alone are noted."""
+    still = [n.removeprefix("ae.") for n, p in sae.named_parameters() if n in start and torch.equal(p, start[n])]
+    line = defined(v, "update")
+    if len(still) == len(start):
+        fail(v, line, f"update changes no parameter of ae in {STEPS} steps",
+             "call backward and optimizer.step(), with the parameters of self.ae")
+    if after >= before:  # schedules that count their own calls have hardly begun: a whole short run instead
+        n = 4 * STEPS
+        again = dataclasses.replace(v, setting=v.setting | dict(steps=n, schedule=n))
+        points = [base.Progress(i, n, i * plan.sizes.B, n * plan.sizes.B) for i in range(n)]
+        whole = dataclasses.replace(plan, x_SBD=plan.x_SBD.repeat(4, 1, 1), points=points, dead_at=())
+        fresh = initialised(again, plan.sizes, whole)
+        before = reconstruction_error(again, fresh, whole)
+        for _ in train(again, fresh, whole):
+            pass
+        after = reconstruction_error(again, fresh, whole)
+        if after >= before:
+            fail(v, line, f"the reconstruction does not get better: ‖x − x_hat‖² is {before:.4g} before and {after:.4g} after {n} steps on "
+                 "synthetic data, where 1 is no better than x_hat = 0",
+                 "check the sign of every term, what is detached, and the learning rate")
+    return [f"{at(v, line)}: {', '.join(still)} did not change in {STEPS} steps"] if still else []
+
+
+def check_resumed(v: Variant, plan: Plan) -> list[str]:
+    """A trainer put back from what is saved takes the same next step."""
+    with random_state(plan.seed):
+        first = initialised(v, plan.sizes, plan)
+        steps = train(v, first, plan)
+        for _ in range(STEPS // 2):
+            next(steps)
+        second = initialised(v, plan.sizes, plan)
+        try:
+            second.load_state_dict({k: t.clone() for k, t in first.state_dict().items()})
+            imperative.TrainerState(second).load_state_dict(imperative.TrainerState(first).state_dict())
+            results = []
+            for sae in (first, second):
+                reseed(plan.seed)
+                plan.train_step(sae, None, as_batch(sae, plan.x_BD.clone()), plan.points[STEPS // 2])
+                results.append(sae.encode(plan.x_BD))
+            if torch.equal(*results):
+                return []
+            why = "its next step differs"
+        except Exception as error:  # noqa: BLE001  whatever a foreign trainer cannot take back
+            why = str(error).splitlines()[0][:160]
+    return [f"{at(v, defined(v, '__init__'))}: an interrupted run cannot continue exactly ({why}): keep what training changes as tensors, "
+            "numbers, lists or dicts on the trainer"]
+
+
 def learns_by_heart(v: Variant, plan: Plan) -> bool:
     """Whether the loss of one batch falls when that batch is all there is: a second chance where k is 1 or the penalty strong."""
     middle = plan.points[STEPS // 2]
@@ -255,7 +356,7 @@ def check_silent(v: Variant, sae: base.SAE, plan: Plan) -> None:
         if getattr(quiet, "b_dec", None) is not None and quiet.b_dec.shape == x_BD[0].shape:
             x_BD[0] = quiet.b_dec
     with random_state(plan.seed):
-        examine(v, Evidence(), quiet, base.Batch(x=x_BD), plan.points[-1], "where some features never fire and a token has none")
+        examine(v, Evidence(), quiet, as_batch(sae, x_BD), plan.points[-1], "where some features never fire and a token has none")
 
 
 # ------------------------------------------------------------------------------------------------ encode and decode
@@ -355,8 +456,10 @@ def check_saved(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[str
 
     def loss(model):
         with torch.enable_grad():
-            return duplicate(model).loss(base.Batch(x=plan.x_BD), plan.points[-1])[0].detach()
+            return duplicate(model).loss(as_batch(model, plan.x_BD), plan.points[-1])[0].detach()
 
+    if v.is_trainer:  # check_resumed looks at what it goes on from
+        return []
     lost = state_outside(sae, fresh, loss, plan.seed)
     return [f"{at(v, assigned(v, lost))}: {lost} changes in training but is no parameter or buffer: an interrupted run cannot "
             "continue exactly"] if lost else []
@@ -437,7 +540,7 @@ def check_identical(v: Variant, sae: base.SAE, plan: Plan, losses: list[float], 
         try:
             other = read(str(file), {})
             shared = {k: value for k, value in v.hyper.items() if k in other.hyper}
-            other = Variant(other.module, other.file, other.tree, {}, {**other.hyper, **shared})
+            other = Variant(other.module, other.file, other.tree, shared, {**other.hyper, **shared}, v.setting)
         except Exception:  # noqa: BLE001  a stored variant of another version proves nothing
             continue
         known_as = file.stem if file.stem != "variant" else file.parent.name
@@ -486,13 +589,14 @@ def accelerator_notes(v: Variant, sae: base.SAE, plan: Plan) -> list[str]:
     with random_state(plan.seed):
         try:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, _ = duplicate(sae).loss(base.Batch(x=plan.x_BD), plan.points[-1])
+                loss, _ = duplicate(sae).loss(as_batch(sae, plan.x_BD), plan.points[-1])
             loss.backward()
         except Exception as error:  # noqa: BLE001
             place = where(error, v.file) or at(v, defined(v, "loss"))
             notes.append(f"{place} fails under bf16 autocast, as used on a GPU: {str(error).splitlines()[0][:160]}")
         try:  # the meta device computes shapes only, and like a GPU it is not where torch.zeros(n) is
-            duplicate(sae).to("meta").loss(base.Batch(x=plan.x_BD.to("meta")), plan.points[-1])
+            batch = as_batch(sae, plan.x_BD)
+            duplicate(sae).to("meta").loss(base.Batch(**{k: t.to("meta") for k, t in vars(batch).items()}), plan.points[-1])
         except Exception as error:  # noqa: BLE001  a condition on a tensor cannot run there and says nothing
             if "device" in str(error) and "cpu" in str(error) and (place := where(error, v.file)):
                 notes.append(f"{place} mixes devices, which fails on a GPU: create tensors with device=x.device, or as buffers")
@@ -505,18 +609,20 @@ def forecast(v: Variant, small: Sizes, real: Sizes, plan: Plan, accelerator: boo
         with torch.device(device):
             sae = build(v, sizes).train()
             x_BD = torch.nn.functional.normalize(torch.randn(sizes.B, sizes.D), dim=1)
-            with attempting(v, f"in a training step at B = {sizes.B}, d_in = {sizes.D}, d_sae = {sizes.F}", sizes, defined(v, "loss")):
+            batch = as_batch(sae, x_BD.cpu()) if device == "cpu" else base.Batch(x=x_BD)
+            with attempting(v, f"in a training step at B = {sizes.B}, d_in = {sizes.D}, d_sae = {sizes.F}", sizes,
+                            defined(v, "update" if v.is_trainer else "loss")):
                 if device == "cpu":
                     sae.initialise(x_BD)
                 pretend_dead(sae)
-                return memory.trace_step(v.module.__file__, sae, base.Batch(x=x_BD), progress)
+                return memory.trace_step(v.module.__file__, sae, batch, progress)
 
     first, last = plan.points[0], plan.points[-1]
     done = memory.forecast(lambda sizes: traced(sizes, last), small, real)
     more = []
     if {m[:2] for m in traced(small, first).made} - {m[:2] for m in traced(small, last).made}:
         more.append(memory.forecast(lambda sizes: traced(sizes, first), small, real))
-    if accelerator:
+    if accelerator and not v.is_trainer:
         try:  # the meta device takes the code paths of a GPU, at the real sizes, and allocates nothing
             more.append(memory.measured(traced(real, last, "meta")))
         except Exception:  # noqa: BLE001  it cannot run a condition on a tensor; the extrapolation can

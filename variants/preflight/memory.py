@@ -20,6 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from variants import imperative
+
 AFFORDABLE = 32 * 2**20  # bytes of a step after which a size is not doubled further
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")  # results the host must have to go on
 
@@ -77,7 +79,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, file: str, existing: list[torch.Tensor]):
         super().__init__()
         self.file, self.trace = file, Trace()
-        self.known = {t.untyped_storage()._cdata for t in existing}
+        self.held = [t.untyped_storage() for t in existing]  # a tensor replaced in the step must not leave its address to a new one
+        self.known = {storage._cdata for storage in self.held}
         self.alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -106,20 +109,34 @@ class Recorder(TorchDispatchMode):
 
 
 def trace_step(file: str, sae, batch, progress) -> Trace:
-    """Run loss, backward and after_step once and record what they allocate."""
-    tensors = [*sae.parameters(), *sae.buffers()]
-    recorder = Recorder(file, [*tensors, batch.x])
-    with recorder:
-        sae.loss(batch, progress)[0].backward()
-        with torch.no_grad():
-            sae.after_step(batch, progress)
+    """Run loss, backward and after_step once, or a trainer's update, and record what they allocate."""
+    own = {}
+    if isinstance(sae, imperative.Imperative):
+        sae.update(batch, progress)  # its optimiser makes its moments in the first step
+        own = imperative.tensors_of(sae.trainer)
+    recorder = Recorder(file, [*sae.parameters(), *sae.buffers(), *vars(batch).values(), *own.values()])
     trace = recorder.trace
-    for parameter in sae.parameters():
-        if parameter.grad is not None:
-            trace.gradients.add(recorder.alive.get(parameter.grad.untyped_storage()._cdata, -1))
+
+    def note_gradient(parameter):  # at once: a trainer may have dropped it by the end of its update
+        trace.gradients.add(recorder.alive.get(parameter.grad.untyped_storage()._cdata, -1))
+
+    hooks = [p.register_post_accumulate_grad_hook(note_gradient) for p in sae.parameters() if p.requires_grad]
+    with recorder:
+        if isinstance(sae, imperative.Imperative):
+            sae.update(batch, progress)
+        else:
+            sae.loss(batch, progress)[0].backward()
+            with torch.no_grad():
+                sae.after_step(batch, progress)
+    for hook in hooks:
+        hook.remove()
     parameters = {name for name, _ in sae.named_parameters()}
     for name, tensor in [*sae.named_parameters(), *sae.named_buffers()]:
         trace.state[name] = (tuple(tensor.shape), tensor.element_size(), name in parameters)
+    counted = {id(t) for t in (*sae.parameters(), *sae.buffers())}
+    for name, tensor in own.items():
+        if id(tensor) not in counted and not name.startswith("optimiser."):  # two moments are counted for every parameter
+            trace.state[f"trainer.{name}"] = (tuple(tensor.shape), tensor.element_size(), False)
     return trace
 
 

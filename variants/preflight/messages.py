@@ -10,13 +10,13 @@ import difflib
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from variants import base
+from variants import imperative
 from variants.preflight.memory import Sizes
 
 
@@ -29,6 +29,12 @@ class Variant:
     tree: ast.Module
     given: dict  # hyper-parameters as the user set them
     hyper: dict  # and with the defaults
+    setting: dict = field(default_factory=dict)  # what a trainer is told of the run, see variants.build
+
+    @property
+    def is_trainer(self) -> bool:
+        """Whether it has the imperative form."""
+        return issubclass(self.module.SAE, imperative.Imperative)
 
 
 def where(error: BaseException, file: Path | str) -> str | None:
@@ -91,7 +97,7 @@ def explained(error: Exception, file: Path, doing: str, sizes: Sizes | None = No
 def nearest(error: Exception) -> str | None:
     """For a misspelt attribute, the nearest one that exists."""
     if isinstance(error, AttributeError) and getattr(error, "obj", None) is not None and error.name:
-        kind, own = type(error.obj).__name__, [n for n, _ in error.obj.named_parameters()] if isinstance(error.obj, base.SAE) else []
+        kind, own = type(error.obj).__name__, [n for n, _ in error.obj.named_parameters()] if isinstance(error.obj, nn.Module) else []
         close = difflib.get_close_matches(error.name, own, 1, 0.5) or difflib.get_close_matches(error.name, dir(error.obj), 1, 0.5)
         said = [f"the nearest attribute of {kind} is {close[0]!r}"] if close else []
         said += [f"its parameters are {', '.join(own)}"] if own else []
@@ -110,11 +116,15 @@ def attempting(v: Variant, doing: str, sizes: Sizes | None = None, line: int | C
 
 
 def defined(v: Variant, method: str) -> int | None:
-    """Line of `def method` in the class SAE, else of the class."""
-    for node in v.tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == "SAE":
-            return next((f.lineno for f in node.body if isinstance(f, ast.FunctionDef) and f.name == method), node.lineno)
-    return None
+    """Line of `def method` in the class SAE, else of the class; of a trainer, in whichever class has it, the trainer's before others."""
+    wanted = v.module.SAE.trainer_class.__name__ if v.is_trainer else "SAE"
+    classes = [node for node in v.tree.body if isinstance(node, ast.ClassDef)]
+    first = [node for node in classes if node.name == wanted]
+    for node in first + classes * v.is_trainer:
+        for f in node.body:
+            if isinstance(f, ast.FunctionDef) and f.name == method:
+                return f.lineno
+    return first[0].lineno if first else None
 
 
 def assigned(v: Variant, name: str) -> int | None:

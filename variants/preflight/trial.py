@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import variants
-from variants import base
+from variants import base, contexts, imperative
 from variants.preflight import memory
 from variants.preflight.memory import Sizes
 from variants.preflight.messages import Variant, attempting, computed, defined, described, explained, fail, returns
@@ -65,7 +65,7 @@ def read(name: str, hyper: dict) -> Variant:
         raise explained(error, file, "when it is imported") from error
     v = Variant(module, file, tree, dict(hyper), {})
     arguments = list(inspect.signature(module.SAE.__init__).parameters.values())
-    if len(arguments) < 3 or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments[:3]):
+    if not v.is_trainer and (len(arguments) < 3 or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments[:3])):
         fail(v, defined(v, "__init__"), f"__init__{inspect.signature(module.SAE.__init__)} does not take the two widths",
              "write def __init__(self, d_in, d_sae, …), with hyper-parameters as keyword arguments behind them")
     known = variants.hyperparameters(module)
@@ -75,8 +75,9 @@ def read(name: str, hyper: dict) -> Variant:
             fail(v, defined(v, "__init__"), f"there is no hyper-parameter {key!r}" + (f"; the nearest is {near[0]!r}" if near else ""),
                  f"use one of: {', '.join(f'{k}={d}' for k, d in known.items()) or 'none'}")
     for key, default in known.items():
-        if default is inspect.Parameter.empty and key not in hyper:
-            fail(v, defined(v, "__init__"), f"the hyper-parameter {key!r} has no default", f"write {key}=… in def __init__")
+        if default is inspect.Parameter.empty and key not in hyper and not (v.is_trainer and key in imperative.SHRUNK):
+            fail(v, defined(v, "__init__"), f"the hyper-parameter {key!r} has no default and is not given",
+                 f"--hyper {key}=…, or write {key}=… in def __init__")
     return Variant(module, file, tree, dict(hyper), {**known, **hyper})
 
 
@@ -95,8 +96,9 @@ def smallest(v: Variant, d_sae: int) -> tuple[base.SAE, Sizes]:
 
 
 def build(v: Variant, sizes: Sizes) -> base.SAE:
-    with attempting(v, f"constructing SAE({sizes.D}, {sizes.F})", sizes):
-        return variants.build(v.module, sizes.D, sizes.F, v.hyper)
+    what = f"constructing {'the trainer' if v.is_trainer else 'SAE'}({sizes.D}, {sizes.F})"
+    with attempting(v, what, sizes, defined(v, "__init__") if v.is_trainer else None):
+        return variants.build(v.module, sizes.D, sizes.F, v.given if v.is_trainer else v.hyper, v.setting)
 
 
 def initialised(v: Variant, sizes: Sizes, plan: Plan) -> base.SAE:
@@ -184,13 +186,20 @@ def train(v: Variant, sae: base.SAE, plan: Plan, before: Callable | None = None)
     for i, (x_BD, progress) in enumerate(zip(plan.x_SBD, plan.points)):
         if i in plan.dead_at:
             pretend_dead(sae)
-        batch = base.Batch(x=x_BD)
+        batch = as_batch(sae, x_BD, plan.seed)
         if before:
             with random_state():
                 before(sae, batch, progress)
         with attempting(v, f"in training step {i + 1}, at {progress.fraction:.0%} of the run", plan.sizes, defined(v, "loss")):
             loss, _ = plan.train_step(sae, optimizer, batch, progress, plan.learning_rate)
         yield loss.item()
+
+
+def as_batch(sae: base.SAE, x_BD: Tensor, seed: int = 0) -> base.Batch:
+    """Synthetic activations as the batch that the variant declared it needs: with contexts and attention made up."""
+    if not (sae.needs_contexts or sae.attention_layers):
+        return base.Batch(x=x_BD)
+    return base.Batch(**contexts.synthetic(x_BD, sae.attention_layers, sae.attention_threshold, seed))
 
 
 def pretend_dead(sae: base.SAE) -> None:
@@ -354,6 +363,6 @@ def measured_losses(v: Variant, sae: base.SAE, plan: Plan) -> list[float]:
     values = []
     for progress in (plan.points[0], plan.points[STEPS // 2], plan.points[-1]):
         with random_state(plan.seed), attempting(v, f"in loss, at {progress.fraction:.0%} of the run", plan.sizes, defined(v, "loss")):
-            out = duplicate(sae).loss(base.Batch(x=plan.x_BD), progress)
+            out = duplicate(sae).loss(as_batch(sae, plan.x_BD), progress)
         values.append(check_returned(v, out)[0].item())
     return values

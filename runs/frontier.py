@@ -1,0 +1,54 @@
+"""What a variant reaches at an L0 where it was not measured: between its SAEs of the next L0 to either side. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from runs.reading import Run
+
+SAME = 0.01  # L0 that differ by less than this share count as equal
+
+
+@dataclass(frozen=True)
+class Interpolated(Run):
+    """No SAE of its own, but the figures between two, the one of the smaller L0 first."""
+
+    between: tuple[Run, Run]
+
+
+def at(l0: float | None, saes: list[Run]) -> Run | None:
+    """The SAE of that L0 or the figures between the two around it, linear in log L0; None outside the range of `saes`.
+
+    Standard errors are summed with the figures' weights, not in squares: all SAEs are measured on the same texts, so that errors
+    of neighbours go together, and the point between them is known no better than they are.
+    """
+    if not l0 or not saes:
+        return None
+    nearest = min(saes, key=lambda sae: abs(math.log(l0_of(sae) / l0)))
+    if abs(math.log(l0_of(nearest) / l0)) < SAME:
+        return nearest
+    below = [sae for sae in saes if l0_of(sae) < l0]
+    above = [sae for sae in saes if l0_of(sae) > l0]
+    if not below or not above:
+        return None
+    a, b = max(below, key=l0_of), min(above, key=l0_of)
+    share = math.log(l0 / l0_of(a)) / math.log(l0_of(b) / l0_of(a))
+    means = {m: _mix(v, b.means[m], share) for m, v in a.means.items() if v is not None and b.means.get(m) is not None}
+    stderrs = {m: _mix(e, b.stderrs[m], share) for m, e in a.stderrs.items() if m in means and m in b.stderrs}
+    config = {k: v for k, v in a.config.items() if k == "evals" or b.config.get(k) == v}
+    return Interpolated(f"{a.config.get('variant')} at L0 {l0:.4g}", means | {"core.l0": l0}, stderrs, config, [], a.path, (a, b))
+
+
+def l0_of(run: Run) -> float | None:
+    return run.means.get("core.l0")
+
+
+def ends(saes: list[Run]) -> tuple[float, float]:
+    """The smallest and the largest L0."""
+    l0s = [l0_of(sae) for sae in saes]
+    return min(l0s), max(l0s)
+
+
+def _mix(a: float, b: float, share: float) -> float:
+    return a if a == b else (1 - share) * a + share * b

@@ -1,0 +1,77 @@
+"""What a run records while it trains: one row per SAE and interval, on the screen and in training_log.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runs.folder import write_text
+from runs.voice import duration, say
+
+GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no measurement, that is the core eval's
+
+
+def check_finite(jobs: list, recent: dict, step: int) -> None:
+    """Stop at the first loss that is not finite or has exploded, naming the step and the term. Reads the device once per job."""
+    for job in jobs:
+        if not recent[job.name]:
+            continue
+        names = ["loss", *recent[job.name][0][1]]
+        values = torch.stack([torch.stack([loss, *terms.values()]).float() for loss, terms in recent[job.name]]).cpu()
+        bad = ~values.isfinite() | (values.abs() > 1e6)  # E‖x‖² = 1, so a loss starts near 1
+        if bad.any():
+            row = int(bad.any(1).nonzero()[0])
+            term = names[int(bad[row].nonzero()[-1])]
+            value, at = values[row, names.index(term)], step - len(values) + row
+            raise FloatingPointError(f"{job.name}: the term {term!r} became {value:.3g} at step {at}\n"
+                                     "lower --lr or the term's weight; the last good checkpoint is checkpoint.pt in the run's folder")
+
+
+@torch.no_grad()
+def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_size: int, clock: dict, step: int) -> list[dict]:
+    """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share. Measuring changes no SAE."""
+    check_finite(jobs, recent, step)
+    now, found = time.monotonic(), []
+    rate = (step - clock["step"]) * batch_size / max(now - clock["start"], 1e-9)
+    for job in jobs:
+        x_BD = x_of_job[job.name][:GLANCE]
+        job.sae.eval()
+        z_BF = job.sae.encode(x_BD)
+        error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
+        job.sae.train()
+        row = dict(sae=job.name, step=step, tokens=step * batch_size, loss=mean(loss for loss, _ in recent[job.name]))
+        row |= {k: mean(terms[k] for _, terms in recent[job.name]) for k in recent[job.name][0][1]}
+        row |= dict(l0=float((z_BF != 0).float().sum(-1).mean()), explained_variance=1 - float(error),
+                    dead_share=float(job.sae.dead_features(progress).float().mean()), tokens_per_s=round(rate))
+        found.append(row)
+        recent[job.name].clear()
+    clock.update(start=time.monotonic(), step=step)
+    return found
+
+
+def mean(tensors) -> float:
+    return float(torch.stack([t.double() for t in tensors]).mean())
+
+
+def say_rows(rows: list[dict], total_tokens: int) -> None:
+    """The rows of one interval, a line each."""
+    for row in rows:
+        left = (total_tokens - row["tokens"]) / max(row["tokens_per_s"], 1)
+        say(f"tokens {row['tokens'] / 1e6:7.3f}M  loss {row['loss']:.4f}  L0 {row['l0']:6.1f}  EV {row['explained_variance']:.3f}  "
+            f"dead {row['dead_share']:.1%}  {row['tokens_per_s'] / 1e3:.1f}k tok/s  eta {duration(left)}"
+            + f"  {row['sae']}" * (len(rows) > 1))
+
+
+def write(out: Path, log: list[dict]) -> None:
+    """training_log.csv anew, whole or not at all."""
+    if log:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(log[0]))
+        writer.writeheader()
+        writer.writerows(log)
+        write_text(out / "training_log.csv", text.getvalue())

@@ -1,0 +1,387 @@
+"""The imperative form of a variant: a trainer class with `.ae` and `.update(step, activations)`, as in dictionary_learning.
+
+The class is the one called `Trainer`, or else the only class of the file with an `update` method. Of the keywords it accepts it
+is given the sizes, steps, seed, device, layer and model name, and the learning rate if one is set; all others are its
+hyper-parameters. `update` gets x [B, D] with E‖x‖² = 1 and returns nothing, the loss, or a dict of numbers; `.ae` has
+encode(x [N, D]) -> [N, F] and decode. The class may declare `needs_contexts` and `attention_layers` (its update then takes
+`batch` as a third argument) and define `report` and `feature_groups` as variants/base.py describes them.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import random
+from collections import deque
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from variants import base, compat
+
+# what the runner gives, under the names in use
+SUPPLIED = {
+    "d_in": ("activation_dim", "d_in", "input_dim"), "d_sae": ("dict_size", "d_sae", "n_features", "hidden_dim"),
+    "steps": ("steps", "total_steps", "num_steps"), "lr": ("lr", "learning_rate"), "seed": ("seed",), "device": ("device",),
+    "layer": ("layer", "hook_layer"), "lm_name": ("lm_name", "model_name"), "hook_name": ("hook_name",),
+    "submodule_name": ("submodule_name",), "wandb_name": ("wandb_name", "run_name"),
+}
+SETTING = dict(steps=10_000, lr=None, seed=0, device="cpu", layer=0, lm_name="")  # for an SAE that is only to be read back
+ONLY_IF_NEEDED = {"wandb_name", "submodule_name"}
+# lengths in steps that suit long runs: (usual length, most as a share of the run)
+SHRUNK = {"warmup_steps": (1000, 0.05), "sparsity_warmup_steps": (5000, 0.1), "threshold_start_step": (1000, 0.05),
+          "decay_start": (None, 0.8), "anneal_start": (15_000, 0.5)}
+GLANCE = 128  # tokens of each batch encoded once more, to see which features fire
+
+
+# ------------------------------------------------------------------------------------------------ finding and calling the class
+
+
+def lent(tree: ast.Module) -> dict:
+    """Names of compat that a file with a trainer uses; what it imports or defines itself comes later and replaces them."""
+    classes = [c for c in ast.walk(tree) if isinstance(c, ast.ClassDef)]
+    if not any(c.name == "Trainer" or any(isinstance(f, ast.FunctionDef) and f.name == "update" for f in c.body) for c in classes):
+        return {}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return {name: getattr(compat, name) for name in compat.__all__ if name in used}
+
+
+def trainer_of(module: ModuleType) -> type | None:
+    """The trainer class of a module, or None if it has none. AttributeError if it has several and none is called Trainer."""
+    if inspect.isclass(getattr(module, "Trainer", None)):
+        if not callable(getattr(module.Trainer, "update", None)):
+            methods = [n for n, f in vars(module.Trainer).items() if callable(f) and n[0] != "_"]
+            raise AttributeError(f"the class Trainer in {Path(module.__file__).name} has no method update; it has "
+                                 f"{', '.join(methods) or 'none'}\n"
+                                 "write def update(self, step, activations): one training step on activations [B, d_in]")
+        return module.Trainer
+    having = [c for c in vars(module).values() if inspect.isclass(c) and callable(getattr(c, "update", None))
+              and c is not compat.SAETrainer and not issubclass(c, (dict, set))]
+    own = [c for c in having if c.__module__ == module.__name__] or having
+    leaves = list(dict.fromkeys(c for c in own if not any(other is not c and issubclass(other, c) for other in own)))
+    if len(leaves) > 1:
+        raise AttributeError(f"{Path(module.__file__).name} defines {len(leaves)} classes with an update method "
+                             f"({', '.join(c.__name__ for c in leaves)})\n"
+                             f"call the one to run Trainer, or add a line: Trainer = {leaves[-1].__name__}")
+    return leaves[0] if leaves else None
+
+
+def adapted(trainer_class: type) -> type[Imperative]:
+    """The SAE class that runs a trainer class."""
+    declared = {name: getattr(trainer_class, name) for name in ("needs_contexts", "attention_layers", "attention_threshold")
+                if hasattr(trainer_class, name)}
+    return type("SAE", (Imperative,), {"trainer_class": trainer_class, "__module__": trainer_class.__module__, **declared})
+
+
+def parameters_of(trainer_class: type) -> dict[str, inspect.Parameter]:
+    """The named parameters of the trainer's __init__."""
+    return {n: p for n, p in inspect.signature(trainer_class).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def hyperparameters(trainer_class: type) -> dict[str, object]:
+    """Names and defaults of what the user may set with --hyper; inspect.Parameter.empty where there is no default."""
+    given = {alias for aliases in SUPPLIED.values() for alias in aliases}
+    plain = (bool, int, float, str, type(None), list, tuple, dict)
+    return {n: p.default for n, p in parameters_of(trainer_class).items()
+            if n not in given and (p.default is p.empty or isinstance(p.default, plain))}
+
+
+def keywords(trainer_class: type, d_in: int, d_sae: int, setting: dict, hyper: dict) -> dict:
+    """What the trainer is constructed with; TypeError names what it needs and nobody gives."""
+    values = dict(d_in=d_in, d_sae=d_sae, hook_name=f"blocks.{setting['layer']}.hook_resid_post", wandb_name=trainer_class.__name__,
+                  submodule_name=f"resid_post_layer_{setting['layer']}", **setting)
+    accepted, given, missing = parameters_of(trainer_class), {}, []
+    length = setting.get("schedule", setting["steps"])  # the preflight's few steps see schedules at their end
+    for name, parameter in accepted.items():
+        key = next((key for key, aliases in SUPPLIED.items() if name in aliases), None)
+        needed = parameter.default is parameter.empty
+        if name in hyper:
+            given[name] = hyper[name]
+        elif key == "lr":  # the trainer's own unless the user or the profile sets one
+            if values["lr"] is not None or needed:
+                given[name] = values["lr"] or base.SAE.default_lr
+        elif key and (needed or key not in ONLY_IF_NEEDED):
+            given[name] = values[key]
+        elif name in SHRUNK:
+            usual, share = SHRUNK[name]
+            wanted = usual if needed or parameter.default is None else parameter.default
+            if wanted is None or (isinstance(wanted, int) and wanted > share * length):
+                given[name] = int(share * length)
+        elif needed:
+            missing.append(name)
+    if missing:
+        raise TypeError(f"{trainer_class.__name__} needs {', '.join(missing)}, which nobody gives\n"
+                        f"--hyper {','.join(f'{m}=…' for m in missing)}, or write a default")
+    return given
+
+
+# ------------------------------------------------------------------------------------------------ the SAE that training and evals see
+
+
+class Imperative(base.SAE):
+    """A trainer's `.ae` under the contract of base.SAE: any leading dimensions, one feature tensor, a decoder [F, D]."""
+
+    trainer_class: type
+    attention_threshold = None
+
+    def __init__(self, d_in: int, d_sae: int, setting: dict, **hyper):
+        nn.Module.__init__(self)
+        self.d_in, self.d_sae, self.setting = d_in, d_sae, setting
+        trainer = self.trainer_class(**keywords(self.trainer_class, d_in, d_sae, setting, hyper))
+        self.__dict__["trainer"] = trainer  # past nn.Module: some trainers are modules themselves
+        if not isinstance(getattr(trainer, "ae", None), nn.Module):
+            near = [n for n, value in vars(trainer).items() if isinstance(value, nn.Module)]
+            has = f"; it has {', '.join(near)}" if near else ""
+            raise AttributeError(f"{type(trainer).__name__} has no module called ae{has}\n"
+                                 f"evals use trainer.ae.encode and trainer.ae.decode: set self.ae{f' = self.{near[0]}' if near else ''}")
+        self.ae = trainer.ae
+        width = self.encode(torch.zeros(1, d_in, device=setting["device"])).shape[-1]
+        self.register_buffer("tokens_since_fired", torch.zeros(width, dtype=torch.int64, device=setting["device"]))
+        self._fired_F = None
+        self._takes_batch = len(inspect.signature(trainer.update).parameters) > 2
+        self._names: list[str] | None = None  # of the numbers update returned first; later steps give the same ones
+
+    def __deepcopy__(self, memo):
+        """A copy to look at: its own ae, the same trainer."""
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = value if name == "trainer" else copy.deepcopy(value, memo)
+        return twin
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features (..., F) of x (..., D); the trainer's ae gets [N, D]."""
+        dtype = next((p.dtype for p in self.ae.parameters()), torch.float32)
+        z = self.ae.encode(x.reshape(-1, x.shape[-1]).to(dtype))
+        if not isinstance(z, Tensor):
+            what = f"{len(z)} values" if isinstance(z, (tuple, list)) else f"a {type(z).__name__}"
+            code = type(self.ae).encode.__code__
+            raise TypeError(f"{Path(code.co_filename).name}:{code.co_firstlineno}: ae.encode returned {what}: evals need one tensor of "
+                            "features [tokens, number of features]\n"
+                            "return the features alone; what update needs besides, give behind a keyword: encode(x, return_gate=False)")
+        return z.reshape(*x.shape[:-1], z.shape[-1])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction (..., D) of features (..., F)."""
+        dtype = next((p.dtype for p in self.ae.parameters()), torch.float32)
+        return self.ae.decode(z.reshape(-1, z.shape[-1]).to(dtype)).reshape(*z.shape[:-1], -1)
+
+    @property
+    @torch.no_grad()
+    def decoder(self) -> Tensor:
+        """[F, D]: the ae's own matrix where four of its rows agree with what decode does, else decode applied to each feature."""
+        F, device = len(self.tokens_since_fired), self.tokens_since_fired.device
+        rows = torch.linspace(0, F - 1, 4, device=device).long()
+
+        def decoded(index: Tensor) -> Tensor:
+            one_NF = torch.zeros(len(index), F, device=device).scatter(1, index[:, None], 1.0)
+            return self.decode(one_NF) - self.decode(torch.zeros(1, F, device=device))
+
+        some = decoded(rows)
+        linear, near = getattr(getattr(self.ae, "decoder", None), "weight", None), 1e-4 * float(some.abs().max())
+        for W in (getattr(self.ae, "W_dec", None), linear):
+            for W_FD in (W, W.T) if isinstance(W, Tensor) and W.ndim == 2 else ():
+                if W_FD.shape == (F, some.shape[1]) and torch.allclose(W_FD[rows].to(some), some, 1e-3, near):
+                    return W_FD
+        return torch.cat([decoded(part) for part in torch.arange(F, device=device).split(512)])
+
+    def update(self, batch: base.Batch, progress: base.Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """The trainer's own step; returns its loss and numbers. Where it gives no loss: ‖x − x_hat‖² of some tokens after the step."""
+        extra = (batch,) if self._takes_batch else ()
+        out = self.trainer.update(progress.step, batch.x, *extra)
+        if self.trainer.ae is not self.ae:  # replaced by a wider one, say
+            self.ae = self.trainer.ae
+        x_ND = batch.x[:GLANCE]
+        with torch.no_grad():
+            training = self.ae.training
+            self.ae.eval()
+            z_NF = self.encode(x_ND)
+            if z_NF.shape[-1] != len(self.tokens_since_fired):
+                self.tokens_since_fired = self.tokens_since_fired.new_zeros(z_NF.shape[-1])
+            self.note_fired(z_NF)
+            terms = {} if out is None else dict(out) if isinstance(out, dict) else {"loss": out}
+            terms = _numbers(terms)
+            if not terms:
+                terms = {"reconstruction": base.reconstruction_loss(x_ND - self.decode(z_NF))}
+            self.ae.train(training)
+        self.count_step(len(batch.x))
+        terms = {k: torch.as_tensor(v).detach().reshape(()).to(batch.x.device, torch.float32) for k, v in terms.items()}
+        self._names = self._names or list(terms)
+        missing = next(iter(terms.values()))
+        terms = {k: terms.get(k, torch.zeros_like(missing)) for k in self._names}
+        loss = terms.pop("loss", None)
+        return (next(iter(terms.values())) if loss is None else loss), terms
+
+    @property
+    def default_lr(self) -> float:
+        """The learning rate the trainer chose."""
+        return next((float(lr) for lr in (getattr(self.trainer, n, None) for n in SUPPLIED["lr"]) if lr is not None), base.SAE.default_lr)
+
+    def report(self, context: dict):
+        """What the trainer reports, and the numbers it names for logging."""
+        own, logged = (getattr(self.trainer, name, None) for name in ("report", "get_logging_parameters"))
+        numbers, files = own(context) if callable(own) else ({}, {})
+        return {**(_numbers(logged()) if callable(logged) else {}), **numbers}, files
+
+    def feature_groups(self):
+        own = getattr(self.trainer, "feature_groups", None)
+        return own() if callable(own) else None
+
+
+def _numbers(given: dict) -> dict:
+    """Those entries that are single numbers."""
+    return {str(k): v for k, v in given.items()
+            if isinstance(v, (bool, int, float, np.number)) or (isinstance(v, Tensor) and v.numel() == 1)}
+
+
+# ------------------------------------------------------------------------------------------------ all a resume needs
+
+
+class TrainerState:
+    """Everything that hangs on a trainer, as one state dict: it takes the optimiser's place in a checkpoint."""
+
+    def __init__(self, sae: Imperative):
+        self.sae = sae
+
+    def state_dict(self) -> dict:
+        return captured(vars(self.sae.trainer)) | {"__names__": self.sae._names}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sae._names = state.pop("__names__")
+        with torch.no_grad():
+            restored(vars(self.sae.trainer), state)
+
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def captured(value, depth: int = 0):
+    """Tensors, numbers, containers, modules, optimisers, schedulers as plain containers of tensors and numbers; `Skip` for the rest."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy()) if value.dtype != object else Skip
+    if isinstance(value, GENERATORS):
+        return _generator_state(value)
+    if isinstance(value, nn.Module):
+        own = {k: v for k, v in vars(value).items() if k not in MODULE_INTERNALS}
+        below = {name: m for name, m in value.named_modules() if name}
+        below = {n: captured({k: v for k, v in vars(m).items() if k not in MODULE_INTERNALS}, depth + 1) for n, m in below.items()}
+        return dict(state=dict(value.state_dict()), own=captured(own, depth + 1), modules=below)
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        # the counters of an optimiser written in the file are not in its state dict
+        own = {k: v for k, v in vars(value).items() if isinstance(v, PLAIN)} if _of_the_file(value) else {}
+        return dict(state=captured(value.state_dict(), depth + 1), own=own)
+    if depth > 8:
+        return Skip
+    if isinstance(value, dict):
+        keys = (*PLAIN, tuple)
+        return {k: c for k, v in value.items() if isinstance(k, keys) and (c := captured(v, depth + 1)) is not Skip}
+    if isinstance(value, (list, tuple, deque, set)):
+        items = [captured(v, depth + 1) for v in value]
+        return Skip if any(i is Skip for i in items) else items
+    if _of_the_file(value) and hasattr(value, "__dict__"):  # a helper class
+        return captured(vars(value), depth + 1)
+    return Skip
+
+
+def tensors_of(value, name: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """Every tensor that hangs on a trainer, by its path: in modules, containers, optimisers."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, nn.Module) and depth:
+        parts = {**dict(value.named_parameters()), **dict(value.named_buffers())}
+    elif isinstance(value, torch.optim.Optimizer):
+        name, parts = f"optimiser.{name}", dict(enumerate(value.state.values()))
+    elif isinstance(value, dict):
+        parts = value
+    elif isinstance(value, (list, tuple, deque)):
+        parts = dict(enumerate(value))
+    else:
+        parts = vars(value) if depth == 0 else {}
+    return {k: t for key, part in parts.items() if depth < 6 for k, t in tensors_of(part, f"{name}.{key}".lstrip("."), depth + 1).items()}
+
+
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+
+
+def _generator_state(generator):
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return list(generator.getstate())
+    state = generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state(legacy=False)
+    return captured(state)
+
+
+def _set_generator_state(generator, state) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        generator.setstate((state[0], tuple(state[1]), state[2]))
+    else:
+        plain = {k: {n: v.numpy() if isinstance(v, Tensor) else v for n, v in part.items()} if isinstance(part, dict) else part
+                 for k, part in state.items()}
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = plain
+        else:
+            generator.set_state(plain)
+
+
+def _of_the_file(value) -> bool:
+    """Whether an object's class is the variant's own."""
+    return type(value).__module__.startswith("variants.")
+
+
+class Skip:
+    """What cannot be captured: functions, configurations, foreign objects. It is as the trainer's __init__ made it."""
+
+
+MODULE_INTERNALS = set(vars(nn.Module()))
+
+
+def restored(here, saved):
+    """Put `saved` back into `here`, in place where tensors and containers allow it, so that aliases stay aliases; returns the value."""
+    if isinstance(here, Tensor) and isinstance(saved, Tensor):
+        if here.shape == saved.shape and here.dtype == saved.dtype:
+            return here.copy_(saved)
+        return saved.clone()
+    if isinstance(here, np.ndarray) and isinstance(saved, Tensor):
+        return saved.cpu().numpy().copy()
+    if isinstance(here, GENERATORS):
+        _set_generator_state(here, saved)
+        return here
+    if isinstance(here, nn.Module):
+        restored(vars(here), saved["own"])
+        for name, module in here.named_modules():
+            if name in saved["modules"]:
+                restored(vars(module), saved["modules"][name])
+        here.load_state_dict(saved["state"])
+        return here
+    if hasattr(here, "state_dict") and hasattr(here, "load_state_dict"):
+        here.load_state_dict(saved["state"])
+        vars(here).update(saved["own"])
+        return here
+    if isinstance(saved, dict) and isinstance(here, dict):
+        for key, value in saved.items():
+            here[key] = restored(here[key], value) if key in here else value
+        return here
+    if isinstance(saved, list) and isinstance(here, set):
+        return set(saved)
+    if isinstance(saved, list) and isinstance(here, (list, tuple, deque)):
+        items = [restored(h, s) for h, s in zip(here, saved)] if len(here) == len(saved) else saved
+        if isinstance(here, deque):
+            return deque(items, here.maxlen)
+        return type(here)(*items) if hasattr(here, "_fields") else type(here)(items)
+    if isinstance(saved, dict) and hasattr(here, "__dict__"):
+        restored(vars(here), saved)
+        return here
+    return saved

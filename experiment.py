@@ -11,6 +11,7 @@ Shapes: B SAE batch (tokens), D = d_in = d_model, F = d_sae, R rows (contexts), 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import itertools
@@ -39,9 +40,10 @@ import evals.cache  # noqa: E402
 import runs.folder  # noqa: E402
 import variants  # noqa: E402
 import variants.saving  # noqa: E402
-from evals.language_model import LanguageModel, assert_soft_capping, hash_files  # noqa: E402
+from evals.language_model import LanguageModel, assert_soft_capping, hash_files, shape_of  # noqa: E402
 from runs import compare, environment, failure, reading, report, training_log  # noqa: E402
 from runs.environment import public_name  # noqa: E402
+from runs.interrupts import Interrupts  # noqa: E402
 from runs.voice import VOICE, duration, say, track  # noqa: E402
 from variants import base, contexts, imperative, interchange  # noqa: E402
 
@@ -308,12 +310,7 @@ def model_shape(settings: Settings) -> dict:
         return dict(d_model=32, n_layers=4, block_parameters=10_000, bytes=1_000_000)
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(settings.model).get_text_config()
-    d, mlp, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or d // heads
-    block = 2 * d * head * (heads + (getattr(config, "num_key_value_heads", None) or heads)) + 3 * d * mlp
-    return dict(d_model=d, n_layers=config.num_hidden_layers, block_parameters=block,
-                bytes=getattr(torch, settings.dtype).itemsize * (config.num_hidden_layers * block + config.vocab_size * d))
+    return shape_of(AutoConfig.from_pretrained(settings.model).get_text_config(), getattr(torch, settings.dtype).itemsize)
 
 
 # ================================================================================================ language model
@@ -483,7 +480,7 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
         for w in wanted:
             attention[w].append(w.keep(pattern, index_N[low:high] - start * T, low))
         norm_bos += kept[layers[0]][:, 0].double().pow(2).sum()
-    rest = out[layers[0]].double().pow(2).sum() if len(index_N) < 10**6 else out[layers[0]].float().pow(2).sum().double()
+    rest = sum(part.double().pow(2).sum() for part in out[layers[0]].split(2**14))  # in parts: a copy in fp64 would be the run's peak
     block = {f"x_{layer}": x_ND for layer, x_ND in out.items()} | dict(bos_share=norm_bos / (norm_bos + rest))
     block |= dict(tokens_N=rows_RT.flatten()[index_N], place_N=index_N.int())
     return block | {name: t for w in wanted for name, t in w.named(attention[w]).items()}
@@ -692,6 +689,25 @@ def load_checkpoint(out: Path, jobs: list[Job]) -> Optional[dict]:
     return state
 
 
+# ================================================================================================ the variant's own report
+
+
+def report_of(settings: Settings, lm: LanguageModel, job: Job, source, out: Path) -> None:
+    """What the variant measures of itself: numbers.json and its files in variant_report/<SAE>; before the evals wrap the model."""
+    from evals.packing import pack
+
+    def held_out(n_tokens: int) -> base.Batch:
+        rows_RT = pack(source.documents("heldout"), lm.tokenizer, settings.context, lm.bos, -(-n_tokens // (settings.context - 1)))
+        return contexts.batch_of_rows(lm, rows_RT, job.layer, job.attention, job.scale, settings.lm_batch_size)
+
+    trained = base.TrainedSAE(copy.deepcopy(job.sae), job.scale)
+    numbers, files = job.sae.report(base.Context(lm, job.layer, trained, settings.seed, held_out))
+    for file, content in files.items():
+        write = runs.folder.write_bytes if isinstance(content, bytes) else runs.folder.write_text
+        write(out / "variant_report" / job.name / file, content)
+    runs.folder.write_json(out / "variant_report" / job.name / "numbers.json", numbers)
+
+
 # ================================================================================================ evals
 
 
@@ -752,11 +768,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         means = {f"training.{k}": last[k] for k in last if k not in ("sae", "step", "loss", "tokens_per_s", "l0", "explained_variance")}
         means |= {"training.final_loss": last["loss"], "training.steps": last["step"]} if log else {}
         stderrs, problems = {}, [f"the eval {name} failed: {type(e).__name__}: {str(e).splitlines()[0]}" for name, e in crashed.items()]
-        numbers, files = job.sae.report(dict(lm=lm, layer=job.layer, trained=base.TrainedSAE(job.sae, job.scale)))
-        means |= {f"variant.{k}": v for k, v in numbers.items()}
-        for file, content in files.items():
-            write = runs.folder.write_bytes if isinstance(content, bytes) else runs.folder.write_text
-            write(out / "variant_report" / job.name / file, content)
+        means |= {f"variant.{k}": v for k, v in json.loads((out / "variant_report" / job.name / "numbers.json").read_text()).items()}
         measured = {}
         for name in chosen:
             path = stored.path(out, name, job.name)
@@ -782,20 +794,6 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
 # ================================================================================================ main
 
 
-class Interrupts:
-    """SIGTERM and Ctrl-C: at once where nothing is half done, else (`deferred`) at the end of the optimiser step."""
-
-    def __init__(self):
-        self.signal, self.deferred = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame) -> None:
-        again, self.signal = self.signal, number
-        if again or not self.deferred:
-            raise KeyboardInterrupt
-
-
 def run(settings: Settings, why: str, out: Path, state: str, info: dict, interrupts: Interrupts) -> dict[str, BaseException]:
     """The whole run, phase by phase; `info` (run_info.json) says at each moment which phase it is in. Returns the evals that crashed."""
     say(why)
@@ -816,6 +814,9 @@ def run(settings: Settings, why: str, out: Path, state: str, info: dict, interru
             metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
                             prepend_bos=True, dataset_path=public_name(settings.dataset))
             variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
+    with phase("report", info, out):
+        for job in jobs:
+            report_of(settings, lm, job, source, out)
     with phase("evals", info, out):
         crashed = evaluate(settings, lm, jobs, source, cache, out)
     with phase("results", info, out):
@@ -841,6 +842,7 @@ def phase(name: str, info: dict, out: Path):
     start = time.monotonic()
     yield
     info["seconds"][name] = round(info["seconds"].get(name, 0) + time.monotonic() - start, 1)
+    info.setdefault("peak_memory_gb", {})[name] = environment.peak_memory_gb(info["settings"]["device"])  # so far
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -867,13 +869,13 @@ def main(argv: Optional[list[str]] = None) -> int:
         info |= dict(status="running", fingerprint=mark, settings=kept, seed=settings.seed, versions=environment.versions(),
                      commit=environment.git_commit(), hardware=environment.hardware(settings.device))
         crashed = run(settings, why, out, state, info, interrupts)
-        info |= dict(status="failed" if crashed else "finished", peak_memory_gb=environment.peak_memory_gb(settings.device))
+        info["status"] = "failed" if crashed else "finished"
         runs.folder.write_json(out / "run_info.json", info)
         if not crashed:
             (out / "checkpoint.pt").unlink(missing_ok=True)
         say("\n" + compare.summary(out))
         say(f"{settings.out_dir}: final_info.json, report.html, sae/; {duration(sum(info['seconds'].values()))}, "
-            f"{info['peak_memory_gb']['host']:.1f} GB at most")
+            f"{info['peak_memory_gb']['results']['host']:.1f} GB at most")
         for name, error in crashed.items():
             return failure.report(error, f"eval {name}", out, variants.path(settings.variant))
         return 0

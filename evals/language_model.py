@@ -157,6 +157,15 @@ class LanguageModel:
         return all(not self.finish(zero, layer).any() for layer in (0, self.n_layers - 1))
 
 
+def shape_of(config, itemsize: int) -> dict:
+    """d_model, n_layers, parameters of a block and bytes of a model with parameters of `itemsize` bytes, from its configuration alone."""
+    d, mlp, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or d // heads
+    block = 2 * d * head * (heads + (getattr(config, "num_key_value_heads", None) or heads)) + 3 * d * mlp
+    return dict(d_model=d, n_layers=config.num_hidden_layers, block_parameters=block,
+                bytes=itemsize * (config.num_hidden_layers * block + config.vocab_size * d))
+
+
 @torch.no_grad()
 def assert_soft_capping(hf) -> None:
     """Gemma-2 bounds its attention logits; fused kernels have dropped that silently. A tiny cap must change the output."""

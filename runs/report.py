@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections.abc import Collection, Iterable
 from html import escape
 from pathlib import Path
@@ -33,6 +34,8 @@ th{color:var(--mut);font-weight:600}td.l,th.l{text-align:left}td.w{white-space:n
 .better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}
 .warn{background:var(--warn);border-left:4px solid var(--warnline);padding:6px 12px;margin:6px 0;border-radius:3px}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:16px}svg{width:100%;height:auto;display:block}
+figure{margin:14px 0}
+figure img{max-width:100%;background:#fff;border-radius:6px}
 svg text{fill:var(--mut);font:11px system-ui,sans-serif}svg .t{fill:var(--fg);font-size:13px;font-weight:600}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin:6px 0 10px;font-size:13px}.legend i{display:inline-block;width:18px;
 height:0;border-top:3px solid;margin-right:6px;vertical-align:middle}
@@ -55,12 +58,26 @@ def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run]
     runs, name = list(sections.values()), Path(out_dir).resolve().name
     stored = list(baseline.values() if isinstance(baseline, dict) else baseline or ())
     parts = [_head(name, runs), _comparison(runs, stored, directions()), _frontier(runs, stored), _curves(log_rows),
-             _problems(runs), _settings(runs)]
-    parts.insert(5, _dashboards(dashboards, SIZE - sum(map(len, parts))))
+             _own_pictures(Path(out_dir) / "variant_report"), _problems(runs), _settings(runs)]
+    parts.insert(6, _dashboards(dashboards, SIZE - sum(map(len, parts))))
     path = Path(out_dir) / "report.html"
     write_text(path, f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">"
                      f"<title>{escape(name)}</title><style>{CSS}</style>\n" + "\n".join(filter(None, parts)) + "\n</html>\n")
     return path
+
+
+def _own_pictures(folder: Path) -> str:
+    """Pictures a variant made of itself, inside the page; larger ones and other files are named."""
+    kinds, html = {".png": "image/png", ".svg": "image/svg+xml"}, []
+    for file in sorted(folder.glob("*/*")):
+        title = f"{escape(file.parent.name)}: {escape(file.name)}"
+        if file.suffix in kinds and file.stat().st_size < 300_000:
+            data = b64encode(file.read_bytes()).decode()
+            html.append(f"<figure><img alt=\"{title}\" src=\"data:{kinds[file.suffix]};base64,{data}\">"
+                        f"<figcaption class=mut>{title}</figcaption></figure>")
+        elif file.name != "numbers.json":
+            html.append(f"<p class=mut>variant_report/{escape(file.parent.name)}/{escape(file.name)}</p>")
+    return f"<h2>The variant's own report</h2>{''.join(html)}" if html else ""
 
 
 def _head(name: str, runs: list[Run]) -> str:

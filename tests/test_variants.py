@@ -11,10 +11,12 @@ from variants import base, standard, topk
 LATE = base.Progress(50, 100, 5000, 10_000)
 
 
-def test_topk_sparse_paths_equal_dense_autograd():
-    """Fails if a gradient of the sparse encoder, decoder or auxk differs from plain autograd in fp64."""
+@pytest.mark.parametrize("F", [20, 120])
+def test_topk_sparse_paths_equal_dense_autograd(F):
+    """Fails if a gradient of the encoder, decoder or auxk, sparse or dense as the widths suggest, differs from plain autograd in fp64."""
     torch.manual_seed(0)
-    B, D, F, K = 9, 6, 20, 4
+    B, D, K = 9, 6, 4
+    assert base.sparse_pays(torch.device("cpu"), K, F) == (F == 120)
     sae = topk.SAE(D, F, k=K).double()
     sae.b_enc.data.normal_(0, 0.1)
     sae.b_dec.data.normal_(0, 0.1)
@@ -47,11 +49,11 @@ def test_auxk_reaches_dead_features_and_only_them():
     x_BD = torch.randn(64, 8)
     dead_F = torch.arange(40) >= 30
     e_BD = torch.randn(64, 8)
-    base.auxk_loss(sae, x_BD, e_BD, base.dense_activations(sae, x_BD), dead_F).backward()
+    base.auxk_loss(sae, x_BD, e_BD, base.dense_activations(sae, x_BD, 4), dead_F).backward()
     moved_F = sae.W_dec.grad.norm(dim=1) > 0
     assert moved_F[30:].all() and not moved_F[:30].any()
     assert (sae.W_enc.grad.norm(dim=0) > 0)[30:].all()
-    assert base.auxk_loss(sae, x_BD, e_BD, base.dense_activations(sae, x_BD), torch.zeros(40, dtype=torch.bool)) == 0
+    assert base.auxk_loss(sae, x_BD, e_BD, base.dense_activations(sae, x_BD, 4), torch.zeros(40, dtype=torch.bool)) == 0
 
 
 @pytest.mark.parametrize("name", ["standard", "topk"])

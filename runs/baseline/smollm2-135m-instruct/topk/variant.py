@@ -35,7 +35,7 @@ class SAE(base.SAE):
         return torch.zeros_like(acts).scatter(-1, index, top)
 
     def loss(self, batch, progress):
-        acts_BF = base.dense_activations(self, batch.x)
+        acts_BF = base.dense_activations(self, batch.x, self.k)
         index_BK = acts_BF.detach().topk(self.k, dim=-1, sorted=False).indices
         top_BK = base.kept_activations(self, batch.x, acts_BF, index_BK)
         self.note_fired_indices(top_BK, index_BK)

@@ -284,16 +284,16 @@ def forecast(settings: Settings, shape: dict, largest, sweep: int) -> dict:
 
     layers, dtype = layers_of(settings), getattr(torch, settings.dtype)
     copies = len(layers) * sweep
-    block = min(settings.block_tokens, settings.num_tokens) * shape["d_model"] * dtype.itemsize * len(layers)
-    need = budget.need(largest, copies, shape["bytes"], block, settings.device)
+    block, lm_tokens = min(settings.block_tokens, settings.num_tokens) * len(layers), settings.lm_batch_size * settings.context
+    need = budget.need(largest, copies, shape, block, lm_tokens, dtype.itemsize, bool(evals_of(settings)), settings.device)
     have = environment.memory_available(settings.device)
     flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) + 3 * settings.passes * copies * largest.parameters)
     seconds = budget.seconds(flops, environment.matmul_rate(settings.device, dtype), settings.device)
-    say("forecast: " + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in need.items()) + f"  = {sum(need.values()) / 1e9:.2f} GB of "
+    say("forecast: " + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in need.items()) + f"  -> peak {budget.peak(need) / 1e9:.2f} GB of "
         f"{have / 1e9:.1f} GB on {settings.device}; {copies} SAE{'s' * (copies > 1)} of {largest.parameters:,} parameters, "
         f"{count_steps(settings):,} steps of {settings.batch_size:,} tokens, about {duration(seconds)} of training")
     budget.check(largest, copies, need, have)
-    return dict(forecast_bytes=need | dict(total=sum(need.values()), available=have), forecast_training_seconds=round(seconds))
+    return dict(forecast_bytes=need | dict(peak=budget.peak(need), available=have), forecast_training_seconds=round(seconds))
 
 
 def reference_variants(name: str) -> list[Path]:
@@ -525,7 +525,7 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
         with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
             return sae.update(batch, progress)
     for group in optimizer.param_groups:
-        group["lr"] = group.get("base_lr", lr) * progress.lr_factor()
+        group["lr"] = group.get("base_lr", lr) * progress.lr_factor() * sae.lr_scale(progress)
     with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
         loss, terms = sae.loss(batch, progress)
     optimizer.zero_grad(set_to_none=True)
@@ -629,7 +629,7 @@ def begin(jobs: list[Job], block: dict[str, Tensor], fresh: bool) -> None:
     for job in jobs:
         x_ND = block[f"x_{job.layer}"]
         if not job.scale:
-            job.scale = (sum(part.double().pow(2).sum().item() for part in x_ND.split(2**16)) / len(x_ND)) ** 0.5
+            job.scale = (sum(part.double().pow(2).sum().item() for part in x_ND.split(2**13)) / len(x_ND)) ** 0.5
             if not fresh:  # its weights took raw activations
                 interchange.rescale(job.sae, job.scale)
         if fresh:

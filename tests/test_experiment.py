@@ -108,6 +108,14 @@ def test_a_sweep_of_two_hyper_parameters_trains_every_combination():
         experiment.hypers_of(experiment.parse_settings(["--sweep=8,16"]), module)
 
 
+def test_the_fingerprint_covers_what_a_variant_imports(tmp_path):
+    """Fails if an edit to the variant that mine derives from would pass as the same code: its old result would be reported again."""
+    file = tmp_path / "mine.py"
+    file.write_text("from variants import batch_topk\n\nclass SAE(batch_topk.SAE):\n    grad_clip = 0.5\n")
+    names = {path.name for path in variants.sources(str(file))}
+    assert {"mine.py", "batch_topk.py", "base.py", "imperative.py"} <= names and not {"topk.py", "gated.py"} & names
+
+
 @pytest.mark.parametrize("name", ["neighbours", "attention_pairs"])
 def test_contexts_and_attention_are_delivered_and_resumed(cache, tmp_path, name):
     """Fails if a variant that needs whole contexts or attention patterns does not continue bit for bit after a kill."""

@@ -47,7 +47,8 @@ def sources(name: str) -> list[Path]:
         for node in ast.walk(ast.parse(pending.pop().read_bytes())):
             module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             named = module + [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            new = {folder / f"{n.rpartition('.')[2]}.py" for n in named if (folder / f"{n.rpartition('.')[2]}.py").exists()} - found
+            places = {place / f"{n.rpartition('.')[2]}.py" for n in named for place in (folder, folder / "research")}
+            new = {place for place in places if place.exists()} - found
             found |= new
             pending += new
     return sorted(found)

@@ -153,6 +153,10 @@ class SAE(nn.Module):
         """Adam's parameter groups."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
+    def lr_scale(self, progress: Progress) -> float:
+        """Factor on the learning rate, besides the schedule's."""
+        return 1.0
+
     def report(self, context: Context) -> tuple[dict[str, float], dict[str, bytes | str]]:
         """Own measurements ({name: number}, into final_info as `variant.<name>`) and files for the run's folder ({name: content}).
 

@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -609,7 +610,9 @@ def forecast(v: Variant, small: Sizes, real: Sizes, plan: Plan, accelerator: boo
         with torch.device(device):
             sae = build(v, sizes).train()
             x_BD = torch.nn.functional.normalize(torch.randn(sizes.B, sizes.D), dim=1)
-            batch = as_batch(sae, x_BD.cpu()) if device == "cpu" else base.Batch(x=x_BD)
+            with torch.device("cpu"):
+                fields = vars(as_batch(sae, x_BD if device == "cpu" else torch.zeros(sizes.B, sizes.D)))
+            batch = base.Batch(**{name: tensor.to(device) for name, tensor in fields.items()})
             with attempting(v, f"in a training step at B = {sizes.B}, d_in = {sizes.D}, d_sae = {sizes.F}", sizes,
                             defined(v, "update" if v.is_trainer else "loss")):
                 if device == "cpu":
@@ -617,11 +620,17 @@ def forecast(v: Variant, small: Sizes, real: Sizes, plan: Plan, accelerator: boo
                 pretend_dead(sae)
                 return memory.trace_step(v.module.__file__, sae, batch, progress)
 
+    def figures(progress: base.Progress) -> memory.Forecast:
+        if real.B * real.F <= 2**22 and real.D * real.F <= 2**21:  # cheap enough to be measured as it is
+            return memory.measured(traced(real, progress))
+        # shapes can be followed from size to size only along one path: the dense one, which needs more, and is a GPU's
+        with mock.patch.object(base, "sparse_pays", lambda *_: False):
+            return memory.forecast(lambda sizes: traced(sizes, progress), small, real)
+
     first, last = plan.points[0], plan.points[-1]
-    done = memory.forecast(lambda sizes: traced(sizes, last), small, real)
-    more = []
+    done, more = figures(last), []
     if {m[:2] for m in traced(small, first).made} - {m[:2] for m in traced(small, last).made}:
-        more.append(memory.forecast(lambda sizes: traced(sizes, first), small, real))
+        more.append(figures(first))
     if accelerator and not v.is_trainer:
         try:  # the meta device takes the code paths of a GPU, at the real sizes, and allocates nothing
             more.append(memory.measured(traced(real, last, "meta")))

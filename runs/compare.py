@@ -559,7 +559,7 @@ def _decimals(value: float) -> int:
 def compare(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None, directions: dict[str, str],
             everything: bool = False) -> str:
     """The comparison as text of up to 100 columns for one run. `runs` and `baseline` may be what `read` returns."""
-    return "\n\n".join(_text(table) for table in tables(runs, baseline, directions, everything))
+    return "\n\n".join(as_text(table) for table in tables(runs, baseline, directions, everything))
 
 
 def summary(path: str | Path) -> str:
@@ -568,7 +568,7 @@ def summary(path: str | Path) -> str:
     return compare(sections, stored_baselines(sections), directions())
 
 
-def _text(table: Table) -> str:
+def as_text(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(table.header, *table.rows)]
     align = [str.ljust if i < table.left or name == "verdict" else str.rjust for i, name in enumerate(table.header)]
     lines = [line for text in table.above for line in textwrap.wrap(text, WIDTH, subsequent_indent="    ")]
@@ -577,7 +577,7 @@ def _text(table: Table) -> str:
     return "\n".join(lines + table.below)
 
 
-def _markdown(table: Table) -> str:
+def as_markdown(table: Table) -> str:
     def row(cells):
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -659,7 +659,7 @@ def _main(argv: list[str]) -> int:
     if options.csv:
         print(_csv(runs, baseline, known))
     else:
-        show = _markdown if options.markdown else _text
+        show = as_markdown if options.markdown else as_text
         print("\n\n".join(show(table) for table in tables(runs, baseline, known, options.all)))
     return 0
 

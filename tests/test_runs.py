@@ -575,3 +575,22 @@ def test_places_that_are_no_run_folder(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="cannot write to --out_dir"):
         folder.claim("file/run_1", "m")
     assert reading.slug("x/") == "x"  # a trailing slash is no part of a name
+
+
+# ------------------------------------------------------------------------------------------------ several seeds
+
+
+def test_seeds_of_one_setting_become_one_row(tmp_path, capsys):
+    """Fails if runs of different settings are averaged, the error is not std/√n, or a difference inside the errors is marked."""
+    from runs import seeds
+
+    for name, variant, hyper, seed, r2 in (("a0", "standard", {"w": 1}, 0, 0.70), ("a1", "standard", {"w": 1}, 1, 0.74),
+                                           ("b0", "mine", {"w": 1}, 0, 0.90), ("b1", "mine", {"w": 1}, 1, 0.92),
+                                           ("c0", "mine", {"w": 0}, 0, 0.5)):
+        record = dict(means={"core.r2": r2, "core.l0": 30.0}, stderrs={}, problems=[], config=dict(variant=variant, hyper=hyper, seed=seed))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "final_info.json").write_text(json.dumps({"layer_9": record}))
+    assert seeds.main([str(tmp_path / name) for name in ("a0", "a1", "b0", "b1", "c0")] + ["--metrics=core.r2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["standard", "2", "0.7200", "±", "0.02000"]  # |.74 − .70|/2 = √(2·.02²/1)/√2
+    assert lines[2] == ["mine", "2", "0.9100", "±", "0.01000*"] and lines[3] == ["mine", "w=0", "1", "0.5000"]

@@ -266,3 +266,9 @@ def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
     assert ["mine.py:8 mixes devices" in n for n in notes(["a_BF = a_BF * torch.ones(a_BF.shape[1])"])] == [True]
     assert ["mine.py:9 fails under bf16 autocast" in n for n in notes([
         "top, index = a_BF.topk(8, -1)", "a_BF = torch.zeros(a_BF.shape, device=a_BF.device).scatter(1, index, top)"])] == [True]
+
+
+def test_a_variant_that_differs_in_its_groups_alone_is_no_reason_to_refuse_either():
+    """Fails if `clustered`, which trains exactly like `standard`, is refused, or makes the unmodified `standard` refused."""
+    assert any("bit-identically to standard" in note for note in run("clustered").notes)
+    assert run("standard", reference_files=[variants.path("clustered")]).notes == []

@@ -1,0 +1,1 @@
+"""What the research variants' reports measure and draw; not scanned for variants."""

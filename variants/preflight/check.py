@@ -555,8 +555,9 @@ def check_identical(v: Variant, sae: base.SAE, plan: Plan, losses: list[float], 
         elif trains_identically(other, sae, plan, losses, z_BF):
             what = f"this variant trains bit-identically to {known_as}: its change has no effect"
             grouping = [module.SAE.feature_groups is not base.SAE.feature_groups for module in (v.module, other.module)]
-            if allowed or any(grouping):  # groups act in evals, not in training
-                notes += [what + " on training"] * (allowed or grouping[0])
+            zeros = ablated(v)
+            if allowed or zeros or any(grouping):  # an ablation may leave the variant it came from; groups act in evals, not in training
+                notes += [what + " on training" + f" (with {', '.join(zeros)})" * bool(zeros)] * bool(allowed or zeros or grouping[0])
                 continue
             lines = changed_lines(v.tree, other.tree)
             fail(v, lines[0] if lines else None, what + (f" (it differs in line{'s' if len(lines) > 1 else ''} "

@@ -60,13 +60,14 @@ def table(runs: Iterable[Run], metrics: list[str] | None = None) -> Table:
             if mine is None:
                 cells.append("–")
                 continue
-            error = f" ± {number(mine[1])}" if mine[1] is not None else ""
+            error = f" ± {mine[1]:.2g}" if mine[1] is not None else ""
             known = theirs is not None and mine[1] is not None and theirs[1] is not None and members is not reference
             beyond = known and abs(mine[0] - theirs[0]) > 2 * math.hypot(mine[1], theirs[1])
             cells.append(number(mine[0]) + error + "*" * beyond)
         rows.append(cells)
     below = [f"mean ± standard error over seeds; * differs from {rows[0][0]} by more than two standard errors"] if rows else []
-    return Table([], ["setting", "runs", *(m.removeprefix("core.").removeprefix("variant.") for m in metrics)], rows, below)
+    names = [m.rpartition(".")[2].replace("_test_accuracy", "") for m in metrics]
+    return Table([], ["setting", "runs", *names], rows, below)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -592,5 +592,5 @@ def test_seeds_of_one_setting_become_one_row(tmp_path, capsys):
         (tmp_path / name / "final_info.json").write_text(json.dumps({"layer_9": record}))
     assert seeds.main([str(tmp_path / name) for name in ("a0", "a1", "b0", "b1", "c0")] + ["--metrics=core.r2"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ["standard", "2", "0.7200", "±", "0.02000"]  # |.74 − .70|/2 = √(2·.02²/1)/√2
-    assert lines[2] == ["mine", "2", "0.9100", "±", "0.01000*"] and lines[3] == ["mine", "w=0", "1", "0.5000"]
+    assert lines[1] == ["standard", "2", "0.7200", "±", "0.02"]  # |.74 − .70|/2 = √(2·.02²/1)/√2
+    assert lines[2] == ["mine", "2", "0.9100", "±", "0.01*"] and lines[3] == ["mine", "w=0", "1", "0.5000"]

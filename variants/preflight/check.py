@@ -623,7 +623,7 @@ def forecast(v: Variant, small: Sizes, real: Sizes, plan: Plan, accelerator: boo
                 return memory.trace_step(v.module.__file__, sae, batch, progress)
 
     def figures(progress: base.Progress) -> memory.Forecast:
-        if real.B * real.F <= 2**22 and real.D * real.F <= 2**21:  # cheap enough to be measured as it is
+        if real.B * real.F <= 2**24 and real.D * real.F <= 2**24:  # cheap enough to be measured as it is
             return memory.measured(traced(real, progress))
         # shapes can be followed from size to size only along one path: the dense one, which needs more, and is a GPU's
         with mock.patch.object(base, "sparse_pays", lambda *_: False):

@@ -641,27 +641,24 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
 
     Each pass shuffles the block anew by (seed, block, pass) alone: its tokens, or its rows where a variant needs whole contexts.
     """
-    n, B = len(block["place_N"]), settings.batch_size
+    n, B, rows = len(block["place_N"]), settings.batch_size, int(block["place_N"][-1]) // settings.context + 1
     whole = any(job.sae.needs_contexts or job.sae.attention_layers for job in jobs)
-    rows = int(block["place_N"][-1]) // settings.context + 1
+    place_of = {job.name: (job.layer, job.attention) for job in jobs}  # SAEs of one place share what is gathered for a batch
+
+    def gathered(layer: int, attention, index: Tensor) -> dict[str, Tensor]:
+        if whole:
+            return contexts.gather(block, index, settings.context, layer, attention, settings.device)
+        return dict(x=block[f"x_{layer}"].index_select(0, index).float())
+
     for p in range(settings.passes):
         generator = torch.Generator().manual_seed(int(evals.cache.digest([settings.seed, b, p])[:15], 16))
         order = torch.randperm(rows if whole else n, generator=generator)
         order = contexts.rows_of_step(rows, n // B, order) if whole else order.to(settings.device).split(B)
         for i in range(n // B):
             step = begins + p * (n // B) + i
-            if step < first:
-                continue
-            given = {}
-            for job in jobs:
-                place = job.layer, job.attention
-                if place not in given and whole:
-                    mine = job.attention.of_block(block) if job.attention else block
-                    given[place] = contexts.take(mine, order[i], settings.context, block[f"x_{job.layer}"], settings.device)
-                elif place not in given:
-                    given[place] = dict(x=block[f"x_{job.layer}"].index_select(0, order[i]).float())
-            yield step, {job.name: base.Batch(**{**given[job.layer, job.attention], "x": given[job.layer, job.attention]["x"] / job.scale})
-                         for job in jobs}
+            if step >= first:
+                given = {place: gathered(*place, order[i]) for place in set(place_of.values())}
+                yield step, {job.name: base.Batch.of(given[place_of[job.name]], job.scale) for job in jobs}
 
 
 def save_checkpoint(out: Path, jobs: list[Job], step: int, cursor: dict, log: list[dict], recent: dict) -> None:
@@ -698,10 +695,13 @@ def report_of(settings: Settings, lm: LanguageModel, job: Job, source, out: Path
 
     def held_out(n_tokens: int) -> base.Batch:
         rows_RT = pack(source.documents("heldout"), lm.tokenizer, settings.context, lm.bos, -(-n_tokens // (settings.context - 1)))
-        return contexts.batch_of_rows(lm, rows_RT, job.layer, job.attention, job.scale, settings.lm_batch_size)
+        index_N, wanted = (rows_RT != lm.bos).flatten().nonzero().squeeze(1), [job.attention] if job.attention else []
+        block = contexts.placed(collect(settings, lm, rows_RT, index_N, [job.layer], wanted, "held-out text"), settings.device)
+        fields = contexts.gather(block, torch.arange(len(rows_RT)), settings.context, job.layer, job.attention, settings.device)
+        return base.Batch.of(fields, job.scale)
 
-    trained = base.TrainedSAE(copy.deepcopy(job.sae), job.scale)
-    numbers, files = job.sae.report(base.Context(lm, job.layer, trained, settings.seed, held_out))
+    looked_at = base.TrainedSAE(copy.deepcopy(job.sae), job.scale)
+    numbers, files = job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
     for file, content in files.items():
         write = runs.folder.write_bytes if isinstance(content, bytes) else runs.folder.write_text
         write(out / "variant_report" / job.name / file, content)

@@ -50,31 +50,14 @@ class LanguageModel:
     @torch.no_grad()
     def residuals(self, tokens_BT: Tensor, layers: list[int]) -> dict[int, Tensor]:
         """Residual stream after each of the blocks `layers`: {layer: x_BTD}, from one pass of the plain model."""
-        kept, last = {}, max(layers)
-
-        def keep(layer):
-            def hook(module, args, output):
-                kept[layer] = output if isinstance(output, Tensor) else output[0]
-                if layer == last:
-                    raise StopForward
-            return hook
-
-        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
-        try:
-            self.backbone(input_ids=tokens_BT, use_cache=False)
-        except StopForward:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return kept
+        return self.residuals_and_attention(tokens_BT, layers, [])[0]
 
     @torch.no_grad()
     def residuals_and_attention(self, tokens_BT: Tensor, layers: list[int],
                                 attention_layers: list[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """{layer: x_BTD} as `residuals` and {layer: attention pattern [B, query T, key T], fp16, mean over heads}, from one pass.
 
-        Fused attention kernels give no patterns, so this pass is eager and its residuals differ from theirs by rounding.
+        Fused attention kernels give no patterns, so a pass that is asked for some is eager: its residuals differ from theirs by rounding.
         RuntimeError for an architecture whose attention gives none.
         """
         x, patterns, T = {}, {}, tokens_BT.shape[1]
@@ -99,12 +82,14 @@ class LanguageModel:
         handles += [module.register_forward_hook(keep_pattern(layer)) for layer in set(attention_layers)
                     for name, module in self.blocks[layer].named_children() if "attn" in name or "attention" in name]
         try:
-            self.hf.set_attn_implementation("eager")
+            if attention_layers:
+                self.hf.set_attn_implementation("eager")
             self.backbone(input_ids=tokens_BT, use_cache=False)
         except StopForward:
             pass
         finally:
-            self.hf.set_attn_implementation(given)
+            if attention_layers:
+                self.hf.set_attn_implementation(given)
             for handle in handles:
                 handle.remove()
         if missing := sorted(set(attention_layers) - set(patterns)):

@@ -209,6 +209,16 @@ def test_keywords_by_the_rule(tmp_path):
     assert variants.hyperparameters(variants.load(str(file))) == dict(warmup_steps=400, l1=0.01, label="x")
 
 
+def test_numbers_named_for_logging_are_reported_as_numbers(tmp_path):
+    """Fails if a tensor among them reaches the run's JSON, which would end a trained run in a crash."""
+    file = tmp_path / "pasted.py"
+    file.write_text(PASTED.replace("RETURN", "None"))
+    sae = built(file)
+    vars(sae.trainer).update(logging_parameters=["aux", "dead", "note"], aux=torch.tensor(0.5), dead=3, note="text")
+    numbers, files = sae.report(None)
+    assert json.dumps(numbers) == '{"aux": 0.5, "dead": 3.0}' and files == {}
+
+
 def test_evals_see_any_leading_dimensions_and_every_decoder():
     """Fails if encode is passed [B, ctx, d_in], or the decoder of an ae without one matrix is not what decode does."""
     sae = built(next(f for f in HABITS if f.stem == "several_decoders"))

@@ -67,6 +67,11 @@ class Batch:
         self.x = x
         self.__dict__.update(given)
 
+    @classmethod
+    def of(cls, fields: dict[str, Tensor], scale: float) -> Batch:
+        """A batch of raw activations and what comes with them, x divided by `scale`."""
+        return cls(**{**fields, "x": fields["x"] / scale})
+
     def __getattr__(self, name: str):  # reached only for what was not given: say so instead of handing out a None
         raise AttributeError(f"the batch has no {name!r}: only x is given unless the variant declares it needs more\n"
                              "declare needs_contexts = True (tokens, positions, contexts) or attention_layers = (-1, 0) (attention) "

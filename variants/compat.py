@@ -31,10 +31,6 @@ class SAETrainer:
         if seed is not None:
             torch.manual_seed(seed)
 
-    def update(self, step: int, activations: Tensor):
-        """One training step on activations [B, d_in]; may return nothing, the loss, or a dict of numbers."""
-        raise NotImplementedError(f"{type(self).__name__} defines no update\nwrite def update(self, step, activations): …")
-
     def get_logging_parameters(self) -> dict:
         return {name: getattr(self, name) for name in self.logging_parameters if hasattr(self, name)}
 

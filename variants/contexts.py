@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from variants.base import Batch
-
 SYNTHETIC_CONTEXT = 8  # positions
 
 
@@ -144,23 +142,9 @@ class Attention:
         return f"attention_{self.layer}_{','.join(map(str, self.offsets))}_{self.threshold}"
 
 
-def batch_of_rows(lm, rows_RT: Tensor, layer: int, attention: Attention | None, scale: float, lm_batch: int) -> Batch:
-    """Rows of tokens as one training batch, normalised by `scale`: x with tokens, positions, contexts, and attention where given."""
-    T = rows_RT.shape[1]
-    place_N = (rows_RT != lm.bos).flatten().nonzero().squeeze(1)
-    parts, kept = [], []
-    for start in range(0, len(rows_RT), lm_batch):
-        tokens_BT = rows_RT[start:start + lm_batch].to(lm.device, torch.long)
-        wanted = attention.layers if attention else []
-        x, pattern = lm.residuals_and_attention(tokens_BT, [layer], wanted) if wanted else (lm.residuals(tokens_BT, [layer]), {})
-        inside_N = place_N[(place_N >= start * T) & (place_N < (start + len(tokens_BT)) * T)]
-        parts.append(x[layer].flatten(0, 1)[(inside_N - start * T).to(lm.device)])
-        if attention:
-            kept.append(attention.keep(pattern, inside_N - start * T, int((place_N < start * T).sum())))
-    block = dict(tokens_N=rows_RT.flatten()[place_N].int(), place_N=place_N.int()) | (attention.named(kept) if attention else {})
-    block = placed(block, lm.device)
-    fields = take(attention.of_block(block) if attention else block, torch.arange(len(rows_RT)), T, torch.cat(parts), lm.device)
-    return Batch(**{**fields, "x": fields["x"] / scale})
+def gather(block: dict[str, Tensor], rows: Tensor, context: int, layer: int, attention: Attention | None, device: str) -> dict[str, Tensor]:
+    """`take` for an SAE at `layer` from a block that may serve several."""
+    return take(attention.of_block(block) if attention else block, rows, context, block[f"x_{layer}"], device)
 
 
 def placed(block: dict[str, Tensor], device: str) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def trainer_of(module: ModuleType) -> type | None:
                                  "write def update(self, step, activations): one training step on activations [B, d_in]")
         return module.Trainer
     having = [c for c in vars(module).values() if inspect.isclass(c) and callable(getattr(c, "update", None))
-              and c is not compat.SAETrainer and not issubclass(c, (dict, set))]
+              and not issubclass(c, (dict, set))]
     own = [c for c in having if c.__module__ == module.__name__] or having
     leaves = list(dict.fromkeys(c for c in own if not any(other is not c and issubclass(other, c) for other in own)))
     if len(leaves) > 1:
@@ -225,7 +225,8 @@ class Imperative(base.SAE):
         """What the trainer reports, and the numbers it names for logging."""
         own, logged = (getattr(self.trainer, name, None) for name in ("report", "get_logging_parameters"))
         numbers, files = own(context) if callable(own) else ({}, {})
-        return {**(_numbers(logged()) if callable(logged) else {}), **numbers}, files
+        logged = {name: float(value) for name, value in _numbers(logged()).items()} if callable(logged) else {}
+        return {**logged, **numbers}, files
 
     def feature_groups(self):
         own = getattr(self.trainer, "feature_groups", None)

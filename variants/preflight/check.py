@@ -46,7 +46,6 @@ from variants.preflight.trial import (
 )
 
 ALWAYS_ON = 0.9  # share of features active on the average token that is no sparse code any more
-MODULE_INTERNALS = set(vars(torch.nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -478,7 +477,7 @@ def state_outside(sae: base.SAE, fresh: base.SAE, compute: Callable, seed: int =
     modules = dict(fresh.named_modules())
     tried = []
     for prefix, module in sae.named_modules():
-        plain = {k: value for k, value in vars(module).items() if k not in MODULE_INTERNALS}
+        plain = {k: value for k, value in vars(module).items() if k not in imperative.MODULE_INTERNALS}
         plain.update({k: module._buffers[k] for k in module._non_persistent_buffers_set})
         for name, value in plain.items():
             if prefix not in modules or same(value, getattr(modules[prefix], name, None)):

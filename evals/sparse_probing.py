@@ -108,6 +108,13 @@ CONFIG = {
 K_NAMED = (1, 2, 5, 10, 20, 50, 100)  # the k that SAEBench's schema has a key for
 
 
+def repositories(config: dict) -> list[str]:
+    """The hub data sets it reads in the gemma profile."""
+    from evals import hub
+
+    return hub.repositories(config)
+
+
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = []

@@ -57,8 +57,7 @@ def directions() -> dict[str, str]:
     """{metric: "higher" | "lower" | ""} of every eval's declared metrics and of training's; what is missing has no direction."""
     known = dict(TRAINING)
     for name in evals.names():
-        prefix = evals.declared(name, "EVAL_TYPE_ID")
-        known |= {canonical(f"{prefix}.{metric}"): way for metric, way in (evals.declared(name, "METRICS") or {}).items()}
+        known |= {f"{name}.{metric}": way for metric, way in (evals.declared(name, "METRICS") or {}).items()}
     return known
 
 

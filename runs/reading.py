@@ -58,12 +58,12 @@ def slug(model: str) -> str:
 
 
 def canonical(metric: str) -> str:
-    """A metric's name with its eval called as this workflow does: SAEBench names two of its types otherwise."""
+    """A metric's name with its eval called as this workflow does: SAEBench names three of its types otherwise."""
     eval_name, dot, rest = metric.partition(".")
     return ALIASES.get(eval_name, eval_name) + dot + rest
 
 
-ALIASES = {"absorption_first_letter": "absorption", "RAVEL": "ravel"}
+ALIASES = {"absorption_first_letter": "absorption", "RAVEL": "ravel", "sparse_probing_sae_probes": "sae_probes"}
 
 
 def _file(path: Path) -> Path:

@@ -329,8 +329,8 @@ def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float =
 class TrainedSAE(nn.Module):
     """A trained variant that takes *raw* activations and has unit-norm decoder rows, whatever its own scales are.
 
-    encode: (..., D) any float dtype -> (..., F) fp32; decode: (..., F) -> (..., D) fp32. `scale` is the factor by which the
-    training activations were divided; features are multiplied by it and by their decoder row's norm.
+    encode: (..., D) any float dtype -> (..., F) fp32, without gradient; decode: (..., F) -> (..., D) fp32, differentiable in z. `scale`
+    is the factor by which the training activations were divided; features are multiplied by it and by their decoder row's norm.
     """
 
     def __init__(self, sae: SAE, scale: float):
@@ -345,7 +345,6 @@ class TrainedSAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         return self.sae.encode(x.to(self.gain_F) / self.scale).float() * self.gain_F
 
-    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         return self.sae.decode(z.to(self.gain_F) / self.gain_F).float() * self.scale
 

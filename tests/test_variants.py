@@ -42,6 +42,23 @@ def test_topk_sparse_paths_equal_dense_autograd(F):
         assert torch.allclose(sparse[name], p.grad, rtol=1e-10, atol=1e-12), name
 
 
+@pytest.mark.parametrize("shift", [0.0, 2.3])
+def test_products_of_few_positive_features_equal_dense_autograd(shift):
+    """Fails if a product or gradient from the positive entries alone differs from plain autograd, also in rows without any."""
+    torch.manual_seed(0)
+    pre_BF, W_FN = torch.randn(6, 2000, dtype=torch.float64) - shift, torch.randn(2000, 5, dtype=torch.float64)
+    pre_BF[[0, 3, 5]] = -1.0
+    assert base.few_positive(pre_BF.relu()) == (shift > 0)
+    results = []
+    for product in (base.relu_product, torch.matmul):
+        pre, W = pre_BF.clone().requires_grad_(), W_FN.clone().requires_grad_()
+        product_BN = product(pre.relu(), W)
+        product_BN.pow(3).sum().backward()
+        results.append((product_BN.detach(), pre.grad, W.grad))
+    for ours, dense in zip(*results):
+        assert torch.allclose(ours, dense, rtol=1e-10, atol=1e-10)
+
+
 def test_auxk_reaches_dead_features_and_only_them():
     """Fails for the inert auxk of ranking after top-k (no gradient at all), and if living features are ranked too."""
     torch.manual_seed(0)

@@ -45,6 +45,7 @@ class SAE(base.SAE):
 
     def __init__(self, d_in, d_sae, attention_layers=attention_layers, tau=0.05, lambda_c=0.03, tau_c=0.1, l1_penalty=0.1,
                  logit_lr=1.0):
+        attention_layers = (attention_layers,) if isinstance(attention_layers, int) else attention_layers
         if not attention_layers or not tau_c > 0:
             raise ValueError(f"attention_contrastive: attention_layers = {attention_layers} must name a layer, tau_c = {tau_c} be above 0\n"
                              "without the contrastive term: --hyper lambda_c=0")
@@ -65,7 +66,7 @@ class SAE(base.SAE):
     def loss(self, batch, progress):
         z_BF = F.relu(self.pre_activations(batch.x))
         self.note_fired(z_BF)
-        reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
+        reconstruction = base.reconstruction_loss(batch.x - self.decode_relu(z_BF))
         l1 = z_BF.float().sum(-1).mean()
         contrastive = self.contrastive(z_BF, batch.pairs, self.strength(batch.pair_attention)).mean()
         loss = reconstruction + self.l1_penalty * progress.sparsity_warmup() * l1 + self.lambda_c * contrastive
@@ -79,7 +80,8 @@ class SAE(base.SAE):
         """Lc [B] of tokens with features z among (query, key) candidates of strength s, 0 for tokens without positives; fp32 or wider."""
         norm_B = torch.linalg.vector_norm(z_BF, dim=-1, dtype=torch.promote_types(z_BF.dtype, torch.float32))
         scale_B = (norm_B > 0) / norm_B.clamp_min(1e-12)  # a token without features is orthogonal to all others
-        logit_BB = Gram.apply(z_BF) * (scale_B[:, None] * scale_B / self.tau_c)
+        gram_BB = base.relu_product(z_BF, z_BF.T.contiguous()) if base.few_positive(z_BF) else Gram.apply(z_BF)
+        logit_BB = gram_BB * (scale_B[:, None] * scale_B / self.tau_c)
         logit_BB.fill_diagonal_(NEVER)
         positive_P = s_P > self.tau
         log_s_P = torch.where(positive_P, s_P, 1.0).log().masked_fill(~positive_P, NEVER)

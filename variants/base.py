@@ -136,6 +136,12 @@ class SAE(nn.Module):
         """Reconstruction (..., D) of features (..., F)."""
         return z @ self.W_dec + self.b_dec
 
+    def decode_relu(self, z_BF: Tensor) -> Tensor:
+        """`decode` in the loss of a variant with z = ReLU(…): cheap where few are positive, z's gradient is 0 where z is."""
+        if type(self).decode is not SAE.decode:
+            return self.decode(z_BF)
+        return relu_product(z_BF, self.W_dec) + self.b_dec
+
     def loss(self, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of one batch and its named terms, all scalar tensors."""
         raise TypeError(f"{type(self).__module__}: the class SAE defines no loss(self, batch, progress)\n"
@@ -282,6 +288,41 @@ def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
         return F.embedding_bag(index_BK, W_dec_FD, per_sample_weights=z_BK.to(W_dec_FD.dtype), mode="sum")
     z_BF = torch.zeros(z_BK.shape[0], W_dec_FD.shape[0], device=z_BK.device, dtype=z_BK.dtype)
     return z_BF.scatter(1, index_BK, z_BK) @ W_dec_FD
+
+
+def few_positive(z_BF: Tensor) -> bool:
+    """Whether z·W is better computed from the positive entries of z alone.
+
+    Measured on one core, D = 2304, F = 16,384, product and gradients, sparse/dense: .2 with 32 positive entries a row, .42 with 128,
+    .71 with 256, 1.3 with 683.
+    """
+    return z_BF.device.type == "cpu" and sparse_pays(z_BF.device, 3 * int(z_BF.count_nonzero()) // len(z_BF), z_BF.shape[1])
+
+
+class _ReluProduct(torch.autograd.Function):
+    """z·W and its gradients from the positive entries of z alone."""
+
+    @staticmethod
+    def forward(ctx, z_BF, W_FN):
+        row_n, column_n = z_BF.nonzero(as_tuple=True)
+        begin_B = torch.searchsorted(row_n, torch.arange(len(z_BF)))
+        z_n = z_BF[row_n, column_n]
+        ctx.save_for_backward(W_FN, row_n, column_n, begin_B, z_n)
+        return F.embedding_bag(column_n, W_FN, begin_B, per_sample_weights=z_n, mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad_BN):
+        W_FN, row_n, column_n, begin_B, z_n = ctx.saved_tensors
+        with torch.enable_grad():
+            W_FN, z_n = W_FN.detach().requires_grad_(), z_n.detach().requires_grad_()
+            product_BN = F.embedding_bag(column_n, W_FN, begin_B, per_sample_weights=z_n, mode="sum")
+        d_W_FN, d_z_n = torch.autograd.grad(product_BN, (W_FN, z_n), grad_BN)
+        return grad_BN.new_zeros(len(grad_BN), len(W_FN)).index_put((row_n, column_n), d_z_n), d_W_FN
+
+
+def relu_product(z_BF: Tensor, W_FN: Tensor) -> Tensor:
+    """z·W [B, N] for z = ReLU(…), cheap where few entries are positive; z's gradient is 0 where z is, as ReLU passes none there."""
+    return _ReluProduct.apply(z_BF, W_FN) if few_positive(z_BF) else z_BF @ W_FN
 
 
 def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -113,7 +113,7 @@ class SAE(base.SAE):
         self._fired_F[:self.n_1] = (z1_BC.detach() > 0).any(0)
         self._mean_z1_C = z1_BC.detach().mean(0, dtype=torch.float32)
 
-        x_hat_BD = z1_BC @ self.W_dec + base.decode_sparse(z2_BK, index_BK, self.W_dec2) + self.b_dec
+        x_hat_BD = base.relu_product(z1_BC, self.W_dec) + base.decode_sparse(z2_BK, index_BK, self.W_dec2) + self.b_dec
         reconstruction = base.reconstruction_loss(batch.x - x_hat_BD)
         l1_base, l1_concept = (z.float().sum(-1).mean() for z in (z1_BC, z2_BK))
         w1, w2 = (torch.linalg.vector_norm(W, 1) / W.numel() for W in (self.W_enc, self.W_concept))

@@ -224,7 +224,7 @@ def fingerprint(settings: Settings) -> str:
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT}
     files = [PROJECT / "experiment.py", *variants.sources(settings.variant), *(PROJECT / "evals").glob("*.py")]
     begun = interchange.files(settings.init_from) if settings.init_from else []
-    return evals.cache.digest([kept, hash_files(sorted(files) + begun), torch.__version__, [outside(name) for name in evals_of(settings)]])
+    return evals.cache.digest([kept, hash_files(sorted(files) + begun), torch.__version__])
 
 
 # ================================================================================================ preflight
@@ -775,7 +775,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
                 result = saebench.read(path)
                 new_means, new_stderrs = saebench.flatten(result, name)
                 measured, stderrs = measured | new_means, stderrs | new_stderrs
-                problems += [f"{name}: {problem}" for problem in result.problems]
+                problems += [f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in result.problems]
         measured = {k: v for k, v in measured.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}
         config = dict(
             variant=Path(settings.variant).stem, hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
@@ -783,7 +783,8 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
             num_tokens=settings.num_tokens, passes=settings.passes, batch_size=settings.batch_size, steps=count_steps(settings),
             lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
             dataset=public_name(settings.dataset), core_dataset=public_name(settings.core_dataset), profile=settings.profile,
-            evals=chosen, **({"init_from": public_name(settings.init_from)} if settings.init_from else {}))
+            evals={name: c | ({"outside": o} if (o := outside(name)) else {}) for name, c in chosen.items()},
+            **({"init_from": public_name(settings.init_from)} if settings.init_from else {}))
         sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
                                   config=config, problems=problems)
     return sections

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from html import escape
 from pathlib import Path
 
+import evals
 from runs.compare import Table, all_warnings, directions, families, identity, tables
 from runs.folder import write_text
 from runs.reading import Run
@@ -94,6 +95,9 @@ def _comparison(runs: list[Run], stored: list[Run], known: dict[str, str]) -> st
     html.append("<h2>Comparison</h2>" + "".join(map(_table, brief)))
     if any(len(a.rows) != len(b.rows) for a, b in zip(brief, full)):
         html.append("<details><summary>every metric</summary>" + "".join(map(_table, full)) + "</details>")
+    ran = {name for run in runs for name in run.config.get("evals") or {}}
+    notes = {name: evals.declared(name, "NOTE") for name in evals.names() if name in ran}
+    html += [f"<p class=mut>{escape(name)}: {escape(note)}</p>" for name, note in notes.items() if note]
     return "".join(html)
 
 

@@ -1,0 +1,581 @@
+"""autointerp: the choice of windows against slow references, and the judge against a server that fails in every way."""
+
+import json
+import math
+import random
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from evals import Setup, autointerp, autointerp_data, declared, judge, pooling, tiny
+from evals.cache import Cache, digest
+from evals.data import Source
+
+BOS, EOS = 0, 1
+KEY = "sk-never-to-be-seen-0123456789"
+T, BUFFER = 24, 3
+WORDS = [f"w{i:02d}" for i in range(40)]
+
+
+# ------------------------------------------------------------------------------------------------ a server that judges
+
+
+class Server:
+    """An OpenAI-compatible endpoint on this machine; `reply(number, body)` -> (status, headers, bytes[, seconds of delay])."""
+
+    def __init__(self):
+        self.reply, self.bodies, self.keys = honest, [], []
+        outer, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.bodies.append(body)
+                    outer.keys.append(self.headers["Authorization"])
+                    number = len(outer.bodies)
+                assert self.path == "/v1/chat/completions"
+                status, headers, content, *delay = outer.reply(number, body)
+                time.sleep(*delay or [0])
+                try:
+                    self.send_response(status)
+                    for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(content)
+                except OSError:  # the client did not wait
+                    pass
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def says(text, status=200, headers=None):
+    return status, headers or {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}],
+                                              "usage": {"prompt_tokens": 100, "completion_tokens": 10}}).encode()
+
+
+def complains(status, message="no", **error):
+    return status, {}, json.dumps({"error": {"message": message, **error}}).encode()
+
+
+def is_explaining(body):
+    return "<<" in body["messages"][1]["content"]
+
+
+def honest(number, body):
+    """Explains by the word that is marked most often, and finds it again."""
+    text = body["messages"][1]["content"]
+    if is_explaining(body):
+        marked = re.findall(r"<< (w\d+)>>", text)
+        return says(f"This unit activates on the word {max(sorted(set(marked)), key=marked.count)}.")
+    word = re.search(r"activates on the word (w\d+)\.", text).group(1)
+    passages = text.split("passages:\n\n")[1].split("\n")
+    return says(", ".join(line.split(".")[0] for line in passages if word in line) or "None")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "AUTOINTERP_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
+    monkeypatch.setattr(judge, "FIRST_DELAY", 0.001)
+    yield server
+    server.close()
+
+
+def ask(server, tmp_path, number=1, tries=3, timeout=5.0, workers=1, key=KEY):
+    """Ask `number` different questions; the answers (or the Unanswered) in their order, and the seconds waited between tries."""
+    waited = []
+
+    def one(i):
+        try:
+            return asked.ask([{"role": "user", "content": f"question {i}"}], 5)
+        except judge.Unanswered as reason:
+            return reason
+
+    with judge.Judge(judge.Endpoint(server.url, "m", key), tmp_path / "judge", timeout, tries, workers, waited.append) as asked:
+        answers = dict(asked.each(one, range(number)))
+    return [answers[i] for i in range(number)], waited
+
+
+# ------------------------------------------------------------------------------------------------ the client
+
+
+def test_an_answer_is_paid_for_once(server, tmp_path):
+    """Fails if a known answer is asked for again, a damaged one is believed, or another model or limit gets the same answer."""
+    server.reply = lambda number, body: says(f" answer {number} ")
+    assert ask(server, tmp_path)[0] == ["answer 1"] == ask(server, tmp_path)[0]
+    assert server.bodies == [{"model": "m", "messages": [{"role": "user", "content": "question 0"}], "max_tokens": 5}]
+    assert server.keys == [f"Bearer {KEY}"]
+    (file,) = (tmp_path / "judge").iterdir()
+    file.write_text(file.read_text()[:5])
+    assert ask(server, tmp_path)[0] == ["answer 2"] == ask(server, tmp_path)[0]
+    with judge.Judge(judge.Endpoint(server.url, "other", KEY), tmp_path / "judge", 5, 1, 1) as asked:
+        assert asked.ask([{"role": "user", "content": "question 0"}], 5) == "answer 3"
+        assert asked.ask([{"role": "user", "content": "question 0"}], 6) == "answer 4"
+    assert len(list((tmp_path / "judge").iterdir())) == 3
+
+
+@pytest.mark.parametrize("failure, reason", [
+    (lambda: complains(500), "HTTP 500"),
+    (lambda: complains(429), "HTTP 429"),
+    (lambda: (200, {}, b'{"choices": [{"mess'), "not a chat completion"),
+    (lambda: (200, {"Content-Length": "500"}, b"{}"), "no complete answer (ChunkedEncodingError)"),
+    (lambda: (200, {}, b'{"choices": []}'), "not a chat completion"),
+    (lambda: says(None), "an answer without text"),
+    (lambda: says(" \n"), "an answer without text"),
+    (lambda: (*says("late"), 1.5), "no answer within 0.4 s"),
+])
+def test_what_may_pass_is_tried_again(server, tmp_path, failure, reason):
+    """Fails if a passing failure is final, is taken for an answer, goes on for ever, or gets no reason."""
+    server.reply = lambda number, body: failure() if number < 3 else says("fine")
+    answers, waited = ask(server, tmp_path, timeout=0.4 if "within" in reason else 5.0)
+    assert answers == ["fine"] and len(server.bodies) == 3
+    assert 0.0005 <= waited[0] <= 0.001 <= waited[1] <= 0.002
+    server.reply = lambda number, body: failure()
+    (answer,), waited = ask(server, tmp_path / "again", timeout=0.4 if "within" in reason else 5.0)
+    assert isinstance(answer, judge.Unanswered) and str(answer) == reason
+    assert len(server.bodies) == 6 and len(waited) == 2 and not list((tmp_path / "again" / "judge").iterdir())
+
+
+@pytest.mark.parametrize("header, least, most", [
+    ("7", 7, 7), ("0.25", 0.25, 0.25), ("100000", 120, 120), ("soon", 0, 0.001), ("nan", 0, 0.001), ("-5", 0, 0.001),
+    (time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 40)), 10, 41)])
+def test_retry_after_is_obeyed(server, tmp_path, header, least, most):
+    """Fails if the server's own delay is not waited for, as seconds or as a date, or is waited for without bound."""
+    server.reply = lambda number, body: (429, {"Retry-After": header}, b"") if number == 1 else says("fine")
+    answers, (waited,) = ask(server, tmp_path)
+    assert answers == ["fine"] and least <= waited <= most
+
+
+@pytest.mark.parametrize("reply, error", [
+    (lambda: complains(401, f"wrong key {KEY}"), PermissionError), (lambda: complains(402), PermissionError),
+    (lambda: complains(429, code="insufficient_quota"), PermissionError), (lambda: (404, {}, f"no {KEY}".encode()), ValueError)])
+def test_what_no_request_can_pass_stops_at_once(server, tmp_path, reply, error):
+    """Fails if a refused key is tried again, if others are still sent, or if the key that a server repeats is passed on."""
+    server.reply = lambda number, body: reply()
+    with pytest.raises(error) as raised:
+        ask(server, tmp_path, number=30, workers=2)
+    assert len(server.bodies) <= 2
+    assert KEY not in str(raised.value) and len(str(raised.value).split("\n")) == 2 and raised.value.__cause__ is None
+
+
+def test_a_dead_endpoint_is_given_up(server, tmp_path, monkeypatch):
+    """Fails if every request is tried against an endpoint that is gone, or if single failures among answers end it."""
+    monkeypatch.setattr(judge, "FAILURES_IN_A_ROW", 4)
+    server.reply = lambda number, body: says("fine") if number % 4 == 0 else complains(400)
+    answers, _ = ask(server, tmp_path, number=12)
+    assert [a == "fine" for a in answers] == [False, False, False, True] * 3
+    server.reply = lambda number, body: complains(400)
+    with pytest.raises(ConnectionError, match="4 requests in a row unanswered: HTTP 400\n"):
+        ask(server, tmp_path, number=30)
+    assert len(server.bodies) == 12 + 4
+
+
+def test_nothing_is_sent_after_an_interruption(server, tmp_path):
+    """Fails if what is queued is still sent, and billed, when the run is interrupted; or if more run at a time than allowed."""
+    running = [0, 0]
+
+    def slow(number, body):
+        running[0] += 1
+        running[1] = max(running)
+        time.sleep(0.02)
+        running[0] -= 1
+        return says("fine")
+
+    server.reply = slow
+    with judge.Judge(judge.Endpoint(server.url, "m"), tmp_path, 5, 3, 3) as asked:
+        answers = asked.each(lambda i: asked.ask([{"role": "user", "content": str(i)}], 5), range(60))
+        with pytest.raises(KeyboardInterrupt):
+            for number, _ in enumerate(answers):
+                if number == 4:
+                    answers.throw(KeyboardInterrupt)
+    sent = len(server.bodies)
+    time.sleep(0.1)
+    assert 5 <= sent == len(server.bodies) < 60 and running[1] <= 3
+    assert set(server.keys) == {None}
+
+
+def test_the_environment_names_the_endpoint(monkeypatch):
+    """Fails if a secret can reach a message or the run's fingerprint, or if a key is asked for on this machine."""
+    def endpoint(**values):
+        for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "AUTOINTERP_MODEL"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        return judge.endpoint()
+
+    assert endpoint() is None and autointerp.outside() == []
+    assert endpoint(OPENAI_BASE_URL="https://judge.example/v1") is None
+    for local in ("http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:9/v1", "http://192.168.1.7/v1", "http://vllm:8000/v1"):
+        assert endpoint(OPENAI_BASE_URL=local).base_url == local
+    found = endpoint(OPENAI_API_KEY=f" {KEY}\n", AUTOINTERP_MODEL="other")
+    assert found == judge.Endpoint("https://api.openai.com/v1", "other", KEY) and KEY not in repr(found)
+    assert autointerp.outside() == ["https://api.openai.com/v1", "other"]
+    assert autointerp.repositories(autointerp.CONFIG["gemma"]) == ["monology/pile-uncopyrighted"]
+    for bad in ({"OPENAI_BASE_URL": f"https://me:{KEY}@judge.example/v1"}, {"OPENAI_BASE_URL": f"https://judge.example/v1?key={KEY}"},
+                {"OPENAI_BASE_URL": "judge.example"}, {"OPENAI_API_KEY": f"{KEY[:9]}\n{KEY[9:]}"}):
+        with pytest.raises(ValueError) as error:
+            endpoint(**bad)
+        assert KEY[:9] not in str(error.value)
+        (problem,) = autointerp.requirements(autointerp.CONFIG["tiny"], {})
+        assert problem == f"autointerp: {error.value}"
+
+
+def test_the_forecast_is_in_tokens_and_where_known_in_dollars(tmp_path):
+    """Fails if the price is wrong, or is told for a model or an endpoint whose price is not known."""
+    chat = [{"role": "system", "content": "x" * 2_000_000}, {"role": "user", "content": "y" * 2_000_000}]
+    at_openai = judge.Judge(judge.Endpoint(judge.OPENAI_URL, "gpt-4o-mini", KEY), tmp_path, 1, 1, 1).forecast([(chat, 500_000)])
+    assert "1 requests to gpt-4o-mini" in at_openai and "1,000,000 tokens in" in at_openai and "500,000 out: $0.45 at" in at_openai
+    for at in (judge.Endpoint(judge.OPENAI_URL, "another", KEY), judge.Endpoint("http://localhost/v1", "gpt-4o-mini")):
+        assert "$" not in judge.Judge(at, tmp_path, 1, 1, 1).forecast([(chat, 500_000)])
+
+
+# ------------------------------------------------------------------------------------------------ a language model and SAEs
+
+
+class FakeTokenizer:
+    """Words after a space are one token each; EOS may stand between them."""
+
+    eos_token = bos_token = "<eos>"
+
+    def __call__(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        found = [re.findall(r"<eos>|w\d\d", text) for text in texts]
+        return {"input_ids": [[EOS if word == "<eos>" else 2 + WORDS.index(word) for word in words] for words in found]}
+
+    def batch_decode(self, rows, clean_up_tokenization_spaces):
+        return ["<eos>" if i < 2 else f" {WORDS[i - 2]}" for (i,) in rows]
+
+
+class FakeLM:
+    """One-hot tokens times a factor between 1 and 2 that depends on what stands before; counts the rows it was given."""
+
+    name, digest, device, d_model, vocab_size, bos, special_ids = "fake", "d1", "cpu", 42, 42, BOS, {BOS, EOS}
+
+    def __init__(self):
+        self.tokenizer, self.rows = FakeTokenizer(), 0
+
+    def residual(self, tokens_BT, layer):
+        self.rows += len(tokens_BT)
+        factor_BT = 1 + ((tokens_BT * torch.arange(1, tokens_BT.shape[1] + 1) ** 3).cumsum(1).double() * 0.75487766 % 1).float()
+        return torch.nn.functional.one_hot(tokens_BT, 42) * factor_BT[..., None]
+
+
+def words_sae(gain=None):
+    """Feature f fires on word f, a dense one (0) on every third, all of them most on BOS and EOS; `gain` switches some off."""
+    W_DF = torch.zeros(42, 40)
+    W_DF[:2] = 9.0
+    W_DF[torch.arange(2, 42), torch.arange(40)] = 1.0
+    W_DF[2::3, 0] = 1.0
+    W_DF = W_DF * (torch.ones(40) if gain is None else gain)
+    return SimpleNamespace(encode=lambda x: x.float() @ W_DF, W_dec=torch.zeros(40, 42))
+
+
+def documents(number=120, seed=0):
+    rng = random.Random(seed)
+    weights = [1 + (i % 7) for i in range(40)]
+    return [" " + " ".join(rng.choices(WORDS, weights, k=rng.randint(30, 90))) for _ in range(number)]
+
+
+def make_setup(tmp_path, lm=None, texts=None, seed=0, limit_gb=1.0, **config):
+    config = autointerp.CONFIG["tiny"] | {"total_tokens": 5000, "llm_context_size": T, "buffer": BUFFER, "n_latents": 12,
+                                          "dead_latent_threshold": 5, **config}
+    texts = documents() if texts is None else texts
+    said = []
+    setup = Setup(lm or FakeLM(), 3, "", config, lambda: iter(texts), digest(texts), Cache(tmp_path, limit_gb), None, seed, said.append)
+    object.__setattr__(setup, "said", said)
+    return setup
+
+
+def activations(setup, sae):
+    """All of them, [R, T, F], 0 at special tokens."""
+    tokens_RT = autointerp_data.token_rows(setup)
+    z_RTF = sae.encode(setup.lm.residual(tokens_RT, 3))
+    return tokens_RT, z_RTF * (tokens_RT > 1)[..., None]
+
+
+# ------------------------------------------------------------------------------------------------ text and windows
+
+
+def test_text_is_packed_as_in_the_protocol():
+    """Fails if short texts stay, documents are not joined by EOS, parts do not begin with BOS, or rows do not."""
+    long = [" ".join(WORDS * 3), " ".join(WORDS[20:] * 5)]
+    rows_RT = autointerp_data.pack([long[0], "w01 w02", long[1]], FakeLM(), 8, 10_000)
+    joined = "<eos>".join(long)
+    size = -(-len(joined) // 20)
+    expected = []
+    for start in range(0, len(joined), size):
+        expected += [BOS] + FakeTokenizer()([joined[start : start + size]], False)["input_ids"][0]
+    assert EOS in expected and len(rows_RT) == len(expected) // 8 and (rows_RT[:, 0] == BOS).all()
+    assert rows_RT[:, 1:].tolist() == [expected[r * 8 + 1 : r * 8 + 8] for r in range(len(rows_RT))]
+    assert autointerp_data.pack(documents(), FakeLM(), 8, 103).shape == (14, 8)  # (103 + 8 + 1) // 8
+    assert autointerp_data.pack(["w01"], FakeLM(), 8, 100).shape == (0, 8)
+
+
+def test_a_data_set_in_the_hubs_format_gives_the_same_rows(tmp_path):
+    """Fails if the texts of a data set are read otherwise than held-out ones, reordered, or not known to the cache by their content."""
+    file = tmp_path / "texts.jsonl"
+    rows_RT = autointerp_data.token_rows(make_setup(tmp_path))
+    for texts, same in ((documents(), True), (documents()[::-1], False)):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        assert torch.equal(rows_RT, autointerp_data.token_rows(make_setup(tmp_path, dataset_name=str(file)))) == same
+
+
+@pytest.mark.parametrize("batch, part, block", [(3, 10**9, 10**9), (3, 10**9, 8 * T * 40), (50, 7 * T * 40, 0)])
+def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, block):
+    """Fails if the strongest windows overlap, are not the strongest, leave their row, or if values and tokens are another window's."""
+    monkeypatch.setattr(pooling, "PART_FLOATS", part)
+    monkeypatch.setattr(autointerp_data, "BLOCK_FLOATS", block)
+    setup, sae = make_setup(tmp_path, llm_batch_size=batch), words_sae()
+    tokens_RT, z_RTF = activations(setup, sae)
+    seen = autointerp_data.look(setup, tokens_RT, {"s": sae}, {"s": list(range(40))})["s"]
+    assert seen.bad == 0 and torch.equal(seen.fired_F, (z_RTF > 0).sum((0, 1)))
+    for latent in range(40):
+        z_RT = z_RTF[..., latent].numpy()
+        centres = [(r, t) for r in range(len(z_RT)) for t in range(BUFFER, T - BUFFER) if z_RT[r, t] > 0]
+        chosen = []
+        for r, t in sorted(centres, key=lambda rt: -z_RT[rt]):
+            if len(chosen) < 12 and all(r != row or abs(t - column) > BUFFER for row, column in chosen):
+                chosen.append((r, t))
+        windows = seen.windows[latent]
+        got = autointerp_data.spread(windows["top"]["place"].tolist(), windows["top"]["acts"][:, BUFFER].tolist(), 12, BUFFER)
+        assert [divmod(int(windows["top"]["place"][k]), T) for k in got] == chosen
+        below = {rt for rt in centres if z_RT[rt] < z_RT[chosen[-1]]} if len(chosen) == 12 else set()
+        drawn = [divmod(int(windows["drawn"]["place"][k]), T) for k in range(len(windows["drawn"]["key"]))
+                 if 0 < windows["drawn"]["acts"][k, BUFFER] < z_RT[chosen[-1]]][:7]
+        assert len(set(drawn)) == len(drawn) == min(7, len(below)) and set(drawn) <= below
+        for kind in windows.values():
+            for place, acts in zip(kind["place"].tolist(), kind["acts"].tolist()):
+                r, t = divmod(place, T)
+                assert BUFFER <= t < T - BUFFER and acts == z_RT[r, t - BUFFER : t + BUFFER + 1].tolist()
+        assert len(windows["random"]["place"]) == 17
+
+
+def test_windows_are_drawn_in_proportion_to_the_squared_activation(tmp_path):
+    """Fails if the first draw is not proportional to z², the second not to z² of the rest, over two batches."""
+    z_P, trials, width = torch.tensor([0.0, 1.0, 2.0, 0.0, 3.0, 1.0]), 4000, 2 + 2 * BUFFER
+    z_CRT = torch.zeros(trials, 3, width)  # a latent per trial
+    z_CRT[..., BUFFER:-BUFFER] = z_P.view(3, 2)
+    setup = make_setup(tmp_path)
+    kept = autointerp_data._nothing(setup, torch.zeros(3, width), list(range(trials)))
+    autointerp_data._keep(setup, kept, z_CRT[:, :1], 0)
+    autointerp_data._keep(setup, kept, z_CRT[:, 1:], 1)
+    counts = np.zeros((6, 6))
+    for pair in kept["drawn"]["place"][:, :2].tolist():
+        counts[tuple(place // width * 2 + place % width - BUFFER for place in pair)] += 1
+    p = (z_P**2 / (z_P**2).sum()).double().numpy()
+    expected = trials * np.array([[p[i] * p[j] / (1 - p[i]) * (i != j) for j in range(6)] for i in range(6)])
+    assert counts[expected == 0].sum() == 0
+    chi_squared = ((counts - expected)[expected > 0] ** 2 / expected[expected > 0]).sum()
+    assert chi_squared < 31.3  # .1 % point at 11 degrees of freedom (12 pairs)
+
+
+def test_a_case_by_hand(tmp_path):
+    """Fails if the threshold, the split, the order, the filling up or the reason to leave a latent out is another than the protocol's."""
+    config = dict(n_top_ex_for_generation=2, n_top_ex_for_scoring=1, n_iw_sampled_ex_for_generation=1, n_iw_sampled_ex_for_scoring=2,
+                  n_random_ex_for_scoring=4, buffer=1, act_threshold_frac=0.1)
+    setup = make_setup(tmp_path, **config)
+    tokens_RT = torch.arange(100).view(10, 10) % 40 + 2
+
+    def windows(*values):
+        place = torch.tensor([10 * r + 5 for r in range(len(values))])
+        return {"place": place, "acts": torch.tensor([[edge, centre, 0.0] for edge, centre in values])}
+
+    seen = {"top": windows((20.0, 9.0), (0.0, 8.0), (0.0, 7.0), (0.0, 6.0)), "drawn": windows((0.0, 9.0), (0.0, 7.0), (0.0, 3.0)),
+            "random": windows(*[(0.0, float(n)) for n in range(7)])}
+    case = autointerp_data.case(setup, tokens_RT, {i: f"<{i}>" for i in range(50)}, 5, seen)
+    assert case.threshold == 2.0  # a tenth of 20, which stands beside a centre
+    centres = [w.acts[1] for w in case.generation + case.scoring]
+    # 3 of the strongest, the one drawn below 7, 2 random ones to fill up, 4 random ones
+    assert sorted(centres) == sorted([9.0, 8.0, 7.0, 3.0, 4.0, 5.0, 0.0, 1.0, 2.0, 3.0])
+    assert sorted(w.acts[1] for w in case.scoring if w.random) == [0.0, 1.0, 2.0, 3.0] and not any(w.random for w in case.generation)
+    assert len(case.generation) == 3 and [max(w.acts) for w in case.generation] == sorted([max(w.acts) for w in case.generation])[::-1]
+    assert next(w for w in case.generation + case.scoring if w.acts[1] == 8.0).tokens == ["<16>", "<17>", "<18>"]
+    few = {**seen, "top": windows((0.0, 9.0), (0.0, 8.0), (0.0, 0.0))}
+    nothing_below = {**seen, "drawn": windows((0.0, 9.0), (0.0, 7.0))}
+    for other in (few, nothing_below):
+        assert autointerp_data.case(setup, tokens_RT, dict.fromkeys(range(50), ""), 5, other) is None
+
+
+def test_latents_are_those_alive_and_a_second_pass_finds_more(tmp_path):
+    """Fails if a dead latent is judged, if living ones are missed because many are dead, or if a pass is made in vain."""
+    gain = torch.zeros(40)
+    gain[[0, 5, 6, 12, 13, 19, 20, 26, 27, 33, 34]] = 1.0
+    setup = make_setup(tmp_path, n_latents=10, limit_gb=0)
+    cases, problems = autointerp_data.cases(setup, {"few": words_sae(gain), "all": words_sae()})
+    rows = len(autointerp_data.token_rows(setup))
+    assert len(cases["few"]) == 10 == len(cases["all"]) and problems == {"few": [], "all": []}
+    assert {c.latent for c in cases["few"]} <= set(gain.nonzero().flatten().tolist()) and setup.lm.rows == 2 * rows
+    setup = make_setup(tmp_path, n_latents=10, limit_gb=0)
+    autointerp_data.cases(setup, {"all": words_sae()})
+    assert setup.lm.rows == rows
+    gain[[0, 5]] = 0.0
+    cases, problems = autointerp_data.cases(setup, {"few": words_sae(gain)})
+    assert len(cases["few"]) == 9
+    assert problems["few"][0].startswith("9 of 10 latents for the judge: 9 of 40 fire more than 5 times in 5,000 tokens, 0 of those")
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+@pytest.mark.parametrize("answer, numbers", [
+    ("1, 2, 13", [1, 2, 13]), ("None", []), ("None.", []), (" 3. ", [3]), ("2 and 4", [2, 4]), ("99", [99]),
+    ("none", None), ("1; 2", None), ("Examples 1, 2", None), ("²", None), ("-1", None)])
+def test_answers_are_read_as_by_the_reference(answer, numbers):
+    """Fails if an answer is read in another way than SAEBench does, or breaks the reading."""
+    assert autointerp.numbers_in(answer) == numbers
+
+
+def test_scores_by_hand():
+    """Fails if random windows that fire change the compatible score, if they do not change the checked one, or for unusable answers."""
+    def window(act, random):
+        return autointerp_data.Window(["a", " \nb"], [0.0, act], random)
+
+    scoring = [window(5.0, False), window(0.5, False), window(5.0, True), window(0.1, True)]
+    verdicts = [{"case": autointerp_data.Case(latent, 1.0, [window(5.0, False)], scoring), "explanation": "b", "answer": answer}
+                for latent, answer in ((7, "1, 3"), (8, "None"), (9, "all of them"))]
+    verdicts.append({"case": verdicts[0]["case"], "failed": "HTTP 500"})
+    result = autointerp._result({"n_random_ex_for_scoring": 2}, verdicts, [], [])
+    # fires in 1 and 3; the compatible score takes 3 for silent: "1, 3" has 3 of 4 and 4 of 4 right, "None" 3 of 4 and 2 of 4
+    assert result.metrics == {"autointerp": {"autointerp_score": 0.75, "autointerp_std_dev": 0.0}}
+    assert result.corrected == {"autointerp_score_checked": pytest.approx(0.5), "autointerp_latents": 3,
+                                "autointerp_unparsable_share": pytest.approx(1 / 3), "autointerp_failed_requests": 1,
+                                "autointerp_random_windows_active": 0.5}
+    assert result.stderrs == {"autointerp_score": 0.0, "autointerp_score_checked": pytest.approx(math.sqrt(0.25 / 3))}
+    assert [result.unstructured[k]["correct seqs"] for k in "789"] == [[1]] * 3
+    assert [result.unstructured[k]["correct seqs checked"] for k in "789"] == [[1, 3]] * 3
+    assert result.problems == ["no answer to 1 requests (1 × HTTP 500): 1 of 4 latents are not scored",
+                               "1 of 3 predictions are no list of numbers: not in autointerp_score, nothing right in "
+                               "autointerp_score_checked"]
+    assert autointerp.passages(scoring[:2], 1.0) == "1. a<< ↵b>>\n2. a ↵b"
+
+
+# ------------------------------------------------------------------------------------------------ the eval
+
+
+def test_a_judge_that_reads_the_prompt_foresees_every_word(server, tmp_path, monkeypatch, capfd):
+    """Fails if marks, windows, numbers or labels are mixed up between the activations and the score, or if the key is written down."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    gain = torch.ones(40)
+    gain[0] = 0.0  # no single word explains the dense one
+    setup = make_setup(tmp_path)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    result = autointerp.run(setup, {"sae": words_sae(gain)})["sae"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert result.corrected["autointerp_score_checked"] == 1.0 and result.corrected["autointerp_latents"] == 12
+    wrong = [v["random windows active"] / 14 for v in result.unstructured.values()]
+    assert 0 < result.corrected["autointerp_random_windows_active"] == pytest.approx(np.mean(wrong) * 1.4)
+    assert result.metrics["autointerp"]["autointerp_score"] == pytest.approx(1 - np.mean(wrong))
+    assert result.metrics["autointerp"]["autointerp_std_dev"] == pytest.approx(np.std(wrong, ddof=1))
+    assert result.stderrs["autointerp_score"] == pytest.approx(np.std(wrong, ddof=1) / math.sqrt(12)) and not result.problems
+    assert {*result.metrics["autointerp"], *result.corrected} == set(declared("autointerp", "METRICS"))
+    assert len(server.bodies) == 24 and {b["max_tokens"] for b in server.bodies} == {30, 33} and set(server.keys) == {f"Bearer {KEY}"}
+    assert all(b["messages"][1]["content"].count("\n") == (16 if is_explaining(b) else 17) for b in server.bodies)
+    assert setup.said[0].startswith(f"autointerp: 24 requests to gpt-4o-mini at {server.url}, about ")
+    assert "2,400 tokens in" in setup.said[1]
+
+    again = make_setup(tmp_path)
+    assert autointerp.run(again, {"other": words_sae(), "sae": words_sae(gain)})["sae"] == result
+    assert len(server.bodies) <= 24 + 4 and again.lm.rows == 0  # at most the dense latent was new
+    written = "".join(f.read_bytes().decode("latin-1") for f in tmp_path.rglob("*") if f.is_file())
+    assert "the word w" in written and KEY not in written + repr(result) + "".join(setup.said + again.said) + "".join(capfd.readouterr())
+
+
+def test_an_interrupted_run_pays_for_the_rest_only(server, tmp_path, monkeypatch):
+    """Fails if answers are lost with the run that asked for them, or if a dead endpoint gives a result."""
+    monkeypatch.setattr(judge, "FAILURES_IN_A_ROW", 3)
+    server.reply = lambda number, body: honest(number, body) if number <= 10 else complains(403)
+    with pytest.raises(ConnectionError):
+        autointerp.run(make_setup(tmp_path, max_concurrent=1), {"sae": words_sae()})
+    asked, server.reply = len(server.bodies), honest
+    assert asked == 13
+    setup = make_setup(tmp_path)
+    result = autointerp.run(setup, {"sae": words_sae()})["sae"]
+    assert result.corrected["autointerp_latents"] == 12 and len(server.bodies) == 13 + 14 and "14 requests" in setup.said[0]
+
+
+def test_no_answer_is_dropped_in_silence(server, tmp_path):
+    """Fails if failed or unusable answers change a score without being counted, or if a judge that never answers gives a result."""
+    saes, n_scoring = {"sae": words_sae()}, [0]
+
+    def partly(number, body):
+        if is_explaining(body):
+            return honest(number, body)
+        n_scoring[0] += 1
+        return [honest(number, body), says("maybe 3"), complains(400)][n_scoring[0] % 3]
+
+    server.reply = partly
+    result = autointerp.run(make_setup(tmp_path, max_concurrent=1), saes)["sae"]
+    assert (result.corrected["autointerp_latents"], result.corrected["autointerp_failed_requests"]) == (8, 4)
+    assert result.corrected["autointerp_unparsable_share"] == 0.5
+    scores = [v["score"] for v in result.unstructured.values()]
+    assert scores.count(None) == 4 and result.metrics["autointerp"]["autointerp_score"] == pytest.approx(np.mean([s for s in scores if s]))
+    assert len(result.problems) == 2 and "4 × HTTP 400" in result.problems[0] and "4 of 8 predictions" in result.problems[1]
+    server.reply = lambda number, body: complains(400)
+    with pytest.raises(ConnectionError, match="none of 3 latents: HTTP 400"):
+        autointerp.run(make_setup(tmp_path / "b", n_latents=3, max_concurrent=1), saes)
+
+
+def test_without_a_judge_nothing_is_computed(server, tmp_path, monkeypatch):
+    """Fails if a missing key is an error, costs a pass of the model, or leaves a score without a word."""
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    setup = make_setup(tmp_path)
+    result = autointerp.run(setup, {"sae": words_sae()})["sae"]
+    assert result.metrics["autointerp"]["autointerp_score"] is None and set(result.corrected.values()) == {None}
+    assert "skipped" in result.problems[0] and "OPENAI_API_KEY" in result.problems[0] and "autointerp_score" in result.problems[0]
+    assert "OPENAI_API_KEY" in setup.said[0] and setup.lm.rows == 0 and not list(tmp_path.iterdir())
+    assert autointerp.requirements(setup.config, {}) == [] == autointerp.repositories(autointerp.CONFIG["gemma"])
+
+
+def test_what_cannot_be_judged_is_a_problem_with_its_figure(server, tmp_path):
+    """Fails if a dead SAE, NaN features or too little text end the eval or pass for a score, or if they take other SAEs along."""
+    saes = {"dead": words_sae(torch.zeros(40)), "good": words_sae(),
+            "nan": SimpleNamespace(encode=lambda x: torch.where(x == 0, x, torch.nan), W_dec=torch.zeros(42, 42))}
+    results = autointerp.run(make_setup(tmp_path), saes)
+    assert results["good"].metrics["autointerp"]["autointerp_score"] > 0.5 and not results["good"].problems
+    assert "0 of 12 latents for the judge: 0 of 40 fire" in results["dead"].problems[0]
+    assert "NaN or inf in the features of " in results["nan"].problems[0]
+    short = autointerp.run(make_setup(tmp_path, texts=["too short"]), saes)["good"]
+    for result in (results["dead"], results["nan"], short):
+        assert result.metrics["autointerp"]["autointerp_score"] is None and "no autointerp_score" in result.problems[0]
+
+
+def test_the_tiny_profile_has_text_enough(server, tmp_path):
+    """Fails if the tiny profile's settings, texts or tokenizer do not give cases for the judge."""
+    lm, source = FakeLM(), Source("tiny", cache_dir=tmp_path)
+    lm.tokenizer = tiny._tokenizer()
+    lm.bos, lm.special_ids = lm.tokenizer.bos_token_id, {0, 1, 2}
+    lm.residual = lambda tokens_BT, layer: torch.nn.functional.one_hot(tokens_BT % 42, 42) * (1 + tokens_BT.cumsum(1) % 97)[..., None] / 98
+    setup = make_setup(tmp_path, lm, **autointerp.CONFIG["tiny"])
+    object.__setattr__(setup, "texts", lambda: source.documents("heldout"))
+    server.reply = lambda number, body: says("on something" if is_explaining(body) else "None")
+    result = autointerp.run(setup, {"sae": words_sae()})["sae"]
+    assert not result.problems and result.corrected["autointerp_latents"] == 6
+    assert all(10 / 14 <= v["score"] <= 12 / 14 for v in result.unstructured.values())  # the 2 strongest windows always fire
+
+
+def test_requirements_name_the_setting(server):
+    """Fails if a row without room for a window, or a count that is none, is let through."""
+    config = autointerp.CONFIG["embedded"]
+    assert autointerp.requirements(config, {}) == []
+    assert "llm_context_size" in autointerp.requirements(config | {"llm_context_size": 20}, {})[0]
+    assert "n_latents = 0" in autointerp.requirements(config | {"n_latents": 0}, {})[0]

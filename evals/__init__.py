@@ -50,7 +50,8 @@ class Setup:
     data: Any  # where labelled texts come from: evals.data.Source
     seed: int
     say: Callable[[str], None]  # one progress line
-    track: Callable = lambda items, label, total, unit: items  # yields the items, with a progress bar or now and then a line with an ETA
+    # (items, label, total, unit, size of an item = 1) -> the items, with a progress bar or now and then a line with an ETA
+    track: Callable = lambda items, *about: items
 
 
 @dataclass

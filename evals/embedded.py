@@ -213,9 +213,9 @@ def _splits(cache_dir: Path, data_dir: Path | None) -> tuple[list[str], list[str
 def sources(cache_dir: Path, data_dir: Path | None = None) -> dict[str, list[str]]:
     """All documents by source; WikiText-2 counts its paragraphs as documents."""
     found = {"arxiv": [text for text, _ in _arxiv(fetch("arxiv", cache_dir, data_dir))],
-             "reviews": [text for text, _, _ in _reviews(fetch("reviews", cache_dir, data_dir))]}
+             "reviews": [text for text, _, _ in reviews(fetch("reviews", cache_dir, data_dir))]}
     for language in LANGUAGES:
-        found[f"wikipedia {language}"] = [text for text, _ in _wikipedia(fetch("wikipedia", cache_dir, data_dir), language)]
+        found[f"wikipedia {language}"] = [text for text, _ in wikipedia(fetch("wikipedia", cache_dir, data_dir), language)]
     found["wikitext"] = _wikitext(fetch("wikitext", cache_dir, data_dir))
     return found
 
@@ -229,7 +229,7 @@ def _arxiv(wheel: Path) -> list[tuple[str, str]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _reviews(wheel: Path) -> list[tuple[str, str, str]]:
+def reviews(wheel: Path) -> list[tuple[str, str, str]]:
     """(text, label "0" or "1", source "imdb" or "rotten_tomatoes") per review."""
     with zipfile.ZipFile(wheel) as archive, archive.open(WHEELS["reviews"].member) as file:
         rows = list(csv.DictReader(io.TextIOWrapper(file, "utf-8", newline="")))
@@ -237,7 +237,7 @@ def _reviews(wheel: Path) -> list[tuple[str, str, str]]:
 
 
 @functools.lru_cache(maxsize=3)
-def _wikipedia(wheel: Path, language: str) -> list[tuple[str, str]]:
+def wikipedia(wheel: Path, language: str) -> list[tuple[str, str]]:
     """(lead, topic) per article."""
     with zipfile.ZipFile(wheel) as archive:
         articles = json.loads(archive.read(WHEELS["wikipedia"].member.format(LANGUAGES[language])))
@@ -288,19 +288,19 @@ def _arxiv_field(cache_dir: Path, data_dir: Path | None) -> dict[str, list[str]]
 
 
 def _wikipedia_topic(cache_dir: Path, data_dir: Path | None) -> dict[str, list[str]]:
-    articles = _wikipedia(fetch("wikipedia", cache_dir, data_dir), "en")
+    articles = wikipedia(fetch("wikipedia", cache_dir, data_dir), "en")
     return {name: [text for text, topic in articles if topic == name] for name in TOPICS}
 
 
 def _review_sentiment(cache_dir: Path, data_dir: Path | None) -> dict[str, list[str]]:
-    reviews = _reviews(fetch("reviews", cache_dir, data_dir))
-    return {name: [text for text, label, source in reviews if source == "imdb" and label == wanted]
+    rows = reviews(fetch("reviews", cache_dir, data_dir))
+    return {name: [text for text, label, source in rows if source == "imdb" and label == wanted]
             for name, wanted in (("negative", "0"), ("positive", "1"))}
 
 
 def _language(cache_dir: Path, data_dir: Path | None) -> dict[str, list[str]]:
     wheel = fetch("wikipedia", cache_dir, data_dir)
-    return {name: [text for text, _ in _wikipedia(wheel, name)] for name in LANGUAGES}
+    return {name: [text for text, _ in wikipedia(wheel, name)] for name in LANGUAGES}
 
 
 PROBING = {"arxiv_field": _arxiv_field, "wikipedia_topic": _wikipedia_topic, "review_sentiment": _review_sentiment,

@@ -281,29 +281,29 @@ def _both(select: Callable, frames: dict, n_train: int, n_test: int) -> dict[str
 
 
 @functools.lru_cache(maxsize=1)  # the three class sets of biographies come one after the other, and so do the two of reviews
-def _frames(name: str) -> dict:
+def frames(name: str) -> dict:
     loaded = _load(name)
     return {split: loaded[split].to_pandas() for split in ("train", "test")}
 
 
 def _biographies(classes: list[int], n_train: int, n_test: int):
     return _both(lambda frame, n: balanced(frame, "profession", "gender", "hard_text", classes, n),
-                 _frames("LabHC/bias_in_bios"), n_train, n_test)
+                 frames("LabHC/bias_in_bios"), n_train, n_test)
 
 
 def _reviews(n_train: int, n_test: int):
     return _both(lambda frame, n: balanced(frame, "category", "rating", "text", [1, 2, 3, 5, 6], n),
-                 _frames("canrager/amazon_reviews_mcauley_1and5"), n_train, n_test)
+                 frames("canrager/amazon_reviews_mcauley_1and5"), n_train, n_test)
 
 
 def _review_sentiment(n_train: int, n_test: int):
     return _both(lambda frame, n: sampled(frame, "rating", "text", [1.0, 5.0], n),
-                 _frames("canrager/amazon_reviews_mcauley_1and5"), n_train, n_test)
+                 frames("canrager/amazon_reviews_mcauley_1and5"), n_train, n_test)
 
 
 def _news(n_train: int, n_test: int):
     return _both(lambda frame, n: sampled(frame, "label", "text", [0, 1, 2, 3], n),
-                 _frames("fancyzhx/ag_news"), n_train, n_test)
+                 frames("fancyzhx/ag_news"), n_train, n_test)
 
 
 def _languages(n_train: int, n_test: int):

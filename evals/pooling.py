@@ -6,7 +6,10 @@ Shapes: N texts, U distinct token rows, b rows of one LM batch, T positions, D =
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,7 +98,8 @@ def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, 
     tokens_UT, length_U, inverse_N = distinct(tokens_NT, length_N)
     mask_UT = content_mask(tokens_UT, length_U, setup.lm.special_ids)
     features_UF: dict[Hashable, Tensor] = {}
-    for rows, x_bTD in activation_batches(setup, tokens_UT, length_U, config["llm_batch_size"]):
+    batches = activation_batches(setup, tokens_UT, length_U, config["llm_batch_size"])
+    for rows, x_bTD in setup.track(batches, "pooled texts", len(tokens_UT), "texts", lambda batch: len(batch[1])):
         mask_bT = mask_UT[rows, : x_bTD.shape[1]].to(x_bTD.device)
         for name, encode in encoders.items():
             if name not in features_UF:
@@ -104,3 +108,46 @@ def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, 
             parts = [pool(encode(x), mask) for x, mask in zip(x_bTD.split(size), mask_bT.split(size))]
             features_UF[name][rows] = torch.cat(parts).cpu()
     return {name: z_UF[inverse_N] for name, z_UF in features_UF.items()}
+
+
+def labelled(setup) -> dict[str, tuple[Tensor, Tensor, dict]]:
+    """Every data set as (tokens_NT, length_N, places of its texts by split and class); a second run reads no texts."""
+
+    def make() -> dict[str, Tensor]:
+        stored = {}
+        for dataset, classes in setup.data.probing(setup.config).items():
+            texts, rows = _layout(dataset, classes)
+            tokenised = tokenise(texts, setup.lm.tokenizer, setup.config["context_length"], setup.lm.bos)
+            named = zip((("tokens",), ("length",)), tokenised)
+            placed = (((split, name), places) for split, by_class in rows.items() for name, places in by_class.items())
+            for key, tensor in itertools.chain(named, placed):
+                stored[json.dumps([len(stored), dataset, *key])] = tensor  # numbered: the file does not keep their order
+        return stored
+
+    depends_on = {"texts": setup.data.probing_digest(setup.config), "lm": setup.lm.digest, "context": setup.config["context_length"],
+                  "code": Path(__file__).read_text(encoding="utf-8")}
+    found: dict = {}
+    for key, tensor in sorted(((json.loads(k), t) for k, t in setup.cache.get("probing-tokens", depends_on, make).items()),
+                              key=lambda item: item[0][0]):
+        _, dataset, *what = key
+        if what == ["tokens"]:
+            found[dataset] = [tensor, None, {"train": {}, "test": {}}]
+        elif what == ["length"]:
+            found[dataset][1] = tensor
+        else:
+            found[dataset][2][what[0]][what[1]] = tensor
+    return {dataset: tuple(parts) for dataset, parts in found.items()}
+
+
+def _layout(dataset: str, classes: dict) -> tuple[list[str], dict[str, dict[str, Tensor]]]:
+    """All texts of a data set in one list, and {"train" | "test": {class: their places in it}}."""
+    if len(classes) < 2:
+        raise ValueError(f"data set {dataset} has {len(classes)} classes, one against the rest needs 2\n"
+                         f"leave {dataset} out of dataset_names or give it more classes")
+    texts: list[str] = []
+    rows: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
+    for name, splits in classes.items():
+        for split, places in rows.items():
+            places[name] = torch.arange(len(texts), len(texts) + len(splits[split]))
+            texts += splits[split]
+    return texts, rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import contextmanager
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -139,3 +140,20 @@ def validation_selected(train, test, rng: torch.Generator) -> tuple[float, int]:
     cut = len(label_M) - max(1, len(label_M) // 5)
     probe = fit_linear_probe((x_MF[:cut], label_M[:cut]), (x_MF[cut:], label_M[cut:]), rng)
     return linear_accuracy(probe.weight_1F, probe.bias_1, *test), probe.epoch
+
+
+def standard_error(values_by_dataset: list[list[float]]) -> float | None:
+    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if there is one.
+
+    √(n/(n−1)·Σ w²(a − mean)²) with w a class's weight in the mean. The two classes of a two-class data set are one problem
+    seen from both sides and count as one. The spread over classes holds the noise of the finite test sets already, so no
+    binomial term is added; for a difference the values are differences per class, which makes it the paired error.
+    """
+    units = []  # (weight, value)
+    for values in values_by_dataset:
+        problems = [fmean(values)] if len(values) == 2 else values
+        units += [(1 / len(values_by_dataset) / len(problems), value) for value in problems]
+    if len(units) < 2:
+        return None
+    mean = sum(w * a for w, a in units)
+    return math.sqrt(len(units) / (len(units) - 1) * sum((w * (a - mean)) ** 2 for w, a in units))

@@ -16,9 +16,6 @@ Pooling and probes are fp32 (SAEBench: the LM's dtype). Corrected metrics beside
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -133,7 +130,7 @@ def run(setup, saes: dict) -> dict[str, Result]:
     accuracies: dict = {name: {} for name in encoders}  # who -> data set -> metric -> class -> accuracy
     selected: dict = {name: {} for name in saes}  # SAE -> data set -> class -> feature numbers
     problems: dict = {name: [] for name in encoders}
-    for dataset, (tokens_NT, length_N, rows) in labelled_rows(setup).items():
+    for dataset, (tokens_NT, length_N, rows) in pooling.labelled(setup).items():
         setup.say(f"sparse_probing: {dataset}, {len(rows['train'])} classes, {len(tokens_NT)} texts")
         for name, x_NF in pooling.pooled(setup, tokens_NT, length_N, encoders).items():
             bad = int((~x_NF.isfinite()).any(1).sum())
@@ -147,49 +144,6 @@ def run(setup, saes: dict) -> dict[str, Result]:
                 accuracies[name][dataset], selected[name][dataset] = _accuracies(setup, "sae", dataset, rows, x_NF)
     return {name: _result(setup.config["k_values"], accuracies[None], accuracies[name], selected[name],
                           problems[None] + problems[name]) for name in saes}
-
-
-def labelled_rows(setup) -> dict[str, tuple[Tensor, Tensor, dict]]:
-    """Every data set as (tokens_NT, length_N, places of its texts by split and class); a second run reads no texts."""
-
-    def make() -> dict[str, Tensor]:
-        stored = {}
-        for dataset, classes in setup.data.probing(setup.config).items():
-            texts, rows = _layout(dataset, classes)
-            tokenised = pooling.tokenise(texts, setup.lm.tokenizer, setup.config["context_length"], setup.lm.bos)
-            named = zip((("tokens",), ("length",)), tokenised)
-            placed = (((split, name), places) for split, by_class in rows.items() for name, places in by_class.items())
-            for key, tensor in itertools.chain(named, placed):
-                stored[json.dumps([len(stored), dataset, *key])] = tensor  # numbered: the file does not keep their order
-        return stored
-
-    depends_on = {"texts": setup.data.probing_digest(setup.config), "lm": setup.lm.digest, "context": setup.config["context_length"],
-                  "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, pooling.__file__)]}
-    found: dict = {}
-    for key, tensor in sorted(((json.loads(k), t) for k, t in setup.cache.get("probing-tokens", depends_on, make).items()),
-                              key=lambda item: item[0][0]):
-        _, dataset, *what = key
-        if what == ["tokens"]:
-            found[dataset] = [tensor, None, {"train": {}, "test": {}}]
-        elif what == ["length"]:
-            found[dataset][1] = tensor
-        else:
-            found[dataset][2][what[0]][what[1]] = tensor
-    return {dataset: tuple(parts) for dataset, parts in found.items()}
-
-
-def _layout(dataset: str, classes: dict) -> tuple[list[str], dict[str, dict[str, Tensor]]]:
-    """All texts of a data set in one list, and {"train" | "test": {class: their places in it}}."""
-    if len(classes) < 2:
-        raise ValueError(f"sparse_probing: data set {dataset} has {len(classes)} classes, one against the rest needs 2\n"
-                         f"leave {dataset} out of dataset_names or give it more classes")
-    texts: list[str] = []
-    rows: dict[str, dict[str, Tensor]] = {"train": {}, "test": {}}
-    for name, splits in classes.items():
-        for split, places in rows.items():
-            places[name] = torch.arange(len(texts), len(texts) + len(splits[split]))
-            texts += splits[split]
-    return texts, rows
 
 
 @probes.one_thread()
@@ -282,25 +236,8 @@ def _summary(metric: str, per_class: dict) -> tuple[float | None, float | None]:
     if not all(metric in values for values in per_class.values()):
         return None, None
     values = [list(values[metric].values()) for values in per_class.values()]
-    return _mean([_mean(v) for v in values]), standard_error(values)
+    return _mean([_mean(v) for v in values]), probes.standard_error(values)
 
 
 def _mean(values) -> float:
     return sum(values) / len(values)
-
-
-def standard_error(values_by_dataset: list[list[float]]) -> float | None:
-    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if there is one.
-
-    √(n/(n−1)·Σ w²(a − mean)²) with w a class's weight in the mean. The two classes of a two-class data set are one problem
-    seen from both sides and count as one. The spread over classes holds the noise of the finite test sets already, so no
-    binomial term is added; for a difference the values are differences per class, which makes it the paired error.
-    """
-    units = []  # (weight, value)
-    for values in values_by_dataset:
-        problems = [_mean(values)] if len(values) == 2 else values
-        units += [(1 / len(values_by_dataset) / len(problems), value) for value in problems]
-    if len(units) < 2:
-        return None
-    mean = sum(w * a for w, a in units)
-    return math.sqrt(len(units) / (len(units) - 1) * sum((w * (a - mean)) ** 2 for w, a in units))

@@ -179,7 +179,7 @@ def wheels(tmp_path, monkeypatch):
                                       for code, lead in leads.items()}, monkeypatch)
     text = "\n".join(f" \n = Title {i} = \n \n = = Part = = \n \n A first @-@ rate paragraph {i} . \n" for i in range(60))
     write_wheel(folder, "wikitext", {embedded.WHEELS["wikitext"].member: gzip.compress(text.encode())}, monkeypatch)
-    for cached in (embedded._splits, embedded._arxiv, embedded._reviews, embedded._wikipedia):
+    for cached in (embedded._splits, embedded._arxiv, embedded.reviews, embedded.wikipedia):
         cached.cache_clear()
     return data.Source("embedded", cache_dir=tmp_path / "cache", data_dir=folder)
 
@@ -416,7 +416,7 @@ def test_hub_probing_has_saebench_s_36_classes_and_sizes(monkeypatch):
     tables = {"LabHC/bias_in_bios": dict(profession=range(28), gender=(0, 1)),
               "canrager/amazon_reviews_mcauley_1and5": dict(category=range(7), rating=(1.0, 5.0)),
               "fancyzhx/ag_news": dict(label=range(4))}
-    monkeypatch.setattr(hub, "_frames", lambda name: {split: frame(split, **tables[name]) for split in ("train", "test")})
+    monkeypatch.setattr(hub, "frames", lambda name: {split: frame(split, **tables[name]) for split in ("train", "test")})
     monkeypatch.setattr(hub, "open_stream", lambda name, pair: [{"translation": {c: f"{c} {i}" for c in pair.split("-")}}
                                                                 for i in range(40)])
     monkeypatch.setattr(hub, "open_stream_of_files", lambda name, pattern: [

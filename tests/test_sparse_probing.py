@@ -83,7 +83,7 @@ def test_pooling_skips_special_tokens_and_counts_the_rest():
     lm = FakeLM()
     written = [f"5 {EOS} 7", "9", f"{BOS}", " ".join(str(i) for i in range(4, 30))]
     setup = SimpleNamespace(lm=lm, layer=0, config={"context_length": 6, "llm_batch_size": 2, "sae_batch_size": 1},
-                            cache=SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False), fits=lambda n: False))
+                            track=lambda items, *about: items, cache=SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False), fits=lambda n: False))
     z_NF = pooling.pooled(setup, *tokenised(setup, written), {"z": lambda x: x + 1.0})["z"]  # + 1: what stands at masked positions is not 0
     for text, z_F in zip(written, z_NF):
         tokens = [BOS] + [int(t) for t in text.split()][:5]
@@ -229,11 +229,11 @@ def test_result_is_averaged_by_data_set_and_paired_by_class(tmp_path):
 def test_standard_error_by_hand():
     """Fails if the classes' unequal weights, n − 1, or the doubling in a two-class data set are left out."""
     # weights 1/6, 1/6, 1/6 and 1/2 (the pair as one problem at .9)
-    got = sparse_probing.standard_error([[0.5, 0.7, 0.6], [0.8, 1.0]])
+    got = probes.standard_error([[0.5, 0.7, 0.6], [0.8, 1.0]])
     mean = (0.5 + 0.7 + 0.6) / 6 + 0.45
     squares = ((0.5 - mean) ** 2 + (0.7 - mean) ** 2 + (0.6 - mean) ** 2) / 36 + (0.9 - mean) ** 2 / 4
     assert got == pytest.approx(math.sqrt(4 / 3 * squares))
-    assert sparse_probing.standard_error([[0.5, 0.7]]) is None
+    assert probes.standard_error([[0.5, 0.7]]) is None
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):

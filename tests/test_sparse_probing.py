@@ -83,7 +83,8 @@ def test_pooling_skips_special_tokens_and_counts_the_rest():
     lm = FakeLM()
     written = [f"5 {EOS} 7", "9", f"{BOS}", " ".join(str(i) for i in range(4, 30))]
     setup = SimpleNamespace(lm=lm, layer=0, config={"context_length": 6, "llm_batch_size": 2, "sae_batch_size": 1},
-                            track=lambda items, *about: items, cache=SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False), fits=lambda n: False))
+                            track=lambda items, *about: items,
+                            cache=SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False), fits=lambda n: False))
     z_NF = pooling.pooled(setup, *tokenised(setup, written), {"z": lambda x: x + 1.0})["z"]  # + 1: what stands at masked positions is not 0
     for text, z_F in zip(written, z_NF):
         tokens = [BOS] + [int(t) for t in text.split()][:5]

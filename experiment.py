@@ -270,7 +270,7 @@ def preflight(settings: Settings, source) -> dict:
         if problems:
             what, _, advice = problems[0].partition("\n")
             others = ",".join(other for other in chosen if other != name) or "none"
-            raise ValueError(f"the eval {name} cannot run: {what}\n{advice or f'leave it out: --evals {others}'}")
+            raise ValueError(f"the eval {name} cannot run: {what.removeprefix(f'{name}: ')}\n{advice or f'leave it out: --evals {others}'}")
     facts |= forecast(settings, shape, max(findings.values(), key=lambda f: f.parameter_bytes + f.step_peak_bytes), len(findings))
     wanted = {settings.cache_dir: 2e9 if settings.profile == "embedded" else 5e7, settings.out_dir: 4 * facts["forecast_bytes"]["saes"]}
     for folder, size in wanted.items():

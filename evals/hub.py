@@ -74,7 +74,7 @@ def open_stream(name: str, config: str | None = None):
         options = {"sample_by": "paragraph"} if files[0].suffix == ".txt" else {}  # a blank line ends a document
         return datasets.load_dataset(FORMATS[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True,
                                      **options)
-    return _load(name, config, split="train", streaming=True)
+    return load(name, config, split="train", streaming=True)
 
 
 def local_files(name: str) -> list[Path]:
@@ -119,7 +119,8 @@ def _commit(name: str) -> str | None:
         return None
 
 
-def _load(name: str, config: str | None = None, **options):
+def load(name: str, config: str | None = None, **options):
+    """`datasets.load_dataset`, also of data sets whose loading script `datasets` runs no more; OSError with advice if it cannot be had."""
     import datasets
 
     try:
@@ -282,7 +283,7 @@ def _both(select: Callable, frames: dict, n_train: int, n_test: int) -> dict[str
 
 @functools.lru_cache(maxsize=1)  # the three class sets of biographies come one after the other, and so do the two of reviews
 def frames(name: str) -> dict:
-    loaded = _load(name)
+    loaded = load(name)
     return {split: loaded[split].to_pandas() for split in ("train", "test")}
 
 
@@ -331,7 +332,7 @@ def _code(n_train: int, n_test: int):
 
 def open_stream_of_files(name: str, pattern: str):
     """Rows of the parquet files of a hub data set, without its loading script."""
-    return _load("parquet", data_files=f"hf://datasets/{name}/{pattern}", split="train", streaming=True)
+    return load("parquet", data_files=f"hf://datasets/{name}/{pattern}", split="train", streaming=True)
 
 
 def code(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:

@@ -168,8 +168,11 @@ def load(where: str, name: str, dtype: torch.dtype, device: str) -> LanguageMode
 
 
 def instruct_sibling(name: str) -> str | None:
-    """The instruction-tuned model that answers questions in a model's place: itself, or Gemma's on the hub; None if there is none."""
-    if "instruct" in name.lower() or name.endswith("-it"):
+    """The instruction-tuned model that answers questions in a model's place: itself, or Gemma's on the hub; None if there is none.
+
+    The random tiny model stands for any model.
+    """
+    if "instruct" in name.lower() or name.endswith("-it") or name == "tiny-gemma2":
         return name
     return f"{name}-it" if name.startswith("google/gemma") else None
 

@@ -43,7 +43,8 @@ class Voice:
             now = time.monotonic()
             if now - last >= 30 and done < total:
                 last, rate = now, done / (now - start)
-                self.say(f"{label}: {done:,} of {total:,} {unit}  {rate:,.0f} {unit}/s  eta {duration((total - done) / rate)}")
+                speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+                self.say(f"{label}: {done:,} of {total:,} {unit}  {speed} {unit}/s  eta {duration((total - done) / rate)}")
 
 
 VOICE = Voice()

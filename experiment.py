@@ -709,7 +709,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     """
     from evals import saebench, stored
 
-    code, variant = hash_files(sorted((PROJECT / "evals").glob("*.py"))), Path(settings.variant).stem
+    code, variant = hash_files(sorted((PROJECT / "evals").glob("*.py"))), variants.title(settings.variant)
     crashed = {}
 
     def load(model: str) -> LanguageModel:
@@ -776,7 +776,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
                 problems += [f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in result.problems]
         measured = {k: v for k, v in measured.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}
         config = dict(
-            variant=Path(settings.variant).stem, hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
+            variant=variants.title(settings.variant), hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
             hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder), context=settings.context,
             num_tokens=settings.num_tokens, passes=settings.passes, batch_size=settings.batch_size, steps=count_steps(settings),
             lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,

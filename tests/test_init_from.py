@@ -96,3 +96,11 @@ def test_norms_are_folded_before_a_variant_that_keeps_them_at_one_trains_further
         interchange.fold_norms(sae, "there")
         assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(40)) and sae.W_dec.requires_grad
         assert torch.allclose(sae.encode(x), z, atol=1e-5) and torch.allclose(sae.decode(sae.encode(x)), wanted, atol=1e-5)
+
+
+def test_a_run_from_a_run_is_called_by_the_variant(tmp_path):
+    """Fails if what is evaluated from a run's folder is called by the name of the copy, `variant`, in results and comparisons."""
+    (tmp_path / "variant.py").write_text("")
+    assert variants.title(str(tmp_path / "variant.py")) == "variant" and variants.title("topk") == "topk"
+    (tmp_path / "run_info.json").write_text('{"settings": {"variant": "variants/mine.py"}}')
+    assert variants.title(str(tmp_path / "variant.py")) == "mine"

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -36,6 +37,14 @@ def path(name: str) -> Path:
     if not found.exists():
         raise FileNotFoundError(f"no file {name}\ngive the name of a variant ({', '.join(names())}) or an existing file")
     return found
+
+
+def title(name: str) -> str:
+    """What a variant is called: its file's name, or for the copy in a run's folder the name it had there."""
+    record = Path(name).with_name("run_info.json")
+    if Path(name).name == "variant.py" and record.is_file():
+        name = json.loads(record.read_text(encoding="utf-8"))["settings"]["variant"] or name
+    return Path(name).stem
 
 
 def sources(name: str) -> list[Path]:

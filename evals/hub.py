@@ -205,7 +205,7 @@ def _ask(name: str, kind: str, timeout: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ SAEBench's probing sets
-# EVALS.md, section 2.1. A frame is a pandas.DataFrame; n counts texts of one class; classes keep the order given.
+# SAEBench's selections. A frame is a pandas.DataFrame; n counts texts of one class; classes keep the order given.
 
 
 def probing(config: dict) -> dict[str, dict[str, dict[str, list[str]]]]:

@@ -44,9 +44,8 @@ METRICS = {
     "isolation_score_unseen_prompts": "higher",
 }
 
-NOTE = ("ravel: scores are comparable between SAEs on the same model and settings only: they depend on which prompts that model "
-        "completes right. The embedded profile asks about 150 cities with templates of its own; there a mask that swaps nothing or "
-        "everything has about .33 already, the mean of a good half score and a poor one.")
+NOTE = ("RAVEL scores compare SAEs on the same model and settings only: they depend on which prompts the model completes right. In the "
+        "embedded profile (150 cities, templates of its own) a mask that swaps nothing, or everything, already scores about a third.")
 
 CONFIG = {
     "gemma": {

@@ -60,7 +60,7 @@ def wait_for(path: Path, process):
 
 
 def test_a_run_writes_its_files(reference):
-    """Fails if a file that DESIGN promises is missing or the checkpoint is left behind."""
+    """Fails if a file that the README promises is missing or the checkpoint is left behind."""
     for name in ("run_info.json", "training_log.csv", "variant.py", "report.html", "log.txt", "sae/layer_2/cfg.json",
                  "sae/layer_2/sae_weights.safetensors"):
         assert (reference / name).exists(), name

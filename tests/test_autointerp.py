@@ -157,9 +157,11 @@ def test_what_may_pass_is_tried_again(server, tmp_path, failure, reason):
 
 @pytest.mark.parametrize("header, least, most", [
     ("7", 7, 7), ("0.25", 0.25, 0.25), ("100000", 120, 120), ("soon", 0, 0.001), ("nan", 0, 0.001), ("-5", 0, 0.001),
-    (time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 40)), 10, 41)])
+    ("in 40 s", 10, 41)])
 def test_retry_after_is_obeyed(server, tmp_path, header, least, most):
     """Fails if the server's own delay is not waited for, as seconds or as a date, or is waited for without bound."""
+    if header == "in 40 s":
+        header = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 40))
     server.reply = lambda number, body: (429, {"Retry-After": header}, b"") if number == 1 else says("fine")
     answers, (waited,) = ask(server, tmp_path)
     assert answers == ["fine"] and least <= waited <= most

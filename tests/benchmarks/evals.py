@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ def seconds(work, *args) -> float:
 
 def reference(name: str, setup, sae: base.TrainedSAE, folder: str) -> None:
     """SAEBench's evaluation of one SAE; `folder` keeps its activations from one SAE to the next, as its runs do."""
+    os.environ["JAXTYPING_DISABLE"] = "1"  # before its modules are imported: their annotations admit no TransformerBridge
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             REFERENCES[name](setup, sae, folder)

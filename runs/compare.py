@@ -48,8 +48,8 @@ NO_MATTER = re.compile(r"verbose|llm_batch_size|sae_batch_size|lower_vram_usage|
 # counts over counts, which two SAEs can share by chance
 COUNTED = re.compile(r"frac_alive$|freq_over_|dead_share$")
 # what depends on the language model and the texts alone, and so is equal in every run
-LM_ONLY = re.compile(r"\.llm_|with_ablation$|ce_loss_without_sae$|l2_norm_in$|total_tokens|mean_probe_f1$|num_letters$|duplicated_test_share$|"
-                     r"^training\.(steps?|tokens)$")
+LM_ONLY = re.compile(r"\.llm_|with_ablation$|ce_loss_without_sae$|l2_norm_in$|total_tokens|mean_probe_f1$|num_letters$|"
+                     r"duplicated_test_share$|^training\.(steps?|tokens)$")
 
 # ------------------------------------------------------------------------------------------------ what is known
 

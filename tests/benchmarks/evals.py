@@ -95,6 +95,7 @@ def theirs(sae: base.TrainedSAE, setup):
 
     own = TopKSAE(sae.sae.d_in, sae.sae.d_sae, K, setup.lm.name, setup.layer, torch.device("cpu"), torch.float32)
     own.load_state_dict({**own.state_dict(), **{key: getattr(sae.sae, key).detach() for key in ("W_enc", "b_enc", "W_dec", "b_dec")}})
+    own.cfg.architecture_str = "topk"  # core asks for it; its own config class has none
     return own.requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import evals
@@ -302,7 +302,7 @@ def _partner(run: Run, references: list[Run]) -> Run | None:
 def _by_metric(runs: list[Run], references: list[Run], saes: list[Run], known: dict[str, str], above: list[str],
                everything: bool) -> Table:
     nearest = [_partner(run, references) for run in runs]
-    partners = [frontier.at(_leaf(run, "l0"), saes) or near for run, near in zip(runs, nearest)]
+    partners = [_completed(frontier.at(_leaf(run, "l0"), saes), near) for run, near in zip(runs, nearest)]
     distinct = list({id(p): p for p in partners if p}.values())
     above, several, blocked, skipped = list(above), len(runs) > 1, [], []
     above += [f"baseline: {_described(p)}" for p in distinct]
@@ -343,6 +343,18 @@ def _by_metric(runs: list[Run], references: list[Run], saes: list[Run], known: d
     return Table(above, header, rows, below)
 
 
+def _completed(partner: Run | None, near: Run | None) -> Run | None:
+    """The figures at a run's own L0; evals that the SAEs on either side lack are the nearest SAE's, at its L0."""
+    if not isinstance(partner, Interpolated) or near is None:
+        return partner or near
+    ran = {metric.partition(".")[0] for metric in partner.means}
+    evals_of_both = near.config.get("evals", {}) | partner.config.get("evals", {})
+    lacking = {m: v for m, v in near.means.items() if m.partition(".")[0] not in ran and m.partition(".")[0] in evals_of_both}
+    stderrs = {m: near.stderrs[m] for m in lacking if m in near.stderrs}
+    config = partner.config | {"evals": evals_of_both}
+    return replace(partner, means=partner.means | lacking, stderrs=partner.stderrs | stderrs, config=config)
+
+
 def _verdict(judged: Judged) -> str:
     return judged.verdict + {"yes": "*", "?": "?"}.get(judged.beyond, "")
 
@@ -354,14 +366,20 @@ def _theirs(partner: Run | None, metric: str) -> str:
 
 
 def _between(partner: Run, metric: str) -> bool:
-    return isinstance(partner, Interpolated) and len({sae.means[metric] for sae in partner.between}) > 1
+    values = {sae.means.get(metric) for sae in partner.between} if isinstance(partner, Interpolated) else set()
+    return None not in values and len(values) > 1
 
 
 def _described(partner: Run) -> str:
     if not isinstance(partner, Interpolated):
         return f"{partner.name} ({_where(partner.path)})"
     a, b = (f"{_section(sae)} (L0 {number(_leaf(sae, 'l0'))})" for sae in partner.between)
-    return f"{partner.name} ({_where(partner.path)}), ~ between {a} and {b}, linear in log L0"
+    return f"{partner.name} ({_where(partner.path)}), ~ between {a} and {b}, linear in log L0{_without(partner)}"
+
+
+def _without(partner: Interpolated) -> str:
+    names = sorted({m.partition(".")[0] for m in partner.means} - {m.partition(".")[0] for m in partner.between[0].means})
+    return f"; without ~ ({', '.join(names)}) at the nearest SAE's own L0" if names else ""
 
 
 def _section(run: Run) -> str:

@@ -594,3 +594,19 @@ def test_seeds_of_one_setting_become_one_row(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == ["standard", "2", "0.7200", "±", "0.02"]  # |.74 − .70|/2 = √(2·.02²/1)/√2
     assert lines[2] == ["mine", "2", "0.9100", "±", "0.01*"] and lines[3] == ["mine", "w=0", "1", "0.5000"]
+
+
+def test_evals_that_the_frontier_lacks_are_compared_with_the_nearest_sae():
+    """Fails if an eval that only the baseline itself ran has no figure beside a run between two L0, or that figure looks interpolated."""
+    evals = {"core": {}, "scr": {}}
+
+    def sae(name, l0, **means):
+        config = {"variant": "standard", "evals": {k: v for k, v in evals.items() if k == "core" or means}}
+        return Run(name, {"core.l0": l0, "core.r2": l0 / 100} | means, {}, config, [], Path("baseline/final_info.json"))
+
+    near, far = sae("near", 40.0, **{"scr.scr_metric_threshold_10": 0.25}), sae("far", 20.0)
+    partner = compare._completed(compare.frontier.at(30.0, [near, far]), near)
+    assert partner.means["scr.scr_metric_threshold_10"] == 0.25 and partner.means["core.l0"] == 30.0
+    assert compare._theirs(partner, "scr.scr_metric_threshold_10") == "0.2500"
+    assert compare._theirs(partner, "core.r2").startswith("~0.3")
+    assert compare._described(partner).endswith("(scr) at the nearest SAE's own L0")

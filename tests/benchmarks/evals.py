@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -81,7 +80,9 @@ def seconds(work, *args) -> float:
 
 def reference(name: str, setup, sae: base.TrainedSAE, folder: str) -> None:
     """SAEBench's evaluation of one SAE; `folder` keeps its activations from one SAE to the next, as its runs do."""
-    os.environ["JAXTYPING_DISABLE"] = "1"  # before its modules are imported: their annotations admit no TransformerBridge
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)  # before its modules are imported: their annotations admit no TransformerBridge
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             REFERENCES[name](setup, sae, folder)
@@ -109,7 +110,8 @@ def reference_core(setup, sae, folder) -> None:
     batch, batches = config["batch_size_prompts"], (config["n_eval_reconstruction_batches"], config["n_eval_sparsity_variance_batches"])
     rows_RT = packing.pack(setup.texts(), setup.lm.tokenizer, config["context_size"], setup.lm.bos, batch * sum(batches))
     parts = iter(rows_RT.split(batch))
-    store = SimpleNamespace(get_batch_tokens=lambda size: next(parts), reset_input_dataset=lambda: None, store_batch_size_prompts=batch)
+    store = SimpleNamespace(get_batch_tokens=lambda size: next(parts), reset_input_dataset=lambda: None, store_batch_size_prompts=batch,
+                            context_size=config["context_size"])
     asked = CoreEvalConfig(model_name=setup.lm.name, batch_size_prompts=batch, n_eval_reconstruction_batches=batches[0],
                            n_eval_sparsity_variance_batches=batches[1], exclude_special_tokens_from_reconstruction=True, compute_kl=True,
                            compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,

@@ -30,7 +30,8 @@ BASELINES = Path(__file__).resolve().parent / "baseline"
 HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "frac_alive", "sae_top_1_test_accuracy",
             "sae_top_2_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy", "sae_top_1_minus_llm_top_1",
             "mean_absorption_fraction_score", "mean_absorption_score", "scr_metric_threshold_10",
-            "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "disentanglement_score")
+            "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "text_unlearning_precision",
+            "disentanglement_score")
 HEADLINE_LINES = 13
 BY_RUN = ("core.l0", "core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1", "core.frac_alive", "core.explained_variance")
 WIDTH = 100  # columns of printed text
@@ -324,7 +325,7 @@ def _by_metric(runs: list[Run], references: list[Run], saes: list[Run], known: d
     for run, block in zip(runs, blocked):
         header += [run.name, *([] if block else ["difference", "verdict"] if several else ["difference", "verdict", "> 2 SE"])]
     names = _ordered({m for run in (*runs, *distinct) for m, v in run.means.items() if v is not None})
-    shown = names if everything else [m for m in names if any(run.means.get(m) is not None for run in runs)][:HEADLINE_LINES]
+    shown = names if everything else _headlines([m for m in names if any(run.means.get(m) is not None for run in runs)])
     rows = []
     for metric in shown:
         row = [_brief(metric) if several else metric, *(_theirs(p, metric) for p in distinct)]
@@ -341,6 +342,16 @@ def _by_metric(runs: list[Run], references: list[Run], saes: list[Run], known: d
     if hidden := len(names) - len(shown):
         below.append(f"{hidden} more metrics with --all")
     return Table(above, header, rows, below)
+
+
+def _headlines(ordered: list[str]) -> list[str]:
+    """The first metrics, and after them the headline of each eval that they leave out."""
+    shown = ordered[:HEADLINE_LINES]
+    for metric in ordered[HEADLINE_LINES:]:
+        name, _, leaf = metric.partition(".")
+        if leaf in HEADLINE and all(name != m.partition(".")[0] for m in shown):
+            shown.append(metric)
+    return shown
 
 
 def _completed(partner: Run | None, near: Run | None) -> Run | None:

@@ -610,3 +610,11 @@ def test_evals_that_the_frontier_lacks_are_compared_with_the_nearest_sae():
     assert compare._theirs(partner, "scr.scr_metric_threshold_10") == "0.2500"
     assert compare._theirs(partner, "core.r2").startswith("~0.3")
     assert compare._described(partner).endswith("(scr) at the nearest SAE's own L0")
+
+
+def test_every_eval_has_a_headline():
+    """Fails if the short table leaves an eval out, or shows more of it than its headline."""
+    first = [f"core.m{i}" for i in range(compare.HEADLINE_LINES)]
+    rest = ["core.more", "scr.scr_metric_threshold_10", "absorption.other", "absorption.mean_absorption_fraction_score",
+            "scr.scr_metric_threshold_20"]
+    assert compare._headlines(first + rest) == [*first, "scr.scr_metric_threshold_10", "absorption.mean_absorption_fraction_score"]

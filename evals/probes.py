@@ -153,6 +153,11 @@ def standard_error(values_by_dataset: list[list[float]]) -> float | None:
     for values in values_by_dataset:
         problems = [fmean(values)] if len(values) == 2 else values
         units += [(1 / len(values_by_dataset) / len(problems), value) for value in problems]
+    return weighted_error(units)
+
+
+def weighted_error(units: list[tuple[float, float]]) -> float | None:
+    """Standard error of Σ w·value over the units (w, value), which are the sample: √(n/(n−1)·Σ w²(value − mean)²); None if there is one."""
     if len(units) < 2:
         return None
     mean = sum(w * a for w, a in units)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from evals import Result, pooling, ravel_data
+from evals import Result, pooling, probes, ravel_data
 from evals.cache import digest
 from evals.ravel_data import Known, Pair, Task, full_batches
 
@@ -357,11 +357,10 @@ def _result(known: list[Known], tasks: list[Task], masks: list[Tensor], right: l
 def mean_and_error(values: list[tuple[str, float | None]]) -> tuple[float | None, float | None]:
     """Mean over kinds of entity of the mean over attributes, from (kind, value), and its standard error over attributes.
 
-    √(n/(n−1)·Σ w²(a − mean)²) with w an attribute's weight in the mean; its spread holds the noise of the finite number of pairs.
+    An attribute's spread holds the noise of its finite number of pairs.
     """
     if not values or None in [value for _, value in values]:
         return None, None
     per_kind = Counter(kind for kind, _ in values)
     weighted = [(1 / len(per_kind) / per_kind[kind], value) for kind, value in values]
-    mean, n = sum(w * value for w, value in weighted), len(weighted)
-    return mean, math.sqrt(n / (n - 1) * sum((w * (value - mean)) ** 2 for w, value in weighted))
+    return sum(w * value for w, value in weighted), probes.weighted_error(weighted)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evals import Result, first_letter, probes
+from evals import Result, first_letter, pooling, probes
 from evals.first_letter import LETTERS, NoScore
 
 EVAL_TYPE_ID = "absorption_first_letter"
@@ -93,7 +93,6 @@ ABSORBERS = 3  # most features that take a part
 SHARE = 0.4  # least share of the word's activation along the probe that they give
 
 KEPT_BYTES = 2**33  # features of all train words are kept if they take no more (16k features of Gemma's words: 7.3 GB), else encoded again
-PART_FLOATS = 2**26  # floats of features of the words of a letter at a time: 256 MiB in fp32
 
 
 def requirements(config: dict, facts) -> list[str]:
@@ -160,7 +159,7 @@ def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict
         direction_D = functional.normalize(found["probe_LD"][letter], dim=0).to(device)
         x_nD = found["second_x"][found["second_letter"] == letter].to(device).float()
         parts = []
-        for x_bD in x_nD.split(max(1, PART_FLOATS // len(W_dec_FD))):
+        for x_bD in x_nD.split(max(1, pooling.PART_FLOATS // len(W_dec_FD))):
             z_bF = encode(x_bD)
             fired = fired or bool((z_bF != 0).any())
             parts.append(absorbed(z_bF, W_dec_FD @ direction_D, x_bD @ direction_D, main))

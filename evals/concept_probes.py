@@ -44,9 +44,7 @@ def requirements(name: str, config: dict, n_named: tuple[int, ...]) -> list[str]
     if not config["n_values"] or not set(config["n_values"]) <= set(n_named):
         problems.append(f"{name}: n_values = {config['n_values']} must be some of {list(n_named)}\n"
                         "SAEBench's results have no key for any other n")
-    if config["context_length"] < 2:
-        problems.append(f"{name}: context_length = {config['context_length']} leaves no token beside BOS\n"
-                        "set context_length to 2 or more")
+    problems += pooling.short_context(name, config)
     for key in ("probe_epochs", "probe_train_batch_size", "probe_train_set_size", "probe_test_set_size"):
         if config[key] < 1:
             problems.append(f"{name}: {key} = {config[key]} trains or tests no probe\nset {key} to 1 or more")

@@ -17,6 +17,13 @@ from torch import Tensor
 PART_FLOATS = 2**26  # floats of features held at a time: 256 MiB in fp32
 
 
+def short_context(name: str, config: dict) -> list[str]:
+    """The problem of an eval whose rows have no room for text, for its `requirements`."""
+    if config["context_length"] >= 2:
+        return []
+    return [f"{name}: context_length = {config['context_length']} leaves no token beside BOS\nset context_length to 2 or more"]
+
+
 def tokenise(texts: list[str], tokenizer, context: int, bos: int) -> tuple[Tensor, Tensor]:
     """Token rows tokens_NT (int64, T = context), BOS first, cut to T, padded on the right, and their lengths length_N with BOS.
 

@@ -118,10 +118,7 @@ def requirements(config: dict, facts) -> list[str]:
     if not config["k_values"] or not set(config["k_values"]) <= set(K_NAMED):
         problems.append(f"sparse_probing: k_values = {config['k_values']} must be some of {list(K_NAMED)}\n"
                         "SAEBench's results have no key for any other k")
-    if config["context_length"] < 2:
-        problems.append(f"sparse_probing: context_length = {config['context_length']} leaves no token beside BOS\n"
-                        "set context_length to 2 or more")
-    return problems
+    return problems + pooling.short_context("sparse_probing", config)
 
 
 def run(setup, saes: dict) -> dict[str, Result]:

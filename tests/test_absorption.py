@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from evals import Setup, absorption, declared, first_letter, language_model, probes, tiny
+from evals import Setup, absorption, declared, first_letter, language_model, pooling, probes, tiny
 from evals.cache import Cache
 
 BOS, D, SPLIT, MARK = 0, 40, 7, 30  # words of the letter with number SPLIT ("h") that carry MARK have features of their own
@@ -336,7 +336,7 @@ def test_a_score_depends_on_nothing_but_its_inputs(tmp_path, monkeypatch):
     cached = absorption.run(setup, {"two": AbsorbingSAE(), "one": AbsorbingSAE()})
     assert setup.lm.rows == 0 and setup.cache.misses == []
     monkeypatch.setattr(absorption, "KEPT_BYTES", 0)
-    monkeypatch.setattr(absorption, "PART_FLOATS", 200)
+    monkeypatch.setattr(pooling, "PART_FLOATS", 200)
     again = absorption.run(make_setup(tmp_path / "b", limit_gb=0), {"one": AbsorbingSAE()})["one"]
     assert alone == cached["one"] == cached["two"] == again
     assert torch.equal(torch.get_rng_state(), state)

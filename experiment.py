@@ -40,13 +40,13 @@ import evals.cache  # noqa: E402
 import runs.folder  # noqa: E402
 import variants  # noqa: E402
 import variants.saving  # noqa: E402
-from evals import language_model  # noqa: E402
-from evals.language_model import LanguageModel, hash_files, shape_of  # noqa: E402
+from evals import language_model, models  # noqa: E402
+from evals.language_model import LanguageModel, hash_files  # noqa: E402
 from runs import compare, environment, failure, reading, report, training_log  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
 from runs.voice import VOICE, duration, say, track  # noqa: E402
-from variants import base, contexts, imperative, interchange  # noqa: E402
+from variants import base, contexts, imperative, interchange, ranks  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -77,11 +77,12 @@ class Settings:
     d_sae: Optional[int] = None  # features
     batch_size: Optional[int] = None  # tokens per SAE step
     lr: Optional[float] = None  # learning rate; unset: the variant's own
-    lm_batch_size: Optional[int] = None  # rows per language-model pass
+    lm_batch_size: Optional[str] = None  # rows per language-model pass; auto: as many as pay and fit
     evals: Optional[str] = None  # comma-separated names of evals/, or "none"
     eval_config: str = ""  # overrides of the evals' own settings, as JSON: {"core": {"batch_size_prompts": 8}}
     seed: int = 0  # of initialisation, shuffling and evals
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where model and SAEs live
+    shard: bool = False  # under torchrun: spread every SAE over the ranks; unset, where it does not fit one
     dtype: Optional[Literal["float32", "bfloat16"]] = None  # of the language model; SAE parameters are always fp32
     log_lines: int = 50  # rows of training_log.csv per SAE
     checkpoint_seconds: float = 60.0  # between checkpoints, seconds
@@ -96,18 +97,18 @@ PROFILES = {
     "gemma": dict(model="google/gemma-2-2b", layers="12", dataset="monology/pile-uncopyrighted",
                   core_dataset="Skylion007/openwebtext", context=128, num_tokens=5_000_000, passes=1, block_tokens=2**19,
                   d_sae=16384, batch_size=2048, lm_batch_size=64, evals="core,sparse_probing", dtype="bfloat16"),
-    "embedded": dict(model="smollm2-135m-instruct", layers="9", dataset="embedded", core_dataset="embedded", context=128,
+    "embedded": dict(model=models.EMBEDDED, layers="9", dataset="embedded", core_dataset="embedded", context=128,
                      num_tokens=160_000, passes=1, block_tokens=2**18, d_sae=2304, batch_size=1024, lr=3e-3, lm_batch_size=16,
                      evals="core,sparse_probing", dtype="float32"),
-    "tiny": dict(model="tiny-gemma2", layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384, passes=1,
+    "tiny": dict(model=models.TINY, layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384, passes=1,
                  block_tokens=4096, d_sae=128, batch_size=256, lr=3e-3, lm_batch_size=32, evals="core,sparse_probing",
                  dtype="float32"),
 }
-BUILT_IN = {p[key] for p in (PROFILES["embedded"], PROFILES["tiny"]) for key in ("model", "dataset")}
+BUILT_IN = {models.EMBEDDED, models.TINY, "embedded", "tiny"}
 PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16)}
 
 # Settings that change where a run lives or how often it speaks, but not what comes out of it.
-NOT_IN_FINGERPRINT = {"out_dir", "checkpoint_seconds", "activation_cache_gb", "cache_dir", "data_dir", "allow_identical"}
+NOT_IN_FINGERPRINT = {"out_dir", "checkpoint_seconds", "activation_cache_gb", "cache_dir", "data_dir", "allow_identical", "shard"}
 
 
 def parse_settings(argv: list[str]) -> Settings:
@@ -143,7 +144,11 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cache_dir = settings.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "sae_experiment")
     settings = dataclasses.replace(settings, profile=profile, device=device, cache_dir=str(cache_dir), **filled)
-    least_of = dict(context=2, num_tokens=int(not settings.init_from), passes=1, d_sae=1, batch_size=1, lm_batch_size=1, block_tokens=1)
+    rows = str(settings.lm_batch_size)
+    if not (rows.isdigit() and int(rows) or rows == "auto"):
+        raise ValueError(f"--lm_batch_size={rows} is no number of rows\ngive a whole number above 0, or auto")
+    settings = dataclasses.replace(settings, lm_batch_size=rows if rows == "auto" else int(rows))
+    least_of = dict(context=2, num_tokens=int(not settings.init_from), passes=1, d_sae=1, batch_size=1, block_tokens=1)
     for name, least in least_of.items():
         if getattr(settings, name) < least:
             raise ValueError(f"--{name}={getattr(settings, name)} is below {least}\n"
@@ -189,24 +194,11 @@ def evals_of(settings: Settings) -> dict[str, dict]:
 
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
-    """Hyper-parameters per SAE of a layer, by the suffix of its name: {"": {...}} or {".k_20": {...}, ".k_40": {...}}.
-
-    Several swept hyper-parameters give one SAE for each combination.
-    """
+    """Hyper-parameters per SAE of a layer, by the suffix of its name: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
     fixed = variants.parse_hyper(module, settings.hyper)
     if settings.init_from and not settings.sweep:
         return interchange.hypers_of(settings.init_from, variants.hyperparameters(module), fixed)
-    axes: list[list[dict]] = []
-    for item in variants.split(settings.sweep) if settings.sweep else []:
-        if "=" in item:  # the next hyper-parameter begins
-            axes.append([])
-        elif not axes:
-            raise ValueError(f"--sweep {settings.sweep} does not begin with a name\n"
-                             "write --sweep k=20,40,80 or --sweep k=20,40,auxk_alpha=0,0.03")
-        key = item.partition("=")[0] if "=" in item else next(iter(axes[-1][0]))
-        axes[-1].append(variants.parse_hyper(module, item if "=" in item else f"{key}={item}"))
-    combined = [{k: v for h in each for k, v in h.items()} for each in itertools.product(*axes)]
-    return {"".join(f".{k}_{v}" for k, v in h.items()): fixed | h for h in combined}
+    return {suffix: fixed | hyper for suffix, hyper in variants.parse_sweep(module, settings.sweep).items()}
 
 
 def block_plan(settings: Settings) -> list[int]:
@@ -233,11 +225,15 @@ def fingerprint(settings: Settings) -> str:
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the machine and the forecast."""
     from evals import embedded, hub
-    from variants.preflight import check, trial
+    from variants.preflight import budget, check, trial
 
     chosen, layers = evals_of(settings), layers_of(settings)
     trial.read(settings.variant, {})  # a mistake in the user's own file is told first
-    hypers = hypers_of(settings, variants.load(settings.variant))
+    module = variants.load(settings.variant)
+    hypers, sharing = hypers_of(settings, module), ranks.count() if module.SAE.data_parallel else 1
+    if settings.batch_size % sharing:
+        raise ValueError(f"--batch_size={settings.batch_size} cannot be shared equally by {sharing} processes\n"
+                         f"give a multiple of {sharing}")
     asked = [language_model.instruct_sibling(settings.model)] * any(evals.declared(name, "INSTRUCT") for name in chosen)
     wanted = [settings.model, settings.dataset, *filter(None, asked), *([settings.core_dataset] if "core" in chosen else [])]
     for name, config in chosen.items():
@@ -247,7 +243,7 @@ def preflight(settings: Settings, source) -> dict:
     problem = hub.reachable([name for name in wanted if name not in BUILT_IN and not Path(name).exists()])
     if problem:
         raise ConnectionError(problem)
-    shape = model_shape(settings)
+    shape = models.shape(settings.model, getattr(torch, settings.dtype).itemsize)
     if not 0 <= layers[0] <= layers[-1] < shape["n_layers"]:
         raise ValueError(f"--layers={settings.layers}: {settings.model} has blocks 0 to {shape['n_layers'] - 1}\nchoose among those")
     if settings.init_from:
@@ -258,9 +254,9 @@ def preflight(settings: Settings, source) -> dict:
             findings[suffix] = check.untrained(settings.variant, hyper, shape["d_model"], settings.d_sae)
             continue
         findings[suffix] = check.run(
-            settings.variant, hyper, d_in=shape["d_model"], d_sae=settings.d_sae, batch_size=settings.batch_size,
+            settings.variant, hyper, d_in=shape["d_model"], d_sae=settings.d_sae, batch_size=settings.batch_size // sharing,
             total_steps=count_steps(settings), lr=settings.lr, seed=settings.seed, train_step=train_step,
-            make_optimizer=make_optimizer, reference_files=reference_variants(settings.variant), allow_identical=settings.allow_identical,
+            make_optimizer=make_optimizer, reference_files=check.references(settings.variant), allow_identical=settings.allow_identical,
             accelerator=settings.device != "cpu", context=settings.context, room=(layers[0], shape["n_layers"] - 1 - layers[-1]))
         for note in findings[suffix].notes:
             say(f"note: {settings.variant}{suffix}: {note}")
@@ -273,7 +269,13 @@ def preflight(settings: Settings, source) -> dict:
             what, _, advice = problems[0].partition("\n")
             others = ",".join(other for other in chosen if other != name) or "none"
             raise ValueError(f"the eval {name} cannot run: {what.removeprefix(f'{name}: ')}\n{advice or f'leave it out: --evals {others}'}")
-    facts |= forecast(settings, shape, max(findings.values(), key=lambda f: f.parameter_bytes + f.step_peak_bytes), len(findings))
+    line, plan, problem = budget.plan(settings, layers, count_steps(settings), shape, list(findings.values()), bool(chosen), sharing,
+                                      environment.memory_available(settings.device),
+                                      environment.matmul_rate(settings.device, getattr(torch, settings.dtype)))
+    say(f"forecast: {line}, about {duration(plan['forecast_training_seconds'])} of training")
+    if problem:
+        raise MemoryError(problem)
+    facts |= plan
     wanted = {settings.cache_dir: 2e9 if settings.profile == "embedded" else 5e7, settings.out_dir: 4 * facts["forecast_bytes"]["saes"]}
     for folder, size in wanted.items():
         if (free := environment.disk_free(folder)) < size:
@@ -282,60 +284,13 @@ def preflight(settings: Settings, source) -> dict:
     return facts
 
 
-def forecast(settings: Settings, shape: dict, largest, sweep: int) -> dict:
-    """Memory and training time at the real sizes, said in one line; MemoryError where the memory is not there."""
-    from variants.preflight import budget
-
-    layers, dtype = layers_of(settings), getattr(torch, settings.dtype)
-    copies = len(layers) * sweep
-    block, lm_tokens = min(settings.block_tokens, settings.num_tokens) * len(layers), settings.lm_batch_size * settings.context
-    need = budget.need(largest, copies, shape, block, lm_tokens, dtype.itemsize, bool(evals_of(settings)), settings.device)
-    have = environment.memory_available(settings.device)
-    flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) + 3 * settings.passes * copies * largest.parameters)
-    seconds = budget.seconds(flops, environment.matmul_rate(settings.device, dtype), settings.device)
-    say("forecast: " + "  ".join(f"{k} {v / 1e9:.2f}" for k, v in need.items()) + f"  -> peak {budget.peak(need) / 1e9:.2f} GB of "
-        f"{have / 1e9:.1f} GB on {settings.device}; {copies} SAE{'s' * (copies > 1)} of {largest.parameters:,} parameters, "
-        f"{count_steps(settings):,} steps of {settings.batch_size:,} tokens, about {duration(seconds)} of training")
-    budget.check(largest, copies, need, have)
-    return dict(forecast_bytes=need | dict(peak=budget.peak(need), available=have), forecast_training_seconds=round(seconds))
-
-
-def reference_variants(name: str) -> list[Path]:
-    """Variants that this one must not equal: the others here, and those stored with the baselines as they ran."""
-    others = [file for file in map(variants.path, variants.names()) if file.resolve() != variants.path(name).resolve()]
-    return others + sorted((PROJECT / "runs/baseline").glob("*/*/variant.py"))
-
-
-def model_shape(settings: Settings) -> dict:
-    """d_model, n_layers, parameters of a block and bytes of the language model, from its configuration alone."""
-    if settings.model == PROFILES["embedded"]["model"]:
-        return dict(d_model=576, n_layers=30, block_parameters=3_540_096, bytes=538_000_000)
-    if settings.model == PROFILES["tiny"]["model"]:
-        return dict(d_model=32, n_layers=4, block_parameters=10_000, bytes=1_000_000)
-    from transformers import AutoConfig
-
-    return shape_of(AutoConfig.from_pretrained(settings.model).get_text_config(), getattr(torch, settings.dtype).itemsize)
-
-
 # ================================================================================================ language model
 
 
 def load_language_model(settings: Settings) -> LanguageModel:
     """The profile's model, or any causal LM of transformers by hub name or local folder."""
-    return language_model.load(model_location(settings), settings.model, getattr(torch, settings.dtype), settings.device)
-
-
-def model_location(settings: Settings) -> str:
-    """Hub name or folder of the model's weights; the built-in models are made in the cache at their first use."""
-    if settings.model == PROFILES["embedded"]["model"]:
-        from evals import embedded
-
-        return str(embedded.model_folder(settings.cache_dir, settings.data_dir))
-    if settings.model == PROFILES["tiny"]["model"]:
-        from evals import tiny
-
-        return str(tiny.model_folder(settings.cache_dir))
-    return settings.model
+    where = models.location(settings.model, settings.cache_dir, settings.data_dir)
+    return language_model.load(where, settings.model, getattr(torch, settings.dtype), settings.device)
 
 
 # ================================================================================================ token stream
@@ -406,29 +361,35 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
 
     A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention (variants/contexts.py).
     What the model gave is kept in the shared cache, so another variant on the same data does not pay for it again. The
-    next block is tokenised in the background.
+    next block is tokenised in the background. Of several ranks each passes its share of the rows; it keeps that where they train
+    together, and else gives it to the first.
     """
-    layers, plan = layers_of(settings), block_plan(settings)
+    layers, plan, T = layers_of(settings), block_plan(settings), settings.context
 
     def key(b: int) -> dict:
         return dict(model=lm.digest, layers=layers, data=stream.source.digest("train"), context=settings.context, plan=plan[:b + 1],
-                    keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size, attention=sorted(map(str, wanted)))
+                    keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size, attention=sorted(map(str, wanted)),
+                    **({"compiled": True} if lm.compiled else {}))
 
     with ThreadPoolExecutor(1) as background:
         ahead = {}
 
         def prefetch(b: int) -> None:
-            if b < len(plan) and not cache.path("train", key(b)).exists():
+            if b < len(plan) and not ranks.number() and not cache.path("train", key(b)).exists():
                 ahead[b] = background.submit(stream.block, b)
 
         def make(b: int) -> dict[str, Tensor]:
-            rows_RT, index_N = ahead.pop(b).result() if b in ahead else stream.block(b)
+            rows_RT, index_N = ranks.agreed(lambda: ahead.pop(b).result() if b in ahead else stream.block(b))
             prefetch(b + 1)
-            return collect(settings, lm, rows_RT, index_N, layers, wanted, f"activations {b + 1}/{len(plan)}")
+            rows_W, starts_W = ranks.shares(rows_RT, index_N)
+            (row, end), (token, stop) = rows_W[ranks.number():][:2], starts_W[ranks.number():][:2].tolist()
+            label = f"activations {b + 1}/{len(plan)}"
+            part = collect(settings, lm, rows_RT[row:end], index_N[token:stop] - row * T, layers, wanted, label)
+            return part | dict(starts_W=starts_W) if ranks.sharing() > 1 else ranks.to_first(part, row, token, T)
 
         for b in range(first, len(plan)):
-            given = cache.get("train", key(b), lambda b=b: make(b))
-            if b == 0 and not settings.keep_bos:
+            given = cache.get("train", key(b), lambda b=b: make(b)) if ranks.count() == 1 else make(b)
+            if b == 0 and not settings.keep_bos and not ranks.number():
                 say(f"BOS positions are left out; with them they would hold {float(given['bos_share']):.1%} of E‖x‖²")
             yield b, contexts.placed(given, settings.device)
 
@@ -441,6 +402,7 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
     attending = sorted({layer for w in wanted for layer in w.layers})
     attention = {w: [] for w in wanted}
     batch, starts = settings.lm_batch_size, []
+    rows_dev_RT, index_dev_N = rows_RT.to(lm.device), index_N.to(lm.device)  # once a block: each of these copies waits for the device
     norm_bos = torch.zeros((), dtype=torch.float64, device=lm.device)
 
     def spans():
@@ -450,9 +412,10 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
             start = starts[-1]
 
     for start, stop in track(spans(), label, R * T, "tok", lambda span: (span[1] - span[0]) * T):
-        tokens_BT = rows_RT[start:stop].to(lm.device, torch.long)
+        tokens_BT = rows_dev_RT[start:stop].long()
         try:
-            kept, pattern = lm.residuals_and_attention(tokens_BT, layers, attending) if attending else (lm.residuals(tokens_BT, layers), {})
+            kept, pattern = (lm.residuals_and_attention(tokens_BT, layers, attending) if attending
+                             else (lm.training_residuals(tokens_BT, layers, batch), {}))
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -462,9 +425,8 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
             starts.append(start)
             continue
         starts.append(stop)
-        # positions come from the host: selecting by them does not wait for the device
         low, high = torch.searchsorted(index_N, torch.tensor([start * T, stop * T])).tolist()
-        inside = (index_N[low:high] - start * T).to(lm.device)
+        inside = index_dev_N[low:high] - start * T
         for layer in layers:
             out[layer][low:high] = kept[layer].flatten(0, 1).index_select(0, inside)
         for w in wanted:
@@ -516,10 +478,8 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
             return sae.update(batch, progress)
     for group in optimizer.param_groups:
         group["lr"] = group.get("base_lr", lr) * progress.lr_factor() * sae.lr_scale(progress)
-    with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
-        loss, terms = sae.loss(batch, progress)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss, terms = base.gradients(sae, batch, progress, say)
+    ranks.average_gradients(sae)
     if sae.unit_norm_decoder:
         base.project_decoder_gradient(sae.W_dec)
     if sae.grad_clip:
@@ -530,7 +490,7 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
     sae.count_step(len(batch.x))
     with torch.no_grad():
         sae.after_step(batch, progress)
-    return loss.detach(), {k: v.detach() for k, v in terms.items()}
+    return loss, terms
 
 
 def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
@@ -550,7 +510,8 @@ def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
 
 def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, interrupts) -> list[dict]:
     """Train all jobs to the end, continuing from out/checkpoint.pt where there is one; returns the rows of the training log."""
-    total, saved = count_steps(settings), load_checkpoint(out, jobs)
+    together = ranks.train_together(all(job.sae.data_parallel for job in jobs))
+    total, saved = count_steps(settings), load_checkpoint(settings, out, jobs)
     if not total:  # an SAE from elsewhere is only to be evaluated
         return []
     if saved and saved["step"] == total:
@@ -567,17 +528,25 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     def save(b: int) -> None:
         cursors = dict(stream.cursors)  # the stream lags where blocks came from the cache: the nearest cursor before is as good
         save_checkpoint(out, jobs, step, cursors[max(c for c in cursors if c <= b)], log, recent)
-        training_log.write(out, log)
         clock["checkpoint"] = time.monotonic()
 
+    def stop_if_asked(now: bool = True) -> None:
+        interrupts.deferred = together  # ranks stop at the same step: none may leave the others waiting in the middle of one
+        if now and ranks.any_host(interrupts.signal > 0):
+            raise KeyboardInterrupt("between steps")
+
     b = first
+    stop_if_asked()
     try:
         wanted = list(dict.fromkeys(job.attention for job in jobs if job.attention))
         for b, block in activation_blocks(settings, lm, stream, cache, first, wanted):
+            stop_if_asked()
+            if not block:  # the first rank has it, and trains
+                continue
             lap(clock, "activations")
             clock.update(start=clock["block"], line=clock["block"], step=step)  # speed and eta are the SAE steps' own
             if step == 0:
-                begin(jobs, block, fresh=not settings.init_from)
+                begin(settings, jobs, block, fresh=not settings.init_from)
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, step):  # noqa: B020
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
@@ -586,23 +555,25 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                 step += 1
                 if step % log_every == 0 or step == total:
                     x_of_job = {name: batch.x for name, batch in batch_of_job.items()}
-                    log += training_log.rows(jobs, recent, x_of_job, progress, settings.batch_size, clock, step)
+                    log += training_log.rows(jobs, recent, x_of_job, progress, settings.batch_size, clock, step, ranks.mean)
                     if time.monotonic() - clock["line"] > 30 or step == total:
                         clock["line"] = time.monotonic()
-                        training_log.write(out, log)
+                        if not ranks.number():
+                            training_log.write(out, log)
                         training_log.say_rows(log[-len(jobs):], total * settings.batch_size)
-                    if time.monotonic() - clock["checkpoint"] > settings.checkpoint_seconds or step == total:
+                    if ranks.any_host(time.monotonic() - clock["checkpoint"] > settings.checkpoint_seconds) or step == total:
                         save(b)
-                interrupts.deferred = False
-                if interrupts.signal:
-                    raise KeyboardInterrupt
+                stop_if_asked(not together or step % 8 == 0)
             lap(clock, "sae")
             block.clear()  # before the next block is made: one block at a time on the device
-    except KeyboardInterrupt:
-        if jobs[0].scale and not interrupts.deferred:  # a second signal may come in the middle of a step
-            training_log.check_finite(jobs, recent, step)
+    except KeyboardInterrupt as stop:
+        if jobs[0].scale and (stop.args or not interrupts.deferred):  # a second signal may come in the middle of a step
+            training_log.check_finite(jobs, recent, step, ranks.mean)
             save(b)
         raise
+    if ranks.is_sharded(jobs[0].sae) and not ranks.number():  # whole again, from the checkpoint of the last step
+        jobs[:] = make_jobs(settings, lm)
+        load_checkpoint(settings, out, jobs)
     say(f"training: {clock['activations']:.1f} s for texts and activations, {clock['sae']:.1f} s for SAE steps")
     return log
 
@@ -614,16 +585,26 @@ def lap(clock: dict, name: str) -> None:
     clock["block"] = now
 
 
-def begin(jobs: list[Job], block: dict[str, Tensor], fresh: bool) -> None:
+def begin(settings: Settings, jobs: list[Job], block: dict[str, Tensor], fresh: bool) -> None:
     """Measure the scale on the first block, in fp64, and let each fresh SAE initialise itself from normalised data."""
     for job in jobs:
         x_ND = block[f"x_{job.layer}"]
         if not job.scale:
-            job.scale = (sum(part.double().pow(2).sum().item() for part in x_ND.split(2**13)) / len(x_ND)) ** 0.5
+            norm = sum(part.double().pow(2).sum().item() for part in x_ND.split(2**13))
+            job.scale = (ranks.total(norm) / ranks.total(len(x_ND))) ** 0.5
             if not fresh:  # its weights took raw activations
                 interchange.rescale(job.sae, job.scale)
         if fresh:
-            job.sae.initialise(x_ND[:8192].float() / job.scale)
+            start = int(block["starts_W"][ranks.number()]) if ranks.sharing() > 1 else 0
+            job.sae.initialise(ranks.first_rows(x_ND, start, 8192).float() / job.scale)
+        shard(settings, job)
+
+
+def shard(settings: Settings, job: Job) -> None:
+    """Spread an SAE over the ranks, if that was asked for or is needed, with an optimiser of its own."""
+    if settings.shard and ranks.sharing() > 1:
+        ranks.shard(job.sae)
+        job.optimizer = make_optimizer(job.sae, settings.lr or job.sae.default_lr)
 
 
 def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: int, begins: int, first: int):
@@ -631,19 +612,25 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
 
     Each pass shuffles the block anew by (seed, block, pass) alone: its tokens, or its rows where a variant needs whole contexts.
     """
-    n, B, rows = len(block["place_N"]), settings.batch_size, int(block["place_N"][-1]) // settings.context + 1
+    B, rows = settings.batch_size, int(block["place_N"][-1]) // settings.context + 1
+    W, n = ranks.sharing(), int(block["starts_W"][-1]) if ranks.sharing() > 1 else len(block["place_N"])
     whole = any(job.sae.needs_contexts or job.sae.attention_layers for job in jobs)
     place_of = {job.name: (job.layer, job.attention) for job in jobs}  # SAEs of one place share what is gathered for a batch
+    shuffled = block
 
     def gathered(layer: int, attention, index: Tensor) -> dict[str, Tensor]:
         if whole:
             return contexts.gather(block, index, settings.context, layer, attention, settings.device)
-        return dict(x=block[f"x_{layer}"].index_select(0, index).float())
+        return dict(x=shuffled[f"x_{layer}"].index_select(0, index).float())
 
     for p in range(settings.passes):
         generator = torch.Generator().manual_seed(int(evals.cache.digest([settings.seed, b, p])[:15], 16))
         order = torch.randperm(rows if whole else n, generator=generator)
-        order = contexts.rows_of_step(rows, n // B, order) if whole else order.to(settings.device).split(B)
+        if W > 1:  # this rank's share of each batch, in the order in which it is needed
+            starts, order = block["starts_W"].tolist(), order[:n // B * B]
+            shuffled = {f"x_{layer}": ranks.in_order(block[f"x_{layer}"], starts, order, B) for layer in layers_of(settings)}
+            order = torch.arange(n // B * B // W)
+        order = contexts.rows_of_step(rows, n // B, order) if whole else order.to(settings.device).split(B // W)
         for i in range(n // B):
             step = begins + p * (n // B) + i
             if step >= first:
@@ -654,14 +641,18 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
 def save_checkpoint(out: Path, jobs: list[Job], step: int, cursor: dict, log: list[dict], recent: dict) -> None:
     """All that a resume needs, in one file, written to a temporary name and renamed."""
     state = dict(step=step, cursor=cursor, log=log, recent=recent, rng=environment.random_state(),
-                 saes={job.name: dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale) for job in jobs})
+                 saes={job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale))
+                       for job in jobs})
+    if ranks.number():
+        return
+    training_log.write(out, log)
     temporary = out / "checkpoint.pt.tmp"
     torch.save(state, temporary)
     os.replace(temporary, out / "checkpoint.pt")
 
 
-def load_checkpoint(out: Path, jobs: list[Job]) -> Optional[dict]:
-    """Put jobs and random state back to the last checkpoint, or return None."""
+def load_checkpoint(settings: Settings, out: Path, jobs: list[Job]) -> Optional[dict]:
+    """Put jobs and random state back to the last checkpoint, whatever the number of ranks was, or return None."""
     if not (out / "checkpoint.pt").exists():
         return None
     device = next(jobs[0].sae.parameters()).device
@@ -669,7 +660,9 @@ def load_checkpoint(out: Path, jobs: list[Job]) -> Optional[dict]:
     for job in jobs:
         saved = state["saes"][job.name]
         job.sae.load_state_dict(saved["sae"])
-        job.optimizer.load_state_dict(saved["optimizer"])
+        if state["step"] < count_steps(settings):
+            shard(settings, job)
+        ranks.load_optimizer(job.optimizer, saved["optimizer"])
         job.scale = saved["scale"]
     environment.set_random_state(state["rng"])
     say(f"continuing from step {state['step']:,}")
@@ -756,7 +749,7 @@ def hook_name(layer: int) -> str:
 
 def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict) -> dict:
     """final_info.json: one section per SAE, deterministic, made for `diff`."""
-    from evals import saebench, stored
+    from evals import stored
 
     module, chosen = variants.load(settings.variant), evals_of(settings)
     sections = {}
@@ -764,17 +757,8 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         last = next((row for row in reversed(log) if row["sae"] == job.name), dict(step=0, loss=None))
         means = {f"training.{k}": last[k] for k in last if k not in ("sae", "step", "loss", "tokens_per_s", "l0", "explained_variance")}
         means |= {"training.final_loss": last["loss"], "training.steps": last["step"]} if log else {}
-        stderrs, problems = {}, [f"the eval {name} failed: {type(e).__name__}: {str(e).splitlines()[0]}" for name, e in crashed.items()]
         means |= {f"variant.{k}": v for k, v in json.loads((out / "variant_report" / job.name / "numbers.json").read_text()).items()}
-        measured = {}
-        for name in chosen:
-            path = stored.path(out, name, job.name)
-            if path and name not in crashed:
-                result = saebench.read(path)
-                new_means, new_stderrs = saebench.flatten(result, name)
-                measured, stderrs = measured | new_means, stderrs | new_stderrs
-                problems += [f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in result.problems]
-        measured = {k: v for k, v in measured.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}
+        measured, stderrs, problems = stored.collected(out, chosen, job.name, crashed)
         config = dict(
             variant=variants.title(settings.variant), hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
             hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder), context=settings.context,
@@ -791,22 +775,28 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
 # ================================================================================================ main
 
 
-def run(settings: Settings, why: str, out: Path, state: str, info: dict, interrupts: Interrupts) -> dict[str, BaseException]:
+def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interrupts) -> dict[str, BaseException]:
     """The whole run, phase by phase; `info` (run_info.json) says at each moment which phase it is in. Returns the evals that crashed."""
     say(why)
     source = make_source(settings)
     cache = evals.cache.Cache(Path(settings.cache_dir) / "activations", settings.activation_cache_gb)
 
     with phase("preflight", info, out):
-        info["facts"] = preflight(settings, source)
-        runs.folder.write_bytes(out / "variant.py", variants.path(settings.variant).read_bytes())
-    with phase("language model", info, out):
+        info["facts"] = ranks.agreed(lambda: preflight(settings, source))
+        settings = dataclasses.replace(settings, **{name: info["facts"][name] for name in ("lm_batch_size", "shard")})
+        if not ranks.number():
+            runs.folder.write_bytes(out / "variant.py", variants.path(settings.variant).read_bytes())
+    with phase("language model", info, out), ranks.first_before_others():
+        language_model.compile_cache(Path(settings.cache_dir) / "kernels")
         lm = load_language_model(settings)
         info["model_digest"] = lm.digest
         say(f"language model: {lm.name}, {lm.n_layers} blocks, d_model {lm.d_model}, {settings.dtype} on {settings.device}")
     with phase("training", info, out):
         jobs = make_jobs(settings, lm)
         log = train(settings, lm, jobs, source, cache, out, interrupts)
+        ranks.leave()
+        if ranks.number():  # what follows, the first rank does alone
+            return {}
         for job in jobs:
             metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
                             prepend_bos=True, dataset_path=public_name(settings.dataset))
@@ -835,7 +825,8 @@ def run(settings: Settings, why: str, out: Path, state: str, info: dict, interru
 def phase(name: str, info: dict, out: Path):
     """Time a phase and name it in run_info.json, so that even a process killed without a word leaves its place."""
     info["phase"] = name
-    runs.folder.write_json(out / "run_info.json", info)
+    if not ranks.number():
+        runs.folder.write_json(out / "run_info.json", info)
     start = time.monotonic()
     yield
     info["seconds"][name] = round(info["seconds"].get(name, 0) + time.monotonic() - start, 1)
@@ -847,25 +838,29 @@ def main(argv: Optional[list[str]] = None) -> int:
     out, info, settings = None, dict(phase="settings", seconds={}), None
     try:
         settings, why = resolve(parse_settings(sys.argv[1:] if argv is None else argv))
-        settings = dataclasses.replace(settings, out_dir=settings.out_dir or runs.folder.next_free())
-        mark = fingerprint(settings)
-        state, lock = runs.folder.claim(settings.out_dir, mark)
-        out, interrupts = Path(settings.out_dir).resolve(), Interrupts()
+        ranks.join(settings.device)
+        settings = dataclasses.replace(settings, out_dir=ranks.agreed(lambda: settings.out_dir or runs.folder.next_free()))
+        mark, VOICE.silent = fingerprint(settings), ranks.number() > 0
+        state, lock = (None, None) if ranks.number() else runs.folder.claim(settings.out_dir, mark)  # held to the end
+        out, interrupts, state = Path(settings.out_dir).resolve(), Interrupts(), ranks.agreed(lambda: state)
         if state == "finished":
             say(f"{settings.out_dir} is already finished with these settings and this code; nothing to do")
             say("\n" + compare.summary(out))
             return 0
-        VOICE.log = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115  open to the end of the run
+        if not ranks.number():
+            VOICE.log = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115  open to the end of the run
         if state == "resume":
             before = json.loads((out / "run_info.json").read_text())
             how = "killed without a word, often for lack of memory" if before["status"] == "running" else before["status"]
             say(f"{settings.out_dir} was left in its phase {before['phase']!r} ({how}); continuing")
             info["seconds"] = before["seconds"]
-            (out / "error.json").unlink(missing_ok=True)
+            ranks.agreed(lambda: (out / "error.json").unlink(missing_ok=True))
         kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "cache_dir", "data_dir")}  # no paths
         info |= dict(status="running", fingerprint=mark, settings=kept, seed=settings.seed, versions=environment.versions(),
                      commit=environment.git_commit(), hardware=environment.hardware(settings.device))
-        crashed = run(settings, why, out, state, info, interrupts)
+        crashed = run(settings, why, out, info, interrupts)
+        if ranks.number():
+            return 0
         info["status"] = "failed" if crashed else "finished"
         runs.folder.write_json(out / "run_info.json", info)
         if not crashed:
@@ -877,11 +872,14 @@ def main(argv: Optional[list[str]] = None) -> int:
             return failure.report(error, f"eval {name}", out, variants.path(settings.variant))
         return 0
     except KeyboardInterrupt:
-        if out and "status" in info:
+        if out and "status" in info and not ranks.number():
             runs.folder.write_json(out / "run_info.json", info | dict(status="interrupted"))
-        print(f"interrupted in {info['phase']}: the same command continues", file=sys.stderr, flush=True)
+        if not ranks.number():
+            print(f"interrupted in {info['phase']}: the same command continues", file=sys.stderr, flush=True)
         return 128 + (interrupts.signal if out else signal.SIGINT)
     except Exception as error:  # noqa: BLE001  every failure ends in the same few lines
+        if ranks.number():  # the first rank's folder is not this one's to write in
+            return failure.report(error, f"{info['phase']}, rank {ranks.number()}", None, None)
         if out and "status" in info:
             runs.folder.write_json(out / "run_info.json", info | dict(status="failed"))
         try:

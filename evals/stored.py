@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import nn
+
+from evals import saebench
 
 
 def path(out: Path, name: str, sae: str) -> Optional[Path]:
@@ -21,6 +24,20 @@ def is_done(out: Path, name: str, sae: str, depends_on: str) -> bool:
     result = path(out, name, sae)
     note = result and result.with_suffix(".depends_on")
     return bool(note and note.exists() and json.loads(note.read_text()) == depends_on)
+
+
+def collected(out: Path, names: Iterable[str], sae: str, crashed: dict[str, BaseException]) -> tuple[dict, dict, list[str]]:
+    """Means, standard errors and problems of one SAE over the evals `names`; of a crashed one the problem alone."""
+    means, stderrs = {}, {}
+    problems = [f"the eval {name} failed: {type(e).__name__}: {str(e).splitlines()[0]}" for name, e in crashed.items()]
+    for name in names:
+        file = path(out, name, sae)
+        if file and name not in crashed:
+            result = saebench.read(file)
+            new_means, new_stderrs = saebench.flatten(result, name)
+            means, stderrs = means | new_means, stderrs | new_stderrs
+            problems += [f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in result.problems]
+    return {k: v for k, v in means.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}, stderrs, problems
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -109,7 +109,7 @@ def memory_available(device: str) -> float:
         container = float("inf") if limit == "max" else int(limit) - used
     except (OSError, ValueError):
         container = float("inf")
-    return min(psutil.virtual_memory().available, container)
+    return min(psutil.virtual_memory().available, container) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this host
 
 
 def matmul_rate(device: str, dtype) -> float:

@@ -16,13 +16,14 @@ from runs.voice import duration, say
 GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no measurement, that is the core eval's
 
 
-def check_finite(jobs: list, recent: dict, step: int) -> None:
+def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks=lambda values: values) -> None:
     """Stop at the first loss that is not finite or has exploded, naming the step and the term. Reads the device once per job."""
     for job in jobs:
         if not recent[job.name]:
             continue
         names = ["loss", *recent[job.name][0][1]]
-        values = torch.stack([torch.stack([loss, *terms.values()]).float() for loss, terms in recent[job.name]]).cpu()
+        values = torch.stack([torch.stack([loss, *terms.values()]).float() for loss, terms in recent[job.name]])
+        values = mean_over_ranks(values).cpu()  # so that all of them stop
         bad = ~values.isfinite() | (values.abs() > 1e6)  # E‖x‖² = 1, so a loss starts near 1
         if bad.any():
             row = int(bad.any(1).nonzero()[0])
@@ -33,9 +34,14 @@ def check_finite(jobs: list, recent: dict, step: int) -> None:
 
 
 @torch.no_grad()
-def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_size: int, clock: dict, step: int) -> list[dict]:
+def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_size: int, clock: dict, step: int,
+         mean_over_ranks=lambda values: values) -> list[dict]:
     """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share. Measuring changes no SAE."""
-    check_finite(jobs, recent, step)
+    check_finite(jobs, recent, step, mean_over_ranks)
+
+    def mean(tensors) -> float:
+        return float(mean_over_ranks(torch.stack([t.double() for t in tensors]).mean()))
+
     now, found = time.monotonic(), []
     rate = (step - clock["step"]) * batch_size / max(now - clock["start"], 1e-9)
     for job in jobs:
@@ -52,10 +58,6 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
         recent[job.name].clear()
     clock.update(start=time.monotonic(), step=step)
     return found
-
-
-def mean(tensors) -> float:
-    return float(torch.stack([t.double() for t in tensors]).mean())
 
 
 def say_rows(rows: list[dict], total_tokens: int) -> None:

@@ -13,8 +13,11 @@ class Voice:
 
     def __init__(self):
         self.log: Optional[io.TextIOBase] = None
+        self.silent = False  # of several processes, one speaks
 
     def say(self, text: str) -> None:
+        if self.silent:
+            return
         print(text, flush=True)
         if self.log:
             print(text, file=self.log, flush=True)
@@ -27,7 +30,7 @@ class Voice:
 
     def track(self, items, label: str, total: int, unit: str, size=lambda item: 1):
         """Yield the items; every 30 s say how far, how fast and how long still."""
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not self.silent:
             from tqdm import tqdm
 
             with tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stdout, leave=False) as bar:

@@ -1,17 +1,26 @@
 """The language model, its token stream and its buffer, against the plain Hugging Face model."""
 
 import dataclasses
+import math
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.models.gemma2 import modeling_gemma2
 
 import evals.cache
 import experiment
 import variants
 from evals import data, embedded, tiny
-from evals.language_model import assert_soft_capping
+from evals.language_model import ROUNDING, assert_soft_capping, compile_cache, run_block
 from variants import contexts
+
+EAGER = modeling_gemma2.eager_attention_forward  # TransformerLens puts its own in the place of this one, for the rest of the process
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +71,123 @@ def test_dropped_soft_capping_is_noticed(cache, monkeypatch):
     folder = tiny.model_folder(cache, "gemma2")
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     assert_soft_capping(hf)
-    from transformers.models.gemma2 import modeling_gemma2
-
     original = modeling_gemma2.eager_attention_forward
     monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", lambda *a, **k: original(*a, **{**k, "softcap": None}))
     with pytest.raises(RuntimeError, match="soft-capping"):
         assert_soft_capping(hf)
+
+
+def compiled_model(cache, monkeypatch, architecture, flex_from=math.inf, backend=None):
+    """A tiny model whose training passes are compiled, and the list of graphs that the backend was given."""
+    torch.compiler.reset()
+    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", EAGER)
+    lm = experiment.load_language_model(settings_for(cache, f"--model={tiny.model_folder(cache, architecture)}"))
+    assert lm.compiled is None  # on CPU nothing is compiled unasked
+    lm.flex_from, graphs = flex_from, []
+    lm.compiled = torch.compile(run_block, dynamic=False, backend=backend or (lambda graph, inputs: graphs.append(graph) or graph))
+    return lm, graphs
+
+
+def differences(lm, tokens_BT, layers, rows):
+    """{layer: mean over tokens of |x - plain| / |plain|} of a training pass, after a check of its shapes."""
+    x, plain = lm.training_residuals(tokens_BT, layers, rows), lm.residuals(tokens_BT, layers)
+    assert {layer: x_BTD.shape for layer, x_BTD in x.items()} == {layer: x_BTD.shape for layer, x_BTD in plain.items()}
+    return {layer: ((x[layer] - plain[layer]).norm(dim=-1) / plain[layer].norm(dim=-1)).mean().item() for layer in layers}
+
+
+@pytest.mark.parametrize("architecture, flex_from, most", [("gemma2", math.inf, 1), ("llama", math.inf, 1), ("gemma2", 0, 2)])
+def test_compiled_blocks_are_few_equal_the_plain_ones_and_leave_no_trace(cache, monkeypatch, architecture, flex_from, most):
+    """Fails if a block, a pass or a short batch is compiled anew, filling shows, a mask or the cap is lost, or evals see it.
+
+    Flex attention has one graph for each kind of mask, and Gemma-2 has two kinds: 2 graphs; else 1, whatever the number of blocks.
+    """
+    lm, graphs = compiled_model(cache, monkeypatch, architecture, flex_from)
+    generator, blocks, kind = torch.Generator().manual_seed(0), list(lm.blocks), lm.hf.config._attn_implementation
+    for rows in (7, 7, 3):
+        tokens_BT = torch.randint(5, 60, (rows, 24), generator=generator)
+        assert max(differences(lm, tokens_BT, [0, 3], 7).values()) < 1e-5
+    assert len(graphs) == most and lm.compiled and lm.flex_from == flex_from
+    assert lm.hf.config._attn_implementation == kind and not any("forward" in block.__dict__ for block in blocks)
+    monkeypatch.undo()
+    _ = lm.bridge
+    lm.training_residuals(torch.randint(5, 60, (2, 16)), [0], 5)  # a new shape
+    assert len(graphs) == most
+
+
+def no_compiler(graph, inputs):
+    raise FileNotFoundError("no C compiler found")
+
+
+def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, capsys):
+    """Fails if a run ends, or goes on with other residuals or without a word, where compiling or flex attention is broken."""
+    tokens_BT, flex = torch.randint(5, 60, (3, 24)), AttentionInterface._global_mapping["flex_attention"]
+    lm, _ = compiled_model(cache, monkeypatch, "gemma2", backend=no_compiler)
+    assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
+    assert "no C compiler found" in capsys.readouterr().out
+    lm, _ = compiled_model(cache, monkeypatch, "gemma2")
+    lm.compiled = lambda *args, **kwargs: run_block(*args, **kwargs) * (1 + 3 * ROUNDING[torch.float32])
+    assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
+    assert "block 1 differ from the plain pass's by 0.0" in capsys.readouterr().out
+    lm, graphs = compiled_model(cache, monkeypatch, "gemma2", flex_from=0)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", lambda *a, **k: flex(*a, **{**k, "softcap": None}))
+    assert differences(lm, tokens_BT, [1], 3)[1] < 1e-5 and lm.flex_from == math.inf and len(graphs) == 1  # compiled, with eager attention
+    assert "drops Gemma-2's soft-capping" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_for_the_caller(cache, monkeypatch):
+    """Fails if a compiled pass without memory is taken for one that does not compile: the batch would not be halved."""
+    def small_card(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    lm, _ = compiled_model(cache, monkeypatch, "llama")
+    lm.compiled = small_card
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        lm.training_residuals(torch.randint(5, 60, (3, 24)), [1], 3)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that a GPU's host would wait for: a number is read, or a shape depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default):
+            self.seen.append(function)
+        return function(*args, **kwargs or {})
+
+
+def test_training_passes_do_not_wait_for_the_device(cache, monkeypatch):
+    """Fails if a pass after the first makes masks anew, which asks the device whether positions are consecutive."""
+    lm, _ = compiled_model(cache, monkeypatch, "gemma2")
+    lm.compiled, tokens_BT = run_block, torch.randint(5, 60, (3, 24))
+    lm.training_residuals(tokens_BT, [2], 3)
+    with Waits() as waits:
+        lm.training_residuals(tokens_BT[:2], [2], 3)
+    assert not waits.seen
+    with Waits() as waits:
+        lm.residuals(tokens_BT, [2])
+    assert waits.seen  # the plain pass does
+
+
+has_compiler = shutil.which(os.environ.get("CXX", "g++")) and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+@pytest.mark.skipif(not has_compiler, reason="inductor needs a C++ compiler and Python's headers")
+def test_inductor_agrees_with_the_plain_pass(cache, monkeypatch, capsys):
+    """Fails if the default backend does not take the block, or its kernels give other residuals."""
+    lm, _ = compiled_model(cache, monkeypatch, "gemma2", backend="inductor")
+    assert max(differences(lm, torch.randint(5, 60, (5, 24)), [0, 2], 8).values()) < 1e-5
+    assert lm.compiled and "no compiled blocks" not in capsys.readouterr().out
+
+
+def test_kernels_are_kept_where_the_user_says(tmp_path, monkeypatch):
+    """Fails if a folder that the user has set is not used, or a second call moves the cache."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "given")
+    assert compile_cache(tmp_path) == Path("given")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert compile_cache(tmp_path / "a") == compile_cache(tmp_path / "b") == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "a"
 
 
 class Words:

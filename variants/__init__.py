@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-SHARED = {"__init__", "base", "compat", "contexts", "imperative", "interchange", "saving"}  # modules of this package that are no variants
+# modules of this package that are no variants
+SHARED = {"__init__", "base", "compat", "contexts", "imperative", "interchange", "ranks", "saving"}
 
 
 def names() -> list[str]:
@@ -132,6 +133,21 @@ def parse_hyper(module: ModuleType, text: str) -> dict[str, object]:
         except (ValueError, SyntaxError):
             given[key] = value  # a bare word is a string
     return given
+
+
+def parse_sweep(module: ModuleType, text: str) -> dict[str, dict[str, object]]:
+    """`k=20,40` -> {".k_20": {"k": 20}, ".k_40": {"k": 40}}; of several, `k=20,40,auxk_alpha=0,0.03`, every combination; "" -> {"": {}}."""
+    axes: list[list[dict]] = []
+    for item in split(text) if text else []:
+        if "=" in item:  # the next hyper-parameter begins
+            axes.append([])
+        elif not axes:
+            raise ValueError(f"--sweep {text} does not begin with a name\n"
+                             "write --sweep k=20,40,80 or --sweep k=20,40,auxk_alpha=0,0.03")
+        key = item.partition("=")[0] if "=" in item else next(iter(axes[-1][0]))
+        axes[-1].append(parse_hyper(module, item if "=" in item else f"{key}={item}"))
+    combined = [{k: v for h in each for k, v in h.items()} for each in itertools.product(*axes)]
+    return {"".join(f".{k}_{v}" for k, v in h.items()): h for h in combined}
 
 
 def build(module: ModuleType, d_in: int, d_sae: int, hyper: dict[str, object], setting: dict | None = None):

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from variants import ranks
+
 # ------------------------------------------------------------------------------------------------ what a variant receives
 
 
@@ -106,6 +108,8 @@ class SAE(nn.Module):
     needs_contexts = False  # batches of whole, ordered contexts with tokens and positions
     attention_layers: tuple[int, ...] = ()  # attention patterns of these layers, relative to the SAE's own; implies needs_contexts
     attention_threshold: float | None = None  # only the pairs above it, as a list, instead of dense patterns
+    data_parallel = False  # under torchrun: share every batch among the ranks. For losses that are means over tokens, or use ranks.mean
+    #                        and the functions below for what is not; else one rank trains, and the others run the language model only
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
@@ -121,6 +125,7 @@ class SAE(nn.Module):
         # int64: a feature's age in tokens passes 2**31 in long runs
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         self._fired_F: Tensor | None = None
+        self.parts = 1  # in which a batch is worked on: more, where it did not fit the memory
 
     # -- the model
 
@@ -183,26 +188,65 @@ class SAE(nn.Module):
 
     def note_fired(self, z_BF: Tensor) -> None:
         """Remember which features this batch fired; the counters move once per step, in `count_step`."""
-        self._fired_F = (z_BF.detach() > 0).flatten(0, -2).any(0)
+        self._note((z_BF.detach() > 0).flatten(0, -2).any(0))
 
     def note_fired_indices(self, z_BK: Tensor, index_BK: Tensor) -> None:
         """The same for the sparse form: kept values and their feature numbers."""
         fired_F = torch.zeros(self.d_sae, device=z_BK.device, dtype=z_BK.dtype)
         # amax over the kept values has no data-dependent shape, so nothing waits for the device
         fired_F.scatter_reduce_(0, index_BK.flatten(), z_BK.detach().flatten(), "amax")
-        self._fired_F = fired_F > 0
+        self._note(fired_F > 0)
+
+    def _note(self, fired_F: Tensor) -> None:
+        self._fired_F = fired_F if self.parts == 1 or self._fired_F is None else self._fired_F | fired_F
 
     @torch.no_grad()
     def count_step(self, tokens: int) -> None:
         """Age every feature by a batch and reset those that fired; called by the trainer once per step."""
         if self._fired_F is not None:
-            self.tokens_since_fired += tokens
-            self.tokens_since_fired.masked_fill_(self._fired_F, 0)
+            self.tokens_since_fired += tokens * ranks.sharing()
+            self.tokens_since_fired.masked_fill_(ranks.any_of(self._fired_F), 0)
             self._fired_F = None
 
     def dead_features(self, progress: Progress) -> Tensor:
         """Mask [F] of features silent for 10 M tokens, or for a tenth of a run shorter than 100 M (VARIANTS, auxk)."""
         return self.tokens_since_fired >= min(10_000_000, progress.total_tokens // 10)
+
+
+def gradients(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and terms of a batch, without graph, and the gradients in .grad; in parts from where the memory of a GPU is too small on.
+
+    The mean over equal parts is exact for a loss that is a mean over tokens; what is chosen over a batch is then chosen over each
+    part. torch.OutOfMemoryError where a variant is not `data_parallel`, or ranks share the batch: one cannot part it alone.
+    """
+    while True:
+        sae.zero_grad(set_to_none=True)
+        try:
+            return _accumulated(sae, batch, progress)
+        except torch.OutOfMemoryError:
+            if not sae.data_parallel or ranks.sharing() > 1 or 2 * sae.parts > len(batch.x):
+                raise
+        # here, where the traceback no longer holds the tensors of the attempt
+        sae.parts *= 2
+        sae._fired_F = None
+        if batch.x.is_cuda:
+            torch.cuda.empty_cache()
+        say(f"out of GPU memory: going on with each batch in {sae.parts} parts of {len(batch.x) // sae.parts} tokens")
+
+
+def _accumulated(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    found = []
+    for part in [batch] if sae.parts == 1 else [Batch(x_BD) for x_BD in batch.x.chunk(sae.parts)]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
+            loss, terms = sae.loss(part, progress)
+        if sae.parts > 1:
+            share = len(part.x) / len(batch.x)
+            loss, terms = loss * share, {name: term * share for name, term in terms.items()}
+        loss.backward()
+        found.append((loss.detach(), {name: term.detach() for name, term in terms.items()}))
+    if len(found) == 1:
+        return found[0]
+    return sum(loss for loss, _ in found), {name: sum(terms[name] for _, terms in found) for name in found[0][1]}
 
 
 # ------------------------------------------------------------------------------------------------ shared mathematics
@@ -275,7 +319,7 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
     z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]  # fewer dead features than k_aux: the rest is 0
     target_BD = e_BD.detach()
     error = reconstruction_loss(target_BD - decode_sparse(z_BK, index_BK, sae.W_dec))
-    variance = (target_BD - target_BD.mean(0)).pow(2).sum(-1).mean()
+    variance = ranks.mean((target_BD - ranks.mean(target_BD.mean(0))).pow(2).sum(-1).mean())
     return (error / variance.clamp_min(1e-12)) * dead_F.any()
 
 
@@ -359,7 +403,7 @@ def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float =
     Starts at the first value seen and not at 0, so that a short run's threshold is not biased low.
     """
     if progress.step >= min(1000, 0.05 * progress.total_steps):
-        smallest = torch.where(kept > 0, kept, torch.inf).amin().to(theta.dtype)
+        smallest = ranks.smallest(torch.where(kept > 0, kept, torch.inf).amin().to(theta.dtype))
         new = torch.where(theta < 0, smallest, theta.lerp(smallest, 1 - decay))
         theta.copy_(torch.where(smallest.isfinite(), new, theta))
 
@@ -412,8 +456,13 @@ class TrainedSAE(nn.Module):
 
 
 def batch_topk(acts_BF: Tensor, k: int) -> Tensor:
-    """Mask [B, F] of exactly k·B entries: the largest of the whole batch."""
+    """Mask [B, F] of exactly k·B entries: the largest of the whole batch, of which each rank may hold a share."""
     flat, n = acts_BF.detach().flatten(), k * len(acts_BF)
+    if ranks.sharing() > 1:
+        n *= ranks.sharing()
+        mine = flat.topk(min(n, len(flat)), sorted=False).values
+        bound = ranks.gathered(mine).topk(n, sorted=False).values.amin()
+        return (acts_BF.detach() >= bound) & (acts_BF.detach() > 0)
     index = _largest_on_cpu(flat, n) if flat.device.type == "cpu" else flat.topk(n, sorted=False).indices
     return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, index, True).view_as(acts_BF)
 

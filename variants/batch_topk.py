@@ -16,6 +16,7 @@ class SAE(base.SAE):
     """BatchTopK SAE. k: features kept per token on average; auxk_alpha: weight of the loss that revives dead features."""
 
     unit_norm_decoder = True
+    data_parallel = True
     grad_clip = 1.0
 
     def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32):

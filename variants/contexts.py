@@ -149,5 +149,5 @@ def gather(block: dict[str, Tensor], rows: Tensor, context: int, layer: int, att
 
 def placed(block: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     """A block's tensors where batches are put together from them: indices on the host, the others on the device."""
-    on_host = ("place_N", "pair_query_P", "pair_key_P")
+    on_host = ("place_N", "pair_query_P", "pair_key_P", "starts_W")
     return {name: tensor.to("cpu" if name.endswith(on_host) else device) for name, tensor in block.items()}

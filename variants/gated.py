@@ -16,6 +16,7 @@ class SAE(base.SAE):
     """Gated SAE: one encoder decides what fires and, rescaled, how much. l1_penalty: λ, for activations with E‖x‖² = 1."""
 
     unit_norm_decoder = True
+    data_parallel = True
     adam_betas = (0.0, 0.999)
     saelens = "gated"
 

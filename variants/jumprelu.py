@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from variants import base
+from variants import base, ranks
 
 
 class JumpReLU(torch.autograd.Function):
@@ -36,6 +36,7 @@ class SAE(base.SAE):
     """JumpReLU SAE. target_l0: features active per token; bandwidth: ε, width of the window in which theta feels a gradient."""
 
     unit_norm_decoder = True
+    data_parallel = True
     grad_clip = 1.0
     adam_betas = (0.0, 0.999)
     saelens = "jumprelu"
@@ -64,7 +65,7 @@ class SAE(base.SAE):
         z_BF, l0_B = JumpReLU.apply(z_pre_BF, self.theta, self.bandwidth)
         self.note_fired(z_BF)
         reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
-        sparsity = (l0_B.mean() / self.target_l0 - 1) ** 2
+        sparsity = (ranks.mean(l0_B.mean()) / self.target_l0 - 1) ** 2
         return reconstruction + progress.sparsity_warmup() * sparsity, {"reconstruction": reconstruction, "sparsity": sparsity}
 
     def after_step(self, batch, progress):

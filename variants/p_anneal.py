@@ -9,7 +9,7 @@ Initialisation and optimiser of the standard SAE: rows of norm .1, W_enc = W_dec
 import torch
 from torch.nn import functional as F
 
-from variants import base
+from variants import base, ranks
 
 MOVES = 10
 EPSILON = 1e-4  # z^p is taken as (z + ε)^p where z > 0: at z = 0 the slope is p·ε^(p−1), 317 at p = .2, instead of infinite
@@ -19,6 +19,7 @@ class SAE(base.SAE):
     """p-annealing SAE. l1_penalty: α while p = 1, for E‖x‖² = 1; anneal_start: share of the run before p moves."""
 
     unit_norm_decoder = True
+    data_parallel = True
     saelens = "standard"
 
     def __init__(self, d_in, d_sae, l1_penalty=0.06, p_end=0.2, anneal_start=0.5):
@@ -54,5 +55,6 @@ class SAE(base.SAE):
         if p != self._p:  # after a resume also where p does not change: α is then multiplied by exactly 1
             z_BF, self._p = self.encode(batch.x), p
             new = torch.full_like(self.p, p)
-            self.alpha *= self.power_sum(z_BF, self.p).clamp_min(1e-12) / self.power_sum(z_BF, new).clamp_min(1e-12)
+            old_sum, new_sum = (ranks.mean(self.power_sum(z_BF, p)).clamp_min(1e-12) for p in (self.p, new))
+            self.alpha *= old_sum / new_sum
             self.p.copy_(new)

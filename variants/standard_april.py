@@ -13,6 +13,7 @@ class SAE(base.SAE):
     """L1 SAE with free decoder norms. l1_penalty: λ, for activations with E‖x‖² = 1."""
 
     grad_clip = 1.0
+    data_parallel = True
     saelens = "standard"
 
     def __init__(self, d_in, d_sae, l1_penalty=0.25):

@@ -15,6 +15,7 @@ class SAE(base.SAE):
     """TopK SAE. k: features kept per token; auxk_alpha: weight of the loss that revives dead features."""
 
     unit_norm_decoder = True
+    data_parallel = True
     grad_clip = 1.0
     saelens = "topk"
 

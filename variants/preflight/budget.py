@@ -6,6 +6,11 @@ libraries of the evals; nothing of it lies in a GPU's memory, where the allocato
 
 from __future__ import annotations
 
+import math
+
+import torch
+
+from variants import ranks
 from variants.preflight.check import Findings, too_large
 
 PROCESS = {"cpu": 0.42e9, "cuda": 0.0}  # Python, torch, transformers, texts
@@ -17,17 +22,28 @@ ACHIEVED = {"cpu": 0.8, "cuda": 0.4}  # shares of the matrix-product rate seen i
 
 
 def need(findings: Findings, copies: int, shape: dict, block_tokens: int, lm_tokens: int, itemsize: int, evals: bool,
-         device: str) -> dict[str, float]:
+         device: str, spread: int = 1) -> dict[str, float]:
     """Bytes by part for `copies` SAEs like the largest one, with gradients and Adam's two moments, stepped one after the other.
 
     shape: d_model and bytes of the language model; `block_tokens` times layers are kept, `lm_tokens` make one pass of the model, both
-    with `itemsize` bytes a number. `training` and `evals` are not needed at the same time: see `peak`.
+    with `itemsize` bytes a number. `training` and `evals` are not needed at the same time: see `peak`. An SAE may be `spread` over
+    ranks; then its whole parameters and gradients are there beside its part of everything for the time of a step.
     """
     row = shape["d_model"] * itemsize
     features = FEATURES * 4 * lm_tokens * findings.parameters // (2 * shape["d_model"])
-    return dict(process=PROCESS[device], lm=shape["bytes"], saes=copies * (4 * findings.parameter_bytes + findings.buffer_bytes),
+    saes = copies * (4 * findings.parameter_bytes / spread + findings.buffer_bytes) + 2 * findings.parameter_bytes * (spread > 1)
+    return dict(process=PROCESS[device], lm=shape["bytes"], saes=saes,
                 training=findings.step_peak_bytes + block_tokens * row + lm_tokens * PASS_WIDTHS * row,
                 evals=evals * (EVAL_LIBRARIES[device] + LOGITS[device] + features))
+
+
+def rows_per_pass(free: float, context: int, row_bytes: int, device: str) -> int:
+    """Rows of a language-model pass: a power of two, within an eighth of the `free` bytes, no more tokens than still make it faster.
+
+    A GPU's matrix products reach their rate from some 10⁴ tokens on; on a CPU the caches are full with 2¹¹.
+    """
+    tokens = min(free / 8 / (PASS_WIDTHS * row_bytes), 2**16 if device == "cuda" else 2**11)
+    return 2 ** max(0, int(math.log2(max(tokens / context, 1))))
 
 
 def peak(parts: dict[str, float]) -> float:
@@ -35,13 +51,34 @@ def peak(parts: dict[str, float]) -> float:
     return parts["process"] + parts["lm"] + parts["saes"] + max(parts["training"], parts["evals"])
 
 
-def check(findings: Findings, copies: int, parts: dict[str, float], available: float) -> None:
-    """MemoryError with the largest tensor and the advice where the peak exceeds what is available, in bytes."""
-    message = too_large(findings, int(available - peak(parts) + parts["saes"] / copies + findings.step_peak_bytes))
-    if message:
-        raise MemoryError(message)
+def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Findings], evals: bool, sharing: int, available: float,
+         matmul_rate: float) -> tuple[str, dict, str]:
+    """What a run with these settings needs of a rank's machine: in one line, as facts, and the problem where it does not fit, else "".
 
-
-def seconds(flops: float, matmul_rate: float, device: str) -> float:
-    """Time for so many floating-point operations on a machine whose matrix products reach `matmul_rate` a second."""
-    return flops / matmul_rate / ACHIEVED[device]
+    Memory `available` in bytes, `matmul_rate` in FLOP/s; `sharing`: ranks that share a batch. The facts also hold what follows
+    from it: `lm_batch_size`, rows of a language-model pass, and `shard`, whether SAEs are spread over the ranks.
+    """
+    largest, copies = max(findings, key=lambda f: f.parameter_bytes + f.step_peak_bytes), len(layers) * len(findings)
+    itemsize, rows = getattr(torch, settings.dtype).itemsize, settings.lm_batch_size
+    if rows == "auto":
+        rows = rows_per_pass(available - shape["bytes"], settings.context, shape["d_model"] * itemsize, settings.device)
+    block = min(settings.block_tokens, settings.num_tokens) * len(layers)
+    block = 2 * block // sharing if sharing > 1 else block  # there twice while the ranks exchange it
+    lm_tokens = rows * settings.context
+    needs = [need(largest, copies, shape, block, lm_tokens, itemsize, evals, settings.device, spread) for spread in (1, sharing)]
+    shard = sharing > 1 and (settings.shard or peak(needs[0]) > available)
+    parts, all_ranks = needs[shard], ranks.count()
+    flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) / all_ranks
+                                       + 3 * settings.passes * copies * largest.parameters / sharing)
+    line = "  ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
+    line += (f"  -> peak {peak(parts) / 1e9:.2f} GB of {available / 1e9:.1f} GB on {settings.device}; {copies} SAE{'s' * (copies > 1)} of "
+             f"{largest.parameters:,} parameters, {steps:,} steps of {settings.batch_size:,} tokens")
+    if settings.lm_batch_size == "auto":
+        line += f", {rows} rows of {settings.context} tokens a language-model pass"
+    if all_ranks > 1:
+        line += f", {all_ranks} processes: " + ("each SAE spread over them" if shard else "each with its share of every batch"
+                                                if sharing > 1 else "each with its share of the language model's passes, one with the SAEs")
+    facts = dict(forecast_bytes=parts | dict(peak=peak(parts), available=available), lm_batch_size=rows, shard=shard,
+                 forecast_training_seconds=round(flops / matmul_rate / ACHIEVED[settings.device]))
+    room = int(available - peak(parts) + parts["saes"] / copies + largest.step_peak_bytes)
+    return line, facts, too_large(largest, room) or ""

@@ -119,6 +119,12 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
                     (n_bytes, shape, place), notes)
 
 
+def references(name: str) -> list[Path]:
+    """Variants that this one must not equal: the others here, and those stored with the baselines as they ran."""
+    others = [file for file in map(variants.path, variants.names()) if file.resolve() != variants.path(name).resolve()]
+    return others + sorted(Path(__file__).parents[2].glob("runs/baseline/*/*/variant.py"))
+
+
 def untrained(name: str, hyper: dict, d_in: int, d_sae: int) -> Findings:
     """The figures of an SAE that is only to be evaluated."""
     v = read(name, hyper)

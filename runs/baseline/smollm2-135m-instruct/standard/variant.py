@@ -13,6 +13,7 @@ class SAE(base.SAE):
     """Vanilla L1 SAE. l1_penalty: λ, for activations with E‖x‖² = 1."""
 
     unit_norm_decoder = True
+    data_parallel = True
     saelens = "standard"
 
     def __init__(self, d_in, d_sae, l1_penalty=0.1):

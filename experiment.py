@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -416,9 +417,11 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
         try:
             kept, pattern = (lm.residuals_and_attention(tokens_BT, layers, attending) if attending
                              else (lm.training_residuals(tokens_BT, layers, batch), {}))
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
+            kept = None
             if batch == 1:
                 raise
+        if kept is None:  # here, where the traceback no longer holds the tensors of the attempt
             batch = batch // 2
             say(f"out of GPU memory: going on with a language-model batch of {batch} rows")
             torch.cuda.empty_cache()
@@ -724,6 +727,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
                     results = evals.load(name).run(make_setup(settings, asked, layer, config, source, cache), pending)
             except Exception as error:  # noqa: BLE001  one eval's crash must not cost the others' results
                 crashed[name] = error
+                traceback.clear_frames(error.__traceback__)  # they hold what lies in the GPU's memory
                 say(f"eval {name} failed: {type(error).__name__}: {error}")
                 continue
             for sae, result in results.items():
@@ -846,6 +850,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         if state == "finished":
             say(f"{settings.out_dir} is already finished with these settings and this code; nothing to do")
             say("\n" + compare.summary(out))
+            ranks.leave()
             return 0
         if not ranks.number():
             VOICE.log = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115  open to the end of the run
@@ -876,6 +881,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             runs.folder.write_json(out / "run_info.json", info | dict(status="interrupted"))
         if not ranks.number():
             print(f"interrupted in {info['phase']}: the same command continues", file=sys.stderr, flush=True)
+        ranks.leave()
         return 128 + (interrupts.signal if out else signal.SIGINT)
     except Exception as error:  # noqa: BLE001  every failure ends in the same few lines
         if ranks.number():  # the first rank's folder is not this one's to write in

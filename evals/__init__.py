@@ -16,6 +16,7 @@ and, where it applies,
 
 `facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and instruct_model,
 the name of the instruction-tuned model that evals with INSTRUCT get, or None.
+Passes of the language model and encodings go through evals.memory, which halves what does not fit on the GPU.
 An eval never changes the language model, the SAEs or the global random state; it seeds generators of its own from setup.seed.
 """
 
@@ -53,6 +54,7 @@ class Setup:
     say: Callable[[str], None]  # one progress line
     # (items, label, total, unit, size of an item = 1) -> the items, with a progress bar or now and then a line with an ETA
     track: Callable = lambda items, *about: items
+    fits: dict[str, int] = field(default_factory=dict)  # {what: how much of it the GPU held at once}, kept by evals.memory
 
 
 @dataclass
@@ -102,8 +104,10 @@ def declared(name: str, constant: str):
 
     Read from the source without importing it: `--help` and `runs.compare` need the names, not scikit-learn and torch.
     """
-    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
-    for node in tree.body:
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    if constant not in source:  # parsing takes a hundred times as long as reading
+        return None
+    for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == constant for t in node.targets):
             return ast.literal_eval(node.value)
     return None

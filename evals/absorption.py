@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evals import Result, first_letter, pooling, probes
+from evals import Result, first_letter, memory, pooling, probes
 from evals.first_letter import LETTERS, NoScore
 
 EVAL_TYPE_ID = "absorption_first_letter"
@@ -135,15 +136,15 @@ def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict
     batch = config["k_sparse_probe_batch_size"]
 
     def encode(x_bD: Tensor) -> Tensor:
-        z_bF = sae.encode(x_bD.to(device).float())
+        z_bF = memory.by_rows(setup, "the features of words", lambda x_rD: sae.encode(x_rD.to(device).float()), x_bD)
         if bad := int((~z_bF.isfinite()).any(1).sum()):
             raise NoScore(f"NaN or inf in the features of {bad} of a batch of {len(z_bF)} words")
         return z_bF
 
-    rows_of = _features(encode, found["train_x"].to(device), batch)
-    W_LF, _ = first_letter.fit_letters(rows_of, found["train_letter"], rows_of(torch.arange(1)).shape[1], batch,
-                                       config["k_sparse_probe_num_epochs"], config["k_sparse_probe_l1_decay"], 1e-6,
-                                       probes.generator(setup.seed, "first letter", "SAE"), device)
+    rows_of = _features(setup, encode, found["train_x"].to(device), batch)
+    W_LF, _ = memory.undivided(setup, "the letters' probes", lambda: first_letter.fit_letters(
+        rows_of, found["train_letter"], rows_of(torch.arange(1)).shape[1], batch, config["k_sparse_probe_num_epochs"],
+        config["k_sparse_probe_l1_decay"], 1e-6, probes.generator(setup.seed, "first letter", "SAE"), device), "k_sparse_probe_batch_size")
     # by signed weight: only a feature that speaks for the letter can be the letter's
     ranked_Lk = W_LF[good].argsort(dim=1, descending=True, stable=True)[:, :config["max_k_value"]]
     train_NC, test_NC = (torch.cat([encode(x)[:, ranked_Lk.flatten()].cpu() for x in found[f"{side}_x"].split(batch)]).numpy()
@@ -158,12 +159,10 @@ def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict
         main = ranked_Lk[i, :k]
         direction_D = functional.normalize(found["probe_LD"][letter], dim=0).to(device)
         x_nD = found["second_x"][found["second_letter"] == letter].to(device).float()
-        parts = []
-        for x_bD in x_nD.split(max(1, pooling.PART_FLOATS // len(W_dec_FD))):
-            z_bF = encode(x_bD)
-            fired = fired or bool((z_bF != 0).any())
-            parts.append(absorbed(z_bF, W_dec_FD @ direction_D, x_bD @ direction_D, main))
-        fraction_n, full_n = (torch.cat(values) for values in zip(*parts))
+        measure = partial(_of_words, encode, W_dec_FD @ direction_D, direction_D, main)
+        fraction_n, full_n, fired_n = memory.by_rows(setup, "the absorption of words", measure, x_nD,
+                                                     most=max(1, pooling.PART_FLOATS // len(W_dec_FD)))
+        fired = fired or bool(fired_n.any())
         details.append({
             "first_letter": LETTERS[letter], "mean_absorption_fraction": fraction_n.mean().item(),
             "full_absorption_rate": full_n.double().mean().item(), "num_full_absorption": int(full_n.sum()),
@@ -174,12 +173,22 @@ def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict
     return details
 
 
-def _features(encode: Callable[[Tensor], Tensor], x_ND: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
-    """Row numbers -> features z_bF of these words: encoded once if KEPT_BYTES allow, else whenever they are asked for."""
+def _of_words(encode: Callable, cosine_F: Tensor, direction_D: Tensor, main: Tensor, x_nD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each word: the fraction absorbed, whether one feature took all of it, whether any feature fires."""
+    z_nF = encode(x_nD)
+    return *absorbed(z_nF, cosine_F, x_nD @ direction_D, main), (z_nF != 0).any(1)
+
+
+def _features(setup, encode: Callable[[Tensor], Tensor], x_ND: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
+    """Row numbers -> features z_bF of these words: encoded once if KEPT_BYTES and the GPU allow, else whenever they are asked for."""
     width = encode(x_ND[:1]).shape[1]
     if len(x_ND) * width * 4 > KEPT_BYTES:
         return lambda index: encode(x_ND[index])
-    z_NF = torch.empty(len(x_ND), width, device=x_ND.device)
+    try:
+        z_NF = torch.empty(len(x_ND), width, device=x_ND.device)
+    except torch.OutOfMemoryError:
+        setup.say(f"out of GPU memory for the features of {len(x_ND)} words: encoding them whenever they are needed")
+        return lambda index: encode(x_ND[index])
     for start in range(0, len(x_ND), batch):
         z_NF[start:start + batch] = encode(x_ND[start:start + batch])
     return z_NF.__getitem__

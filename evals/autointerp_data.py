@@ -6,7 +6,7 @@ proportion to z²) and random ones. Latents are drawn before it is known which a
 where too few of them are.
 
 Shapes: R rows of tokens, T tokens in a row, b rows of a batch, D = d_model, F features, C candidate latents, P centres in a block
-of rows, N of them at which a latent fires, K windows kept, W = 2·buffer + 1 tokens in a window.
+of rows, p parts of a batch, N of them at which a latent fires, K windows kept, W = 2·buffer + 1 tokens in a window.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from evals import pooling, probes
+from evals import memory, pooling, probes
 
 MIN_CHARS, CHARS_PER_TOKEN, CHUNKS = 100, 5, 20  # of the text, as SAEBench reads it
 SPARE = 1.25  # latents looked at for one that is asked for, as some are dead
@@ -151,13 +152,11 @@ def look(setup, tokens_RT: Tensor, saes: dict, candidates: dict[str, list[int]])
     for rows, x_bTD in setup.track(batches, "autointerp: activations", n_batches, "batches"):
         mask_bT = mask_RT[rows].to(device)
         for name, sae in saes.items():
-            size = max(1, pooling.PART_FLOATS // (T * len(sae.W_dec)))  # rows, so that their features fit
-            for x, mask in zip(x_bTD.split(size), mask_bT.split(size)):
-                z_bTF = sae.encode(x)
-                bad[name] += (~z_bTF.isfinite().all(-1) & mask).sum()
-                fired[name] += ((z_bTF > 0) & mask[..., None]).sum((0, 1))
-                z_bTC = z_bTF[..., index_C[name]].float().masked_fill(~mask[..., None], 0.0)
-                block[name].append(z_bTC.permute(2, 0, 1).contiguous())
+            of_row = T * len(sae.W_dec)
+            bad_p, fired_pF, z_bTC = memory.by_rows(setup, "the features of text", partial(_seen, sae.encode, index_C[name]),
+                                                    x_bTD, mask_bT, most=max(1, pooling.PART_FLOATS // of_row), each=of_row)
+            bad[name], fired[name] = bad[name] + bad_p.sum(), fired[name] + fired_pF.sum(0)
+            block[name].append(z_bTC.permute(2, 0, 1).contiguous())
             if rows.stop == len(tokens_RT) or sum(z_CbT.numel() for z_CbT in block[name]) > BLOCK_FLOATS:
                 z_CbT = torch.cat(block.pop(name), 1)
                 _keep(setup, kept[name], z_CbT, first_row=rows.stop - z_CbT.shape[1])
@@ -169,6 +168,13 @@ def look(setup, tokens_RT: Tensor, saes: dict, candidates: dict[str, list[int]])
                    for c, latent in enumerate(candidates[name])}
         seen[name] = Seen(fired[name].cpu(), int(bad[name]), windows)
     return seen
+
+
+def _seen(encode: Callable, index_C: Tensor, x_bTD: Tensor, mask_bT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many tokens are bad [1] and how many each feature fires on [1, F], and the candidates' activations z_bTC."""
+    z_bTF, mask_bT1 = encode(x_bTD), mask_bT[..., None]
+    bad = (~z_bTF.isfinite().all(-1) & mask_bT).sum()
+    return bad[None], ((z_bTF > 0) & mask_bT1).sum((0, 1))[None], z_bTF[..., index_C].float().masked_fill(~mask_bT1, 0.0)
 
 
 def _nothing(setup, tokens_RT: Tensor, latents: list[int]) -> dict[str, dict[str, Tensor]]:

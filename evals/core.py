@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evals import Result, Setup, packing
+from evals import Result, Setup, memory, packing
 
 EVAL_TYPE_ID = "core"
 
@@ -142,17 +142,17 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
             x_sums.append((x_BTD.double() * used_BT[..., None]).sum(1).float())
         h_saes = {}
         for name, sae in saes.items():
-            x_hat_BTD, *features = _apply(sae, x_BTD, used_BT, rows_at_once[name])
+            x_hat_BTD, *features = _apply(setup, sae, x_BTD, used_BT, rows_at_once[name])
             tallies[name].broken += (~x_hat_BTD.isfinite().all(-1) & used_BT).sum()
             if i in plan.sparsity:
                 tallies[name].add_sparsity(i - plan.sparsity.start, x_BTD.float(), x_hat_BTD, used_BT, *features)
             if h_BTD is not None:
-                h_saes[name] = lm.finish(_replaced(setup, x_BTD, x_hat_BTD, used_BT), setup.layer)
+                h_saes[name] = _finished(setup, _replaced(setup, x_BTD, x_hat_BTD, used_BT))
         if h_BTD is not None:
-            for name, losses in _losses(lm, tokens_BT, h_BTD, h_ablated_TD, h_saes).items():
+            for name, losses in _losses(setup, tokens_BT, h_BTD, h_ablated_TD, h_saes).items():
                 tallies[name].add_losses(losses, used_BT)
     x_sum_RD = torch.cat(x_sums).cpu().double()
-    return {name: _result(tallies[name], x_sum_RD, plan, sae) for name, sae in saes.items()}
+    return {name: _result(setup, tallies[name], x_sum_RD, plan, sae) for name, sae in saes.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the language model's part
@@ -226,11 +226,16 @@ def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, T
 def _clean_run(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     for start in range(0, len(plan.tokens_RT), plan.batch):
         tokens_BT = plan.tokens_RT[start : start + plan.batch].to(setup.lm.device)
-        x_BTD = setup.lm.residual(tokens_BT, setup.layer)
+        x_BTD = memory.residual(setup, tokens_BT)
         if not x_BTD.isfinite().all():
             raise ValueError(f"core: {setup.lm.name} gives NaN or infinite residuals at {setup.hook_name}\n"
                              "load the language model in float32 or bfloat16")
-        yield tokens_BT, x_BTD, setup.lm.finish(x_BTD, setup.layer) if start < plan.suffix_rows else None
+        yield tokens_BT, x_BTD, _finished(setup, x_BTD) if start < plan.suffix_rows else None
+
+
+def _finished(setup: Setup, x_BTD: Tensor) -> Tensor:
+    """The final hidden states [B, T, D] that follow from the residuals."""
+    return memory.by_rows(setup, "the language model", lambda x_RTD: setup.lm.finish(x_RTD, setup.layer), x_BTD, each=x_BTD.shape[1])
 
 
 def _ablated(setup: Setup, plan: Plan) -> Tensor | None:
@@ -244,34 +249,30 @@ def _ablated(setup: Setup, plan: Plan) -> Tensor | None:
     return setup.lm.finish(zeros_1TD, setup.layer)[0]
 
 
-def _losses(lm, tokens_BT: Tensor, h_BTD: Tensor, h_ablated_TD: Tensor | None, h_saes: dict[str, Tensor]) -> dict[str, dict]:
+def _losses(setup: Setup, tokens_BT: Tensor, h_BTD: Tensor, h_ablated_TD: Tensor | None, h_saes: dict[str, Tensor]) -> dict[str, dict]:
     """For each SAE {"ce_clean", "ce_ablated", "kl_ablated", "ce_sae", "kl_sae"}: [B, T], nats per token.
 
     ce is of the next token (meaningless at the last position), kl is KL(p_clean ‖ p_new). The logits exist for a few tokens
     at a time, the clean ones once for all SAEs.
     """
-    target_N1 = tokens_BT.roll(-1, dims=1).reshape(-1, 1)
-    h_ND = h_BTD.flatten(0, 1)
-    new_ND = {name: h.flatten(0, 1) for name, h in h_saes.items()}
-    ablated_ND = None if h_ablated_TD is None else h_ablated_TD.expand_as(h_BTD).flatten(0, 1)
+    lm, target_N1 = setup.lm, tokens_BT.roll(-1, dims=1).reshape(-1, 1)
+    ablated = [] if h_ablated_TD is None else [h_ablated_TD.expand_as(h_BTD)]
+    h_ND, *new_ND = (h.flatten(0, 1) for h in (h_BTD, *ablated, *h_saes.values()))
     tokens_at_once = max(1, _budget(LOGIT_BYTES, lm.device) // (5 * 4 * lm.vocab_size))  # five fp32 tensors live at once
-    chunks = {name: defaultdict(list) for name in h_saes}
-    for start in range(0, len(h_ND), tokens_at_once):
-        part = slice(start, start + tokens_at_once)
-        logp_NV = lm.unembed(h_ND[part]).float().log_softmax(-1)
+
+    def compared(target_N1: Tensor, h_ND: Tensor, *new_ND: Tensor) -> tuple[Tensor, ...]:
+        logp_NV = lm.unembed(h_ND).float().log_softmax(-1)
         p_NV = logp_NV.exp()
-        ce_clean_N = -logp_NV.gather(1, target_N1[part])[:, 0]
-        if ablated_ND is None:  # equal logits: CE = ln V, KL = ln V − H(p)
+        ce_clean_N, uniform = -logp_NV.gather(1, target_N1)[:, 0], ()
+        if h_ablated_TD is None:  # equal logits: CE = ln V, KL = ln V − H(p)
             ce_ablated_N = torch.full_like(ce_clean_N, math.log(lm.vocab_size))
-            kl_ablated_N = ce_ablated_N + torch.linalg.vecdot(p_NV, logp_NV)
-        else:
-            ce_ablated_N, kl_ablated_N = _compared(lm.unembed(ablated_ND[part]), target_N1[part], logp_NV, p_NV)
-        for name in h_saes:
-            ce_N, kl_N = _compared(lm.unembed(new_ND[name][part]), target_N1[part], logp_NV, p_NV)
-            for key, value_N in (("ce_clean", ce_clean_N), ("ce_ablated", ce_ablated_N), ("kl_ablated", kl_ablated_N),
-                                 ("ce_sae", ce_N), ("kl_sae", kl_N)):
-                chunks[name][key].append(value_N)
-    return {name: {key: torch.cat(values).view_as(tokens_BT) for key, values in of.items()} for name, of in chunks.items()}
+            uniform = ce_ablated_N, ce_ablated_N + torch.linalg.vecdot(p_NV, logp_NV)
+        return ce_clean_N, *uniform, *(value_N for h in new_ND for value_N in _compared(lm.unembed(h), target_N1, logp_NV, p_NV))
+
+    values = memory.by_rows(setup, "the logits", compared, target_N1, h_ND, *new_ND, most=tokens_at_once)
+    columns = [value_N.view_as(tokens_BT) for value_N in values]
+    shared = dict(zip(("ce_clean", "ce_ablated", "kl_ablated"), columns))
+    return {name: shared | {"ce_sae": ce_BT, "kl_sae": kl_BT} for name, ce_BT, kl_BT in zip(h_saes, columns[3::2], columns[4::2])}
 
 
 def _compared(logits_NV: Tensor, target_N1: Tensor, logp_NV: Tensor, p_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,14 +304,14 @@ def _rows_at_once(sae, plan: Plan, device) -> int:
     return max(1, _budget(FEATURE_BYTES, device) // features_of_a_row)
 
 
-def _apply(sae, x_BTD: Tensor, used_BT: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _apply(setup: Setup, sae, x_BTD: Tensor, used_BT: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_hat_BTD, L0 and L1 of each token [B, T], unmasked firings of each feature [B, F]; `rows` rows of features at a time."""
-    parts = []
-    for x_RTD, used_RT in zip(x_BTD.split(rows), used_BT.split(rows)):
+    def applied(x_RTD: Tensor, used_RT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z_RTF = sae.encode(x_RTD)
         fired_RF = ((z_RTF > 0) & used_RT[..., None]).sum(1)
-        parts.append((sae.decode(z_RTF).float(), (z_RTF != 0).sum(-1), z_RTF.sum(-1), fired_RF))
-    return tuple(torch.cat(of_rows) for of_rows in zip(*parts))
+        return sae.decode(z_RTF).float(), (z_RTF != 0).sum(-1), z_RTF.sum(-1), fired_RF
+
+    return memory.by_rows(setup, "the features", applied, x_BTD, used_BT, most=rows, each=len(sae.W_dec))
 
 
 def _replaced(setup: Setup, x_BTD: Tensor, x_hat_BTD: Tensor, used_BT: Tensor) -> Tensor:
@@ -377,12 +378,12 @@ def _row_sums(value_BT: Tensor, used_BT: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ from sums to metrics
 
 
-def _result(tally: Tally, x_sum_RD: Tensor, plan: Plan, sae) -> Result:
+def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, plan: Plan, sae) -> Result:
     # on the CPU: a GPU adds up by index in no fixed order
     losses = {name: torch.cat(sums).cpu() for name, sums in tally.losses.items()}
     sparsity = {name: torch.cat(sums).cpu() for name, sums in tally.sparsity.items()}
     measured = {name: _ratio(*pair) for name, pair in (_loss_ratios(losses) | _sparsity_ratios(sparsity, x_sum_RD)).items()}
-    columns, problems = _features(tally, sparsity["tokens"].sum(), sae)
+    columns, problems = _features(setup, tally, sparsity["tokens"].sum(), sae)
     values = {name: value for name, (value, _) in measured.items()}
     values |= _batch_metrics(sparsity, x_sum_RD.shape[1]) | _misc_metrics(columns)
     details = _details(columns)
@@ -450,7 +451,7 @@ def _batch_metrics(sums: dict[str, Tensor], d_model: int) -> dict[str, float]:
     }
 
 
-def _features(tally: Tally, tokens: Tensor, sae) -> tuple[dict[str, Tensor | None], list[str]]:
+def _features(setup: Setup, tally: Tally, tokens: Tensor, sae) -> tuple[dict[str, Tensor | None], list[str]]:
     """SAEBench's columns of numbers per feature, [F] on the CPU, and why a column is missing (None)."""
     fired_F, rows_F = tally.fired_F.cpu(), tally.rows_fired_F.cpu()
     W_dec_FD, W_enc_DF, b_enc_F = sae.W_dec, sae.W_enc, sae.b_enc
@@ -460,7 +461,7 @@ def _features(tally: Tally, tokens: Tensor, sae) -> tuple[dict[str, Tensor | Non
         "encoder_bias": torch.zeros_like(W_dec_FD[:, 0]) if b_enc_F is None else b_enc_F,
         "encoder_norm": None,
         "encoder_decoder_cosine_sim": None,
-        "max_decoder_cosine_sim": _max_cosine(W_dec_FD),
+        "max_decoder_cosine_sim": _max_cosine(setup, W_dec_FD),
         "max_encoder_cosine_sim": None,
     }
     problems = ["the SAE has no encoder matrix [D, F]: its encoder metrics have no value"]
@@ -468,19 +469,20 @@ def _features(tally: Tally, tokens: Tensor, sae) -> tuple[dict[str, Tensor | Non
         problems = []
         columns["encoder_norm"] = W_enc_DF.norm(dim=0)
         columns["encoder_decoder_cosine_sim"] = F.cosine_similarity(W_enc_DF.T, W_dec_FD, dim=1)
-        columns["max_encoder_cosine_sim"] = _max_cosine(W_enc_DF.T)
+        columns["max_encoder_cosine_sim"] = _max_cosine(setup, W_enc_DF.T)
     return {name: column_F if column_F is None else column_F.cpu() for name, column_F in columns.items()}, problems
 
 
-def _max_cosine(W_FD: Tensor) -> Tensor:
+def _max_cosine(setup: Setup, W_FD: Tensor) -> Tensor:
     """The largest cosine of each row with any other row, [F]; the F × F matrix exists a few rows at a time."""
     rows_FD = F.normalize(W_FD.float(), dim=1)
-    largest = []
-    for start in range(0, len(rows_FD), 1024):
-        cosine_CF = rows_FD[start : start + 1024] @ rows_FD.T
-        cosine_CF.diagonal(start).fill_(-math.inf)
-        largest.append(cosine_CF.amax(1))
-    return torch.cat(largest)
+
+    def largest(rows_CD: Tensor, own: range) -> Tensor:
+        cosine_CF = rows_CD @ rows_FD.T
+        cosine_CF.diagonal(own.start).fill_(-math.inf)
+        return cosine_CF.amax(1)
+
+    return memory.by_rows(setup, "the cosines of features", largest, rows_FD, range(len(rows_FD)), most=1024, each=len(rows_FD))
 
 
 def _misc_metrics(columns: dict[str, Tensor | None]) -> dict[str, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from evals import Setup, packing
+from evals import Setup, memory, packing
 
 ROWS, CONTEXT = 32, 128  # held-out text looked at: 4096 tokens
 FEATURES, CONTEXTS, WINDOW, LOGITS = 12, 4, 10, 6
@@ -17,25 +17,27 @@ def dashboards(setup: Setup, sae) -> list[dict]:
     """
     def make():
         tokens_RT = packing.pack(setup.texts(), setup.lm.tokenizer, CONTEXT, setup.lm.bos, ROWS)
-        x = [setup.lm.residual(part.to(setup.lm.device), setup.layer).cpu() for part in tokens_RT.split(8)]
+        x = [memory.residual(setup, part).cpu() for part in tokens_RT.split(8)]
         return dict(tokens=tokens_RT, x=torch.cat(x))
 
     depends_on = dict(model=setup.lm.digest, layer=setup.layer, texts=setup.texts_digest, rows=ROWS, context=CONTEXT)
     kept = setup.cache.get("dashboards", depends_on, make)
     tokens_RT = kept["tokens"]
     body_RT = ~torch.isin(tokens_RT, torch.tensor(sorted(setup.lm.special_ids)))
-    fired_F, columns = 0, []
-    for x_rTD, body_rT in zip(kept["x"].split(4), body_RT.split(4)):
-        fired_F = fired_F + ((sae.encode(x_rTD.to(setup.lm.device)) > 0) & body_rT.to(setup.lm.device)[..., None]).sum((0, 1))
+
+    def by_rows(work):
+        """work(z_rTF, body_rT1) of a few rows of features after the other."""
+        return memory.by_rows(setup, "the features of dashboards", lambda x_rTD, body_rT: work(
+            sae.encode(x_rTD.to(setup.lm.device)), body_rT.to(setup.lm.device)[..., None]), kept["x"], body_RT, most=4)
+
+    fired_F = by_rows(lambda z_rTF, body_rT1: ((z_rTF > 0) & body_rT1).sum((0, 1))[None]).sum(0)
     candidates = (fired_F > 1).nonzero().squeeze(1)
     if not len(candidates):
         return []
     by_density = candidates[fired_F[candidates].argsort(descending=True, stable=True)]
     spread = torch.linspace(0, len(by_density) - 1, min(FEATURES, len(by_density))).round().long()
     chosen = by_density[spread.to(by_density.device)]
-    for x_rTD, body_rT in zip(kept["x"].split(4), body_RT.split(4)):  # encoding twice is cheaper than keeping [tokens, F]
-        columns.append((sae.encode(x_rTD.to(setup.lm.device))[..., chosen] * body_rT.to(setup.lm.device)[..., None]).cpu())
-    acts_RTC = torch.cat(columns)
+    acts_RTC = by_rows(lambda z_rTF, body_rT1: (z_rTF[..., chosen] * body_rT1).cpu())  # encoding twice is cheaper than keeping [tokens, F]
     logits_CV = setup.lm.unembed(sae.W_dec[chosen].to(setup.lm.dtype)).float().cpu()
     read = setup.lm.tokenizer.decode
     found = []

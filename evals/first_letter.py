@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from evals import probes
+from evals import memory, probes
 
 LETTERS = string.ascii_lowercase
 TRAIN_SHARE = 0.8
@@ -101,7 +101,7 @@ def at_words(setup, prompted: list[tuple[list[int], list[int]]], label: str) -> 
         rows = prompted[start:start + size]
         # padded on the right, which no word sees
         tokens_bT = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True, padding_value=setup.lm.bos)
-        x_bTD = setup.lm.residual(tokens_bT.to(setup.lm.device), setup.layer)
+        x_bTD = memory.residual(setup, tokens_bT)
         row = [i for i, (_, places) in enumerate(rows) for _ in places]
         found.append(x_bTD[row, [place for _, places in rows for place in places]].cpu())
     return torch.cat(found)

@@ -9,10 +9,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from evals import memory
 
 PART_FLOATS = 2**26  # floats of features held at a time: 256 MiB in fp32
 
@@ -60,6 +63,10 @@ def pool(values_bTF: Tensor, mask_bT: Tensor) -> Tensor:
     return kept_bTF.sum(1) / mask_bT.sum(1, keepdim=True).clamp_min(1)
 
 
+def _encoded_and_pooled(encode: Callable, x_bTD: Tensor, mask_bT: Tensor) -> Tensor:
+    return pool(encode(x_bTD), mask_bT)
+
+
 def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
     """The residual stream at setup.layer of `batch` rows at a time: (slice of rows, x_bTD on the LM's device, in the LM's dtype).
 
@@ -78,7 +85,7 @@ def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -
 
     def residual(tokens_bT: Tensor) -> Tensor:
         with torch.no_grad():
-            return setup.lm.residual(tokens_bT.to(setup.lm.device), setup.layer).contiguous()
+            return memory.residual(setup, tokens_bT).contiguous()
 
     starts = range(0, len(tokens_UT), batch)
     # what is stored already takes no further room: without this an entry just written would be what no longer fits
@@ -111,9 +118,10 @@ def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, 
         for name, encode in encoders.items():
             if name not in features_UF:
                 features_UF[name] = torch.empty(len(tokens_UT), encode(x_bTD[:1, :1]).shape[-1])
-            size = max(1, min(config["sae_batch_size"], PART_FLOATS // (x_bTD.shape[1] * features_UF[name].shape[1])))
-            parts = [pool(encode(x), mask) for x, mask in zip(x_bTD.split(size), mask_bT.split(size))]
-            features_UF[name][rows] = torch.cat(parts).cpu()
+            of_text = x_bTD.shape[1] * features_UF[name].shape[1]
+            z_bF = memory.by_rows(setup, "the features of texts", partial(_encoded_and_pooled, encode), x_bTD, mask_bT,
+                                  most=max(1, min(config["sae_batch_size"], PART_FLOATS // of_text)), each=of_text)
+            features_UF[name][rows] = z_bF.cpu()
     return {name: z_UF[inverse_N] for name, z_UF in features_UF.items()}
 
 

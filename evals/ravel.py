@@ -22,6 +22,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from evals import Result, pooling, probes, ravel_data
+from evals import Result, memory, pooling, probes, ravel_data
 from evals.cache import digest
 from evals.ravel_data import Known, Pair, Task, full_batches
 
@@ -224,14 +225,19 @@ def complete(setup, tokens: list[list[int]], done: Callable[[int, str], bool], r
         for rows in setup.track(batches, f"{label}, token {step + 1}", len(batches), "batches"):
             sequences = [torch.tensor(tokens[i] + made[i]) for i in rows]
             tokens_bT = pad_sequence(sequences, batch_first=True, padding_value=lm.bos).to(lm.device)
-            h_bTD = lm.finish(residual(rows, tokens_bT, step), setup.layer)
-            next_b = lm.unembed(h_bTD[range(len(rows)), [len(s) - 1 for s in sequences]]).argmax(-1).tolist()
-            for i, token in zip(rows, next_b):
+            next_b = memory.by_rows(setup, "the language model", partial(_said_next, setup, partial(residual, step=step)), rows, tokens_bT,
+                                    [len(s) - 1 for s in sequences], each=tokens_bT.shape[1])
+            for i, token in zip(rows, next_b.tolist()):
                 made[i].append(token)
         for i, text in zip(pending, lm.tokenizer.batch_decode([made[i] for i in pending])):
             said[i] = text
         pending = [i for i in pending if made[i][-1] not in lm.special_ids and not done(i, said[i])]
     return said, [ids[0] for ids in made]
+
+
+def _said_next(setup, residual: Callable, rows: list[int], tokens_bT: Tensor, last: list[int]) -> Tensor:
+    h_bTD = setup.lm.finish(residual(rows, tokens_bT), setup.layer)
+    return setup.lm.unembed(h_bTD[range(len(rows)), last]).argmax(-1)
 
 
 # ------------------------------------------------------------------------------------------------ masks
@@ -268,17 +274,25 @@ def fit_masks(setup, sae, known: list[Known], tasks: list[Task], x: dict[int, Te
         # features are encoded again in every step: kept for all pairs they would take 30 GB at a width of 65k
         patches = [interchange(sae, *_vectors(entity_PD, part[0], lm.device), torch.sigmoid(mask_F / part[1]))
                    for mask_F, part in zip(masks, step) if part]
-        pairs = [pair for part in step if part for pair in part[0]]
+        pairs, patch_bD = [pair for part in step if part for pair in part[0]], torch.cat(patches)
         x_bTD = pad_sequence([x[pair.base] for pair in pairs], batch_first=True).to(lm.device)
-        h_bTD = lm.finish(put(x_bTD, [known[pair.base].position for pair in pairs], torch.cat(patches)), setup.layer)
-        logits_bV = lm.unembed(h_bTD[range(len(pairs)), [len(known[pair.base].tokens) - 1 for pair in pairs]])
+        position, last = ([of(known[pair.base]) for pair in pairs] for of in (lambda k: k.position, lambda k: len(k.tokens) - 1))
         target_b = torch.tensor([known[pair.wanted].first for pair in pairs], device=lm.device)
-        # batches are full, so this is the sum of each mask's own mean
-        loss = functional.cross_entropy(logits_bV.float(), target_b, reduction="sum") / config["llm_batch_size"]
         optimiser.zero_grad()
-        loss.backward()
+        patch_bD.backward(memory.by_rows(setup, "the language model", partial(_gradient, setup), patch_bD.detach(), x_bTD, position, last,
+                                         target_b, each=x_bTD.shape[1]))
         optimiser.step()
     return [mask_F.detach() for mask_F in masks]
+
+
+def _gradient(setup, patch_bD: Tensor, x_bTD: Tensor, position: list[int], last: list[int], target_b: Tensor) -> Tensor:
+    """Gradient [b, D] of a step's loss with respect to the patches; the loss is a sum over rows."""
+    patch_bD.requires_grad_()
+    h_bTD = setup.lm.finish(put(x_bTD, position, patch_bD), setup.layer)
+    logits_bV = setup.lm.unembed(h_bTD[range(len(h_bTD)), last])
+    # batches are full, so this is the sum of each mask's own mean
+    loss = functional.cross_entropy(logits_bV.float(), target_b, reduction="sum") / setup.config["llm_batch_size"]
+    return torch.autograd.grad(loss, patch_bD)[0]
 
 
 def _vectors(entity_PD: Tensor, pairs: list[Pair], device) -> tuple[Tensor, Tensor]:
@@ -307,9 +321,11 @@ def completed_right(setup, sae, known: list[Known], tasks: list[Task], masks: li
 
 def unfit(sae, entity_UD: Tensor, setup) -> int:
     """Number of entity vectors whose reconstruction is not finite."""
-    parts = entity_UD.split(setup.config["completion_batch_size"])
+    def broken(x_bD: Tensor) -> Tensor:
+        return (~sae.decode(sae.encode(x_bD.to(setup.lm.device))).isfinite()).any(1)
+
     with torch.no_grad():
-        return sum(int((~sae.decode(sae.encode(part.to(setup.lm.device))).isfinite()).any(1).sum()) for part in parts)
+        return int(memory.by_rows(setup, "the features", broken, entity_UD, most=setup.config["completion_batch_size"]).sum())
 
 
 # ------------------------------------------------------------------------------------------------ scores

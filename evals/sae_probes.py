@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals import Result, pooling, probes, sae_probes_data
+from evals import Result, memory, pooling, probes, sae_probes_data
 
 EVAL_TYPE_ID = "sparse_probing_sae_probes"
 
@@ -197,7 +197,7 @@ def sparse_features(setup, sae, x_UD: Tensor, part: Split) -> tuple[Tensor, Tens
     All features are held of the training rows only, which are at most 1024: 2²⁶ floats at a width of 65,536.
     """
     def encode(places: Tensor) -> Tensor:
-        return sae.encode(x_UD[places].to(setup.lm.device))
+        return memory.by_rows(setup, "the features of prompts", lambda x_bD: sae.encode(x_bD.to(setup.lm.device)), x_UD[places])
 
     train_MF = encode(part.train_M)
     feature_k = by_normalised_difference(train_MF, part.train_label_M.to(train_MF.device))[: max(setup.config["ks"])]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evals import embedded, probes, tiny
+from evals import embedded, memory, probes, tiny
 
 # the rows of type "Binary Classification" in the wheel's probing_datasets_MASTER.csv, in its order
 NAMES = (
@@ -157,7 +157,7 @@ def last_tokens(setup, rows: list[Tensor], length_U: Tensor) -> Tensor:
 
         def make(tokens_bT=tokens_bT, last_b=length_U[span] - 1) -> dict[str, Tensor]:
             with torch.no_grad():
-                x_bTD = setup.lm.residual(tokens_bT.to(setup.lm.device), setup.layer)
+                x_bTD = memory.residual(setup, tokens_bT)
             return {"x": x_bTD[torch.arange(len(last_b)), last_b]}
 
         lengths, sha = length_U[span].tolist(), hashlib.sha256(tokens_bT.numpy().tobytes()).hexdigest()

@@ -16,13 +16,14 @@ Pooling and probes are fp32 (SAEBench: the LM's dtype). Corrected metrics beside
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from evals import Result, pooling, probes
+from evals import Result, memory, pooling, probes
 
 EVAL_TYPE_ID = "sparse_probing"
 
@@ -138,7 +139,8 @@ def run(setup, saes: dict) -> dict[str, Result]:
             elif name is None:
                 accuracies[name][dataset] = _llm_accuracies(setup, dataset, rows, x_NF)
             else:
-                accuracies[name][dataset], selected[name][dataset] = _accuracies(setup, "sae", dataset, rows, x_NF)
+                accuracies[name][dataset], selected[name][dataset] = memory.undivided(
+                    setup, "the probes", partial(_accuracies, setup, "sae", dataset, rows, x_NF), "probe_train_set_size")
     return {name: _result(setup.config["k_values"], accuracies[None], accuracies[name], selected[name],
                           problems[None] + problems[name]) for name in saes}
 
@@ -146,13 +148,13 @@ def run(setup, saes: dict) -> dict[str, Result]:
 @probes.one_thread()
 def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tuple[dict, dict]:
     """Test accuracies {metric: {class: accuracy}} and the features of the largest k in the fixed draw {class: numbers}."""
-    x_NF, k_values = x_NF.to(setup.lm.device), setup.config["k_values"]
+    x_NF, k_values = _placed(setup, x_NF), setup.config["k_values"]
     accuracies: dict[str, dict[str, float]] = {}
     selected: dict[str, list[int]] = {}
 
     def examples(name: str, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         drawn = (probes.draw(rows[split], name, rng) for split in ("train", "test"))
-        return [(x_NF[row_M.to(x_NF.device)], label_M.to(x_NF.device)) for row_M, label_M in drawn]
+        return [(x_NF[row_M.to(x_NF.device)].to(setup.lm.device), label_M.to(setup.lm.device)) for row_M, label_M in drawn]
 
     for name in rows["train"]:
         values = {}
@@ -174,6 +176,18 @@ def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tup
         for metric, value in values.items():
             accuracies.setdefault(metric, {})[name] = value
     return accuracies, selected
+
+
+def _placed(setup, x_NF: Tensor) -> Tensor:
+    """The features of all texts on the LM's device, or in host memory, from where each probe takes its rows, if they do not fit there."""
+    what = "the features of all texts"
+    if what not in setup.fits:
+        try:
+            return x_NF.to(setup.lm.device)
+        except torch.OutOfMemoryError:
+            setup.fits[what] = 0
+            setup.say(f"out of GPU memory for {what}: going on with them in host memory")
+    return x_NF
 
 
 def _llm_accuracies(setup, dataset: str, rows: dict, x_ND: Tensor) -> dict:

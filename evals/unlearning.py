@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals import Result, pooling, probes, unlearning_data
+from evals import Result, memory, pooling, probes, unlearning_data
 
 EVAL_TYPE_ID = "unlearning"
 INSTRUCT = True
@@ -217,17 +218,23 @@ def _densities(setup, tokens: dict[str, Tensor], saes: dict) -> dict[str, list[n
         for rows, x_bTD in setup.track(batches, f"unlearning: densities on {side} text", math.ceil(len(length_R) / size), "batches"):
             mask_bT = mask_RT[rows].to(x_bTD.device)
             for name, sae in saes.items():
-                for x, mask in zip(_parts(x_bTD, sae), _parts(mask_bT, sae)):
-                    fired[name] = fired[name] + ((sae.encode(x) > 0) & mask[..., None]).sum((0, 1))
+                fired[name] = fired[name] + _by_rows(setup, sae, _fired, x_bTD, mask_bT).sum(0)
         for name in saes:
             density_F = fired[name].float() / mask_RT.sum().item()
             found[name].append(np.array([float(f"{share:.6f}") for share in density_F.tolist()]))
     return found
 
 
-def _parts(value_bT: Tensor, sae) -> tuple[Tensor, ...]:
-    """Rows in parts whose features fit the bound on what is held at a time."""
-    return value_bT.split(max(1, pooling.PART_FLOATS // (value_bT.shape[1] * len(sae.W_dec))))
+def _by_rows(setup, sae, work: Callable, x_bTD: Tensor, *about: Tensor) -> Tensor:
+    """work(features z_bTF, *about), as many rows at a time as fit the bound on what is held."""
+    of_row = x_bTD.shape[1] * len(sae.W_dec)
+    return memory.by_rows(setup, "the features of text", lambda x_rTD, *about: work(sae.encode(x_rTD), *about), x_bTD, *about,
+                          most=max(1, pooling.PART_FLOATS // of_row), each=of_row)
+
+
+def _fired(z_bTF: Tensor, mask_bT: Tensor) -> Tensor:
+    """On how many tokens each feature fires, [1, F]."""
+    return ((z_bTF > 0) & mask_bT[..., None]).sum((0, 1))[None]
 
 
 def choose(forget_F: np.ndarray, retain_F: np.ndarray, threshold: float, n: int) -> tuple[int, ...]:
@@ -348,7 +355,7 @@ def _harms(setup, label: str, rows: Rows, saes: dict, edits: dict[str, list[Edit
         editable_bT = (torch.arange(x_bTD.shape[1]) < rows.length_N[index_b, None]) & (torch.arange(x_bTD.shape[1]) > 0)
         for name, sae in active.items():
             features = sorted({f for edit in edits[name] for f in edit.features})
-            z_bTS = torch.cat([sae.encode(x)[..., features] for x in _parts(x_bTD, sae)])
+            z_bTS = _by_rows(setup, sae, operator.itemgetter((..., features)), x_bTD)
             z_bTS = z_bTS.masked_fill(~editable_bT[..., None].to(z_bTS.device), 0.0)
             W_SD = sae.W_dec[features]
             jobs = _jobs((z_bTS > 0).any(1).cpu(), features, edits[name])
@@ -359,7 +366,8 @@ def _harms(setup, label: str, rows: Rows, saes: dict, edits: dict[str, list[Edit
                 z_JTS = z_bTS[row_J]
                 change_JTS = torch.where((z_JTS > 0) & clamped_JS[:, None], value_J11 - z_JTS, 0.0)
                 x_JTD = (x_bTD[row_J].float() + change_JTS @ W_SD).to(x_bTD.dtype)
-                harm_J = rows.harm(setup.lm.finish(x_JTD, setup.layer), index_b[row_J])
+                harm_J = memory.by_rows(setup, "the language model", lambda x_jTD, index_j: rows.harm(
+                    setup.lm.finish(x_jTD, setup.layer), index_j), x_JTD, index_b[row_J], each=x_bTD.shape[1])
                 for row, harm, which in zip(index_b[row_J].tolist(), harm_J, wanted):
                     harms[name][which, row] = harm
     return harms

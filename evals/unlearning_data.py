@@ -8,11 +8,12 @@ Shapes: N prompts, Q questions kept, R rows of text, T tokens in a row, b rows o
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import random
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evals import pooling, probes
+from evals import memory, pooling, probes
 
 SIDES = ("forget", "retain")
 LETTERS = "ABCD"
@@ -90,7 +91,7 @@ def _make(setup) -> dict[str, Tensor]:
         draw = torch.randperm(len(tokens_RT), generator=probes.generator(setup.seed, "unlearning", side))[:config["text_rows"]]
         tokens_RT = tokens_RT[draw]
         parts = tokens_RT.split(config["mcq_batch_size"])
-        sums = [losses(lm, _finished(lm, tokens_bT), tokens_bT)
+        sums = [_by_rows(setup, functools.partial(losses, lm), tokens_bT)
                 for tokens_bT in setup.track(parts, f"unlearning: {side} text", len(parts), "batches")]
         made |= {f"{side}.measuring.tokens": tokens_RT, f"{side}.measuring.ce": torch.cat([ce_b for ce_b, _ in sums]),
                  f"{side}.measuring.count": torch.cat([count_b for _, count_b in sums])}
@@ -106,9 +107,12 @@ def _make(setup) -> dict[str, Tensor]:
     return made
 
 
-def _finished(lm, tokens_bT: Tensor) -> Tensor:
-    """Final hidden states [b, T, D] of the unedited model."""
-    return lm.finish(lm.residual(tokens_bT.to(lm.device), 0), 0)
+def _by_rows(setup, work: Callable, tokens_bT: Tensor, *about: Tensor):
+    """work(final hidden states [b, T, D] of the unedited model, tokens_bT, *about)."""
+    def finished(tokens_rT: Tensor, *about: Tensor):
+        return work(setup.lm.finish(setup.lm.residual(tokens_rT.to(setup.lm.device), 0), 0), tokens_rT, *about)
+
+    return memory.by_rows(setup, "the language model", finished, tokens_bT, *about, each=tokens_bT.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------ questions
@@ -136,8 +140,8 @@ def _predicted(setup, tokens_NT: Tensor, length_N: Tensor, label: str) -> Tensor
     said = []
     for start in setup.track(starts, label, len(starts), "batches"):
         length_b = length_U[start:start + size]
-        h_bTD = _finished(lm, tokens_UT[start:start + size, :int(length_b.max())])
-        said.append(answers(lm, h_bTD, length_b, letters_A4))
+        tokens_bT = tokens_UT[start:start + size, :int(length_b.max())]
+        said.append(_by_rows(setup, lambda h_bTD, _, length_b: answers(lm, h_bTD, length_b, letters_A4), tokens_bT, length_b))
     return torch.cat(said)[inverse_N]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import functools
 import io
 import math
 import os
@@ -79,7 +80,7 @@ def warnings(run: Run, baseline: Run | None = None) -> list[str]:
         found.append(f"nearly dead SAE: only {alive:.1%} of its features ever fire")
     if l0 is not None and width and l0 > width / 10:
         found.append(f"not sparse: L0 = {number(l0)} is more than a tenth of its {width:,} features")
-    accuracies = {m: v for m, v in run.means.items() if v is not None and ACCURACY.search(m)}
+    accuracies = {m: v for m, v in run.means.items() if v is not None and _is_accuracy(m)}
     chance = [m for m, v in accuracies.items() if v <= 0.5 + max(0.005, 2 * run.stderrs.get(m, 0.0))]
     if chance:
         found.append(f"probing at chance (.5) in {len(chance)} of {len(accuracies)} accuracies of the SAE: {_listing(chance)}")
@@ -113,9 +114,18 @@ def _identical(run: Run, other: Run) -> tuple[list[str], int]:
 
 def _telling(metric: str, value: float | None) -> bool:
     """Whether equality would tell anything: of the SAE, no count, and with more than the 8 significant bits of a bfloat16."""
-    if not isinstance(value, float) or LM_ONLY.search(metric) or COUNTED.search(metric):
-        return False
-    return not (math.frexp(value)[0] * 256).is_integer()
+    return isinstance(value, float) and not _by_nature(metric) and not (math.frexp(value)[0] * 256).is_integer()
+
+
+@functools.cache  # the same few hundred names in every run
+def _by_nature(metric: str) -> bool:
+    """Whether a metric is equal in two SAEs for other reasons than that they are one."""
+    return bool(LM_ONLY.search(metric) or COUNTED.search(metric))
+
+
+@functools.cache
+def _is_accuracy(metric: str) -> bool:
+    return bool(ACCURACY.search(metric))
 
 
 def _leaf(run: Run, name: str) -> float | None:
@@ -449,7 +459,8 @@ def _cut(name: str) -> str:
 
 def _headline(runs: list[Run]) -> list[str]:
     """The measured headline metrics, those that matter most beside an L0 first."""
-    measured = {m for run in runs for m, v in run.means.items() if v is not None and m.rpartition(".")[2] in HEADLINE}
+    named = (m for m in set().union(*(run.means for run in runs)) if m.rpartition(".")[2] in HEADLINE)
+    measured = {m for m in named if any(run.means.get(m) is not None for run in runs)}
     return sorted(_ordered(measured), key=lambda m: BY_RUN.index(_brief(m)) if _brief(m) in BY_RUN else len(BY_RUN))
 
 
@@ -627,14 +638,15 @@ def _csv(runs: list[Run], baseline: list[Run], known: dict[str, str]) -> str:
         for run in compared if baseline else (*references, *compared):
             partner = frontier.at(_leaf(run, "l0"), saes) or _partner(run, references)
             why, settings = obstacles(run, partner) if partner else ([], {})
+            of_run = run.name, run.config.get("model"), run.config.get("layer")
+            l0s = ["" if l0 is None else str(l0) for l0 in (_leaf(run, "l0"), partner and _leaf(partner, "l0"))]  # made text once
             for metric, value in run.means.items():
                 judged = judge(metric, run, partner, known.get(metric, ""))
                 if judged.difference is not None and (why or metric.partition(".")[0] in settings):
                     judged = Judged(None, "not compared")
                 theirs = [partner.name, partner.means.get(metric), partner.stderrs.get(metric)] if partner else [None] * 3
-                writer.writerow([run.name, run.config.get("model"), run.config.get("layer"), metric, value,
-                                 run.stderrs.get(metric), *theirs, judged.difference, known.get(metric, ""),
-                                 judged.verdict, judged.beyond, _leaf(run, "l0"), partner and _leaf(partner, "l0")])
+                writer.writerow([*of_run, metric, value, run.stderrs.get(metric), *theirs, judged.difference,
+                                 known.get(metric, ""), judged.verdict, judged.beyond, *l0s])
     return out.getvalue().rstrip("\n")
 
 

@@ -11,6 +11,7 @@ The config of a run, whatever its shape: model, layer, hook_name, d_in, d_sae, s
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -57,6 +58,7 @@ def slug(model: str) -> str:
     return str(model).rstrip("/").rsplit("/", 1)[-1].lower()
 
 
+@functools.cache  # a folder's runs have the same names
 def canonical(metric: str) -> str:
     """A metric's name with its eval called as this workflow does: SAEBench names three of its types otherwise."""
     eval_name, dot, rest = metric.partition(".")

@@ -165,7 +165,7 @@ def test_what_follows_the_word_is_not_needed(tmp_path, architecture):
     lm = language_model.load(str(folder), "tiny", torch.float32, "cpu")
     words = first_letter.vocabulary(lm.tokenizer)
     prompted = [p for n in (1, 3) for p in first_letter.prompts(words[:6], words, n, n, lm.bos, random.Random(0))]
-    setup = SimpleNamespace(config={"llm_batch_size": 4}, layer=2, track=lambda items, *rest: items, lm=SimpleNamespace(
+    setup = SimpleNamespace(config={"llm_batch_size": 4}, layer=2, fits={}, track=lambda items, *rest: items, lm=SimpleNamespace(
         bos=lm.bos, device="cpu", residual=lambda tokens_BT, layer: lm.residuals(tokens_BT, [layer])[layer]))
     got = iter(first_letter.at_words(setup, prompted, "words"))
     by_number = {word.head[-1]: word for word in words}

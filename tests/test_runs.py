@@ -1,9 +1,11 @@
 """Recorded runs: reading every shape, judging differences, warnings, the report, and the manners of a run folder."""
 
+import cProfile
 import dataclasses
 import fcntl
 import hashlib
 import html.parser
+import io
 import json
 import math
 import multiprocessing
@@ -374,6 +376,38 @@ def test_a_thousand_runs_without_heavy_imports(tmp_path):
     assert len(rows) == 1 + 1000 * 52
     row = next(r for r in rows if r.startswith("run_7,") and ".ce_loss_score," in r).split(",")
     assert row[:3] + row[6:7] == ["run_7", "org/Tiny", "3", "run_0"] and math.isclose(float(row[9]), 7e-5, rel_tol=1e-6)
+
+
+def test_work_grows_with_the_number_of_runs_alone(tmp_path, monkeypatch, capsys):
+    """Fails if comparing reads a run's file twice or does something for each pair, or if the end of a run looks at the runs beside it."""
+    opened, really = [], io.open
+    monkeypatch.setattr(io, "open", lambda file, *args, **options: opened.append(str(file)) or really(file, *args, **options))
+    (stored,) = json.loads((PROJECT / "runs/baseline/smollm2-135m-instruct/topk/final_info.json").read_text()).values()
+
+    def work(call, *arguments) -> tuple[int, list[str]]:
+        """How many Python functions were called, a measure that no other process disturbs, and the files opened."""
+        opened.clear()
+        profile = cProfile.Profile(builtins=False)
+        profile.runcall(call, *arguments)
+        return sum(entry.callcount for entry in profile.getstats()), list(opened)
+
+    folders, calls, ends = [], {}, {}
+    for n in (1, 100, 1000):  # the first fills caches
+        for i in range(len(folders), n):
+            folders.append(tmp_path / f"run_{i}")
+            folders[i].mkdir()
+            means = {m: v * (1 + i * 1e-6) if isinstance(v, float) else v for m, v in stored["means"].items()}
+            (folders[i] / "final_info.json").write_text(json.dumps({"layer_9": stored | {"means": means}}))
+        for flags in ((), ("--csv",)):
+            calls[n, flags], files = work(compare.main, [*map(str, folders), *flags])
+            assert sorted(f for f in files if str(tmp_path) in f) == sorted(str(f / "final_info.json") for f in folders)
+            assert len(files) < n + 60  # and once each the evals' sources and the baseline
+        sections = read(folders[0])
+        ends[n] = [(count, len(files)) for count, files in (
+            work(compare.summary, folders[0]), work(report.write, folders[0], sections, compare.stored_baselines(sections), []))]
+    capsys.readouterr()
+    assert all(calls[1000, flags] < 10 * calls[100, flags] for flags in ((), ("--csv",)))
+    assert ends[1000] == ends[100]
 
 
 # ------------------------------------------------------------------------------------------------ report

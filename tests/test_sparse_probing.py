@@ -82,7 +82,7 @@ def test_pooling_skips_special_tokens_and_counts_the_rest():
     """Fails if BOS, padding or a special token inside a text enters the mean or its count, or if a long text is not cut."""
     lm = FakeLM()
     written = [f"5 {EOS} 7", "9", f"{BOS}", " ".join(str(i) for i in range(4, 30))]
-    setup = SimpleNamespace(lm=lm, layer=0, config={"context_length": 6, "llm_batch_size": 2, "sae_batch_size": 1},
+    setup = SimpleNamespace(lm=lm, layer=0, fits={}, config={"context_length": 6, "llm_batch_size": 2, "sae_batch_size": 1},
                             track=lambda items, *about: items,
                             cache=SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False), fits=lambda n: False))
     z_NF = pooling.pooled(setup, *tokenised(setup, written), {"z": lambda x: x + 1.0})["z"]  # + 1: what stands at masked positions is not 0

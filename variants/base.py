@@ -219,6 +219,8 @@ def gradients(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], N
     The mean over equal parts is exact for a loss that is a mean over tokens; what is chosen over a batch is then chosen over each
     part. torch.OutOfMemoryError where a variant is not `data_parallel`, or ranks share the batch: one cannot part it alone.
     """
+    if ranks.is_sharded(sae):  # whole since it was last measured: its parameters, and what zero_grad clears, would be others
+        sae.reshard()
     while True:
         sae.zero_grad(set_to_none=True)
         try:

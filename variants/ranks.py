@@ -132,9 +132,9 @@ def _reduced(value: Tensor, how) -> Tensor:
 
 def gathered(value: Tensor) -> Tensor:
     """The ranks' tensors [n, ...], of one shape, behind one another: [W·n, ...]."""
-    out = value.new_empty(count() * len(value), *value.shape[1:])
-    dist.all_gather_into_tensor(out, value.contiguous())
-    return out
+    parts = [torch.empty_like(value) for _ in range(count())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
 
 
 def average_gradients(sae: torch.nn.Module) -> None:

@@ -1,0 +1,54 @@
+"""Evals on a GPU with too little memory: what does not fit at once is done in parts, halved until they fit."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "text_len", "max_tokens", "max_icl_examples",
+           "words_per_prompt")  # settings that make a row longer; how many rows are done at once needs none
+
+
+def by_rows(setup, what: str, work: Callable, *rows: Tensor | Sequence, most: int | None = None, each: int = 1,
+            lower: tuple[str, ...] = LENGTHS):
+    """work(*rows), a tensor or a tuple of them, of all rows or of `most` at once, joined along the first axis.
+
+    Where the GPU's memory runs out the number of rows is halved; this is said and holds to the eval's end (in setup.fits, in units of
+    `each`, the size of a row). A row's result may depend on no other row, so that parts change it by rounding at most.
+    MemoryError, which names the eval's settings `lower`, if one row alone does not fit.
+    """
+    n, start, parts = len(rows[0]), 0, []
+    while start < n or not parts:
+        size = min(n - start, most or n, max(1, setup.fits.get(what, n * each) // each))
+        try:
+            parts.append(work(*(value[start : start + size] for value in rows)))
+            start += size
+            continue
+        except torch.OutOfMemoryError as error:
+            reason = ". ".join(str(error).split(". ")[:2])
+        # not inside `except`: to its end the traceback keeps the tensors of the attempt
+        gc.collect()
+        torch.cuda.empty_cache()
+        if size < 2:
+            given = ", ".join(f"{key} (now {setup.config[key]})" for key in lower if setup.config.get(key))
+            raise MemoryError(f"out of GPU memory in {what}, which cannot be divided further: {reason}\n"
+                              + (f"lower {given} with --eval_config" if given else "use a smaller --d_sae, or a GPU with more memory"))
+        setup.fits[what] = size // 2 * each
+        setup.say(f"out of GPU memory in {what}: going on with {size // 2} row{'s' * (size > 3)} at a time")
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts)))
+
+
+def undivided(setup, what: str, work: Callable, *lower: str):
+    """work(), whose batches are part of an eval's protocol; MemoryError, which names the settings `lower`, if it does not fit."""
+    return by_rows(setup, what, lambda once: work(), range(1), lower=lower)
+
+
+def residual(setup, tokens_bT: Tensor) -> Tensor:
+    """The residual stream [b, T, D] of token rows at setup.layer, on the LM's device."""
+    return by_rows(setup, "the language model", lambda tokens_rT: setup.lm.residual(tokens_rT.to(setup.lm.device), setup.layer),
+                   tokens_bT, each=tokens_bT.shape[1])

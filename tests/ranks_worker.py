@@ -1,0 +1,59 @@
+"""What test_ranks.py lets torchrun start: gradients <file> | runs <arguments of one run>, … as JSON."""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import experiment  # noqa: E402
+import variants  # noqa: E402
+from variants import base, ranks  # noqa: E402
+
+D, F, B, DEAD = 16, 192, 64, 40
+
+
+def gradients(file: str) -> None:
+    """For each data-parallel variant what a step's parts give on a whole batch in one process, and on two halves of it on two ranks."""
+    torch.set_default_dtype(torch.float64)
+    ranks.join("cpu")
+    x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(1)).double() / D**0.5
+    found = {}
+    for name in variants.names():
+        if not variants.load(name).SAE.data_parallel:
+            continue
+        for together in (False, True):
+            ranks.train_together(together)
+            mine_BD = x_BD.chunk(ranks.sharing())[ranks.number() % ranks.sharing()]
+            torch.manual_seed(0)
+            sae = variants.load(name).SAE(D, F).double()
+            sae.initialise(x_BD)
+            with torch.no_grad():
+                sae.W_dec += 0.1 * torch.randn(F, D)  # else residuals hardly differ between tokens
+            sae.tokens_since_fired[:DEAD] = 10**9
+            progress = base.Progress(90, 100, 90 * B, 100 * B)  # theta moves, penalties are whole
+            loss, terms = base.gradients(sae, base.Batch(mine_BD), progress, print)
+            ranks.average_gradients(sae)
+            sae.count_step(len(mine_BD))
+            with torch.no_grad():
+                sae.after_step(base.Batch(mine_BD), progress)
+            result = {key: p.grad for key, p in sae.named_parameters() if p.grad is not None} | dict(sae.named_buffers())
+            found[name, together] = result | dict(loss=ranks.mean(loss))
+    if not ranks.number():
+        torch.save([[name, together, result] for (name, together), result in found.items()], file)
+    ranks.leave()
+
+
+def runs(*commands: str) -> int:
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda *args: None  # one group for all of them
+    status = max(experiment.main(json.loads(command)) for command in commands)
+    leave()
+    return status
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit({"gradients": gradients, "runs": runs}[sys.argv[1]](*sys.argv[2:]))

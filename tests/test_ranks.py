@@ -1,0 +1,149 @@
+"""Several processes under torchrun (gloo, CPU): the same results as one, whoever is killed and however many continue."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import experiment
+from variants import base, saving
+
+PROJECT = Path(experiment.__file__).parent
+SMALL = ["--profile=tiny", "--num_tokens=5000", "--block_tokens=2048", "--passes=2", "--device=cpu", "--evals=none"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*arguments, processes=2):
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *map(str, arguments)]
+
+
+def run(*arguments):
+    done = subprocess.run(torchrun(*arguments), cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def distance(a: Path, b: Path, sae="layer_2") -> float:
+    """Largest difference between two runs' saved SAEs, relative to each tensor's norm."""
+    one, other = (saving.load_sae(folder / "sae" / sae).state_dict() for folder in (a, b))
+    return max(float((one[k].double() - other[k].double()).norm() / (one[k].double().norm() + 1e-12)) for k in one)
+
+
+def test_two_ranks_make_the_gradients_of_one(tmp_path):
+    """Fails if a data-parallel variant takes something over its share that is meant over the batch: top-k, theta, auxk, L0, counters."""
+    run("tests/ranks_worker.py", "gradients", tmp_path / "found.pt")
+    found = {(name, together): result for name, together, result in torch.load(tmp_path / "found.pt", weights_only=True)}
+    names = {name for name, _ in found}
+    assert {"topk", "batch_topk", "jumprelu", "p_anneal"} <= names
+    for name in names:
+        one, two = found[name, False], found[name, True]
+        assert one.keys() == two.keys()
+        for key in one:  # fp64, but for sums that are fp32 on purpose
+            assert torch.allclose(two[key], one[key], rtol=1e-6, atol=1e-6 * float(one[key].abs().max())), (name, key)
+
+
+def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
+    """Fails if ranks train on other batches than one process, drift apart, write twice, or split what declares no data_parallel."""
+    chosen = {"shared": ["--variant=standard", "--sweep=l1_penalty=0.05,0.1"], "spread": ["--variant=standard", "--shard"],
+              "alone": ["--variant=hierarchical"], "rows": ["--variant=attention_contrastive"], "ties": ["--variant=topk"]}
+
+    def commands(kind):
+        return {name: [*SMALL, f"--cache_dir={cache}", f"--out_dir={tmp_path / kind / name}", *more] for name, more in chosen.items()}
+
+    for command in commands("one").values():
+        assert experiment.main(command) == 0
+    said = run("tests/ranks_worker.py", "runs", *map(json.dumps, commands("two").values()))
+    assert said.count("training: ") == len(chosen)  # by the first rank alone
+    one, two = tmp_path / "one", tmp_path / "two"
+    for sae in ("layer_2.l1_penalty_0.05", "layer_2.l1_penalty_0.1"):
+        assert 0 < distance(one / "shared", two / "shared", sae) < 1e-5
+    assert distance(one / "spread", two / "spread") < 1e-5
+    assert distance(one / "ties", two / "ties") < 0.01  # a tie broken by rounding changes which feature is kept
+    for name in ("alone", "rows"):  # the language model's rows have other neighbours in their batch, the SAE has not
+        assert distance(one / name, two / name) < 1e-5
+    infos = [json.loads((folder / "shared" / "final_info.json").read_text()) for folder in (one, two)]
+    for sae, section in infos[0].items():
+        assert section["config"] == infos[1][sae]["config"]
+        for name, value in section["means"].items():
+            assert infos[1][sae]["means"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+LONG = ["--profile=tiny", "--variant=standard", "--num_tokens=200000", "--block_tokens=8192", "--lr=1e-4", "--device=cpu", "--evals=none",
+        "--checkpoint_seconds=0"]
+
+
+def start(out, cache, processes, *more):
+    command = ["experiment.py", *LONG, f"--cache_dir={cache}", f"--out_dir={out}", *more]
+    command = torchrun(*command, processes=processes) if processes > 1 else [sys.executable, *command]
+    return subprocess.Popen(command, cwd=PROJECT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_step(out, beyond, process):
+    """Step of the first checkpoint beyond one."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+        except (FileNotFoundError, RuntimeError, EOFError):
+            step = -1
+        if step > beyond:
+            return step
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[1][-3000:])
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_killed_ranks_continue_in_other_numbers(tmp_path, cache, shard):
+    """Fails if a lost rank leaves the others hanging, or a checkpoint binds a run to its number of ranks: 2, one of them killed → 1 → 2."""
+    assert experiment.main([*LONG, f"--cache_dir={cache}", f"--out_dir={tmp_path / 'whole'}"]) == 0
+    out = tmp_path / "run"
+    first = start(out, cache, 2, *shard)
+    step = wait_for_step(out, 0, first)
+    ranks = [p for p in psutil.Process(first.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks[0].send_signal(signal.SIGKILL)
+    assert first.wait(60) != 0
+    second = start(out, cache, 1)
+    step = wait_for_step(out, step, second)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(60) == 128 + signal.SIGTERM
+    third = start(out, cache, 2, *shard)
+    said, failed = third.communicate(timeout=120)
+    assert third.returncode == 0, failed[-3000:]
+    assert "continuing from step" in said
+    assert distance(tmp_path / "whole", out) < 1e-3  # a lost state of Adam makes it .1
+
+
+def test_a_batch_that_does_not_fit_is_worked_on_in_parts():
+    """Fails if a step after out-of-memory has other gradients, forgets a feature that fired in one part, or is tried in vain again."""
+    import variants
+
+    class Full(variants.load("standard").SAE):
+        def loss(self, batch, progress):
+            if len(batch.x) > 16:
+                raise torch.OutOfMemoryError("full")
+            return super().loss(batch, progress)
+
+    x_BD, progress, said = torch.randn(64, 16) / 4, base.Progress(50, 100, 0, 6400), []
+    found = []
+    for kind in (variants.load("standard").SAE, Full):
+        torch.manual_seed(0)
+        sae = kind(16, 96)
+        loss, terms = base.gradients(sae, base.Batch(x_BD), progress, said.append)
+        found.append(torch.cat([loss[None], terms["l1"][None], sae.W_enc.grad.flatten(), sae._fired_F.float()]))
+        sae.count_step(64)
+    assert len(said) == 2 and "4 parts of 16 tokens" in said[-1]
+    assert torch.allclose(*found, atol=1e-6)
+    base.gradients(sae, base.Batch(x_BD), progress, said.append)
+    assert len(said) == 2  # remembered

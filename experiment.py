@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not sys.stderr.isatty():  # libraries' progress bars would push the cause of a failure out of what the client shows of stderr
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -43,7 +43,7 @@ import variants  # noqa: E402
 import variants.saving  # noqa: E402
 from evals import language_model, models  # noqa: E402
 from evals.language_model import LanguageModel, hash_files  # noqa: E402
-from runs import compare, environment, failure, reading, report, training_log  # noqa: E402
+from runs import checkpoint, compare, environment, failure, reading, report, training_log  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
 from runs.voice import VOICE, duration, say, track  # noqa: E402
@@ -361,9 +361,8 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
     """Yield (b, block) from block `first` on, on the training device, residuals in the language model's dtype.
 
     A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention (variants/contexts.py).
-    What the model gave is kept in the shared cache, so another variant on the same data does not pay for it again. The
-    next block is tokenised in the background. Of several ranks each passes its share of the rows; it keeps that where they train
-    together, and else gives it to the first.
+    What the model gave is kept in the shared cache, for other variants on the same data. The next block is tokenised in the background.
+    Of several ranks each passes its share of the rows, and keeps it where they train together, else gives it to the first.
     """
     layers, plan, T = layers_of(settings), block_plan(settings), settings.context
 
@@ -526,12 +525,13 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     log_every = max(1, total // settings.log_lines)
     recent = saved["recent"] if saved else {job.name: [] for job in jobs}  # (loss, terms), on the device, since the last log line
     begun = time.monotonic()
-    clock = dict(checkpoint=begun, line=begun, start=begun, step=step, block=begun, activations=0.0, sae=0.0)  # seconds
+    clock = dict(checkpoint=begun, pause=0.0, line=begun, start=begun, step=step, block=begun, activations=0.0, sae=0.0)  # seconds
 
     def save(b: int) -> None:
         cursors = dict(stream.cursors)  # the stream lags where blocks came from the cache: the nearest cursor before is as good
+        begun = time.monotonic()
         save_checkpoint(out, jobs, step, cursors[max(c for c in cursors if c <= b)], log, recent)
-        clock["checkpoint"] = time.monotonic()
+        clock.update(checkpoint=time.monotonic(), pause=20 * (time.monotonic() - begun))  # a wide SAE's checkpoint takes long
 
     def stop_if_asked(now: bool = True) -> None:
         interrupts.deferred = together  # ranks stop at the same step: none may leave the others waiting in the middle of one
@@ -554,6 +554,8 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
                 for job in jobs:
+                    if step % 64 == 0:
+                        job.sae.look(progress)
                     recent[job.name].append(train_step(job.sae, job.optimizer, batch_of_job[job.name], progress))
                 step += 1
                 if step % log_every == 0 or step == total:
@@ -561,10 +563,10 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                     log += training_log.rows(jobs, recent, x_of_job, progress, settings.batch_size, clock, step, ranks.mean)
                     if time.monotonic() - clock["line"] > 30 or step == total:
                         clock["line"] = time.monotonic()
-                        if not ranks.number():
-                            training_log.write(out, log)
+                        training_log.write(out, log[:len(log) * (ranks.number() == 0)])
                         training_log.say_rows(log[-len(jobs):], total * settings.batch_size)
-                    if ranks.any_host(time.monotonic() - clock["checkpoint"] > settings.checkpoint_seconds) or step == total:
+                    due = clock["checkpoint"] + max(settings.checkpoint_seconds, clock["pause"])
+                    if ranks.any_host(time.monotonic() > due) or step == total:
                         save(b)
                 stop_if_asked(not together or step % 8 == 0)
             lap(clock, "sae")
@@ -642,24 +644,24 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
 
 
 def save_checkpoint(out: Path, jobs: list[Job], step: int, cursor: dict, log: list[dict], recent: dict) -> None:
-    """All that a resume needs, in one file, written to a temporary name and renamed."""
+    """All that a resume needs, in one file, by the first rank."""
+    recent = {name: [(ranks.mean(x), {k: ranks.mean(v) for k, v in terms.items()}) for x, terms in rows] for name, rows in recent.items()}
     state = dict(step=step, cursor=cursor, log=log, recent=recent, rng=environment.random_state(),
                  saes={job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale))
                        for job in jobs})
-    if ranks.number():
-        return
-    training_log.write(out, log)
-    temporary = out / "checkpoint.pt.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, out / "checkpoint.pt")
+    if not ranks.number():
+        training_log.write(out, log)
+        checkpoint.write(out, state)
 
 
 def load_checkpoint(settings: Settings, out: Path, jobs: list[Job]) -> Optional[dict]:
     """Put jobs and random state back to the last checkpoint, whatever the number of ranks was, or return None."""
-    if not (out / "checkpoint.pt").exists():
-        return None
     device = next(jobs[0].sae.parameters()).device
-    state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
+    state = checkpoint.read(out, device, settings.shard)
+    if not state:
+        return None
+    state["recent"] = {name: [(x.to(device), {k: v.to(device) for k, v in terms.items()}) for x, terms in rows]
+                       for name, rows in state["recent"].items()}
     for job in jobs:
         saved = state["saes"][job.name]
         job.sae.load_state_dict(saved["sae"])
@@ -688,10 +690,7 @@ def report_of(settings: Settings, lm: LanguageModel, job: Job, source, out: Path
 
     looked_at = base.TrainedSAE(copy.deepcopy(job.sae), job.scale)
     numbers, files = job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
-    for file, content in files.items():
-        write = runs.folder.write_bytes if isinstance(content, bytes) else runs.folder.write_text
-        write(out / "variant_report" / job.name / file, content)
-    runs.folder.write_json(out / "variant_report" / job.name / "numbers.json", numbers)
+    runs.folder.write_report(out / "variant_report" / job.name, numbers, files)
 
 
 # ================================================================================================ evals
@@ -787,7 +786,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
 
     with phase("preflight", info, out):
         info["facts"] = ranks.agreed(lambda: preflight(settings, source))
-        settings = dataclasses.replace(settings, **{name: info["facts"][name] for name in ("lm_batch_size", "shard")})
+        settings = dataclasses.replace(settings, lm_batch_size=info["facts"]["lm_batch_size"], shard=info["facts"]["shard"])
         if not ranks.number():
             runs.folder.write_bytes(out / "variant.py", variants.path(settings.variant).read_bytes())
     with phase("language model", info, out), ranks.first_before_others():

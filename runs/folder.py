@@ -45,6 +45,13 @@ def write_json(path: str | Path, value) -> None:
     write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes | str]) -> None:
+    """What a variant reports of itself: numbers.json and its own files."""
+    for file, content in files.items():
+        (write_bytes if isinstance(content, bytes) else write_text)(folder / file, content)
+    write_json(folder / "numbers.json", numbers)
+
+
 def _finite(value):
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}

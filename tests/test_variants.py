@@ -73,11 +73,29 @@ def test_auxk_reaches_dead_features_and_only_them():
     assert base.auxk_loss(sae, x_BD, e_BD, base.dense_activations(sae, x_BD, 4), torch.zeros(40, dtype=torch.bool)) == 0
 
 
-@pytest.mark.parametrize("name", ["standard", "topk"])
-def test_a_training_step_never_waits_for_the_device(name):
+def test_auxk_without_ranking_is_auxk():
+    """Fails if the path a GPU takes for few dead features gives another loss or gradient, or reaches a living one."""
+    results, dead_F = [], torch.arange(40) % 13 == 5
+    x_BD, e_BD = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(1)).double()
+    for counted in (None, int(dead_F.sum())):
+        torch.manual_seed(0)
+        sae = topk.SAE(8, 40, k=4).double()
+        sae.tokens_since_fired[dead_F] = 100
+        sae.dead_on_host = counted
+        loss = base.auxk_loss(sae, x_BD, e_BD, torch.relu(sae.pre_activations(x_BD)), dead_F)
+        loss.backward()
+        results.append((loss.detach(), sae.W_dec.grad, sae.W_enc.grad))
+    for ranked, all_of_them in zip(*results):
+        assert ranked.abs().sum() > 0 and torch.allclose(ranked, all_of_them, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dead", [None, 0, 3])
+@pytest.mark.parametrize("name", [name for name in variants.names() if variants.load(name).SAE.data_parallel])
+def test_a_training_step_never_waits_for_the_device(name, dead):
     """Fails if a step reads a value back: the meta device has none to give. Covers loss, projection, clip, counters, theta."""
     with torch.device("meta"):
         sae = variants.load(name).SAE(16, 64)
+        sae.dead_on_host = dead
         optimizer = torch.optim.Adam(sae.parameters(), foreach=True)
         for step in (0, 10, 90):
             loss, terms = experiment.train_step(sae, optimizer, base.Batch(torch.empty(32, 16)), base.Progress(step, 100, step * 32, 3200))

@@ -126,6 +126,7 @@ class SAE(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         self._fired_F: Tensor | None = None
         self.parts = 1  # in which a batch is worked on: more, where it did not fit the memory
+        self.dead_on_host: int | None = None  # dead features as last counted by `look`; None: not counted
 
     # -- the model
 
@@ -211,6 +212,11 @@ class SAE(nn.Module):
     def dead_features(self, progress: Progress) -> Tensor:
         """Mask [F] of features silent for 10 M tokens, or for a tenth of a run shorter than 100 M (VARIANTS, auxk)."""
         return self.tokens_since_fired >= min(10_000_000, progress.total_tokens // 10)
+
+    def look(self, progress: Progress) -> None:
+        """Count the dead features of a GPU on the host, every now and then and outside of a step: it waits for the device."""
+        if self.tokens_since_fired.is_cuda:
+            self.dead_on_host = int(self.dead_features(progress).sum())
 
 
 def gradients(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -313,16 +319,32 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
     variance. Ranking after top-k instead, where dead features are exactly 0, leaves the term without any gradient.
     """
     k_aux = min(sae.d_in // 2, sae.d_sae)
+    if sae.dead_on_host is not None and sae.dead_on_host <= k_aux:
+        return _auxk_of_all(sae, e_BD, acts_BF, dead_F, k_aux)
     if dead_F.device.type == "cpu":  # which may look without waiting; a GPU ranks k_aux features and gives those that live 0
         k_aux = min(k_aux, int(dead_F.sum()))
         if not k_aux:
             return e_BD.new_zeros(())
     index_BK = acts_BF.detach().masked_fill(~dead_F, -1.0).topk(k_aux, dim=-1, sorted=False).indices
     z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]  # fewer dead features than k_aux: the rest is 0
+    return _of_variance(e_BD, decode_sparse(z_BK, index_BK, sae.W_dec)) * dead_F.any()
+
+
+def _auxk_of_all(sae: SAE, e_BD: Tensor, acts_BF: Tensor, dead_F: Tensor, k_aux: int) -> Tensor:
+    """The same where all dead features fit into k_aux: nothing has to be ranked for each token, which costs a GPU more than the rest."""
+    if not sae.dead_on_host:
+        return e_BD.new_zeros(())
+    index_C = torch.where(dead_F, sae.tokens_since_fired, -1).topk(k_aux, sorted=False).indices  # all dead ones and a few more
+    z_BC = acts_BF.index_select(1, index_C) * dead_F[index_C]
+    return _of_variance(e_BD, z_BC @ sae.W_dec.index_select(0, index_C).to(z_BC.dtype)) * dead_F.any()
+
+
+def _of_variance(e_BD: Tensor, found_BD: Tensor) -> Tensor:
+    """Squared error of what was found of the residual e, over e's variance."""
     target_BD = e_BD.detach()
-    error = reconstruction_loss(target_BD - decode_sparse(z_BK, index_BK, sae.W_dec))
+    error = reconstruction_loss(target_BD - found_BD)
     variance = ranks.mean((target_BD - ranks.mean(target_BD.mean(0))).pow(2).sum(-1).mean())
-    return (error / variance.clamp_min(1e-12)) * dead_F.any()
+    return error / variance.clamp_min(1e-12)
 
 
 def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
@@ -384,18 +406,50 @@ def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-
     return median_D.float()
 
 
+def fused(function: Callable[..., None]) -> Callable[..., None]:
+    """A function of tensors as one compiled kernel on a GPU, where its temporaries would cost more than its work; else as it is."""
+    compiled = function
+
+    def call(*tensors: Tensor) -> None:
+        nonlocal compiled
+        if compiled is None or not tensors[0].is_cuda or hasattr(tensors[0], "full_tensor"):
+            function(*tensors)
+            return
+        try:
+            compiled = torch.compile(function, dynamic=False) if compiled is function else compiled  # here: it imports for a second
+            compiled(*tensors)
+        except (torch.OutOfMemoryError, FloatingPointError):
+            raise
+        except Exception as error:  # noqa: BLE001  no compiler, no Triton: slower, and the same
+            print(f"{function.__name__} is not compiled ({type(error).__name__}): going on without", flush=True)
+            compiled = None
+            function(*tensors)
+
+    return call
+
+
+@fused
+def _project(grad_FD: Tensor, W_FD: Tensor) -> None:
+    row_FD = F.normalize(W_FD, dim=1)
+    grad_FD -= (grad_FD * row_FD).sum(1, keepdim=True) * row_FD
+
+
+@fused
+def _normalise(W_FD: Tensor) -> None:
+    W_FD /= W_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
 @torch.no_grad()
 def project_decoder_gradient(W_dec_FD: nn.Parameter) -> None:
     """Remove from each decoder row's gradient its part along the row (rows are features: axis 1, not 0)."""
     if W_dec_FD.grad is not None:
-        row_FD = F.normalize(W_dec_FD, dim=1)
-        W_dec_FD.grad -= (W_dec_FD.grad * row_FD).sum(1, keepdim=True) * row_FD
+        _project(W_dec_FD.grad, W_dec_FD)
 
 
 @torch.no_grad()
 def normalise_decoder(W_dec_FD: nn.Parameter) -> None:
     """Give each decoder row unit norm, in place."""
-    W_dec_FD /= W_dec_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    _normalise(W_dec_FD)
 
 
 @torch.no_grad()

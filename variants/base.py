@@ -114,6 +114,10 @@ class SAE(nn.Module):
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.data_parallel = cls.__dict__.get("data_parallel", False)  # not inherited: what is derived may compute more over its batch
+
     def __init__(self, d_in: int, d_sae: int, decoder_norm: float = 1.0):
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae

@@ -19,7 +19,6 @@ class SAE(standard.SAE):
     correlation is taken over, the `kept` largest activations of each; min_density: share of them on which a clustered feature fires.
     """
 
-    data_parallel = False  # it remembers whole batches
     saelens = None  # its format has no place for groups
 
     def __init__(self, d_in, d_sae, l1_penalty=0.1, every=500, cut=0.5, levels=1, recent_tokens=8192, kept=128, min_density=1e-5,

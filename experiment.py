@@ -797,10 +797,10 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     with phase("training", info, out):
         jobs = make_jobs(settings, lm)
         log = train(settings, lm, jobs, source, cache, out, interrupts)
-        ranks.leave()
-        if ranks.number():  # what follows, the first rank does alone
+        if not ranks.leave():  # what follows, the first rank does alone
             return {}
         for job in jobs:
+            job.optimizer = job.sae.zero_grad()  # None for both: their memory is the evals' now
             metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
                             prepend_bos=True, dataset_path=public_name(settings.dataset))
             variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)

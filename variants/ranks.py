@@ -36,12 +36,13 @@ def join(device: str) -> None:
     _number, _count = dist.get_rank(), dist.get_world_size()
 
 
-def leave() -> None:
-    """At the end of what is done together: the first rank goes on alone, the others have their number still."""
+def leave() -> bool:
+    """At the end of what is done together; whether this rank is the first, which goes on alone. The others keep their number."""
     global _count, _together
     _count, _together = 1, False
     if dist.is_initialized():
         dist.destroy_process_group()
+    return _number == 0
 
 
 def number() -> int:

@@ -16,7 +16,7 @@ from variants import base, ranks  # noqa: E402
 D, F, B, DEAD = 16, 192, 64, 40
 
 
-def gradients(file: str) -> None:
+def gradients(file: str) -> int:
     """For each data-parallel variant what a step's parts give on a whole batch in one process, and on two halves of it on two ranks."""
     torch.set_default_dtype(torch.float64)
     ranks.join("cpu")
@@ -45,6 +45,7 @@ def gradients(file: str) -> None:
     if not ranks.number():
         torch.save([[name, together, result] for (name, together), result in found.items()], file)
     ranks.leave()
+    return 0
 
 
 def runs(*commands: str) -> int:
@@ -56,4 +57,4 @@ def runs(*commands: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit({"gradients": gradients, "runs": runs}[sys.argv[1]](*sys.argv[2:]))
+    ranks.end({"gradients": gradients, "runs": runs}[sys.argv[1]](*sys.argv[2:]))

@@ -177,6 +177,10 @@ has_compiler = shutil.which(os.environ.get("CXX", "g++")) and (Path(sysconfig.ge
 @pytest.mark.skipif(not has_compiler, reason="inductor needs a C++ compiler and Python's headers")
 def test_inductor_agrees_with_the_plain_pass(cache, monkeypatch, capsys):
     """Fails if the default backend does not take the block, or its kernels give other residuals."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2))
+    except Exception as error:  # noqa: BLE001  whatever this machine lacks for it
+        pytest.skip(f"torch.compile does not work here: {str(error).splitlines()[0]}")
     lm, _ = compiled_model(cache, monkeypatch, "gemma2", backend="inductor")
     assert max(differences(lm, torch.randint(5, 60, (5, 24)), [0, 2], 8).values()) < 1e-5
     assert lm.compiled and "no compiled blocks" not in capsys.readouterr().out

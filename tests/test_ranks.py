@@ -130,6 +130,8 @@ def test_a_batch_that_does_not_fit_is_worked_on_in_parts():
     import variants
 
     class Full(variants.load("standard").SAE):
+        data_parallel = True
+
         def loss(self, batch, progress):
             if len(batch.x) > 16:
                 raise torch.OutOfMemoryError("full")

@@ -112,6 +112,8 @@ class SAE(nn.Module):
     #                        and the functions below for what is not; else one rank trains, and the others run the language model only
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
+    batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory
+    dead_on_host: int | None = None  # dead features as last counted by `look`; None: not counted
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
 
     def __init_subclass__(cls, **kwargs):
@@ -129,8 +131,6 @@ class SAE(nn.Module):
         # int64: a feature's age in tokens passes 2**31 in long runs
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         self._fired_F: Tensor | None = None
-        self.parts = 1  # in which a batch is worked on: more, where it did not fit the memory
-        self.dead_on_host: int | None = None  # dead features as last counted by `look`; None: not counted
 
     # -- the model
 
@@ -203,7 +203,7 @@ class SAE(nn.Module):
         self._note(fired_F > 0)
 
     def _note(self, fired_F: Tensor) -> None:
-        self._fired_F = fired_F if self.parts == 1 or self._fired_F is None else self._fired_F | fired_F
+        self._fired_F = fired_F if self.batch_parts == 1 or self._fired_F is None else self._fired_F | fired_F
 
     @torch.no_grad()
     def count_step(self, tokens: int) -> None:
@@ -236,22 +236,22 @@ def gradients(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], N
         try:
             return _accumulated(sae, batch, progress)
         except torch.OutOfMemoryError:
-            if not sae.data_parallel or ranks.sharing() > 1 or 2 * sae.parts > len(batch.x):
+            if not sae.data_parallel or ranks.sharing() > 1 or 2 * sae.batch_parts > len(batch.x):
                 raise
         # here, where the traceback no longer holds the tensors of the attempt
-        sae.parts *= 2
+        sae.batch_parts *= 2
         sae._fired_F = None
         if batch.x.is_cuda:
             torch.cuda.empty_cache()
-        say(f"out of GPU memory: going on with each batch in {sae.parts} parts of {len(batch.x) // sae.parts} tokens")
+        say(f"out of GPU memory: going on with each batch in {sae.batch_parts} parts of {len(batch.x) // sae.batch_parts} tokens")
 
 
 def _accumulated(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
     found = []
-    for part in [batch] if sae.parts == 1 else [Batch(x_BD) for x_BD in batch.x.chunk(sae.parts)]:
+    for part in [batch] if sae.batch_parts == 1 else [Batch(x_BD) for x_BD in batch.x.chunk(sae.batch_parts)]:
         with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
             loss, terms = sae.loss(part, progress)
-        if sae.parts > 1:
+        if sae.batch_parts > 1:
             share = len(part.x) / len(batch.x)
             loss, terms = loss * share, {name: term * share for name, term in terms.items()}
         loss.backward()

@@ -665,7 +665,7 @@ def load_checkpoint(settings: Settings, out: Path, jobs: list[Job]) -> Optional[
     for job in jobs:
         saved = state["saes"][job.name]
         job.sae.load_state_dict(saved["sae"])
-        if state["step"] < count_steps(settings):
+        if 0 < state["step"] < count_steps(settings):  # at 0 `begin` comes first
             shard(settings, job)
         ranks.load_optimizer(job.optimizer, saved["optimizer"])
         job.scale = saved["scale"]

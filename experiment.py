@@ -534,7 +534,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
         clock.update(checkpoint=time.monotonic(), pause=20 * (time.monotonic() - begun))  # a wide SAE's checkpoint takes long
 
     def stop_if_asked(now: bool = True) -> None:
-        interrupts.deferred = together  # ranks stop at the same step: none may leave the others waiting in the middle of one
+        interrupts.deferred = together and step < total  # ranks stop at the same step: none may leave others waiting in the middle
         if now and ranks.any_host(interrupts.signal > 0):
             raise KeyboardInterrupt("between steps")
 
@@ -568,7 +568,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                     due = clock["checkpoint"] + max(settings.checkpoint_seconds, clock["pause"])
                     if ranks.any_host(time.monotonic() > due) or step == total:
                         save(b)
-                stop_if_asked(not together or step % 8 == 0)
+                stop_if_asked(not together or step % 8 == 0 or step == total)
             lap(clock, "sae")
             block.clear()  # before the next block is made: one block at a time on the device
     except KeyboardInterrupt as stop:
@@ -617,7 +617,7 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
 
     Each pass shuffles the block anew by (seed, block, pass) alone: its tokens, or its rows where a variant needs whole contexts.
     """
-    B, rows = settings.batch_size, int(block["place_N"][-1]) // settings.context + 1
+    B, rows = settings.batch_size, int(block["place_N"][-1:].sum()) // settings.context + 1  # or no row
     W, n = ranks.sharing(), int(block["starts_W"][-1]) if ranks.sharing() > 1 else len(block["place_N"])
     whole = any(job.sae.needs_contexts or job.sae.attention_layers for job in jobs)
     place_of = {job.name: (job.layer, job.attention) for job in jobs}  # SAEs of one place share what is gathered for a batch
@@ -660,14 +660,13 @@ def load_checkpoint(settings: Settings, out: Path, jobs: list[Job]) -> Optional[
     state = checkpoint.read(out, device, settings.shard)
     if not state:
         return None
-    state["recent"] = {name: [(x.to(device), {k: v.to(device) for k, v in terms.items()}) for x, terms in rows]
-                       for name, rows in state["recent"].items()}
     for job in jobs:
-        saved = state["saes"][job.name]
+        saved = state["saes"].pop(job.name)  # popped: else it stays to the end of training
         job.sae.load_state_dict(saved["sae"])
         if 0 < state["step"] < count_steps(settings):  # at 0 `begin` comes first
             shard(settings, job)
-        ranks.load_optimizer(job.optimizer, saved["optimizer"])
+        if state["step"] < count_steps(settings) or isinstance(job.sae, imperative.Imperative):  # whose trainer lies there
+            ranks.load_optimizer(job.optimizer, saved["optimizer"])
         job.scale = saved["scale"]
     environment.set_random_state(state["rng"])
     say(f"continuing from step {state['step']:,}")
@@ -842,7 +841,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         settings, why = resolve(parse_settings(sys.argv[1:] if argv is None else argv))
         ranks.join(settings.device)
-        settings = dataclasses.replace(settings, out_dir=ranks.agreed(lambda: settings.out_dir or runs.folder.next_free()))
+        settings = ranks.agreed(lambda: dataclasses.replace(settings, out_dir=settings.out_dir or runs.folder.next_free()))
         mark, VOICE.silent = fingerprint(settings), ranks.number() > 0
         state, lock = (None, None) if ranks.number() else runs.folder.claim(settings.out_dir, mark)  # held to the end
         out, interrupts, state = Path(settings.out_dir).resolve(), Interrupts(), ranks.agreed(lambda: state)

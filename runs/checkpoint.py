@@ -16,8 +16,11 @@ def write(out: Path, state: dict) -> None:
 
 
 def read(out: Path, device: torch.device | str, view: bool) -> dict | None:
-    """The state, on `device`, or as a `view` of the file, not in memory. None where there is no file."""
+    """The state, on `device`, or as a `view` of the file, of which only the recent losses are moved there; None if there is no file."""
     file = out / "checkpoint.pt"
     if not file.exists():
         return None
-    return torch.load(file, map_location="cpu" if view else device, weights_only=True, mmap=view)
+    state = torch.load(file, map_location="cpu" if view else device, weights_only=True, mmap=view)
+    state["recent"] = {name: [(loss.to(device), {k: v.to(device) for k, v in terms.items()}) for loss, terms in rows]
+                       for name, rows in state["recent"].items()}
+    return state

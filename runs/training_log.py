@@ -50,6 +50,8 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
         z_BF = job.sae.encode(x_BD)
         error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
         job.sae.train()
+        if hasattr(job.sae, "reshard"):
+            job.sae.reshard()  # else all SAEs would be whole at once
         row = dict(sae=job.name, step=step, tokens=step * batch_size, loss=mean(loss for loss, _ in recent[job.name]))
         row |= {k: mean(terms[k] for _, terms in recent[job.name]) for k in recent[job.name][0][1]}
         row |= dict(l0=float((z_BF != 0).float().sum(-1).mean()), explained_variance=1 - float(error),

@@ -29,7 +29,8 @@ def gradients(file: str) -> int:
             ranks.train_together(together)
             mine_BD = x_BD.chunk(ranks.sharing())[ranks.number() % ranks.sharing()]
             torch.manual_seed(0)
-            sae = variants.load(name).SAE(D, F).double()
+            module = variants.load(name)  # few features a token: the sparse path of a CPU, with its transposed gradient
+            sae = variants.build(module, D, F, {"k": 4} if "k" in variants.hyperparameters(module) else {}).double()
             sae.initialise(x_BD)
             with torch.no_grad():
                 sae.W_dec += 0.1 * torch.randn(F, D)  # else residuals hardly differ between tokens

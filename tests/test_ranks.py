@@ -1,5 +1,6 @@
 """Several processes under torchrun (gloo, CPU): the same results as one, whoever is killed and however many continue."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 
 import experiment
 from variants import base, saving
+from variants.preflight import budget, check
 
 PROJECT = Path(experiment.__file__).parent
 SMALL = ["--profile=tiny", "--num_tokens=5000", "--block_tokens=2048", "--passes=2", "--device=cpu", "--evals=none"]
@@ -68,9 +70,9 @@ def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
     assert said.count("training: ") == len(chosen)  # by the first rank alone
     one, two = tmp_path / "one", tmp_path / "two"
     for sae in ("layer_2.l1_penalty_0.05", "layer_2.l1_penalty_0.1"):
-        assert 0 < distance(one / "shared", two / "shared", sae) < 1e-5
-    assert distance(one / "spread", two / "spread") < 1e-5
-    assert distance(one / "ties", two / "ties") < 0.01  # a tie broken by rounding changes which feature is kept
+        assert 0 < distance(one / "shared", two / "shared", sae) < 0.01  # Adam makes 1e-3 of a rounding error; other batches make 1
+    assert distance(one / "spread", two / "spread") < 0.01
+    assert distance(one / "ties", two / "ties") < 0.01
     for name in ("alone", "rows"):  # the language model's rows have other neighbours in their batch, the SAE has not
         assert distance(one / name, two / name) < 1e-5
     infos = [json.loads((folder / "shared" / "final_info.json").read_text()) for folder in (one, two)]
@@ -123,6 +125,18 @@ def test_killed_ranks_continue_in_other_numbers(tmp_path, cache, shard):
     assert third.returncode == 0, failed[-3000:]
     assert "continuing from step" in said
     assert distance(tmp_path / "whole", out) < 1e-3  # a lost state of Adam makes it .1
+
+
+def test_an_sae_too_wide_for_a_rank_is_spread_if_that_makes_it_fit():
+    """Fails if a run is refused that fits spread, or accepted where even that does not fit, or spread without need."""
+    found = check.run("topk", {}, d_in=2304, d_sae=2**20, batch_size=512, total_steps=100, lr=None, seed=0, accelerator=True,
+                      train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, reference_files=[])
+    settings, _ = experiment.resolve(experiment.parse_settings(["--profile=gemma", "--device=cpu", "--batch_size=4096"]))
+    settings = dataclasses.replace(settings, device="cuda")
+    shape = dict(d_model=2304, n_layers=26, block_parameters=77_856_768, bytes=5_230_000_000)
+    plans = {gb: budget.plan(settings, [12], 100, shape, [found], True, 8, gb * 1e9, 4e14) for gb in (60, 110, 200)}
+    assert [facts["shard"] for _, facts, _ in plans.values()] == [True, True, False]
+    assert [bool(problem) for *_, problem in plans.values()] == [True, False, False]
 
 
 def test_a_batch_that_does_not_fit_is_worked_on_in_parts():

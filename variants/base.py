@@ -118,7 +118,7 @@ class SAE(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.data_parallel = cls.__dict__.get("data_parallel", False)  # not inherited: what is derived may compute more over its batch
+        cls.data_parallel = cls.__dict__.get("data_parallel", False) and not (cls.needs_contexts or cls.attention_layers)  # not inherited
 
     def __init__(self, d_in: int, d_sae: int, decoder_norm: float = 1.0):
         super().__init__()
@@ -520,9 +520,11 @@ def batch_topk(acts_BF: Tensor, k: int) -> Tensor:
     flat, n = acts_BF.detach().flatten(), k * len(acts_BF)
     if ranks.sharing() > 1:
         n *= ranks.sharing()
-        mine = flat.topk(min(n, len(flat)), sorted=False).values
-        bound = ranks.gathered(mine).topk(n, sorted=False).values.amin()
-        return (acts_BF.detach() >= bound) & (acts_BF.detach() > 0)
+        mine = flat.topk(min(n, len(flat)), sorted=False)
+        values = ranks.gathered(mine.values)  # bf16 has many equal ones: chosen by index, as in one process
+        chosen = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, values.topk(n, sorted=False).indices, True)
+        own = chosen.view(ranks.sharing(), -1)[ranks.number()]
+        return torch.zeros_like(flat, dtype=torch.bool).scatter_(0, mine.indices, own).view_as(acts_BF)
     index = _largest_on_cpu(flat, n) if flat.device.type == "cpu" else flat.topk(n, sorted=False).indices
     return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, index, True).view_as(acts_BF)
 

@@ -131,7 +131,7 @@ class Attention:
 
     def named(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What was kept of all rows, under names of its own: a block may serve several SAEs."""
-        return {f"{self}/{name}": torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {f"{self}/{name}": torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
     def of_block(self, block: dict[str, Tensor]) -> dict[str, Tensor]:
         """A block as `take` wants it."""
@@ -150,4 +150,4 @@ def gather(block: dict[str, Tensor], rows: Tensor, context: int, layer: int, att
 def placed(block: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     """A block's tensors where batches are put together from them: indices on the host, the others on the device."""
     on_host = ("place_N", "pair_query_P", "pair_key_P", "starts_W")
-    return {name: tensor.to("cpu" if name.endswith(on_host) else device) for name, tensor in block.items()}
+    return {name: block.pop(name).to("cpu" if name.endswith(on_host) else device) for name in list(block)}

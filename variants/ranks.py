@@ -156,6 +156,7 @@ def average_gradients(sae: torch.nn.Module) -> None:
         if parameter.requires_grad:
             if parameter.grad is None:  # here, but maybe not on another rank
                 parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = parameter.grad.contiguous()  # not where it was made for a transposed parameter
             dist.all_reduce(parameter.grad)
             parameter.grad /= count()
 
@@ -165,7 +166,7 @@ def average_gradients(sae: torch.nn.Module) -> None:
 
 def shares(rows_RT: Tensor, index_N: Tensor) -> tuple[list[int], Tensor]:
     """Where each rank's share of a block's rows, and of its tokens at the flat positions index_N, begins; last, where the block ends."""
-    rows = [len(rows_RT) * rank // count() for rank in range(count() + 1)]
+    rows = [-(-len(rows_RT) * rank // count()) for rank in range(count() + 1)]  # the first rank has some, if any
     return rows, torch.searchsorted(index_N, torch.tensor(rows) * rows_RT.shape[1])
 
 
@@ -190,6 +191,7 @@ def in_order(x_nD: Tensor, starts: list[int], order_N: Tensor, batch: int) -> Te
     given = x_nD.index_select(0, torch.cat(taken).to(x_nD.device))
     got = x_nD.new_empty(len(index), *x_nD.shape[1:])
     dist.all_to_all_single(got, given, came, send)
+    del given
     out = torch.empty_like(got)
     out[owner.argsort(stable=True).to(got.device)] = got
     return out
@@ -220,12 +222,14 @@ def to_first(block: dict[str, Tensor], row: int, token: int, context: int) -> di
             out[name] = mine
             continue
         if number():
-            dist.send(mine.contiguous(), 0)
+            if mine.numel():
+                dist.send(mine.contiguous(), 0)
             continue
-        parts = [mine] + [mine.new_empty(shapes[rank][name]) for rank in range(1, count())]
-        for rank, part in enumerate(parts[1:], 1):
+        sent = [shape.get(name, torch.Size([0])) for shape in shapes]
+        parts = {rank: mine.new_empty(shape) for rank, shape in enumerate(sent) if rank and shape.numel()}
+        for rank, part in parts.items():
             dist.recv(part, rank)
-        out[name] = torch.cat(parts)
+        out[name] = torch.cat([mine, *parts.values()])
     return {} if number() else out
 
 

@@ -42,7 +42,7 @@ def cells(F: int, B: int, W: int) -> list[str]:
     """tokens/s, GB a GPU and hours, each with the SAE whole on every GPU and spread over them."""
     found, columns = findings(F, B // W), []
     for S in sorted({1, W}):
-        block = 2**19 * (2 if W > 1 else 1) // W
+        block = 2**19 * (4 if W > 1 else 1) // W
         peak = budget.peak(budget.need(found, 1, GEMMA, block, 64 * 128, 2, True, "cuda", S))
         speed = tokens_per_s(F, B, W, S)
         fits = peak <= ROOM

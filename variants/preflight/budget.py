@@ -31,7 +31,10 @@ def need(findings: Findings, copies: int, shape: dict, block_tokens: int, lm_tok
     """
     row = shape["d_model"] * itemsize
     features = FEATURES * 4 * lm_tokens * findings.parameters // (2 * shape["d_model"])
-    saes = copies * (4 * findings.parameter_bytes / spread + findings.buffer_bytes) + 2 * findings.parameter_bytes * (spread > 1)
+    saes = copies * 4 * findings.parameter_bytes
+    if spread > 1:  # whole before the first step and for the evals
+        saes = max(saes / spread + 2 * findings.parameter_bytes, saes / 4)
+    saes += copies * findings.buffer_bytes
     return dict(process=PROCESS[device], lm=shape["bytes"], saes=saes,
                 training=findings.step_peak_bytes + block_tokens * row + lm_tokens * PASS_WIDTHS * row,
                 evals=evals * (EVAL_LIBRARIES[device] + LOGITS[device] + features))
@@ -63,7 +66,7 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
     if rows == "auto":
         rows = rows_per_pass(available - shape["bytes"], settings.context, shape["d_model"] * itemsize, settings.device)
     block = min(settings.block_tokens, settings.num_tokens) * len(layers)
-    block = 2 * block // sharing if sharing > 1 else block  # there twice while the ranks exchange it
+    block = 4 * block // sharing if sharing > 1 else block  # while ranks exchange it: before and after, on its way, the last pass's
     lm_tokens = rows * settings.context
     needs = [need(largest, copies, shape, block, lm_tokens, itemsize, evals, settings.device, spread) for spread in (1, sharing)]
     shard = sharing > 1 and (settings.shard or peak(needs[0]) > available)
@@ -81,4 +84,4 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
     facts = dict(forecast_bytes=parts | dict(peak=peak(parts), available=available), lm_batch_size=rows, shard=shard,
                  forecast_training_seconds=round(flops / matmul_rate / ACHIEVED[settings.device]))
     room = int(available - peak(parts) + parts["saes"] / copies + largest.step_peak_bytes)
-    return line, facts, too_large(largest, room) or ""
+    return line, facts, peak(parts) > available and too_large(largest, room) or ""

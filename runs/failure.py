@@ -21,6 +21,8 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
     """
     kind = type(error).__name__
     what, _, advice = str(error).partition("\n")
+    if "onnection" in what and "peer" in what:  # gloo's words; NCCL's processes are ended by torchrun
+        what, advice = "another process of this run ended", "see what it said; the same command continues from the last checkpoint"
     advice = advice or ADVICE.get(kind, "")
     where = place(error, variant)
     lines = [f"FAILED in {phase}: {what or kind}"[:600], *([f"at {where}"] if where and where not in what else []),

@@ -1,4 +1,4 @@
-"""How fast training goes, beside what the machine could do and beside the peers: python -m tests.benchmarks.training [--peers] [--growth]
+"""How fast training goes, beside the machine and the peers: python -m tests.benchmarks.training [--peers] [--growth] [--profile]
 
 Needs torch and transformers. `--model`: gemma-2-2b-shape (random weights, random tokens; the default where there is a GPU), embedded
 (the default elsewhere) or tiny with their own texts, or a local folder or hub name, with random tokens. Every row is the beginning of
@@ -32,6 +32,7 @@ buffer of two blocks on the training device, bf16 autocast on a GPU, tokens from
 as many tokens as a block, in which each buffer is filled once, after the fill and the first step. Nobody's features are dead.
 
 `--growth`: seconds against tokens, width and number of SAEs, each with the ratio to the first row.
+`--profile`: the operations that take most of one block's time, one SAE of each width, by torch.profiler.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 import experiment
 from evals import data, language_model
@@ -95,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     table(args, lm, source, machine)
     if args.growth:
         growth(args, lm, source)
+    if args.profile:
+        profile(args, lm, source)
     if args.peers:
         beside_peers(args, lm, source)
     print(provenance(args, argv))
@@ -116,6 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lm_batch_size", type=int, help="rows of a language-model pass")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--cpu_seconds", action="store_true", help="of the process, not wall time: for one thread on a shared machine")
     parser.add_argument("--cache_dir", default="", help="where models and wheels lie; nothing else is taken from it")
@@ -430,6 +435,16 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
         of_bare = median(one / other for one, other in zip(alone_seconds[1:], seconds))
         cells += [f"{settings.block_tokens / median(alone_seconds[1:]):,.0f}", f"{100 * of_bare:.1f}", f"{100 * (1 - shares['LM']):.1f}"]
     return cells
+
+
+def profile(args, lm, source) -> None:
+    """The operations of a block that take most of the device's own time, for one SAE of each width."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.device == "cuda")
+    for width in numbers(args.widths):
+        watcher = torch.profiler.profile(activities=kinds)
+        train(settings_of(args, width), lm, source, 1, lambda b, rows, watcher=watcher: watcher.stop() if b else watcher.start())
+        by = f"self_{args.device}_time_total"
+        print(f"width {width:,}\n{watcher.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)}", flush=True)
 
 
 def growth(args, lm, source) -> None:

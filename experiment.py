@@ -99,7 +99,7 @@ PROFILES = {
                   core_dataset="Skylion007/openwebtext", context=128, num_tokens=5_000_000, passes=1, block_tokens=2**19,
                   d_sae=16384, batch_size=2048, lm_batch_size=64, evals="core,sparse_probing", dtype="bfloat16"),
     "embedded": dict(model=models.EMBEDDED, layers="9", dataset="embedded", core_dataset="embedded", context=128,
-                     num_tokens=160_000, passes=1, block_tokens=2**18, d_sae=2304, batch_size=1024, lr=3e-3, lm_batch_size=16,
+                     num_tokens=160_000, passes=1, block_tokens=2**18, d_sae=2304, batch_size=1024, lr=3e-3, lm_batch_size=8,
                      evals="core,sparse_probing", dtype="float32"),
     "tiny": dict(model=models.TINY, layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384, passes=1,
                  block_tokens=4096, d_sae=128, batch_size=256, lr=3e-3, lm_batch_size=32, evals="core,sparse_probing",

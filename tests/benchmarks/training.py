@@ -75,7 +75,7 @@ DEFAULTS = {  # of the flags, by model
     "gemma-2-2b-shape": dict(layers="4,8,12", widths="4096,16384,65536", ks="80,20,40,160,320,640", tokens=3 * 2**18, context=1024,
                              batch_size=2048, lm_batch_size=32, run_tokens=500_000_000, dtype="bfloat16"),
     "embedded": dict(layers="3,6,9", widths="576,2304,9216", ks="32,8,16,64,128,256", tokens=3 * 2**12, context=128, batch_size=1024,
-                     lm_batch_size=16, run_tokens=160_000, dtype="float32"),
+                     lm_batch_size=8, run_tokens=160_000, dtype="float32"),
     "tiny": dict(layers="0,1,2", widths="64,128,256", ks="4,1,2,8,16,32", tokens=3 * 2**11, context=32, batch_size=256, lm_batch_size=32,
                  run_tokens=65_536, dtype="float32"),
 }

@@ -563,7 +563,8 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                     log += training_log.rows(jobs, recent, x_of_job, progress, settings.batch_size, clock, step, ranks.mean)
                     if time.monotonic() - clock["line"] > 30 or step == total:
                         clock["line"] = time.monotonic()
-                        training_log.write(out, log[:len(log) * (ranks.number() == 0)])
+                        if not ranks.number():
+                            training_log.write(out, log)
                         training_log.say_rows(log[-len(jobs):], total * settings.batch_size)
                     due = clock["checkpoint"] + max(settings.checkpoint_seconds, clock["pause"])
                     if ranks.any_host(time.monotonic() > due) or step == total:

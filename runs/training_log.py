@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from runs.voice import duration, say
 GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no measurement, that is the core eval's
 
 
-def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks=lambda values: values) -> None:
+def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> None:
     """Stop at the first loss that is not finite or has exploded, naming the step and the term. Reads the device once per job."""
     for job in jobs:
         if not recent[job.name]:
@@ -35,7 +36,7 @@ def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks=lambda val
 
 @torch.no_grad()
 def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_size: int, clock: dict, step: int,
-         mean_over_ranks=lambda values: values) -> list[dict]:
+         mean_over_ranks: Callable[[Tensor], Tensor]) -> list[dict]:
     """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share. Measuring changes no SAE."""
     check_finite(jobs, recent, step, mean_over_ranks)
 

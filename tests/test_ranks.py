@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import experiment
+from tests.benchmarks import scaling
 from variants import base, saving
-from variants.preflight import budget, check
+from variants.preflight import budget
 
 PROJECT = Path(experiment.__file__).parent
 SMALL = ["--profile=tiny", "--num_tokens=5000", "--block_tokens=2048", "--passes=2", "--device=cpu", "--evals=none"]
@@ -129,12 +130,10 @@ def test_killed_ranks_continue_in_other_numbers(tmp_path, cache, shard):
 
 def test_an_sae_too_wide_for_a_rank_is_spread_if_that_makes_it_fit():
     """Fails if a run is refused that fits spread, or accepted where even that does not fit, or spread without need."""
-    found = check.run("topk", {}, d_in=2304, d_sae=2**20, batch_size=512, total_steps=100, lr=None, seed=0, accelerator=True,
-                      train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, reference_files=[])
     settings, _ = experiment.resolve(experiment.parse_settings(["--profile=gemma", "--device=cpu", "--batch_size=4096"]))
     settings = dataclasses.replace(settings, device="cuda")
-    shape = dict(d_model=2304, n_layers=26, block_parameters=77_856_768, bytes=5_230_000_000)
-    plans = {gb: budget.plan(settings, [12], 100, shape, [found], True, 8, gb * 1e9, 4e14) for gb in (60, 110, 200)}
+    found = [scaling.findings(2**20, 4096 // 8)]
+    plans = {gb: budget.plan(settings, [12], 100, scaling.GEMMA, found, True, 8, gb * 1e9, 4e14) for gb in (60, 110, 200)}
     assert [facts["shard"] for _, facts, _ in plans.values()] == [True, True, False]
     assert [bool(problem) for *_, problem in plans.values()] == [True, False, False]
 

@@ -148,6 +148,9 @@ def gather(block: dict[str, Tensor], rows: Tensor, context: int, layer: int, att
 
 
 def placed(block: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    """A block's tensors where batches are put together from them: indices on the host, the others on the device."""
+    """A block's tensors where batches are put together from them: indices on the host, the others on the device.
+
+    Takes them out of `block`, so that whoever still holds it does not keep them.
+    """
     on_host = ("place_N", "pair_query_P", "pair_key_P", "starts_W")
     return {name: block.pop(name).to("cpu" if name.endswith(on_host) else device) for name in list(block)}

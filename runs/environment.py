@@ -81,7 +81,7 @@ def hardware(device: str) -> dict:
 
     facts = dict(machine=platform.machine(), system=platform.system(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
     if device == "cuda":
-        facts |= dict(gpu=torch.cuda.get_device_name(0), gpu_gb=round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1))
+        facts |= dict(gpu=torch.cuda.get_device_name(), gpu_gb=round(torch.cuda.mem_get_info()[1] / 1e9, 1))
     return facts
 
 
@@ -97,12 +97,12 @@ def peak_memory_gb(device: str) -> dict[str, float]:
 
 
 def memory_available(device: str) -> float:
-    """Bytes a run may use: of the GPU, or of the host within the container's limit (psutil sees the host's own memory)."""
+    """Bytes a run may use: of the GPU what other processes leave, or of the host within the container's limit (psutil sees the host)."""
     import psutil
     import torch
 
     if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()  # the second is free as well, and this process's
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())

@@ -15,14 +15,14 @@ from variants.preflight.check import Findings, too_large
 
 PROCESS = {"cpu": 0.42e9, "cuda": 0.0}  # Python, torch, transformers, texts
 EVAL_LIBRARIES = {"cpu": 0.36e9, "cuda": 0.0}  # TransformerLens, scikit-learn
-LOGITS = {"cpu": 2**28, "cuda": 2**32}  # what the core eval allows itself for logits
+LOGITS = {"cpu": 2**28, "cuda": 2**32}  # what the core eval allows itself for logits, and never more than an eighth of the memory
 PASS_WIDTHS = 24  # activations a pass of the language model holds per token, in units of d_model
 FEATURES = 1  # fp32 tensors as wide as the SAE that an eval holds per token
 ACHIEVED = {"cpu": 0.8, "cuda": 0.4}  # shares of the matrix-product rate seen in practice
 
 
 def need(findings: Findings, copies: int, shape: dict, block_tokens: int, lm_tokens: int, itemsize: int, evals: bool,
-         device: str, spread: int = 1) -> dict[str, float]:
+         device: str, spread: int = 1, available: float = math.inf) -> dict[str, float]:
     """Bytes by part for `copies` SAEs like the largest one, with gradients and Adam's two moments, stepped one after the other.
 
     shape: d_model and bytes of the language model; `block_tokens` times layers are kept, `lm_tokens` make one pass of the model, both
@@ -37,7 +37,7 @@ def need(findings: Findings, copies: int, shape: dict, block_tokens: int, lm_tok
     saes += copies * findings.buffer_bytes
     return dict(process=PROCESS[device], lm=shape["bytes"], saes=saes,
                 training=findings.step_peak_bytes + block_tokens * row + lm_tokens * PASS_WIDTHS * row,
-                evals=evals * (EVAL_LIBRARIES[device] + LOGITS[device] + features))
+                evals=evals * (EVAL_LIBRARIES[device] + min(LOGITS[device], available // 8) + features))
 
 
 def rows_per_pass(free: float, context: int, row_bytes: int, device: str) -> int:
@@ -68,7 +68,7 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
     block = min(settings.block_tokens, settings.num_tokens) * len(layers)
     block = 4 * block // sharing if sharing > 1 else block  # while ranks exchange it: before and after, on its way, the last pass's
     lm_tokens = rows * settings.context
-    needs = [need(largest, copies, shape, block, lm_tokens, itemsize, evals, settings.device, spread) for spread in (1, sharing)]
+    needs = [need(largest, copies, shape, block, lm_tokens, itemsize, evals, settings.device, spread, available) for spread in (1, sharing)]
     shard = sharing > 1 and (settings.shard or peak(needs[0]) > available)
     parts, all_ranks = needs[shard], ranks.count()
     flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) / all_ranks
@@ -83,5 +83,11 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
                                                 if sharing > 1 else "each with its share of the language model's passes, one with the SAEs")
     facts = dict(forecast_bytes=parts | dict(peak=peak(parts), available=available), lm_batch_size=rows, shard=shard,
                  forecast_training_seconds=round(flops / matmul_rate / ACHIEVED[settings.device]))
+    if peak(parts) <= available:
+        return line, facts, ""
+    if peak(parts | dict(evals=0.0)) <= available:
+        return line, facts, (f"training fits, but the evals need {parts['evals'] / 1e9:.1f} GB beside the language model's and the SAEs' "
+                             f"{(parts['lm'] + parts['saes']) / 1e9:.1f} GB, and there are {available / 1e9:.1f} GB\n"
+                             "reduce --lm_batch_size or --d_sae, or train with --evals=none and evaluate with --init_from elsewhere")
     room = int(available - peak(parts) + parts["saes"] / copies + largest.step_peak_bytes)
-    return line, facts, peak(parts) > available and too_large(largest, room) or ""
+    return line, facts, too_large(largest, room)

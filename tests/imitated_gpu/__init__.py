@@ -3,7 +3,8 @@
     python -m tests.imitated_gpu experiment.py --profile=tiny --out_dir=run_1      # any script
     python -m tests.imitated_gpu -m tests.benchmarks.training                      # or module
 
-`IMITATED_GPU_BYTES` is its memory (16e9), `IMITATED_GPU_LEFT` what of it can be had, as if others had taken the rest unseen. Needs a C++ compiler and a build of torch without CUDA; nothing is compiled by torch.compile.
+`IMITATED_GPU_BYTES` is its memory (16e9), `IMITATED_GPU_LEFT` what of it can be had, as if others had taken the rest unseen. Needs a
+C++ compiler and a build of torch without CUDA; nothing is compiled by torch.compile.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def build(folder: Path | None = None) -> Path:
 
 
 def start(library: Path, memory: int, left: int) -> None:
-    """Load it and let torch.cuda speak of it; `memory` and what is `left` of it in bytes. Before torch is imported: it looks for a GPU once."""
+    """Load it and let torch.cuda speak of it; `memory` and what is `left` of it in bytes.
+
+    Comes before torch is imported, which looks for a GPU once.
+    """
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # there is no machine code to make
     import torch

@@ -554,7 +554,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
                 for job in jobs:
-                    if step % 64 == 0:
+                    if step % 64 == 0 or job.sae.dead_on_host is None:
                         job.sae.look(progress)
                     recent[job.name].append(train_step(job.sae, job.optimizer, batch_of_job[job.name], progress))
                 step += 1

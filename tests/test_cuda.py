@@ -73,6 +73,32 @@ def test_no_step_waits_for_the_gpu():
             stepped(name, DEVICE, 24, no_wait, free=8)  # what is compiled or allocated at first may wait
 
 
+def test_wide_saes_have_the_gradients_of_dense_products():
+    """Fails if the sparse path that a GPU takes from some width on computes something else, or waits where k is fixed."""
+    dense, wide = base.sparse_pays, 2**16
+    batch = base.Batch(torch.randn(B, D, generator=torch.Generator().manual_seed(0)).to(DEVICE) / D**0.5)
+    progress = base.Progress(50, 100, 50 * B, 100 * B)
+    for name, hyper in (("topk", {"k": 8}), ("batch_topk", {"k": 8}), ("matryoshka_batch_topk", {"k": 8}), ("standard", {})):
+        found = {}
+        for path, pays in (("sparse", lambda device, k, d_sae: True), ("dense", lambda device, k, d_sae: False)):
+            base.sparse_pays = pays
+            try:
+                torch.manual_seed(0)
+                sae = variants.build(variants.load(name), D, wide, hyper).to(DEVICE)
+                if name == "standard":  # few features
+                    sae.b_enc.data -= 3 * sae.pre_activations(batch.x).detach().std()
+                sae.tokens_since_fired[::40] = 10**6
+                sae.look(progress)
+                base.gradients(sae, batch, progress, print)
+                with no_wait() if name == "topk" else nullcontext():
+                    loss, _ = base.gradients(sae, batch, progress, print)
+            finally:
+                base.sparse_pays = dense
+            found[path] = [loss, *(p.grad.float() for p in sae.parameters())]
+        for a, b in zip(found["sparse"], found["dense"]):
+            assert (a - b).norm() < 0.02 * b.norm(), (name, a.shape, float((a - b).norm() / b.norm()))
+
+
 def random_gemma(dtype: torch.dtype) -> language_model.LanguageModel:
     """Four narrow blocks with Gemma-2's head size, soft-capping and two kinds of mask."""
     from transformers import AutoModelForCausalLM, Gemma2Config

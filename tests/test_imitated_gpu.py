@@ -78,10 +78,12 @@ def test_the_imitation_refuses_what_a_gpu_refuses(tmp_path):
 def test_steps_on_a_gpu(tmp_path):
     """Fails if a variant mixes devices, learns something else in bf16, waits for the device in a step, or dies of a step's memory."""
     tests = ("every_variant_learns_on_a_gpu_what_it_learns_on_the_cpu", "no_step_waits_for_the_gpu",
-             "a_step_without_memory_goes_on_in_parts")
+             "a_step_without_memory_goes_on_in_parts",
+             "wide_saes_have_the_gradients_of_dense_products")
     script = tmp_path / "steps.py"
-    script.write_text("import sys\nsys.path.insert(0, '.')\nfrom tests import test_cuda\n"
-                      + "".join(f"test_cuda.test_{name}()\n" for name in tests))
+    script.write_text("import sys\nsys.path.insert(0, '.')\nfrom tests import test_cuda, test_variants\n"
+                      + "".join(f"test_cuda.test_{name}()\n" for name in tests)
+                      + "for every in (13, 5, 2):\n    test_variants.auxk_against_its_formula('cuda', every)\n")
     ended(on_gpu(script))
 
 

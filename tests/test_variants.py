@@ -73,20 +73,33 @@ def test_auxk_reaches_dead_features_and_only_them():
     assert base.auxk_loss(sae, x_BD, e_BD, base.dense_activations(sae, x_BD, 4), torch.zeros(40, dtype=torch.bool)) == 0
 
 
-def test_auxk_without_ranking_is_auxk():
-    """Fails if the path a GPU takes for few dead features gives another loss or gradient, or reaches a living one."""
-    results, dead_F = [], torch.arange(40) % 13 == 5
-    x_BD, e_BD = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(1)).double()
-    for counted in (None, int(dead_F.sum())):
+@pytest.mark.parametrize("every", [13, 5, 2])
+def test_auxk_is_its_formula(every):
+    """Fails if few dead features, more than auxk takes or half of all give another loss or gradient than plain autograd of the formula."""
+    auxk_against_its_formula("cpu", every)
+
+
+def auxk_against_its_formula(device, every):
+    results, dead_F = [], torch.arange(40, device=device) % every == 1
+    x_BD, e_BD = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(1)).double().to(device)
+    for graph in (None, True, False):
         torch.manual_seed(0)
-        sae = topk.SAE(8, 40, k=4).double()
+        sae = topk.SAE(8, 40, k=4).double().to(device)
         sae.tokens_since_fired[dead_F] = 100
-        sae.dead_on_host = counted
-        loss = base.auxk_loss(sae, x_BD, e_BD, torch.relu(sae.pre_activations(x_BD)), dead_F)
+        sae.look(base.Progress(5, 10, 500, 1000))
+        torch.nn.init.normal_(sae.b_enc), torch.nn.init.normal_(sae.b_dec)
+        acts_BF = torch.relu(sae.pre_activations(x_BD))
+        if graph is None:  # the formula
+            index_BK = acts_BF.masked_fill(~dead_F, -1).topk(min(4, int(dead_F.sum()))).indices
+            found_BD = torch.zeros_like(acts_BF).scatter(1, index_BK, acts_BF.gather(1, index_BK)) @ sae.W_dec
+            loss = (e_BD - found_BD).pow(2).sum() / (e_BD - e_BD.mean(0)).pow(2).sum()
+        else:
+            loss = base.auxk_loss(sae, x_BD, e_BD, acts_BF if graph else acts_BF.detach(), dead_F)
         loss.backward()
-        results.append((loss.detach(), sae.W_dec.grad, sae.W_enc.grad))
-    for ranked, all_of_them in zip(*results):
-        assert ranked.abs().sum() > 0 and torch.allclose(ranked, all_of_them, rtol=1e-10, atol=1e-12)
+        results.append((loss.detach(), sae.W_dec.grad, sae.W_enc.grad, sae.b_enc.grad, sae.b_dec.grad))
+    for formula, *by_column in zip(*results):
+        for found in by_column:
+            assert formula.abs().sum() > 0 and torch.allclose(formula, found, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dead", [None, 0, 3])

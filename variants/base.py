@@ -269,6 +269,39 @@ def reconstruction_loss(e_BD: Tensor) -> Tensor:
     return e_BD.to(torch.promote_types(e_BD.dtype, torch.float32)).pow(2).sum(-1).mean()
 
 
+def _bags(index_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns [B·K] and beginnings of the rows [B] of a list that has K entries a row."""
+    B, K = index_BK.shape
+    row_n = torch.arange(B, device=index_BK.device)[:, None].expand(B, K).flatten()
+    return row_n, index_BK.flatten(), torch.arange(0, B * K, K, device=index_BK.device)
+
+
+def _sum_by_column(z_n: Tensor, row_n: Tensor, column_n: Tensor, x_BN: Tensor, columns: int) -> Tensor:
+    """Zᵀ·x [columns, N] for the sparse Z of the entries z at (row, column): each column's rows of x, in their order, one sum."""
+    column_n, order_n = column_n.sort(stable=True)
+    begin_C = torch.searchsorted(column_n, torch.arange(columns, device=column_n.device))
+    return F.embedding_bag(row_n[order_n], x_BN, begin_C, per_sample_weights=z_n[order_n].to(x_BN.dtype), mode="sum")
+
+
+class _SparseProduct(torch.autograd.Function):
+    """Z·W [B, N] for the sparse Z of the entries z [n] at (row, column), rows ascending; and its gradients along these entries."""
+
+    @staticmethod
+    def forward(ctx, z_n, W_FN, row_n, column_n, begin_B):
+        with torch.enable_grad():
+            ctx.z_n = z_n.detach().to(W_FN.dtype).requires_grad_()
+            ctx.product_BN = F.embedding_bag(column_n, W_FN.detach(), begin_B, per_sample_weights=ctx.z_n, mode="sum")
+        ctx.save_for_backward(row_n, column_n)
+        ctx.features = len(W_FN)
+        return ctx.product_BN.detach()
+
+    @staticmethod
+    def backward(ctx, grad_BN):
+        (d_z_n,) = torch.autograd.grad(ctx.product_BN, ctx.z_n, grad_BN, retain_graph=True)  # a caller may come twice
+        d_W_FN = _sum_by_column(ctx.z_n.detach(), *ctx.saved_tensors, grad_BN, ctx.features) if ctx.needs_input_grad[1] else None
+        return d_z_n, d_W_FN, None, None, None
+
+
 class _KeptActivations(torch.autograd.Function):
     """acts_BF at index_BK, differentiable in the parameters along the kept entries alone: K/F of the dense gradient's work."""
 
@@ -282,23 +315,22 @@ class _KeptActivations(torch.autograd.Function):
     def backward(ctx, grad_BK):
         x_BD, W_enc_DF, b_dec_D, index_BK, positive_BK = ctx.saved_tensors
         grad_BK = (grad_BK * positive_BK).to(W_enc_DF.dtype)  # ReLU
-        d_bias_F = grad_BK.new_zeros(W_enc_DF.shape[1]).index_add_(0, index_BK.flatten(), grad_BK.flatten())
-        # dW_encᵀ[f] = Σ over kept (b, k) of feature f of grad·(x[b] − b_dec): just what embedding_bag accumulates for its table
-        with torch.enable_grad():
-            table_FD = grad_BK.new_zeros(W_enc_DF.shape[::-1]).requires_grad_()
-            bag_BD = F.embedding_bag(index_BK, table_FD, per_sample_weights=grad_BK.detach(), mode="sum")
-        (d_table_FD,) = torch.autograd.grad(bag_BD, table_FD, x_BD - b_dec_D)
+        row_n, column_n, _ = _bags(index_BK)
+        d_bias_F = grad_BK.new_zeros(W_enc_DF.shape[1]).index_add_(0, column_n, grad_BK.flatten())
+        # dW_encᵀ[f] = Σ over kept (b, k) of feature f of grad·(x[b] − b_dec)
+        d_W_FD = _sum_by_column(grad_BK.flatten(), row_n, column_n, x_BD - b_dec_D, W_enc_DF.shape[1])
         d_x_BD = decode_sparse(grad_BK, index_BK, W_enc_DF.T) if ctx.needs_input_grad[0] else None
-        return d_x_BD, d_table_FD.T, d_bias_F, -(W_enc_DF @ d_bias_F), None, None
+        return d_x_BD, d_W_FD.T, d_bias_F, -(W_enc_DF @ d_bias_F), None, None
 
 
 def sparse_pays(device: torch.device, k: int, d_sae: int) -> bool:
     """Whether k features of d_sae are better handled row by row than by dense products.
 
-    Measured on 2 cores, D = 576, B = 1024, ratio of step times sparse/dense: F = 2304 .56 (k = 16), .72 (64), 1.4 (128); F = 16,384 .45
-    (k = 16), .70 (256). On a GPU dense is faster below a width of about 65k.
+    Measured on 2 cores, D = 576, B = 1024, ratio of step times sparse/dense (tests/benchmarks/sparse.py): F = 2304 .41 (k = 16), .58
+    (64), .70 (128), 1.07 (256); F = 16,384 .33 (k = 16), .47 (256). On a GPU by bytes and FLOP, unmeasured: four products of 2·D·F at
+    550 TFLOP/s take as long as reading four times k rows of D fp32 numbers at 1.7 TB/s from F = 650·k on.
     """
-    return device.type == "cpu" and 24 * k <= d_sae
+    return (device.type == "cpu" and 12 * k <= d_sae) or (device.type == "cuda" and 1024 * k <= d_sae)
 
 
 def dense_activations(sae: SAE, x_BD: Tensor, k: int) -> Tensor:
@@ -321,26 +353,29 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
 
     The D/2 largest activations *before* top-k among the dead reconstruct the residual e; the error is divided by e's
     variance. Ranking after top-k instead, where dead features are exactly 0, leaves the term without any gradient.
+    Where up to a quarter of the features are dead, only their columns are worked on. A GPU is not asked how many that are: as many as
+    last counted (`look`), rounded up to a power of two; should more have died since, the longest silent.
     """
     k_aux = min(sae.d_in // 2, sae.d_sae)
-    if sae.dead_on_host is not None and sae.dead_on_host <= k_aux:
-        return _auxk_of_all(sae, e_BD, acts_BF, dead_F, k_aux)
-    if dead_F.device.type == "cpu":  # which may look without waiting; a GPU ranks k_aux features and gives those that live 0
-        k_aux = min(k_aux, int(dead_F.sum()))
-        if not k_aux:
-            return e_BD.new_zeros(())
-    index_BK = acts_BF.detach().masked_fill(~dead_F, -1.0).topk(k_aux, dim=-1, sorted=False).indices
-    z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]  # fewer dead features than k_aux: the rest is 0
-    return _of_variance(e_BD, decode_sparse(z_BK, index_BK, sae.W_dec)) * dead_F.any()
-
-
-def _auxk_of_all(sae: SAE, e_BD: Tensor, acts_BF: Tensor, dead_F: Tensor, k_aux: int) -> Tensor:
-    """The same where all dead features fit into k_aux: nothing has to be ranked for each token, which costs a GPU more than the rest."""
-    if not sae.dead_on_host:
+    count = int(dead_F.sum()) if dead_F.device.type == "cpu" else sae.dead_on_host
+    if count == 0:
         return e_BD.new_zeros(())
-    index_C = torch.where(dead_F, sae.tokens_since_fired, -1).topk(k_aux, sorted=False).indices  # all dead ones and a few more
-    z_BC = acts_BF.index_select(1, index_C) * dead_F[index_C]
-    return _of_variance(e_BD, z_BC @ sae.W_dec.index_select(0, index_C).to(z_BC.dtype)) * dead_F.any()
+    if dead_F.device.type != "cpu":
+        count = sae.d_sae if count is None else max(k_aux, 1 << (count - 1).bit_length())
+    if few := 4 * count <= sae.d_sae:
+        index_C = torch.where(dead_F, sae.tokens_since_fired, -1).topk(count, sorted=False).indices
+        if acts_BF.requires_grad:
+            z_BC = acts_BF.index_select(1, index_C)
+        else:
+            W_DC = sae.W_enc.index_select(1, index_C)
+            z_BC = F.relu(F.linear(x_BD.to(W_DC.dtype), W_DC.T, sae.b_enc[index_C] - sae.b_dec @ W_DC))
+        z_BC, W_CD = z_BC * dead_F[index_C], sae.W_dec.index_select(0, index_C)
+    else:
+        z_BC, W_CD = dead_F * (acts_BF if acts_BF.requires_grad else F.relu(sae.pre_activations(x_BD))), sae.W_dec
+    if not few or count > k_aux:
+        kept_BK = z_BC.detach().topk(k_aux, sorted=False).indices
+        z_BC = z_BC * torch.zeros_like(z_BC).scatter_(1, kept_BK, 1.0)
+    return _of_variance(e_BD, z_BC @ W_CD.to(z_BC.dtype)) * dead_F.any()
 
 
 def _of_variance(e_BD: Tensor, found_BD: Tensor) -> Tensor:
@@ -357,7 +392,7 @@ def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
     `embedding_bag` reads only the rows used, where that pays.
     """
     if sparse_pays(z_BK.device, z_BK.shape[1], len(W_dec_FD)):
-        return F.embedding_bag(index_BK, W_dec_FD, per_sample_weights=z_BK.to(W_dec_FD.dtype), mode="sum")
+        return _SparseProduct.apply(z_BK.flatten(), W_dec_FD, *_bags(index_BK))
     z_BF = torch.zeros(z_BK.shape[0], W_dec_FD.shape[0], device=z_BK.device, dtype=z_BK.dtype)
     return z_BF.scatter(1, index_BK, z_BK) @ W_dec_FD
 
@@ -365,36 +400,37 @@ def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
 def few_positive(z_BF: Tensor) -> bool:
     """Whether z·W is better computed from the positive entries of z alone.
 
-    Measured on one core, D = 2304, F = 16,384, product and gradients, sparse/dense: .2 with 32 positive entries a row, .42 with 128,
-    .71 with 256, 1.3 with 683.
+    Measured on 2 cores, D = 576, B = 1024, product and gradients, sparse/dense: F = 2304 .41 with 32 positive entries a row, .69 with
+    64, 1.09 with 128; F = 16,384 .42 with 64, .62 with 256, .90 with 512. A GPU has to be waited for to know, which only the long steps
+    of a wide SAE can spare.
     """
-    return z_BF.device.type == "cpu" and sparse_pays(z_BF.device, 3 * int(z_BF.count_nonzero()) // len(z_BF), z_BF.shape[1])
+    B, n_features, on_cpu = *z_BF.shape, z_BF.device.type == "cpu"
+    if not on_cpu and not (z_BF.is_cuda and n_features >= 2**16):
+        return False
+    return sparse_pays(z_BF.device, (3 if on_cpu else 1) * int(z_BF.count_nonzero()) // B, n_features)
 
 
-class _ReluProduct(torch.autograd.Function):
-    """z·W and its gradients from the positive entries of z alone."""
-
-    @staticmethod
-    def forward(ctx, z_BF, W_FN):
-        row_n, column_n = z_BF.nonzero(as_tuple=True)
-        begin_B = torch.searchsorted(row_n, torch.arange(len(z_BF)))
-        z_n = z_BF[row_n, column_n]
-        ctx.save_for_backward(W_FN, row_n, column_n, begin_B, z_n)
-        return F.embedding_bag(column_n, W_FN, begin_B, per_sample_weights=z_n, mode="sum")
+class _Positive(torch.autograd.Function):
+    """The entries of z_BF at (row, column), [n]; the gradient of all others is 0, and each is listed once."""
 
     @staticmethod
-    def backward(ctx, grad_BN):
-        W_FN, row_n, column_n, begin_B, z_n = ctx.saved_tensors
-        with torch.enable_grad():
-            W_FN, z_n = W_FN.detach().requires_grad_(), z_n.detach().requires_grad_()
-            product_BN = F.embedding_bag(column_n, W_FN, begin_B, per_sample_weights=z_n, mode="sum")
-        d_W_FN, d_z_n = torch.autograd.grad(product_BN, (W_FN, z_n), grad_BN)
-        return grad_BN.new_zeros(len(grad_BN), len(W_FN)).index_put((row_n, column_n), d_z_n), d_W_FN
+    def forward(ctx, z_BF, row_n, column_n):
+        ctx.save_for_backward(row_n, column_n)
+        ctx.shape = z_BF.shape
+        return z_BF[row_n, column_n]
+
+    @staticmethod
+    def backward(ctx, grad_n):
+        return grad_n.new_zeros(ctx.shape).index_put_(ctx.saved_tensors, grad_n), None, None
 
 
 def relu_product(z_BF: Tensor, W_FN: Tensor) -> Tensor:
     """z·W [B, N] for z = ReLU(…), cheap where few entries are positive; z's gradient is 0 where z is, as ReLU passes none there."""
-    return _ReluProduct.apply(z_BF, W_FN) if few_positive(z_BF) else z_BF @ W_FN
+    if not few_positive(z_BF):
+        return z_BF @ W_FN
+    row_n, column_n = z_BF.detach().nonzero(as_tuple=True)
+    begin_B = torch.searchsorted(row_n, torch.arange(len(z_BF), device=z_BF.device))
+    return _SparseProduct.apply(_Positive.apply(z_BF, row_n, column_n), W_FN, row_n, column_n, begin_B)
 
 
 def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -43,7 +43,7 @@ class SAE(base.SAE):
         z_BF = acts_BF * base.batch_topk(acts_BF, self.k)
         self.note_fired(z_BF)
         self._kept_BF = z_BF.detach()
-        e_BD = batch.x - self.decode(z_BF)
+        e_BD = batch.x - self.decode_relu(z_BF)
         reconstruction = base.reconstruction_loss(e_BD)
         auxk = base.auxk_loss(self, batch.x, e_BD, acts_BF, self.dead_features(progress))
         return reconstruction + self.auxk_alpha * auxk, {"reconstruction": reconstruction, "auxk": auxk}

@@ -41,7 +41,7 @@ class SAE(base.SAE):
         gate_BF, magnitude_BF = self.gate_and_magnitude(batch.x)
         z_BF, on_BF = (gate_BF > 0) * F.relu(magnitude_BF), F.relu(gate_BF)
         self.note_fired(z_BF)
-        reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
+        reconstruction = base.reconstruction_loss(batch.x - self.decode_relu(z_BF))
         l1 = on_BF.float().sum(-1).mean()
         aux = base.reconstruction_loss(batch.x - on_BF @ self.W_dec.detach() - self.b_dec.detach())
         loss = reconstruction + self.l1_penalty * progress.sparsity_warmup() * l1 + aux

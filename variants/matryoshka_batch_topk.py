@@ -50,7 +50,7 @@ class SAE(base.SAE):
         self._kept_BF = z_BF.detach()
         e_BD, errors = batch.x - self.b_dec, []
         for z_group, W_group in zip(z_BF.split(self.groups, 1), self.W_dec.split(self.groups)):
-            e_BD = e_BD - z_group @ W_group
+            e_BD = e_BD - base.relu_product(z_group, W_group)
             errors.append(base.reconstruction_loss(e_BD))
         nested = sum(w * error for w, error in zip(self.weights, errors)) / sum(self.weights)
         auxk = base.auxk_loss(self, batch.x, e_BD, acts_BF, self.dead_features(progress))

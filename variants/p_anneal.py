@@ -46,7 +46,7 @@ class SAE(base.SAE):
     def loss(self, batch, progress):
         z_BF = F.relu(self.pre_activations(batch.x))
         self.note_fired(z_BF)
-        reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
+        reconstruction = base.reconstruction_loss(batch.x - self.decode_relu(z_BF))
         lp = self.power_sum(z_BF, self.p)
         return reconstruction + self.alpha * progress.sparsity_warmup() * lp, {"reconstruction": reconstruction, "lp": lp}
 

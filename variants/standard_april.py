@@ -23,7 +23,7 @@ class SAE(base.SAE):
     def loss(self, batch, progress):
         z_BF = F.relu(self.pre_activations(batch.x))
         self.note_fired(z_BF)
-        reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
+        reconstruction = base.reconstruction_loss(batch.x - self.decode_relu(z_BF))
         # unweighted, the penalty would be escaped by small features with long decoder rows
         l1 = (z_BF.float().mean(0) * self.W_dec.norm(dim=1)).sum()
         loss = reconstruction + self.l1_penalty * progress.sparsity_warmup() * l1

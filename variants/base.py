@@ -365,17 +365,18 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
     if few := 4 * count <= sae.d_sae:
         index_C = torch.where(dead_F, sae.tokens_since_fired, -1).topk(count, sorted=False).indices
         if acts_BF.requires_grad:
-            z_BC = acts_BF.index_select(1, index_C)
+            acts_BC = acts_BF.index_select(1, index_C)
         else:
             W_DC = sae.W_enc.index_select(1, index_C)
-            z_BC = F.relu(F.linear(x_BD.to(W_DC.dtype), W_DC.T, sae.b_enc[index_C] - sae.b_dec @ W_DC))
-        z_BC, W_CD = z_BC * dead_F[index_C], sae.W_dec.index_select(0, index_C)
+            acts_BC = F.relu(F.linear(x_BD.to(W_DC.dtype), W_DC.T, sae.b_enc[index_C] - sae.b_dec @ W_DC))
+        chosen, W_CD = dead_F[index_C], sae.W_dec.index_select(0, index_C)
     else:
-        z_BC, W_CD = dead_F * (acts_BF if acts_BF.requires_grad else F.relu(sae.pre_activations(x_BD))), sae.W_dec
+        acts_BC = acts_BF if acts_BF.requires_grad else F.relu(sae.pre_activations(x_BD))
+        chosen, W_CD = dead_F, sae.W_dec
     if not few or count > k_aux:
-        kept_BK = z_BC.detach().topk(k_aux, sorted=False).indices
-        z_BC = z_BC * torch.zeros_like(z_BC).scatter_(1, kept_BK, 1.0)
-    return _of_variance(e_BD, z_BC @ W_CD.to(z_BC.dtype)) * dead_F.any()
+        kept_BK = (acts_BC.detach() * chosen).topk(k_aux, sorted=False).indices
+        chosen = torch.zeros_like(acts_BC, dtype=torch.bool).scatter_(1, kept_BK, True).logical_and_(chosen)
+    return _of_variance(e_BD, (acts_BC * chosen) @ W_CD.to(acts_BC.dtype)) * dead_F.any()
 
 
 def _of_variance(e_BD: Tensor, found_BD: Tensor) -> Tensor:

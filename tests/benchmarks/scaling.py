@@ -3,7 +3,9 @@
 Gemma-2-2B to layer 12, TopK, context 128; H200s: 790 TFLOP/s in bf16, 4.3 TB/s of memory; each GPU sends and receives 450 GB/s
 within a machine of eight (NVLink), 50 GB/s between machines. Seconds a token, for D = 2304, F features, B tokens a batch, W GPUs:
 
-    t = (2.08e9 + 10·D·F) / (e·790e12·W)     the language model and the SAE's matrix products, at the share e = .7 of the rate
+    t = (2.08e9 + 10·D·F) / (e·790e12·W)     the language model and the SAE's matrix products, at the share e = .7 of the rate;
+                                             from F = 1,024·k on only the encoder's, 2·D·F, and four times k = 32 rows of W_dec or W_enc
+                                             are read, 16·k·D / (1.7e12·W)
       + 8·F / (4.3e12·W)                     pre-activations, written and read twice in bf16
       + (64 + 40)·D·F / (4.3e12·S·B)         per step: Adam (32 bytes a parameter), projection, clipping, unit norm (20)
       + 2·(W − 1)/W · 8·D·F / (link·B)       per step: gradients averaged; spread over S = W GPUs, gathered and scattered: as much
@@ -15,10 +17,13 @@ forecast that a run prints itself. The share e is an assumption: `python -m test
 
 from __future__ import annotations
 
+import torch
+
 import experiment
+from variants import base
 from variants.preflight import budget, check
 
-D, LM_FLOP, TOKENS = 2304, 2.08e9, 500e6
+D, K, LM_FLOP, TOKENS = 2304, 32, 2.08e9, 500e6
 RATE, ACHIEVED, MEMORY = 790e12, 0.7, 4.3e12
 WITHIN, BETWEEN, ROOM = 450e9, 50e9, 141e9  # bytes/s, bytes/s, bytes of an H200
 GEMMA = dict(d_model=D, n_layers=26, block_parameters=77_856_768, bytes=5_230_000_000)
@@ -27,8 +32,10 @@ GEMMA = dict(d_model=D, n_layers=26, block_parameters=77_856_768, bytes=5_230_00
 def tokens_per_s(F: int, B: int, W: int, S: int) -> float:
     """The formula above."""
     link = WITHIN if W <= 8 else BETWEEN
-    others = (W - 1) / W
-    return 1 / ((LM_FLOP + 10 * D * F) / (ACHIEVED * RATE * W) + 8 * F / (MEMORY * W) + 104 * D * F / (MEMORY * S * B)
+    others, sparse = (W - 1) / W, base.sparse_pays(torch.device("cuda"), K, F)
+    rows = 16 * K * D / (1.7e12 * W) if sparse else 0.0
+    products = (LM_FLOP + (2 if sparse else 10) * D * F) / (ACHIEVED * RATE * W)
+    return 1 / (products + rows + 8 * F / (MEMORY * W) + 104 * D * F / (MEMORY * S * B)
                 + 2 * others * 8 * D * F / (link * B) + 2 * D * others / (link * W))
 
 

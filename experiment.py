@@ -577,9 +577,6 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             training_log.check_finite(jobs, recent, step, ranks.mean)
             save(b)
         raise
-    if ranks.is_sharded(jobs[0].sae) and not ranks.number():  # whole again, from the checkpoint of the last step
-        jobs[:] = make_jobs(settings, lm)
-        load_checkpoint(settings, out, jobs)
     say(f"training: {clock['activations']:.1f} s for texts and activations, {clock['sae']:.1f} s for SAE steps")
     return log
 
@@ -700,41 +697,37 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     """Run the chosen evals on all SAEs, a layer at a time; results lie in out/eval_results. Returns the evals that crashed.
 
     A result is kept by the hash of what it depends on (weights, model, data, eval settings, code): continuing after a
-    crash, or with one eval more, repeats none.
+    crash, or with one eval more, repeats none. Several ranks deal them out; the first retries what failed elsewhere.
     """
     from evals import saebench, stored
 
     code, variant = hash_files(sorted((PROJECT / "evals").glob("*.py"))), variants.title(settings.variant)
-    crashed = {}
-
-    def load(model: str) -> LanguageModel:
-        return load_language_model(dataclasses.replace(settings, model=model))
-
-    for name, config in evals_of(settings).items():
-        for layer in layers_of(settings):
-            trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
-            texts = [source.digest("heldout"), source.digest("train")]
-            common = [name, config, layer, lm.digest, *texts, code, settings.seed, evals.outside(name)]
-            depends = {sae: evals.cache.digest([*common, stored.weights_digest(t)]) for sae, t in trained.items()}
-            pending = {sae: t for sae, t in trained.items() if not stored.is_done(out, name, sae, depends[sae])}
-            if not pending:
-                continue
-            say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' * (len(pending) > 1)}")
-            try:
-                wanted = language_model.instruct_sibling(lm.name) if evals.declared(name, "INSTRUCT") else lm.name
-                with language_model.standing_in(lm, wanted, load) as asked:
-                    results = evals.load(name).run(make_setup(settings, asked, layer, config, source, cache), pending)
-            except Exception as error:  # noqa: BLE001  one eval's crash must not cost the others' results
-                crashed[name] = error
-                traceback.clear_frames(error.__traceback__)  # they hold what lies in the GPU's memory
-                say(f"eval {name} failed: {type(error).__name__}: {error}")
-                continue
-            for sae, result in results.items():
-                config_of_sae = dict(d_in=lm.d_model, d_sae=len(trained[sae].W_dec), hook_name=hook_name(layer), hook_layer=layer,
-                                     model_name=lm.name, architecture=variant)
-                path = saebench.write(out / "eval_results" / name, result, evals.declared(name, "EVAL_TYPE_ID"),
-                                      config | dict(model_name=lm.name, random_seed=settings.seed), sae, variant, config_of_sae)
-                runs.folder.write_json(path.with_suffix(".depends_on"), depends[sae])
+    chosen, crashed = evals_of(settings), {}
+    for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
+        trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
+        texts = [source.digest("heldout"), source.digest("train")]
+        common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name)]
+        depends = {sae: evals.cache.digest([*common, stored.weights_digest(t)]) for sae, t in trained.items()}
+        pending = {sae: t for sae, t in trained.items() if not stored.is_done(out, name, sae, depends[sae])}
+        if not pending:
+            continue
+        say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' * (len(pending) > 1)}")
+        try:
+            wanted = language_model.instruct_sibling(lm.name) if evals.declared(name, "INSTRUCT") else lm.name
+            with language_model.standing_in(
+                    lm, wanted, lambda model: load_language_model(dataclasses.replace(settings, model=model))) as asked:
+                results = evals.load(name).run(make_setup(settings, asked, layer, chosen[name], source, cache), pending)
+        except Exception as error:  # noqa: BLE001  one eval's crash must not cost the others' results
+            crashed[name] = error
+            traceback.clear_frames(error.__traceback__)  # they hold what lies in the GPU's memory
+            say(f"eval {name} failed: {type(error).__name__}: {error}")
+            continue
+        for sae, result in results.items():
+            config_of_sae = dict(d_in=lm.d_model, d_sae=len(trained[sae].W_dec), hook_name=hook_name(layer), hook_layer=layer,
+                                 model_name=lm.name, architecture=variant)
+            path = saebench.write(out / "eval_results" / name, result, evals.declared(name, "EVAL_TYPE_ID"),
+                                  chosen[name] | dict(model_name=lm.name, random_seed=settings.seed), sae, variant, config_of_sae)
+            runs.folder.write_json(path.with_suffix(".depends_on"), depends[sae])
     return crashed
 
 
@@ -797,18 +790,24 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     with phase("training", info, out):
         jobs = make_jobs(settings, lm)
         log = train(settings, lm, jobs, source, cache, out, interrupts)
-        if not ranks.leave():  # what follows, the first rank does alone
-            return {}
+        if ranks.through(jobs[0].sae) and settings.num_tokens:  # not whole here: from the checkpoint of the last step
+            jobs.clear()
+            jobs += make_jobs(settings, lm)
+            load_checkpoint(settings, out, jobs)
         for job in jobs:
             job.optimizer = job.sae.zero_grad()  # None for both: their memory is the evals' now
+            if ranks.number():
+                continue
             metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
                             prepend_bos=True, dataset_path=public_name(settings.dataset))
             variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
     with phase("report", info, out):
-        for job in jobs:
+        for job in [] if ranks.number() else jobs:
             report_of(settings, lm, job, source, out)
     with phase("evals", info, out):
         crashed = evaluate(settings, lm, jobs, source, cache, out)
+    if ranks.number():  # the first goes on alone
+        return {}
     with phase("results", info, out):
         from evals.dashboards import dashboards
 

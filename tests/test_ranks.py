@@ -83,6 +83,32 @@ def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
             assert infos[1][sae]["means"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+def test_ranks_deal_out_the_evals(tmp_path, cache):
+    """Fails if a rank evaluates an SAE that it did not train or that was spread, does more than its share, or fails for all."""
+    chosen = {"alone": ["--variant=hierarchical"], "spread": ["--variant=standard", "--shard"], "shared": ["--variant=standard"]}
+
+    def commands(kind):
+        return {name: [*SMALL, f"--cache_dir={cache}", f"--out_dir={tmp_path / kind / name}", *more, "--layers=1,2",
+                       "--evals=core,sparse_probing"] for name, more in chosen.items()}
+
+    for command in commands("one").values():
+        assert experiment.main(command) == 0
+    run("tests/ranks_worker.py", "runs", *map(json.dumps, commands("two").values()))
+    run("tests/ranks_worker.py", "fragile", json.dumps(commands("fragile")["shared"]))
+
+    def means(kind, name, layer):
+        return json.loads((tmp_path / kind / name / "final_info.json").read_text())[f"layer_{layer}"]["means"]
+
+    for name in chosen:
+        for layer in (1, 2):
+            assert means("two", name, layer) == pytest.approx(means("one", name, layer), rel=0.02, abs=0.02), (name, layer)
+        said = (tmp_path / "two" / name / "log.txt").read_text()
+        assert [line for line in said.splitlines() if line.startswith("eval ")] == [
+            "eval core, layer 1: 1 SAE", "eval sparse_probing, layer 1: 1 SAE"], said  # the other rank has layer 2
+    assert means("fragile", "shared", 2) == means("two", "shared", 2)
+    assert "eval core, layer 2" in (tmp_path / "fragile/shared/log.txt").read_text()
+
+
 LONG = ["--profile=tiny", "--variant=standard", "--num_tokens=200000", "--block_tokens=8192", "--lr=1e-4", "--device=cpu", "--evals=none",
         "--checkpoint_seconds=0"]
 

@@ -31,10 +31,34 @@ def join(device: str) -> None:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # a lost process ends the others at once, by torchrun; the time is what the first may need for a preflight with downloads, or for evals
+    # a lost process ends the others at once, by torchrun; the time is what a rank may need for a preflight with downloads, or for evals
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=3))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=24))
     _number, _count = dist.get_rank(), dist.get_world_size()
+
+
+def through(sae) -> bool:
+    """At the end of training, when all ranks are; whether the trained SAE is elsewhere: spread over them, or on the first alone."""
+    elsewhere = is_sharded(sae) or (_number > 0 and not _together)
+    train_together(False)
+    meet()
+    return elsewhere
+
+
+def meet() -> None:
+    """Go on when all ranks have come here."""
+    if count() > 1:
+        dist.all_reduce(torch.zeros(1))  # on the hosts
+
+
+def dealt(items: list) -> Iterator:
+    """Of several ranks, each gets its share; then, when all are through, the first those of the others: some may have failed there."""
+    W = count()
+    yield from items[number() :: W]
+    if W > 1:
+        meet()
+        if leave():
+            yield from (item for i, item in enumerate(items) if i % W)
 
 
 def leave() -> bool:

@@ -23,13 +23,20 @@ from torch import Tensor
 from variants import base, imperative, interchange
 
 
+def on_host(sae: base.SAE) -> base.SAE:
+    """A copy in host memory; the live one stays on its device, which need not hold two."""
+    memo = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad) for p in sae.parameters()}
+    memo |= {id(b): b.detach().to("cpu", copy=True) for b in sae.buffers()}
+    return copy.deepcopy(sae, memo).cpu()
+
+
 def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dict, metadata: dict) -> None:
     """Write a trained SAE to `folder`, which appears whole or not at all. `source`: the variant's file."""
     from safetensors.torch import save_file
 
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
-    trained = base.TrainedSAE(copy.deepcopy(sae).cpu(), scale)  # the live one stays on its device
+    trained = base.TrainedSAE(on_host(sae), scale)
     known = trained
     if isinstance(sae, imperative.Imperative) and (like := interchange.of_trainer(trained.sae)):
         like = base.TrainedSAE(like, scale)

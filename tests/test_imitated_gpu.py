@@ -87,6 +87,24 @@ def test_steps_on_a_gpu(tmp_path):
     ended(on_gpu(script))
 
 
+def test_the_benchmarks_run_on_a_gpu(tmp_path):
+    """Fails if what measures training there does not: events, memory, Gemma-2-2B's shape, sparse against dense."""
+    script = tmp_path / "benchmarks.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, ".")
+import torch
+torch.cuda.get_device_name = lambda *args: "H200"  # whose rates are not measured, which would take minutes here
+from tests.benchmarks import sparse, training
+training.main(["--layers=0,1", "--tokens=384", "--context=32", "--lm_batch_size=4", "--batch_size=64", "--run_tokens=20000", "--saes=2",
+               "--n_layers=2", "--widths=256", "--growth", "--cache_dir={tmp_path}"])
+sys.argv = ["sparse", "--d_in=64", "--widths=512", "--ks=8", "--batch_size=64", "--steps=2"]
+sparse.main()
+""")
+    said = ended(on_gpu(script))
+    assert "gemma-2-2b-shape: d_model 2304, bfloat16" in said and "| 256 | 2 | 2 |" in said and "| 512 | 8 |" in said, said
+
+
 def test_evals_give_the_same_on_a_gpu(tmp_path):
     """Fails if an eval mixes devices, draws from a generator of the device, or takes another path there that gives other results."""
     subprocess.run([sys.executable, *tiny(tmp_path / "sae", tmp_path, "--evals=none", "--device=cpu")], cwd=PROJECT, check=True)

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import subprocess
 import tempfile
+import time
 import types
 from pathlib import Path
 
@@ -60,12 +61,25 @@ def start(library: Path, memory: int, left: int) -> None:
         def __exit__(self, *args):
             return False
 
+    class Event:
+        def __init__(self, *args, **kwargs):
+            self.seconds = 0.0
+
+        def record(self, *args):
+            self.seconds = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other) -> float:
+            return 1e3 * (other.seconds - self.seconds)
+
     for name, found in dict(is_available=True, is_initialized=True, device_count=1, current_device=0, is_bf16_supported=True,
                             get_device_name="imitated GPU", get_device_capability=(9, 0), get_device_properties=properties,
                             _exchange_device=0, _maybe_exchange_device=0, _lazy_init=None, set_device=None, synchronize=None,
                             empty_cache=None, manual_seed=None, manual_seed_all=None).items():
         setattr(cuda, name, lambda *args, found=found, **kwargs: found)
-    cuda.device = Device
+    cuda.device, cuda.Event = Device, Event
     cuda.memory_allocated = cuda.memory_reserved = lambda *args: gpu.allocated()
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *args: gpu.peak()
     cuda.reset_peak_memory_stats = lambda *args: gpu.reset_peak()

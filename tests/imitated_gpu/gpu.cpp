@@ -103,6 +103,7 @@ struct ImitatedHooks final : at::CUDAHooksInterface {
   c10::DeviceIndex deviceCount() const override { return 1; }
   int getNumGPUs() const override { return 1; }
   bool isPinnedPtr(const void*) const override { return false; }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
     static const at::Generator made = at::make_generator<Generator>(at::detail::getDefaultCPUGenerator());
     return made;

@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import os
 import subprocess
-import tempfile
 import time
 import types
 from pathlib import Path
@@ -22,12 +21,14 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("gpu.cpp")
 
 
-def build(folder: Path | None = None) -> Path:
+def build() -> Path:
     """The compiled library, made once for this source and this torch; subprocess.CalledProcessError where it does not compile."""
     torch_folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
     made_for = hashlib.sha256(SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes() + bytes(torch_folder)).hexdigest()[:16]
-    library = (folder or Path(tempfile.gettempdir())) / f"imitated_gpu_{made_for}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae_experiment"
+    library = folder / f"imitated_gpu_{made_for}.so"
     if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
         subprocess.run([os.environ.get("CXX", "c++"), "-O1", "-std=c++20", "-fPIC", "-shared", str(SOURCE), "-o", str(unfinished),
                         *(f"-I{torch_folder / 'include' / part}" for part in ("", "torch/csrc/api/include")),

@@ -362,21 +362,23 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
         return e_BD.new_zeros(())
     if dead_F.device.type != "cpu":
         count = sae.d_sae if count is None else max(k_aux, 1 << (count - 1).bit_length())
-    if few := 4 * count <= sae.d_sae:
-        index_C = torch.where(dead_F, sae.tokens_since_fired, -1).topk(count, sorted=False).indices
-        if acts_BF.requires_grad:
-            acts_BC = acts_BF.index_select(1, index_C)
-        else:
-            W_DC = sae.W_enc.index_select(1, index_C)
-            acts_BC = F.relu(F.linear(x_BD.to(W_DC.dtype), W_DC.T, sae.b_enc[index_C] - sae.b_dec @ W_DC))
-        chosen, W_CD = dead_F[index_C], sae.W_dec.index_select(0, index_C)
+    if 4 * count > sae.d_sae:
+        if not (acts_BF.requires_grad or sparse_pays(acts_BF.device, k_aux, sae.d_sae)):
+            acts_BF = F.relu(sae.pre_activations(x_BD))  # with the graph that few features went without
+        index_BK = acts_BF.detach().masked_fill(~dead_F, -1.0).topk(k_aux, dim=-1, sorted=False).indices
+        z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]  # fewer dead features than k_aux: the rest is 0
+        return _of_variance(e_BD, decode_sparse(z_BK, index_BK, sae.W_dec)) * dead_F.any()
+    index_C = torch.where(dead_F, sae.tokens_since_fired, -1).topk(count, sorted=False).indices
+    if acts_BF.requires_grad:
+        acts_BC = acts_BF.index_select(1, index_C)
     else:
-        acts_BC = acts_BF if acts_BF.requires_grad else F.relu(sae.pre_activations(x_BD))
-        chosen, W_CD = dead_F, sae.W_dec
-    if not few or count > k_aux:
-        kept_BK = (acts_BC.detach() * chosen).topk(k_aux, sorted=False).indices
-        chosen = torch.zeros_like(acts_BC, dtype=torch.bool).scatter_(1, kept_BK, True).logical_and_(chosen)
-    return _of_variance(e_BD, (acts_BC * chosen) @ W_CD.to(acts_BC.dtype)) * dead_F.any()
+        W_DC = sae.W_enc.index_select(1, index_C)
+        acts_BC = F.relu(F.linear(x_BD.to(W_DC.dtype), W_DC.T, sae.b_enc[index_C] - sae.b_dec @ W_DC))
+    z_BC = acts_BC * dead_F[index_C]
+    if count > k_aux:
+        kept_BK = z_BC.detach().topk(k_aux, sorted=False).indices
+        z_BC = z_BC * torch.zeros_like(z_BC, dtype=torch.bool).scatter_(1, kept_BK, True)
+    return _of_variance(e_BD, z_BC @ sae.W_dec.index_select(0, index_C).to(z_BC.dtype)) * dead_F.any()
 
 
 def _of_variance(e_BD: Tensor, found_BD: Tensor) -> Tensor:

@@ -796,13 +796,13 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
             load_checkpoint(settings, out, jobs)
         for job in jobs:
             job.optimizer = job.sae.zero_grad()  # None for both: their memory is the evals' now
-            if ranks.number():
-                continue
+        own = [] if ranks.number() else jobs  # the first rank saves and reports them all
+        for job in own:
             metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
                             prepend_bos=True, dataset_path=public_name(settings.dataset))
             variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
     with phase("report", info, out):
-        for job in [] if ranks.number() else jobs:
+        for job in own:
             report_of(settings, lm, job, source, out)
     with phase("evals", info, out):
         crashed = evaluate(settings, lm, jobs, source, cache, out)

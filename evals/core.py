@@ -283,8 +283,9 @@ def _compared(logits_NV: Tensor, target_N1: Tensor, logp_NV: Tensor, p_NV: Tenso
 
 
 def _budget(bytes_by_device: dict[str, int], device) -> int:
-    allowed = bytes_by_device.get(torch.device(device).type, bytes_by_device["cpu"])
-    return min(allowed, torch.cuda.mem_get_info(device)[1] // 8) if torch.device(device).type == "cuda" else allowed
+    kind = torch.device(device).type
+    allowed = bytes_by_device.get(kind, bytes_by_device["cpu"])
+    return min(allowed, torch.cuda.mem_get_info(device)[1] // 8) if kind == "cuda" else allowed
 
 
 def _reported(setup: Setup, batches: Iterable, plan: Plan, what: str) -> Iterator[tuple[int, tuple]]:

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -75,14 +76,13 @@ def test_no_step_waits_for_the_gpu():
 
 def test_wide_saes_have_the_gradients_of_dense_products():
     """Fails if the sparse path that a GPU takes from some width on computes something else, or waits where k is fixed."""
-    dense, wide = base.sparse_pays, 2**16
+    wide = 2**16
     batch = base.Batch(torch.randn(B, D, generator=torch.Generator().manual_seed(0)).to(DEVICE) / D**0.5)
     progress = base.Progress(50, 100, 50 * B, 100 * B)
     for name, hyper in (("topk", {"k": 8}), ("batch_topk", {"k": 8}), ("matryoshka_batch_topk", {"k": 8}), ("standard", {})):
         found = {}
-        for path, pays in (("sparse", lambda device, k, d_sae: True), ("dense", lambda device, k, d_sae: False)):
-            base.sparse_pays = pays
-            try:
+        for sparse in (True, False):
+            with mock.patch.object(base, "sparse_pays", lambda *_, sparse=sparse: sparse):
                 torch.manual_seed(0)
                 sae = variants.build(variants.load(name), D, wide, hyper).to(DEVICE)
                 if name == "standard":  # few features
@@ -92,10 +92,8 @@ def test_wide_saes_have_the_gradients_of_dense_products():
                 base.gradients(sae, batch, progress, print)
                 with no_wait() if name == "topk" else nullcontext():
                     loss, _ = base.gradients(sae, batch, progress, print)
-            finally:
-                base.sparse_pays = dense
-            found[path] = [loss, *(p.grad.float() for p in sae.parameters())]
-        for a, b in zip(found["sparse"], found["dense"]):
+            found[sparse] = [loss, *(p.grad.float() for p in sae.parameters())]
+        for a, b in zip(found[True], found[False]):
             assert (a - b).norm() < 0.02 * b.norm(), (name, a.shape, float((a - b).norm() / b.norm()))
 
 

@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from tests import imitated_gpu
-from tests.test_experiment import PROJECT
+from tests.test_experiment import PROJECT, wait_for
 
 pytestmark = [pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has real GPUs: tests/test_cuda.py"),
               pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")]
@@ -25,7 +24,9 @@ def library():
     try:
         return imitated_gpu.build()
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"not with torch {torch.__version__}: {error.stderr[:300]}") if "CI" not in os.environ else pytest.fail(error.stderr)
+        if "CI" in os.environ:
+            pytest.fail(error.stderr)
+        pytest.skip(f"not with torch {torch.__version__}: {error.stderr[:300]}")
 
 
 def on_gpu(*command, **environment):
@@ -122,8 +123,7 @@ def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
                             "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none", "--checkpoint_seconds=0.1", *more))
 
     whole, killed = run("whole"), run("killed")
-    while not (tmp_path / "killed/checkpoint.pt").exists() and killed.poll() is None:
-        time.sleep(0.02)
+    wait_for(tmp_path / "killed/checkpoint.pt", killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (tmp_path / "killed/final_info.json").exists(), "it ended before it could be killed"

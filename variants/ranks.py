@@ -52,7 +52,10 @@ def meet() -> None:
 
 
 def dealt(items: list) -> Iterator:
-    """Of several ranks, each gets its share; then, when all are through, the first those of the others: some may have failed there."""
+    """Of several ranks, each gets its share; then, when all are through, the first those of the others: some may have failed there.
+
+    The ranks part (`leave`) before that.
+    """
     W = count()
     yield from items[number() :: W]
     if W > 1:

@@ -9,27 +9,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
+from unittest import mock
 
 import torch
 
-from tests.benchmarks.training import numbers
+from tests.benchmarks.training import now, numbers
 from variants import base, topk
 
 
 def step_seconds(sae: topk.SAE, batch: base.Batch, sparse: bool) -> float:
     """One forward and backward pass, waited for."""
-    progress, decide = base.Progress(50, 100, 0, 10**12), base.sparse_pays
-    base.sparse_pays = lambda device, k, d_sae: sparse
-    wait = torch.cuda.synchronize if batch.x.is_cuda else lambda: None
-    try:
-        wait()
-        start = time.perf_counter()
-        base.gradients(sae, batch, progress, print)
-        wait()
-        return time.perf_counter() - start
-    finally:
-        base.sparse_pays = decide
+    with mock.patch.object(base, "sparse_pays", lambda *_: sparse):
+        start = now(batch.x.device.type)
+        base.gradients(sae, batch, base.Progress(50, 100, 0, 10**12), print)
+        return now(batch.x.device.type) - start
 
 
 def main() -> None:

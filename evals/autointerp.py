@@ -101,9 +101,16 @@ SKIPPED = ("skipped, no autointerp_score: set OPENAI_API_KEY (and OPENAI_BASE_UR
            f"AUTOINTERP_MODEL for another model than {judge.DEFAULT_MODEL})")
 
 
-def repositories(config: dict) -> list[str]:
+def repositories(config: dict, source) -> list[str]:
     """The hub data sets it reads; none where it will be skipped."""
     return [] if config["dataset_name"] == "held-out" or judge.endpoint() is None else [config["dataset_name"]]
+
+
+def held_out(config: dict) -> tuple[int, int]:
+    """Tokens of held-out text: the fewest it can do with, and what it asks for."""
+    if config["dataset_name"] != "held-out" or judge.endpoint() is None:
+        return 0, 0
+    return config["llm_context_size"], config["total_tokens"]
 
 
 def outside() -> list[str]:

@@ -92,21 +92,25 @@ def token_rows(setup) -> Tensor:
     if name == "held-out":
         texts, identity = setup.texts, setup.texts_digest
     else:
-        from evals import hub
+        from evals import streams
 
         # in the data set's own order, as SAEBench reads it
-        texts, identity = lambda: (row["text"] for row in hub.open_stream(name)), hub.identity(name)
+        cache_dir = getattr(setup.data, "cache_dir", None)
+        texts, identity = lambda: streams.Stream(name, cache_dir=cache_dir, shuffled=False), streams.identity(name)
     depends_on = {"texts": identity, "lm": lm.digest, "context": context, "total": total, "code": inspect.getsource(pack)}
     return setup.cache.get("autointerp-tokens", depends_on, lambda: {"tokens_RT": pack(texts(), lm, context, total)})["tokens_RT"]
 
 
-def pack(texts: Iterable[str], lm, context: int, total: int) -> Tensor:
+def pack(texts: Iterable[str | list[int]], lm, context: int, total: int) -> Tensor:
     """Tokens [R, T] of the texts of more than 100 characters, run together; R·T is just above `total`, or less if they run out.
 
     They are joined by EOS, cut into 20 parts by characters, each tokenised after a BOS; the first token of a row becomes BOS.
+    Token ids are written out as text first.
     """
     kept, chars = [], 0
     for text in texts:
+        if not isinstance(text, str):
+            text = lm.tokenizer.decode(text[text[:1] == [lm.bos]:])
         if len(text) > MIN_CHARS:
             kept.append(text)
             chars += len(text)

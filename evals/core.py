@@ -125,6 +125,19 @@ def requirements(config: dict, facts: dict) -> list[str]:
             for name in least if not isinstance(config[name], int) or config[name] < least[name]]
 
 
+def held_out(config: dict) -> tuple[int, int]:
+    """Tokens of held-out text: the fewest it can do with (a row for the sparsity pass), and what it asks for."""
+    first, rows = _rows(config)
+    return (first + 1) * config["context_size"], rows * config["context_size"]
+
+
+def _rows(config: dict) -> tuple[int, int]:
+    """(first row of the sparsity pass, rows of both passes)."""
+    batch, n_suffix = config["batch_size_prompts"], config["n_eval_reconstruction_batches"]
+    first = 0 if config["reuse_reconstruction_rows"] else n_suffix
+    return first * batch, batch * max(n_suffix, first + config["n_eval_sparsity_variance_batches"])
+
+
 @torch.no_grad()
 def run(setup: Setup, saes: dict) -> dict[str, Result]:
     """SAEBench's core metrics of every SAE, from one pass over the language model.
@@ -173,21 +186,15 @@ class Plan:
 def _plan(setup: Setup) -> Plan:
     config, lm = setup.config, setup.lm
     batch, context, n_suffix = config["batch_size_prompts"], config["context_size"], config["n_eval_reconstruction_batches"]
-    first = 0 if config["reuse_reconstruction_rows"] else n_suffix
-    sparsity = range(first, first + config["n_eval_sparsity_variance_batches"])
-    wanted = batch * max(n_suffix, sparsity.stop)
-    probe = lm.tokenizer(["In 1987, 3.5 µg of «été»:  the\nend"], add_special_tokens=False)["input_ids"]
-    depends_on = {
-        "texts": setup.texts_digest, "rows": wanted, "context": context, "bos": lm.bos,
-        "tokenizer": [lm.name, list(probe[0])],  # there is no common fingerprint; digits, spaces, accents tell most apart
-        "code": inspect.getsource(packing),
-    }
+    start, wanted = _rows(config)
+    sparsity = range(start // batch, start // batch + config["n_eval_sparsity_variance_batches"])
+    depends_on = {"texts": setup.texts_digest, "rows": wanted, "context": context, "lm": lm.digest, "code": inspect.getsource(packing)}
     tokens_RT = setup.cache.get("core-tokens", depends_on, lambda: {
         "tokens_RT": packing.pack(setup.texts(), lm.tokenizer, context, lm.bos, wanted)})["tokens_RT"]
     rows = len(tokens_RT)
-    if rows <= first * batch:
+    if rows <= start:
         raise ValueError(f"core: the held-out texts fill {rows} rows of {context} tokens; the sparsity pass starts at row "
-                         f"{first * batch}\ngive more text, or lower n_eval_reconstruction_batches")
+                         f"{start}\ngive more text, or lower n_eval_reconstruction_batches")
     problems = [f"the held-out texts fill only {rows} of the {wanted} rows asked for"] if rows < wanted else []
     dtype = lm.residual(tokens_RT[:1, :1].to(lm.device), setup.layer).dtype
     return Plan(tokens_RT, batch, min(batch * n_suffix, rows), sparsity, dtype, problems)
@@ -196,7 +203,7 @@ def _plan(setup: Setup) -> Plan:
 def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Batches (tokens_BT, x_BTD, h_BTD) on the model's device; h_BTD is None after the reconstruction pass."""
     lm, tokens_RT = setup.lm, plan.tokens_RT
-    shapes = {"x_RTD": (*tokens_RT.shape, lm.d_model), "h_STD": (plan.suffix_rows, tokens_RT.shape[1], lm.d_model)}
+    shapes = {"x_RTD": (*tokens_RT.shape, lm.d_model), "h_STD": (plan.suffix_rows, tokens_RT.shape[1], lm.d_final)}
     depends_on = {
         "model": lm.digest, "layer": setup.layer, "dtype": str(plan.dtype), "device": torch.device(lm.device).type,
         "tokens": hashlib.sha256(tokens_RT.numpy().tobytes()).hexdigest(), "batch": plan.batch, "suffix_rows": plan.suffix_rows,

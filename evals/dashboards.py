@@ -38,7 +38,7 @@ def dashboards(setup: Setup, sae) -> list[dict]:
     spread = torch.linspace(0, len(by_density) - 1, min(FEATURES, len(by_density))).round().long()
     chosen = by_density[spread.to(by_density.device)]
     acts_RTC = by_rows(lambda z_rTF, body_rT1: (z_rTF[..., chosen] * body_rT1).cpu())  # encoding twice is cheaper than keeping [tokens, F]
-    logits_CV = setup.lm.unembed(sae.W_dec[chosen].to(setup.lm.dtype)).float().cpu()
+    logits_CV = promoted(setup.lm, sae.W_dec[chosen])
     read = setup.lm.tokenizer.decode
     found = []
     for c, feature in enumerate(chosen.tolist()):
@@ -50,7 +50,12 @@ def dashboards(setup: Setup, sae) -> list[dict]:
                 at = int(acts_RT[row].argmax())
                 span = range(max(at - WINDOW, 0), min(at + WINDOW + 1, acts_RT.shape[1]))
                 contexts.append([(read([int(tokens_RT[row, t])]), float(acts_RT[row, t])) for t in span])
-        top = logits_CV[c].topk(LOGITS)
+        top = logits_CV[c].topk(min(LOGITS, logits_CV.shape[1]))
         found.append(dict(feature=feature, density=float(fired_F[feature] / body_RT.sum()), max_activation=float(acts_RT.max()),
                           contexts=contexts, top_logits=[(read([i]), float(v)) for i, v in zip(top.indices.tolist(), top.values.tolist())]))
     return found
+
+
+def promoted(lm, W_CD: torch.Tensor) -> torch.Tensor:
+    """Logits [C, V] that directions of the residual stream promote by themselves; [C, 0] where the head takes vectors of another width."""
+    return lm.unembed(W_CD.to(lm.dtype)).float().cpu() if lm.d_final == lm.d_model else W_CD.new_zeros(len(W_CD), 0).cpu()

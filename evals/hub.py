@@ -1,4 +1,4 @@
-"""Texts from the Hugging Face hub, or from files of the user's own read the same way, and SAEBench's eight probing data sets."""
+"""Data sets of the Hugging Face hub: access to them, and SAEBench's eight probing sets. Running text is read by evals.streams."""
 
 from __future__ import annotations
 
@@ -8,136 +8,37 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from evals import network, streams
+from evals.network import NO_HUB
+from evals.streams import identity  # noqa: F401  what evals ask for beside `open_stream`
+
 SELECTION = 1  # goes into cache keys: raise it when the selection of texts below changes
-SEED = 42  # SAEBench's, for the order of shards and for every selection
-FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-NO_HUB = "or use --profile=embedded, which needs no hub"
+SEED = 42  # SAEBench's, for every selection
 
-# ------------------------------------------------------------------------------------------------ streams
-
-
-class Stream:
-    """The non-empty texts of a hub data set's train split, or of local files, that `keep` accepts; resumable to the document.
-
-    Shards come in the order that SAEBench's core uses, a shuffle of the shards' numbers by seed 42; rows keep their order
-    within a shard. (`IterableDataset.shuffle` cannot stand in: its buffer is lost on resuming, and since datasets 5 it mixes
-    rows of several shards.)
-    """
-
-    def __init__(self, name: str, text_field: str = "text", keep: Callable[[str], bool] | None = None, state: dict | None = None):
-        self.name, self.text_field, self.keep = name, text_field, keep
-        self._state = state or {"shard": 0, "rows": None}
-        self._rows = None  # the open shard
-        self._texts = self._walk()
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._texts)
-
-    def state(self) -> dict:
-        """What follows the last text handed out, as JSON-able values: a shard's place and its position by `datasets`."""
-        return self._state if self._rows is None else {**self._state, "rows": self._rows.state_dict()}
-
-    def _walk(self) -> Iterator[str]:
-        import numpy as np
-
-        dataset = open_stream(self.name)
-        order = list(range(dataset.num_shards))
-        np.random.default_rng(SEED).shuffle(order)
-        start, rows = self._state["shard"], self._state["rows"]
-        for place in range(start, len(order)):
-            shard = dataset.shard(len(order), order[place])
-            if place == start and rows:
-                shard.load_state_dict(rows)
-            self._state, self._rows = {"shard": place, "rows": None}, shard
-            for row in shard:
-                text = self._text(row)
-                if text and not text.isspace() and (self.keep is None or self.keep(text)):
-                    yield text
-
-    def _text(self, row: dict) -> str:
-        if not isinstance(row.get(self.text_field), str):
-            columns = ", ".join(key for key, value in row.items() if isinstance(value, str))
-            raise ValueError(f"{self.name} has no text in the column {self.text_field!r}\n"
-                             f"give --text_field; columns with text: {columns or 'none'}")
-        return row[self.text_field]
-
-
-def open_stream(name: str, config: str | None = None):
-    """`datasets.IterableDataset` of the train split of a hub data set, or of a local file or folder."""
-    import datasets
-
-    files = local_files(name)
-    if files:
-        options = {"sample_by": "paragraph"} if files[0].suffix == ".txt" else {}  # a blank line ends a document
-        return datasets.load_dataset(FORMATS[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True,
-                                     **options)
-    return load(name, config, split="train", streaming=True)
-
-
-def local_files(name: str) -> list[Path]:
-    """The files that `name` stands for if it is a local path, sorted; [] if it can only be a hub name.
-
-    FileNotFoundError for a path where nothing is, ValueError for a folder without readable files or with several formats.
-    """
-    path = Path(name).expanduser()
-    if not path.exists():
-        if _is_path(name):
-            raise FileNotFoundError(f"no file or folder {name}\ngive an existing {', '.join(FORMATS)} file, a folder of them, "
-                                    "or the name of a data set on the hub")
-        return []
-    files = sorted(f for f in path.rglob("*") if f.suffix in FORMATS) if path.is_dir() else [path]
-    formats = {f.suffix for f in files}
-    if len(formats) != 1 or not formats <= set(FORMATS):
-        raise ValueError(f"{name} holds {', '.join(sorted(formats)) or 'no'} text files\n"
-                         f"give one format: {', '.join(FORMATS)}")
-    return files
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be meant as a path: the hub's are `owner/name` or `name`."""
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or Path(name).suffix in FORMATS
-
-
-def identity(name: str):
-    """What cache keys know of a data set: names, sizes and times of local files, or the hub's commit (its name if offline)."""
-    files = local_files(name)
-    if files:
-        return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    return [name, _commit(name)]
-
-
-@functools.cache
-def _commit(name: str) -> str | None:
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(name, timeout=5).sha
-    except Exception:  # noqa: BLE001  without the hub, texts come from the local cache: the name must do
-        return None
+# ------------------------------------------------------------------------------------------------ data sets
 
 
 def load(name: str, config: str | None = None, **options):
-    """`datasets.load_dataset`, also of data sets whose loading script `datasets` runs no more; OSError with advice if it cannot be had."""
+    """`datasets.load_dataset` at the pinned commit, of the converted copy where there is a script; OSError or ValueError in words."""
     import datasets
 
-    try:
+    commit = network.commit("dataset", name)
+
+    def work():
         try:
-            return datasets.load_dataset(name, config, **options)
-        except RuntimeError as error:
-            if "scripts" not in str(error):
+            return datasets.load_dataset(name, config, revision=commit, **options)
+        except (RuntimeError, ValueError) as error:
+            if not streams.is_script(error):
                 raise
-            # datasets 4 runs no loading scripts any more; the hub keeps a converted copy of such data sets
-            return datasets.load_dataset(name, config, revision="refs/convert/parquet", **options)
-    except Exception as error:  # noqa: BLE001  many kinds of network, access and format errors, one advice
-        raise OSError(f"cannot read the data set {name}: {_first_line(error)}\n"
-                      f"check the name and the network, {NO_HUB}") from error
+            return datasets.load_dataset(name, config, revision=streams.converted(name), **options)
+
+    return streams.asked(name, config, work)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def open_stream(name: str, config: str | None = None) -> Iterator[dict]:
+    """The rows of the train split of a hub data set, or of a local file or folder, in their own order."""
+    rows = streams.Rows(streams.found(f"{name}:{config}" if config else name), shuffled=False)
+    return (row for row in rows if row is not None)
 
 
 # ------------------------------------------------------------------------------------------------ access
@@ -151,9 +52,10 @@ def reachable(names: Iterable[str], timeout: float = 5.0) -> str | None:
     for name in dict.fromkeys(names):
         if Path(name).expanduser().exists():
             continue
-        if _is_path(name):
+        if streams.is_path(name):
             return f"no file or folder {name}\ngive an existing path, or a name on the hub"
-        problem = None if _cached(name) else _problem(name, timeout)
+        repository = name.split(":")[0]  # without a configuration and a split
+        problem = None if _cached(repository) else _problem(repository, timeout)
         if problem:
             return problem
     return None
@@ -188,7 +90,7 @@ def _problem(name: str, timeout: float) -> str | None:
         except RepositoryNotFoundError:
             continue
         except Exception as error:  # noqa: BLE001  whatever the HTTP library of the day raises
-            return (f"the hub cannot be reached for {name}: {_first_line(error)}\n"
+            return (f"the hub cannot be reached for {name}: {network.first_line(error)}\n"
                     f"check the network and proxy settings (HF_ENDPOINT for a mirror), {NO_HUB}")
     return (f"the hub has no model or data set {name}, or it is private\n"
             "check the name; for a private one run `hf auth login` or set HF_TOKEN")
@@ -208,13 +110,20 @@ def _ask(name: str, kind: str, timeout: float) -> None:
 # SAEBench's selections. A frame is a pandas.DataFrame; n counts texts of one class; classes keep the order given.
 
 
-def probing(config: dict) -> dict[str, dict[str, dict[str, list[str]]]]:
+def probing(config: dict, cache_dir: Path | None = None) -> dict[str, dict[str, dict[str, list[str]]]]:
     """SAEBench's labelled texts {data set: {class: {"train": [...], "test": [...]}}}, selected exactly as it does.
 
     config: `dataset_names` (default: all eight), `probe_train_set_size` and `probe_test_set_size`, half of which is per class.
     """
     n_train, n_test = config["probe_train_set_size"] // 2, config["probe_test_set_size"] // 2
-    return {name: PROBING[name](n_train, n_test) for name in _chosen(config)}
+
+    def draw(name: str) -> dict[str, dict[str, list[str]]]:
+        (repository,) = repositories({"dataset_names": [name]})
+        # a stream that breaks off is read again from its beginning
+        return streams.kept(cache_dir, "probing", {"set": name, "n_train": n_train, "n_test": n_test, "selection": SELECTION},
+                            lambda: streams.asked(repository, None, lambda: PROBING[name](n_train, n_test)), [repository])
+
+    return {name: draw(name) for name in _chosen(config)}
 
 
 def repositories(config: dict) -> list[str]:
@@ -332,7 +241,10 @@ def _code(n_train: int, n_test: int):
 
 def open_stream_of_files(name: str, pattern: str):
     """Rows of the parquet files of a hub data set, without its loading script."""
-    return load("parquet", data_files=f"hf://datasets/{name}/{pattern}", split="train", streaming=True)
+    import datasets
+
+    files = f"hf://datasets/{name}@{network.commit('dataset', name)}/{pattern}"
+    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
 
 def code(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:

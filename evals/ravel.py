@@ -93,7 +93,7 @@ CONFIG = {
 SIDES = ("cause_score", "isolation_score")
 
 
-def repositories(config: dict) -> list[str]:
+def repositories(config: dict, source) -> list[str]:
     """The hub data set it reads in the gemma profile."""
     return [ravel_data.REPOSITORY]
 

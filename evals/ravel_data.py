@@ -11,10 +11,9 @@ import re
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from evals import embedded
+from evals import embedded, network
 
 REPOSITORY = "adamkarvonen/ravel_prompts"  # RAVEL (Huang et al. 2024) as SAEBench reads it
 
@@ -50,15 +49,14 @@ def table(source, kind: str) -> tuple[dict[str, list[str]], dict[str, dict[str, 
 
 
 def _hub(kind: str, part: str) -> dict:
-    from huggingface_hub import hf_hub_download
-
+    file = f"ravel_{kind}_{part}.json"
     try:
-        file = hf_hub_download(REPOSITORY, f"ravel_{kind}_{part}.json", repo_type="dataset")
+        path = network.snapshot("dataset", REPOSITORY, [file]) / file
+        return json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # noqa: BLE001  many kinds of network and access errors, one advice
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise OSError(f"cannot read the RAVEL data of {kind!r} from {REPOSITORY}: {what}\n"
                       "check entity_attribute_selection and the network, or use --profile=embedded, which needs no hub") from error
-    return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------ pairs

@@ -114,7 +114,7 @@ PROBES = {  # probe: the combinations of its positives and of its negatives
 DIRECTIONS = {"dir1": ("second", "first"), "dir2": ("first", "second")}  # the attribute ablated, the attribute tested
 
 
-def repositories(config: dict) -> list[str]:
+def repositories(config: dict, source) -> list[str]:
     """The hub data sets it reads in the gemma profile."""
     from evals import hub
 

@@ -8,6 +8,7 @@ combinations have T/4 texts and the pure ones, of which the biased sets are made
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,16 +55,21 @@ REVIEWS = {"text": "text", "first": "category", "second": "rating", "values": (1
 
 def _pairs(columns: dict, dataset: str, texts, config: dict) -> dict:
     """The runs of a data set with two labels: one for each pair of values of the first."""
-    from evals import hub
+    from evals import hub, streams
 
-    frames = hub.frames(hub.repositories({"dataset_names": [dataset]})[0])
+    (repository,) = hub.repositories({"dataset_names": [dataset]})
     sizes = {"train": config["probe_train_set_size"], "test": config["probe_test_set_size"]}
-    runs = {}
-    for names, ids in columns["pairs"].items():
-        run = f"{dataset}_scr_{'_'.join(names)}"
-        split = {s: first_of_each(frames[s], columns, ids, size, f"{run}, {s}") for s, size in sizes.items()}
-        runs[run] = {sign: {s: split[s][sign] for s in split} for sign in COMBINATIONS}
-    return runs
+
+    def drawn() -> dict:
+        frames, runs = hub.frames(repository), {}
+        for names, ids in columns["pairs"].items():
+            run = f"{dataset}_scr_{'_'.join(names)}"
+            split = {s: first_of_each(frames[s], columns, ids, size, f"{run}, {s}") for s, size in sizes.items()}
+            runs[run] = {sign: {s: split[s][sign] for s in split} for sign in COMBINATIONS}
+        return runs
+
+    depends_on = {"set": dataset, "columns": repr(columns), "sizes": sizes, "code": [inspect.getsource(first_of_each), COMBINATIONS]}
+    return streams.kept(texts.cache_dir, "scr", depends_on, drawn, [repository])
 
 
 def first_of_each(frame, columns: dict, ids: tuple[int, int], size: int, what: str) -> dict[str, list[str]]:

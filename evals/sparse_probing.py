@@ -106,7 +106,7 @@ CONFIG = {
 K_NAMED = (1, 2, 5, 10, 20, 50, 100)  # the k that SAEBench's schema has a key for
 
 
-def repositories(config: dict) -> list[str]:
+def repositories(config: dict, source) -> list[str]:
     """The hub data sets it reads in the gemma profile."""
     from evals import hub
 

@@ -102,7 +102,7 @@ COMPATIBLE = [f"tpp_threshold_{n}_{part}" for part in PARTS for n in N_NAMED]
 CORRECTED = [f"tpp_threshold_{n}_total_metric" for n in (10, 20)]
 
 
-def repositories(config: dict) -> list[str]:
+def repositories(config: dict, source) -> list[str]:
     """The hub data sets it reads in the gemma profile."""
     from evals import hub
 

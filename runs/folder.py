@@ -84,6 +84,21 @@ def claim(out_dir: str | Path, fingerprint: str):
         raise
 
 
+def left(out_dir: str | Path) -> dict:
+    """What an earlier run in the folder says of itself (its run_info.json), or {}."""
+    return _load(Path(out_dir) / "run_info.json")
+
+
+def free_for_words(out_dir: str | Path) -> Path | None:
+    """The folder, made, where nothing but the words of failed runs lies in it; else None: another run is not to be disturbed."""
+    try:
+        folder = _allowed(Path(out_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder if set(_content(folder)) <= NOTHING_BUT_WORDS else None
+    except (OSError, ValueError):
+        return None
+
+
 def _lock(folder: Path, out_dir):
     """Make the folder and lock it. Its present owner may be moving it aside meanwhile, so that a path is gone or another's."""
     import filelock

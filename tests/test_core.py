@@ -21,7 +21,7 @@ CONFIG = {
 class FakeLM:
     """Two bias-free blocks that mix earlier positions into later ones; the SAE sits between them, at layer 0."""
 
-    name, digest, device, d_model, vocab_size = "fake", "0", "cpu", D, VOCABULARY
+    name, digest, device, d_model, d_final, vocab_size = "fake", "0", "cpu", D, D, VOCABULARY
     bos, special_ids, uniform_when_ablated = BOS, {BOS, EOS}, True
 
     def __init__(self):

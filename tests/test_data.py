@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evals import data, embedded, hub, tiny
+from evals import data, embedded, hub, streams, tiny
 
 # ------------------------------------------------------------------------------------------------ stand-in wheels
 
@@ -293,12 +293,12 @@ def write_shards(folder, suffix, shards=4, rows=11):
 def test_stream_continues_exactly_where_its_state_was_taken(tmp_path, suffix):
     """Fails if resuming repeats or drops a document, at any place (also after the first and at a shard's end), or order differs."""
     expected = write_shards(tmp_path / "texts", suffix)
-    assert list(hub.Stream(str(tmp_path / "texts"))) == expected
+    assert list(streams.Stream(str(tmp_path / "texts"))) == expected
     for n in (0, 1, 10, 11, 12, 30, 44):
-        stream = hub.Stream(str(tmp_path / "texts"))
+        stream = streams.Stream(str(tmp_path / "texts"))
         assert list(itertools.islice(stream, n)) == expected[:n]
         state = json.loads(json.dumps(stream.state()))
-        assert list(hub.Stream(str(tmp_path / "texts"), state=state)) == expected[n:]
+        assert list(streams.Stream(str(tmp_path / "texts"), state=state)) == expected[n:]
 
 
 def test_resuming_a_resumed_and_filtered_stream(tmp_path):
@@ -342,12 +342,12 @@ def test_stream_says_what_is_wrong(tmp_path):
     """Fails if a wrong column or path ends in a KeyError or in a search on the hub."""
     write_shards(tmp_path / "a", ".jsonl")
     with pytest.raises(ValueError, match="'body'\n.*--text_field; columns with text: text"):
-        next(hub.Stream(str(tmp_path / "a"), "body"))
+        next(streams.Stream(str(tmp_path / "a"), "body"))
     with pytest.raises(FileNotFoundError, match="no file or folder nothing.jsonl\n"):
-        next(hub.Stream("nothing.jsonl"))
+        next(streams.Stream("nothing.jsonl"))
     (tmp_path / "a" / "x.txt").write_text("text")
     with pytest.raises(ValueError, match=r"\.jsonl, \.txt text files\n"):
-        next(hub.Stream(str(tmp_path / "a")))
+        next(streams.Stream(str(tmp_path / "a")))
 
 
 # ------------------------------------------------------------------------------------------------ SAEBench's selections

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import experiment
-from evals import absorption, autointerp_data, core, memory, ravel, ravel_data, sae_probes, sparse_probing, unlearning, unlearning_data
+from evals import absorption, autointerp_data, core, memory, models, ravel, ravel_data, sae_probes, sparse_probing, unlearning, unlearning_data
 from tests import test_absorption, test_autointerp, test_core, test_ravel, test_sae_probes, test_sparse_probing, test_unlearning
 
 MESSAGE = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 8.00 GiB of which 0.20 GiB is free."
@@ -225,7 +225,7 @@ def test_a_real_model_that_ran_out_is_as_before(tmp_path):
             raise torch.OutOfMemoryError(MESSAGE)
 
     for block in (1, 2):
-        handle = lm.blocks[block].register_forward_pre_hook(run_out, with_kwargs=True)
+        handle = models.blocks(lm._wrapped[0])[block].register_forward_pre_hook(run_out, with_kwargs=True)
         halved = memory.residual(setup, tokens_BT) if block == 1 else core._finished(setup, x_BTD)
         handle.remove()
         torch.testing.assert_close(halved, x_BTD if block == 1 else h_BTD, rtol=1e-4, atol=1e-5)

@@ -211,13 +211,13 @@ def test_prompts_of_the_hub_keep_the_order_of_the_files(monkeypatch, tmp_path):
     (tmp_path / "ravel_city_attribute_to_prompts.json").write_text(json.dumps(templates))
     (tmp_path / "ravel_city_entity_attributes.json").write_text(json.dumps(entities))
 
-    def download(repository, name, repo_type):
-        assert (repository, repo_type) == (ravel_data.REPOSITORY, "dataset")
-        if not (tmp_path / name).exists():
-            raise RuntimeError(f"404 {name}")
-        return str(tmp_path / name)
+    def snapshot(kind, repository, patterns):
+        assert (repository, kind) == (ravel_data.REPOSITORY, "dataset")
+        if not (tmp_path / patterns[0]).exists():
+            raise OSError(f"404 {patterns[0]}")
+        return tmp_path
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(ravel_data.network, "snapshot", snapshot)
     config = {"entity_attribute_selection": {"city": ["Country", "Language"]}}
     found = [(p.entity, p.attribute, p.value, p.text, p.remainder) for p in ravel_data.prompts(SimpleNamespace(kind="hub"), config)]
     assert found == [("Rome", "Language", "Italian", "They speak Rome in", " in"), ("Rome", "Country", "Italy", "Rome is in", " is in"),

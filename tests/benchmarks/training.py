@@ -64,7 +64,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 import experiment
-from evals import data, language_model
+from evals import data, language_model, models
 from evals.cache import Cache
 from runs import environment
 
@@ -202,7 +202,7 @@ def lm_flop(config, blocks: int, context: int) -> float:
     """FLOP a token of a pass through so many blocks."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return blocks * (2 * language_model.shape_of(config, 1)["block_parameters"] + 2 * heads * head_dim * (context + 1))
+    return blocks * (2 * models.sizes(config, "", 1)["block_parameters"] + 2 * heads * head_dim * (context + 1))
 
 
 def sae_flop(d_in: int, width: int) -> float:

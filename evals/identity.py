@@ -1,0 +1,40 @@
+"""What a file holds, as a hash of its bytes: never its name, its size or its time."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read once a process as long as nothing touches the file."""
+    found = os.stat(path)
+    return _digest(os.path.realpath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+@functools.cache
+def _digest(path: str, *changes) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_310(file)
+
+
+def _digest_310(file) -> str:
+    total = hashlib.sha256()
+    while block := file.read(1 << 22):
+        total.update(block)
+    return total.hexdigest()
+
+
+def files_digest(paths: Iterable[str | Path], root: Path | None = None) -> str:
+    """SHA-256 (hex) of files: of their bytes, and of their names from `root` on (without it: their last parts); ValueError for no files."""
+    paths = [Path(path) for path in paths]
+    if not paths:
+        raise ValueError("a hash of no files says nothing\ngive a folder that holds the files")
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
+        sums = list(pool.map(file_digest, paths))
+    named = sorted((os.path.relpath(path, root) if root else path.name, total) for path, total in zip(paths, sums))
+    return hashlib.sha256(repr(named).encode()).hexdigest()

@@ -1,0 +1,193 @@
+"""Where a model's weights lie, what identifies them, and what can be wrong with a folder: told before anything is loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from evals import language_model, models, network
+from tests import architectures
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return architectures.save("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "copy")
+
+
+def test_the_content_of_a_folder_is_its_identity(folder, tmp_path):
+    """Fails if another name or time makes another model, or other weights under the same name, size and time do not."""
+    import os
+
+    before = models.identity(folder)
+    assert models.identity(shutil.copytree(folder, tmp_path / "elsewhere")) == before
+    weights = folder / "model.safetensors"
+    found, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert models.identity(folder) != before
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no files"):
+        models.identity(tmp_path / "empty")
+
+
+def test_two_models_of_the_hub_never_share_a_digest(llama, tmp_path):
+    """Fails if what is hashed of a snapshot is not its commit: two models then share cached activations."""
+    digests = set()
+    for name, commit in (("google/gemma-2-2b", "a" * 40), ("google/gemma-2-2b-it", "a" * 40), ("google/gemma-2-2b", "b" * 40)):
+        place = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / commit
+        if not place.exists():
+            shutil.copytree(llama, place)
+        digests.add(language_model.load(place, name, torch.float32, "cpu").digest)
+    assert digests == {f"google/gemma-2-2b@{'a' * 40}:float32", f"google/gemma-2-2b-it@{'a' * 40}:float32", f"google/gemma-2-2b@{'b' * 40}:float32"}
+
+
+def spoilt(folder, how):
+    config = folder / "config.json"
+    if how == "adapter":
+        config.unlink()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-2-2b"}))
+    elif how == "no config":
+        config.unlink()
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "shard":
+        transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        sorted(folder.glob("model-0*.safetensors"))[1].unlink()
+    elif how == "cut":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif how == "encoder":
+        config.write_text(transformers.T5Config().to_json_string())
+    elif how == "unknown type":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "nothing_known"}))
+
+
+@pytest.mark.parametrize("how, words", [
+    ("adapter", "PEFT adapter of google/gemma-2-2b.*\n.*merge_and_unload"), ("no config", "no config.json\n"),
+    ("no tokenizer", "no tokenizer .*\n.*save_pretrained"), ("no weights", "lacks model.safetensors\n"),
+    ("shard", "lacks model-00002-of-.*\ncopy the folder whole"), ("cut", r"model.safetensors is damaged or cut off \([\d,]+ bytes\)\n"),
+    ("encoder", "type t5, which is no causal language model\n"), ("unknown type", "config.json: .*nothing_known.*\n.*pip install -U transformers")])
+def test_a_folder_that_cannot_serve_is_refused_from_its_files_alone(folder, how, words, monkeypatch):
+    """Fails if a folder passes preflight, or is filled up in silence, or ends in another library's words."""
+    spoilt(folder, how)
+    with pytest.raises(ValueError, match=words):
+        models.shape(str(folder), 4)
+
+
+def test_weights_that_would_be_made_up_are_refused(folder):
+    """Fails if a missing weight becomes a random one: two runs would differ under one digest."""
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match=r"lacks weights that its configuration asks for: model.layers.3.* and \d+ more\n"):
+        language_model.load(folder, "m", torch.float32, "cpu")
+
+
+def test_a_tokenizer_without_bos_takes_eos_and_without_both_is_refused(folder):
+    """Fails if rows begin with a made-up token."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = None
+    assert models.bos_of(tokenizer, "m") == tokenizer.eos_token_id == 1
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="neither a BOS nor an EOS token\n"):
+        models.tokenizer(str(folder), "", "")
+
+
+def test_a_model_that_cannot_be_cut_is_refused_with_the_figure(folder):
+    """Fails if a model whose later blocks see more than the residual stream gets a result: here block 2 sees the tokens themselves."""
+    lm = language_model.load(folder, "m", torch.float32, "cpu")
+    language_model.trial(lm, [0, 1, 2])
+    seen = []
+    lm.hf.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+    lm.blocks[2].register_forward_hook(lambda module, args, output: output + seen[-1])
+    with pytest.raises(RuntimeError, match=r"m \(llama\) gives other logits when .* after block 1 .* differ by [\d.]+ of their norm"):
+        language_model.trial(lm, [1])
+
+
+def test_a_model_that_sees_later_tokens_is_refused(folder):
+    """Fails if a model that is not causal is taken for one; here block 0 adds what the next token has."""
+    lm = language_model.load(folder, "m", torch.float32, "cpu")
+    lm.blocks[0].register_forward_pre_hook(lambda module, args: (args[0] + args[0].roll(-1, 1), *args[1:]))
+    with pytest.raises(RuntimeError, match=r"is not causal: another last token changes .* block 1 by [\d.]+ of their norm"):
+        language_model.trial(lm, [1])
+
+
+def test_nan_is_named_before_training(folder):
+    """Fails if a model that gives NaN is found out by the SAE's loss."""
+    lm = language_model.load(folder, "m", torch.float32, "cpu")
+    lm.blocks[1].mlp.down_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="NaN or infinite values after block 1 in torch.float32\n"):
+        language_model.trial(lm, [1])
+
+
+def test_refusals_say_what_to_do(monkeypatch):
+    """Fails if an expired token, a missing grant, a proxy and a dead network get the same advice."""
+    import httpx
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    def error(cls, code, words):
+        made = cls.__new__(cls)
+        Exception.__init__(made, words)
+        made.response = httpx.Response(code)
+        return made
+
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    cases = [(error(HfHubHTTPError, 401, "Invalid credentials in Authorization header"), "invalid or expired", "hf auth login` again"),
+             (error(GatedRepoError, 403, "not in the authorized list"), "no access to it yet", "ask for access on"),
+             (error(HfHubHTTPError, 403, "Please enable access to public gated repositories in your fine-grained token settings"),
+              "fine-grained", "settings/tokens"),
+             (error(RepositoryNotFoundError, 404, "no"), "no model o/n", "check the name"),
+             (httpx.ProxyError("407 Proxy Authentication Required"), "through the proxy", "HTTPS_PROXY"),
+             (httpx.ConnectError("Name or service not known"), "cannot be reached", "check the network")]
+    for given, what, advice in cases:
+        first, second = network.refusal(given, "model", "o/n").splitlines()
+        assert what in first and advice in second and "o/n" in first
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(network, "_stored_token", lambda: None)
+    assert "no token is given\naccept its licence" in network.refusal(error(GatedRepoError, 401, "Please log in"), "model", "o/n")
+
+
+def test_patience_waits_as_long_as_asked_and_only_for_what_may_pass(monkeypatch):
+    """Fails if Retry-After is ignored, a 404 is asked again, a dead network is waited for a minute, or the last error is lost."""
+    import httpx
+
+    waits = []
+    monkeypatch.setattr(network.time, "sleep", waits.append)
+
+    def failing(*errors):
+        left = list(errors)
+
+        def work():
+            if left:
+                raise left.pop(0)
+            return "done"
+        return work
+
+    def http(code, **headers):
+        request = httpx.Request("GET", "http://h")
+        return httpx.HTTPStatusError(str(code), request=request, response=httpx.Response(code, headers=headers, request=request))
+
+    assert network.patiently("x", failing(http(429, **{"Retry-After": "17"}), http(503), httpx.ReadTimeout("slow"))) == "done"
+    assert waits == [17, 2, 4]
+    waits.clear()
+    with pytest.raises(httpx.HTTPStatusError):
+        network.patiently("x", failing(http(404)))
+    assert waits == []
+    with pytest.raises(httpx.ConnectError):
+        network.patiently("x", failing(*[httpx.ConnectError("refused")] * 9))
+    assert waits == [1, 2]
+    waits.clear()
+    with pytest.raises(httpx.HTTPStatusError, match="500"):
+        network.patiently("x", failing(*[http(500)] * 9))
+    assert waits == [1, 2, 4, 8, 16, 32]

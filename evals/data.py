@@ -101,7 +101,7 @@ class Source:
         if self._name(split):
             from evals import streams
             stream = streams.Stream(self._name(split), self.text_field, self._keep(split), state, self.cache_dir)
-            self._opened.append(stream.skipped)
+            self._opened.append((self._name(split), stream.skipped))
             return stream
         if self.kind == "tiny":
             from evals import tiny
@@ -141,11 +141,14 @@ class Source:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """{what was wrong: rows} over all streams opened so far."""
-        total: dict[str, int] = {}
-        for counts in self._opened:
+        """{what was wrong: rows}: of each data set the most that one reading of it has met, since it is read several times."""
+        most: dict[tuple[str, str], int] = {}
+        for name, counts in self._opened:
             for reason, count in counts.items():
-                total[reason] = total.get(reason, 0) + count
+                most[name, reason] = max(count, most.get((name, reason), 0))
+        total: dict[str, int] = {}
+        for (_, reason), count in most.items():
+            total[reason] = total.get(reason, 0) + count
         return total
 
     def look(self, tokenizer_ids: int | None = None) -> dict:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from evals import network, streams
-from evals.network import NO_HUB
 from evals.streams import identity  # noqa: F401  what evals ask for beside `open_stream`
 
 SELECTION = 1  # goes into cache keys: raise it when the selection of texts below changes
@@ -18,19 +17,15 @@ SEED = 42  # SAEBench's, for every selection
 # ------------------------------------------------------------------------------------------------ data sets
 
 
-def load(name: str, config: str | None = None, **options):
-    """`datasets.load_dataset` at the pinned commit, of the converted copy where there is a script; OSError or ValueError in words."""
+def load(name: str, config: str | None, split: str):
+    """A split of a data set, whole, as `datasets.Dataset`, at the pinned commit; OSError or ValueError in words."""
     import datasets
 
-    commit = network.commit("dataset", name)
+    of = streams.found(f"{name}:{config or ''}:{split}")
 
     def work():
-        try:
-            return datasets.load_dataset(name, config, revision=commit, **options)
-        except (RuntimeError, ValueError) as error:
-            if not streams.is_script(error):
-                raise
-            return datasets.load_dataset(name, config, revision=streams.converted(name), **options)
+        files = [network.nearby(file) for file in of.files]
+        return datasets.load_dataset(of.module, data_files=files, split="train", **of.options)
 
     return streams.asked(name, config, work)
 
@@ -39,71 +34,6 @@ def open_stream(name: str, config: str | None = None) -> Iterator[dict]:
     """The rows of the train split of a hub data set, or of a local file or folder, in their own order."""
     rows = streams.Rows(streams.found(f"{name}:{config}" if config else name), shuffled=False)
     return (row for row in rows if row is not None)
-
-
-# ------------------------------------------------------------------------------------------------ access
-
-
-def reachable(names: Iterable[str], timeout: float = 5.0) -> str | None:
-    """None if every model and data set can be read (local path, local cache, or the hub with this user's access).
-
-    Else the first problem as "what\\nwhat to do"; a request may take `timeout` seconds.
-    """
-    for name in dict.fromkeys(names):
-        if Path(name).expanduser().exists():
-            continue
-        if streams.is_path(name):
-            return f"no file or folder {name}\ngive an existing path, or a name on the hub"
-        repository = name.split(":")[0]  # without a configuration and a split
-        problem = None if _cached(repository) else _problem(repository, timeout)
-        if problem:
-            return problem
-    return None
-
-
-def _cached(name: str) -> bool:
-    """Whether the local cache holds a model's weights under that name, or a data set as `datasets` prepared it."""
-    import datasets.config
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(name, "config.json")
-    prepared = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
-    return (isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))) \
-        or any(prepared.glob("*/*/*/dataset_info.json"))
-
-
-def _problem(name: str, timeout: float) -> str | None:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if constants.HF_HUB_OFFLINE:
-        return (f"HF_HUB_OFFLINE is set and {name} is not in the local cache\n"
-                f"unset HF_HUB_OFFLINE for one run to fetch it, {NO_HUB}")
-    for kind in ("model", "dataset"):
-        try:
-            _ask(name, kind, timeout)
-            return None
-        except GatedRepoError:  # a kind of RepositoryNotFoundError
-            page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
-            return (f"{name} is gated and this user has no access to it\naccept its licence on {page}, then run "
-                    f"`hf auth login` or set HF_TOKEN, {NO_HUB}")
-        except RepositoryNotFoundError:
-            continue
-        except Exception as error:  # noqa: BLE001  whatever the HTTP library of the day raises
-            return (f"the hub cannot be reached for {name}: {network.first_line(error)}\n"
-                    f"check the network and proxy settings (HF_ENDPOINT for a mirror), {NO_HUB}")
-    return (f"the hub has no model or data set {name}, or it is private\n"
-            "check the name; for a private one run `hf auth login` or set HF_TOKEN")
-
-
-def _ask(name: str, kind: str, timeout: float) -> None:
-    """Raise what the hub answers unless this user may read the repository's files."""
-    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
-
-    info = HfApi().repo_info(name, repo_type=kind, timeout=timeout)
-    if info.gated:  # its page is public, its files are not: ask for one
-        file = next(s.rfilename for s in info.siblings if s.rfilename not in (".gitattributes", "README.md"))
-        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=timeout)
 
 
 # ------------------------------------------------------------------------------------------------ SAEBench's probing sets
@@ -192,8 +122,7 @@ def _both(select: Callable, frames: dict, n_train: int, n_test: int) -> dict[str
 
 @functools.lru_cache(maxsize=1)  # the three class sets of biographies come one after the other, and so do the two of reviews
 def frames(name: str) -> dict:
-    loaded = load(name)
-    return {split: loaded[split].to_pandas() for split in ("train", "test")}
+    return {split: load(name, None, split).to_pandas() for split in ("train", "test")}
 
 
 def _biographies(classes: list[int], n_train: int, n_test: int):
@@ -239,12 +168,11 @@ def _code(n_train: int, n_test: int):
     return shuffled_split(collect(code(rows), list(CODE_SUFFIXES), n_train + n_test), n_train, n_test)
 
 
-def open_stream_of_files(name: str, pattern: str):
+def open_stream_of_files(name: str, pattern: str) -> Iterator[dict]:
     """Rows of the parquet files of a hub data set, without its loading script."""
-    import datasets
-
-    files = f"hf://datasets/{name}@{network.commit('dataset', name)}/{pattern}"
-    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    commit = network.commit("dataset", name)
+    files = [f"hf://datasets/{name}@{commit}/{file}" for file in network.listing("dataset", name, commit) if fnmatch.fnmatch(file, pattern)]
+    return iter(streams.Rows(streams.Found(name, sorted(files), "parquet", {}, [], None, False), shuffled=False))
 
 
 def code(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ SHAPES = {EMBEDDED: dict(d_model=576, n_layers=30, block_parameters=3_540_096, b
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # in the order in which transformers looks for weights
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and tokenizer
+UNREAD = ("*/*", "generation_config.json")  # other files of those names
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 HF_ADVICE = "give a folder that save_pretrained wrote, of the model and of its tokenizer"
 
@@ -38,7 +39,7 @@ def location(name: str, cache_dir: str, data_dir: str, weights: bool = True) -> 
         return tiny.model_folder(Path(cache_dir))
     if Path(name).exists():
         return Path(name)
-    folder = network.snapshot("model", name, SMALL, ["*/*"])
+    folder = network.snapshot("model", name, SMALL, UNREAD)
     if weights:
         wanted = shards(folder)
         if not any((folder / file).exists() for file in (*wanted, *SINGLE)):
@@ -77,7 +78,7 @@ def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
         from evals import tiny
 
         return f"{TINY}-{tiny.VERSION}"
-    return identity(name if Path(name).exists() else network.snapshot("model", name, SMALL, ["*/*"]))
+    return identity(name if Path(name).exists() else network.snapshot("model", name, SMALL, UNREAD))
 
 
 # ------------------------------------------------------------------------------------------------ what transformers makes of them
@@ -223,7 +224,7 @@ def disk_needed(name: str) -> int:
     """Bytes that fetching a model of the hub adds to its cache; 0 for a local one, or where its size is not known beforehand."""
     if name in SHAPES or Path(name).exists():
         return 0
-    folder = network.snapshot("model", name, SMALL, ["*/*"])
+    folder = network.snapshot("model", name, SMALL, UNREAD)
     if all((folder / file).exists() for file in shards(folder) or SINGLE[:1]):
         return 0
     return int(index_of(folder).get("metadata", {}).get("total_size", 0)) or network.size("model", name, SINGLE[0])

@@ -7,6 +7,7 @@ wheels of the package index.
 from __future__ import annotations
 
 import email.utils
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,8 @@ DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try
 PATIENCE = 300.0  # seconds: the longest wait that a server's Retry-After is granted
 NO_HUB = "or use --profile=embedded, which needs no hub"
 PINNED: dict[tuple[str, str], str] = {}  # (kind, repository): the commit that this run reads; see `pin`
-LISTINGS: dict[tuple[str, str], dict[str, int | None]] = {}  # the same: its files and their bytes, where this process has asked
+LISTINGS: dict[tuple[str, str, str], dict[str, int | None]] = {}  # (kind, repository, commit): see `listing`
+DOWNLOADED = 32 << 20  # bytes: a file up to this size costs less whole than in parts
 
 # ------------------------------------------------------------------------------------------------ patience
 
@@ -125,7 +127,7 @@ def commit(kind: str, name: str) -> str:
         reference = Path(cache_folder()) / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"  # as the hub's own library keeps it
         try:
             found = patiently(f"hub, {name}", lambda: _asked(kind, name))
-            LISTINGS[kind, name] = {s.rfilename: s.size for s in found.siblings}
+            LISTINGS[kind, name, found.sha] = {s.rfilename: s.size for s in found.siblings}
             PINNED[kind, name] = found.sha
             reference.parent.mkdir(parents=True, exist_ok=True)
             reference.write_text(found.sha)
@@ -138,11 +140,41 @@ def commit(kind: str, name: str) -> str:
     return PINNED[kind, name]
 
 
-def _asked(kind: str, name: str):
+def listing(kind: str, name: str, revision: str) -> dict[str, int | None]:
+    """{file: bytes, None where the hub does not say} of a repository at a commit; asked once a process."""
+    if (kind, name, revision) not in LISTINGS:
+        found = patiently(f"hub, {name}", lambda: _asked(kind, name, revision))
+        LISTINGS[kind, name, revision] = {s.rfilename: s.size for s in found.siblings}
+    return LISTINGS[kind, name, revision]
+
+
+@functools.lru_cache(maxsize=64)
+def content(kind: str, name: str, revision: str, file: str) -> bytes:
+    """A small file of a repository at a commit, in two requests where the cache's way takes three."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    answer = get_session().get(hf_hub_url(name, file, repo_type=kind, revision=revision), headers=build_hf_headers(), follow_redirects=True)
+    hf_raise_for_status(answer)
+    return answer.content
+
+
+def nearby(url: str) -> str:
+    """A data set's file, hf://datasets/owner/name@commit/path, as a file of the local cache if it is small, else as it is."""
+    from huggingface_hub import hf_hub_download
+
+    repository, _, rest = url.removeprefix("hf://datasets/").partition("@")
+    revision, _, file = rest.partition("/")
+    if not url.startswith("hf://") or "::" in url or not (listing("dataset", repository, revision).get(file) or DOWNLOADED + 1) <= DOWNLOADED:
+        return url
+    return hf_hub_download(repository, file, repo_type="dataset", revision=revision)
+
+
+def _asked(kind: str, name: str, revision: str | None = None):
     """What the hub says of a repository, having granted one of its files where it is gated: their pages are public."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
-    info = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
+    info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
     if info.gated:
         get_hf_file_metadata(hf_hub_url(name, info.siblings[0].rfilename, repo_type=kind, revision=info.sha))
     return info

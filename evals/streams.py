@@ -31,6 +31,7 @@ KEPT_GB = 4.0  # most of what is kept of the hub's texts
 VERSION = 1  # goes into the keys of what is kept: raise it when rows become other documents
 LOOKED_AT = 1000  # rows that must hold a text, or the column is the wrong one
 HEAD = 1 << 20  # characters by which the sort of a file is told
+CARDS = {"README.md", "dataset_infos.json", ".huggingface.yaml"}  # files of a repository that say something of its others
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a copy of data sets with a loading script
 
 # ------------------------------------------------------------------------------------------------ names
@@ -145,7 +146,7 @@ def _on_disk(name: str, path: Path) -> Found:
 def _of_copy(folder: Path) -> tuple[dict[str, list[str]], str, dict]:
     """As `_resolve`, of a copy of a repository of the hub."""
     try:
-        return _resolve(str(folder), None, None)
+        return _resolve(str(folder), None)
     except ValueError as error:
         raise ValueError(f"{folder}: {network.first_line(error)}\ngive the folder of one configuration, or its files") from error
 
@@ -218,17 +219,37 @@ def resolved(repository: str, config: str | None, cache_dir: Path | None = None)
 
 
 def _resolve_on_hub(repository: str, config: str | None, commit: str) -> list:
-    from huggingface_hub import HfFileSystem
-
     try:
-        splits, module, options = _resolve(repository, config, commit)
+        return _by_names(repository, config, commit)
     except (RuntimeError, ValueError) as error:
         if not is_script(error):
             raise
-        splits, module, options = _resolve(repository, config, converted(repository))
-    hub = HfFileSystem()  # whose listings `datasets` has just filled
-    sizes = {file: hub.info(file)["size"] for files in splits.values() for file in files if file.startswith("hf://") and "::" not in file}
-    return [splits, module, options, sizes]
+        return _by_names(repository, config, converted(repository))
+
+
+def _by_names(repository: str, config: str | None, commit: str) -> list:
+    """As `resolved`: what `datasets` makes of a folder with the repository's card and, empty, its other files, whose names tell splits.
+
+    Asked itself, it sends some fifteen requests for each configuration; like this it is three for the repository.
+    """
+    import tempfile
+
+    listed = network.listing("dataset", repository, commit)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve() / PurePosixPath(repository).name
+        for file in listed:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).touch()
+        for card in CARDS & set(listed):
+            (folder / card).write_bytes(network.content("dataset", repository, commit, card))
+        splits, module, options = _resolve(str(folder), config)
+
+    def inside(file: str) -> str:
+        return PurePosixPath(Path(file).relative_to(folder)).as_posix()
+
+    base = f"hf://datasets/{repository}@{commit}/"
+    return [{split: [base + inside(file) for file in files] for split, files in splits.items()}, module, options,
+            {base + file: size for file, size in listed.items() if size is not None}]
 
 
 def is_script(error: Exception) -> bool:
@@ -251,15 +272,13 @@ def converted(repository: str) -> str:
     return network.PINNED[key]
 
 
-def _resolve(name: str, config: str | None, commit: str | None) -> tuple[dict[str, list[str]], str, dict]:
-    """({split: files}, reader, its options) of a repository, or of a copy of one on disk, by the rules of `datasets`."""
+def _resolve(folder: str, config: str | None) -> tuple[dict[str, list[str]], str, dict]:
+    """({split: files}, reader, its options) of a repository's copy on disk, by the rules of `datasets`."""
     import dataclasses
 
     import datasets
 
-    builder = datasets.load_dataset_builder(name, config, revision=commit)
-    if not builder.config.data_files:  # `datasets` falls back on what it has prepared before
-        raise ConnectionError(f"no list of files of {name}")
+    builder = datasets.load_dataset_builder(folder, config)
     about = {"name", "version", "data_dir", "data_files", "description"}
     options = {f.name: getattr(builder.config, f.name) for f in dataclasses.fields(builder.config) if f.name not in about}
     default = {f.name: f.default for f in dataclasses.fields(builder.config)}
@@ -361,7 +380,7 @@ class Rows:
         for place in range(start, len(order)):
             file = self.of.files[order[place]]
             try:
-                opened = open_file(file, self.of.module, self.of.options)
+                opened = open_file(network.nearby(file), self.of.module, self.of.options)
                 if place == start and rows:
                     opened.load_state_dict(rows)
                 self._state, self._open = {"shard": place, "rows": None}, opened

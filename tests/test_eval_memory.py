@@ -9,7 +9,19 @@ import pytest
 import torch
 
 import experiment
-from evals import absorption, autointerp_data, core, memory, models, ravel, ravel_data, sae_probes, sparse_probing, unlearning, unlearning_data
+from evals import (
+    absorption,
+    autointerp_data,
+    core,
+    memory,
+    models,
+    ravel,
+    ravel_data,
+    sae_probes,
+    sparse_probing,
+    unlearning,
+    unlearning_data,
+)
 from tests import test_absorption, test_autointerp, test_core, test_ravel, test_sae_probes, test_sparse_probing, test_unlearning
 
 MESSAGE = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 8.00 GiB of which 0.20 GiB is free."

@@ -102,7 +102,7 @@ def test_datasets_reads_every_repository_whole_and_as_a_stream(hub, tmp_path):  
     found = run(hub, tmp_path, LOADING)
     columns = {name: sorted(columns) for name, splits in found.items() if isinstance(splits, dict) for _, _, columns in splits.values()}
     assert found[PILE] == {"train": [1800, 30, ["meta", "text"]]}
-    assert found["Skylion007/openwebtext"] == {"train": [480, 80, ["text"]]}
+    assert found["Skylion007/openwebtext"] == {"train": [3200, 80, ["text"]]}
     assert found["Helsinki-NLP/europarl"] == {"train": [600, 2, ["translation"]]}
     assert {split: rows for split, (rows, _, _) in found["LabHC/bias_in_bios"].items()} == {"train": 3360, "test": 2240, "dev": 560}
     assert {split: rows for split, (rows, _, _) in found["texts/two-configs"].items()} == {"train": 200, "validation": 20, "test": 20}

@@ -164,7 +164,7 @@ def test_bad_rows_are_passed_over_and_counted(tmp_path, suffix):
     source = data.Source("tiny", dataset=str(path))
     assert source.skipped == {} and list(source.documents("heldout")) and source.skipped == COUNTS
     list(source.documents("train"))
-    assert source.skipped == {reason: 2 * count for reason, count in COUNTS.items()}
+    assert source.skipped == COUNTS  # a row met twice is one row
 
 
 def test_bad_items_of_an_array_tables_and_bytes(tmp_path):
@@ -324,6 +324,7 @@ def far(monkeypatch):
         return [{"train": list(files), "test": list(files)[:1]}, "json", {}, dict.fromkeys(files, 1000)]
 
     monkeypatch.setattr(streams, "open_file", open_file)
+    monkeypatch.setattr(network, "nearby", lambda file: file)
     monkeypatch.setattr(streams, "_resolve_on_hub", resolve)
     monkeypatch.setattr(streams, "_resolved", {})
     monkeypatch.setattr(network, "PINNED", {("dataset", "o/n"): "c1"})

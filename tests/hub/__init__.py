@@ -276,7 +276,8 @@ class Handler(BaseHTTPRequestHandler):
         answer = {"_id": sha1(repository.name)[:24], "id": repository.name, "sha": found.commit, "private": private, "gated": gated,
                   "disabled": False, "downloads": 1, "likes": 1, "tags": [],
                   "createdAt": "2024-01-01T00:00:00.000Z", "lastModified": "2025-01-01T00:00:00.000Z",
-                  "siblings": [{"rfilename": path} for path in found.files]}
+                  "siblings": [{"rfilename": path} | ({"size": entry.stat().st_size} if self.asked("blobs") else {})
+                               for path, entry in found.files.items()]}
         if repository.kind == "models":
             answer |= {"tags": ["transformers", "safetensors"], "library_name": "transformers", "pipeline_tag": "text-generation"}
         self.send_json(answer)

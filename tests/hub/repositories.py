@@ -125,12 +125,12 @@ def pile() -> Files:
 
 
 def openwebtext() -> Files:
-    """One configuration of 80 files; about 1,000 rows of 128 tokens."""
-    files = card({"dataset_info": features({"text": "string"}, {"train": 80 * 6}, "plain_text"),
+    """One configuration of 80 files; about 7,000 rows of 128 tokens."""
+    files = card({"dataset_info": features({"text": "string"}, {"train": 80 * 40}, "plain_text"),
                   **configs({"plain_text": {"train": "plain_text/train-*"}}, default="plain_text")})
     for i in range(80):
         rng = random.Random(f"openwebtext {i}")
-        files[f"plain_text/train-{i:05}-of-00080.parquet"] = parquet({"text": [document(rng, 16) for _ in range(6)]})
+        files[f"plain_text/train-{i:05}-of-00080.parquet"] = parquet({"text": [document(rng, 16) for _ in range(40)]})
     return files
 
 

@@ -223,7 +223,8 @@ def inputs_of(settings: Settings) -> dict[str, str]:
     asked = [language_model.instruct_sibling(settings.model)] if any(evals.declared(name, "INSTRUCT") for name in chosen) else []
     names = {name: models.known_identity(name, settings.cache_dir, settings.data_dir) for name in (settings.model, *filter(None, asked))}
     begun = interchange.files(settings.init_from) if settings.init_from else []
-    return names | inputs.identities(make_source(settings), chosen) | ({"init_from": files_digest(begun, settings.init_from)} if begun else {})
+    found = names | inputs.identities(make_source(settings), chosen)
+    return found | ({"init_from": files_digest(begun, settings.init_from)} if begun else {})
 
 
 def fingerprint(settings: Settings, read: dict[str, str]) -> str:
@@ -907,7 +908,8 @@ def main(argv: Optional[list[str]] = None) -> int:
             info["seconds"] = before["seconds"]
             ranks.agreed(lambda: (out / "error.json").unlink(missing_ok=True))
         kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "cache_dir", "data_dir")}  # no paths
-        info |= dict(status="running", fingerprint=mark, inputs=read, commits=network.pinned(), settings=kept, seed=settings.seed, versions=environment.versions(),
+        info |= dict(status="running", fingerprint=mark, inputs=read, commits=network.pinned(), settings=kept, seed=settings.seed,
+                     versions=environment.versions(),
                      commit=environment.git_commit(), hardware=environment.hardware(settings.device))
         crashed = run(settings, why, out, info, interrupts)
         if ranks.number():

@@ -7,6 +7,7 @@ import functools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from evals import network, streams
 from evals.streams import identity  # noqa: F401  what evals ask for beside `open_stream`

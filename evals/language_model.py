@@ -340,10 +340,10 @@ def trial(lm: LanguageModel, layers: list[int]) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(lm.vocab_size, (2, 16), generator=generator).to(lm.device)
-    kind, advice = f"{lm.name} ({lm.hf.config.model_type})", "use a model whose blocks pass on one residual stream, such as Llama, Gemma or GPT-2"
+    kind = f"{lm.name} ({lm.hf.config.model_type})"
 
     def refuse(what: str):
-        raise RuntimeError(f"{kind} {what}\n{advice}")
+        raise RuntimeError(f"{kind} {what}\n{models.ONE_STREAM}")
 
     logits_BTV = lm.hf(input_ids=tokens_BT, use_cache=False).logits
     other_BT = torch.cat([tokens_BT[:, :-1], (tokens_BT[:, -1:] + 1) % lm.vocab_size], 1)

@@ -19,6 +19,7 @@ SINGLE = ("model.safetensors", "pytorch_model.bin")
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and tokenizer
 UNREAD = ("*/*", "generation_config.json")  # other files of those names
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+ONE_STREAM = "use a model whose blocks pass on one residual stream, such as Llama, Gemma or GPT-2"
 HF_ADVICE = "give a folder that save_pretrained wrote, of the model and of its tokenizer"
 
 # ------------------------------------------------------------------------------------------------ places
@@ -112,8 +113,7 @@ def backbone(hf: torch.nn.Module) -> torch.nn.Module:
     for module in (hf.get_decoder(), prefix, *hf.children()):
         if isinstance(module, torch.nn.Module) and _lists(module, n_layers):
             return module
-    raise RuntimeError(f"{type(hf).__name__} has no list of its {n_layers} blocks\n"
-                       "use a model whose blocks pass on one residual stream, such as Llama, Gemma or GPT-2")
+    raise RuntimeError(f"{type(hf).__name__} has no list of its {n_layers} blocks\n{ONE_STREAM}")
 
 
 def blocks(hf: torch.nn.Module) -> torch.nn.ModuleList:
@@ -179,7 +179,8 @@ def check_folder(folder: Path, name: str) -> None:
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
             raise ValueError(f"{name} is a PEFT adapter of {base}, not a whole model\n"
-                             f"merge it first: PeftModel.from_pretrained(base, {name!r}).merge_and_unload().save_pretrained(…), and give that folder")
+                             f"merge it first and give that folder: PeftModel.from_pretrained(base, {name!r}).merge_and_unload()"
+                             ".save_pretrained(…)")
         raise ValueError(f"{name} has no config.json\n{HF_ADVICE}")
     if not any((folder / file).exists() for file in TOKENIZERS):
         raise ValueError(f"{name} has no tokenizer ({', '.join(TOKENIZERS[:3])}, …)\n"
@@ -188,8 +189,8 @@ def check_folder(folder: Path, name: str) -> None:
         return
     wanted = shards(folder) or [next((file for file in SINGLE if (folder / file).exists()), SINGLE[0])]
     if lacking := [file for file in wanted if not (folder / file).exists()]:
-        raise ValueError(f"{name} lacks {lacking[0]}" + f" and {len(lacking) - 1} more of its {len(wanted)} weight files" * (len(lacking) > 1)
-                         + "\ncopy the folder whole, or save the model again")
+        others = f" and {len(lacking) - 1} more of its {len(wanted)} weight files" if len(lacking) > 1 else ""
+        raise ValueError(f"{name} lacks {lacking[0]}{others}\ncopy the folder whole, or save the model again")
     for file in wanted:
         check_weights(folder / file, name)
 
@@ -206,7 +207,8 @@ def check_weights(file: Path, name: str) -> None:
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
             ends = []
     if not ends or 8 + length + max(ends) != file.stat().st_size:
-        raise ValueError(f"{name}: {file.name} is damaged or cut off ({file.stat().st_size:,} bytes)\ncopy it again, or save the model again")
+        raise ValueError(f"{name}: {file.name} is damaged or cut off ({file.stat().st_size:,} bytes)\n"
+                         "copy it again, or save the model again")
 
 
 def check_complete(about, name: str) -> None:
@@ -214,7 +216,8 @@ def check_complete(about, name: str) -> None:
     def keys(kind: str) -> Iterable:
         return about.get(kind, ()) if isinstance(about, dict) else getattr(about, kind, ())
 
-    for kind, what in (("missing_keys", "lacks weights that its configuration asks for"), ("mismatched_keys", "has weights of another shape")):
+    problems = dict(missing_keys="lacks weights that its configuration asks for", mismatched_keys="has weights of another shape")
+    for kind, what in problems.items():
         if found := sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys(kind)):
             raise ValueError(f"{name} {what}: {found[0]}" + f" and {len(found) - 1} more" * (len(found) > 1)
                              + "\ncheck config.json against the weights, or save the model again")

@@ -165,7 +165,10 @@ def nearby(url: str) -> str:
 
     repository, _, rest = url.removeprefix("hf://datasets/").partition("@")
     revision, _, file = rest.partition("/")
-    if not url.startswith("hf://") or "::" in url or not (listing("dataset", repository, revision).get(file) or DOWNLOADED + 1) <= DOWNLOADED:
+    if not url.startswith("hf://") or "::" in url:
+        return url
+    n_bytes = listing("dataset", repository, revision).get(file)
+    if n_bytes is None or n_bytes > DOWNLOADED:
         return url
     return hf_hub_download(repository, file, repo_type="dataset", revision=revision)
 
@@ -245,7 +248,8 @@ def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -
                     f"ask for access on {page} and wait until it is granted, {NO_HUB}")
         return (f"{name} is gated and no token is given\naccept its licence on {page}, then run `hf auth login` or set HF_TOKEN, {NO_HUB}")
     if RevisionNotFoundError in found:
-        return f"{name} has no revision of that name any more: {first_line(error)}\ngive another --out_dir to begin anew with its present state"
+        return (f"{name} has no revision of that name any more: {first_line(error)}\n"
+                "give another --out_dir to begin anew with its present state")
     if RepositoryNotFoundError in found or code in (401, 404):
         return (f"the hub has no {kind} {name}, or it is private\n"
                 "check the name; for a private one run `hf auth login` or set HF_TOKEN")

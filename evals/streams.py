@@ -390,6 +390,8 @@ class Rows:
                     elif not row["text"].isspace() and row["text"]:  # a blank line is no row
                         yield _parsed(row["text"]) if self.of.module == "json" else row
             except Exception as error:  # noqa: BLE001  each reader raises its own
+                if not self.of.local and isinstance(error, FileNotFoundError):  # it stands in the list: what failed is a request
+                    raise ConnectionError(f"{file} could not be opened: {network.first_line(error)}") from None
                 if not self.of.local:
                     raise
                 raise OSError(f"cannot read {file}: {network.first_line(error)}\ncheck that file") from error

@@ -46,7 +46,8 @@ def test_two_models_of_the_hub_never_share_a_digest(llama, tmp_path):
         if not place.exists():
             shutil.copytree(llama, place)
         digests.add(language_model.load(place, name, torch.float32, "cpu").digest)
-    assert digests == {f"google/gemma-2-2b@{'a' * 40}:float32", f"google/gemma-2-2b-it@{'a' * 40}:float32", f"google/gemma-2-2b@{'b' * 40}:float32"}
+    assert digests == {f"{name}@{commit * 40}:float32" for name, commit in (("google/gemma-2-2b", "a"), ("google/gemma-2-2b-it", "a"),
+                                                                            ("google/gemma-2-2b", "b"))}
 
 
 def spoilt(folder, how):
@@ -77,7 +78,8 @@ def spoilt(folder, how):
     ("adapter", "PEFT adapter of google/gemma-2-2b.*\n.*merge_and_unload"), ("no config", "no config.json\n"),
     ("no tokenizer", "no tokenizer .*\n.*save_pretrained"), ("no weights", "lacks model.safetensors\n"),
     ("shard", "lacks model-00002-of-.*\ncopy the folder whole"), ("cut", r"model.safetensors is damaged or cut off \([\d,]+ bytes\)\n"),
-    ("encoder", "type t5, which is no causal language model\n"), ("unknown type", "config.json: .*nothing_known.*\n.*pip install -U transformers")])
+    ("encoder", "type t5, which is no causal language model\n"),
+    ("unknown type", "config.json: .*nothing_known.*\n.*pip install -U transformers")])
 def test_a_folder_that_cannot_serve_is_refused_from_its_files_alone(folder, how, words, monkeypatch):
     """Fails if a folder passes preflight, or is filled up in silence, or ends in another library's words."""
     spoilt(folder, how)

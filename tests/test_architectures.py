@@ -1,12 +1,14 @@
 """Every architecture of transformers that people train SAEs on: residuals, the rest of the pass and logits are the model's own."""
 
+import json
 import math
 
 import pytest
 import torch
 import transformers
 
-from evals import language_model, models
+import experiment
+from evals import language_model, models, packing, tiny
 from tests import architectures
 from variants.preflight import budget
 
@@ -84,3 +86,21 @@ def test_gradients_pass_through_what_follows(folder):
     x_BTD = torch.randn(2, 5, 32, requires_grad=True)
     lm.unembed(lm.finish(x_BTD, LAYER))[:, -1, 7].sum().backward()
     assert x_BTD.grad[:, -1].abs().max() > 0 and x_BTD.grad[:, 0].isfinite().all()
+
+
+def test_a_whole_run_measures_the_model_itself(model, tmp_path):
+    """Fails if a run breaks on a family without Llama's names, or core's loss without an SAE is not the model's own on its rows."""
+    name, where = model
+    config = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 4, "n_eval_sparsity_variance_batches": 4}}
+    flags = ["--profile=tiny", f"--model={where}", "--layers=1", "--device=cpu", "--num_tokens=4096", f"--cache_dir={tmp_path / 'cache'}",
+             f"--eval_config={json.dumps(config)}", f"--out_dir={tmp_path / 'run'}"]
+    assert experiment.main(flags) == 0
+    means = json.loads((tmp_path / "run/final_info.json").read_text())["layer_1"]["means"]
+    hf = transformers.AutoModelForCausalLM.from_pretrained(where).eval()
+    rows_RT = packing.pack(tiny.documents("heldout"), architectures.tokenizer(), 32, 0, 8)
+    with torch.no_grad():
+        logits = hf(input_ids=rows_RT, use_cache=False).logits.float()
+    ordinary = rows_RT[:, :-1] > 1  # neither BOS nor EOS
+    ce = torch.nn.functional.cross_entropy(logits[:, :-1][ordinary], rows_RT[:, 1:][ordinary])
+    assert means["core.ce_loss_without_sae"] == pytest.approx(float(ce), abs=1e-4)
+    assert means["core.l0"] > 0 and means["sparse_probing.sae_top_1_test_accuracy"] > 0.4

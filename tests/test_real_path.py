@@ -179,7 +179,8 @@ import datasets, json
 from evals import network, streams
 for name, config in [("monology/pile-uncopyrighted", None), ("Skylion007/openwebtext", None), ("Helsinki-NLP/europarl", "en-fr"),
                      ("LabHC/bias_in_bios", None), ("fancyzhx/ag_news", None), ("cais/mmlu", "human_aging"),
-                     ("texts/two-configs", "stories"), ("texts/parquet", None), ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("cais/wmdp-bio-forget-corpus", None)]:
+                     ("texts/two-configs", "stories"), ("texts/parquet", None), ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+                     ("cais/wmdp-bio-forget-corpus", None)]:
     commit = network.commit("dataset", name)
     theirs = datasets.load_dataset_builder(name, config, revision=commit).config.data_files
     ours, module, options, sizes = streams.resolved(name, config)

@@ -312,6 +312,8 @@ def preflight(settings: Settings, source) -> dict:
         source.look(len(tokenizer))
         for note in inputs.check_held_out(source, tokenizer, chosen):
             say(f"note: {note}")
+    for name in chosen if source.kind == "hub" else ():
+        evals.read_ahead(name, chosen[name], source, settings.seed)
     return facts
 
 
@@ -891,7 +893,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         ranks.join(settings.device)
         settings = ranks.agreed(lambda: dataclasses.replace(settings, out_dir=settings.out_dir or runs.folder.next_free()))
         info["phase"], VOICE.silent = "preflight", ranks.number() > 0
-        read, mark = ranks.agreed(lambda: recognised(settings))
+        read, mark, commits = ranks.agreed(lambda: (*recognised(settings), network.pinned()))
+        network.pin(commits)  # every rank reads the same
         state, lock = (None, None) if ranks.number() else runs.folder.claim(settings.out_dir, mark)  # held to the end
         out, interrupts, state = Path(settings.out_dir).resolve(), Interrupts(), ranks.agreed(lambda: state)
         if state == "finished":
@@ -908,7 +911,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             info["seconds"] = before["seconds"]
             ranks.agreed(lambda: (out / "error.json").unlink(missing_ok=True))
         kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "cache_dir", "data_dir")}  # no paths
-        info |= dict(status="running", fingerprint=mark, inputs=read, commits=network.pinned(), settings=kept, seed=settings.seed,
+        info |= dict(status="running", fingerprint=mark, inputs=read, commits=commits, settings=kept, seed=settings.seed,
                      versions=environment.versions(),
                      commit=environment.git_commit(), hardware=environment.hardware(settings.device))
         crashed = run(settings, why, out, info, interrupts)

@@ -12,6 +12,8 @@ and, where it applies,
     INSTRUCT        True if it asks questions: it is given the instruction-tuned sibling of the run's model
     repositories    (config, source) -> hub data sets (or local files) it reads with texts from the hub: access is checked before the run,
                     and what they hold is part of the run's identity
+    read_ahead      (source, config, seed): reads what it takes from the hub, which is then kept, so that a data set that cannot serve is
+                    known before anything is trained
     held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
     wheels          kind of source -> keys of evals.embedded.WHEELS it reads then: they are fetched at preflight
     outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a secret
@@ -90,6 +92,17 @@ def load(name: str) -> ModuleType:
 def repositories(name: str, config: dict, source) -> list[str]:
     """The hub data sets and local files that an eval reads with texts from that source."""
     return getattr(load(name), "repositories", lambda config, source: [])(config, source) if source.kind == "hub" else []
+
+
+def read_ahead(name: str, config: dict, source, seed: int) -> None:
+    """Read what an eval takes from the hub; whatever is wrong with it is raised in the eval's name."""
+    try:
+        getattr(load(name), "read_ahead", lambda source, config, seed: None)(source, config, seed)
+    except Exception as error:
+        what, _, advice = str(error).partition("\n")
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"the eval {name} cannot read its data: {what or type(error).__name__}\n"
+                   + (advice or f"leave {name} out of --evals, or give other settings with --eval_config")) from error
 
 
 def held_out(name: str, config: dict) -> tuple[int, int]:

@@ -119,6 +119,14 @@ def outside() -> list[str]:
     return [at.base_url, at.model] if at else []
 
 
+def read_ahead(source, config: dict, seed: int) -> None:
+    """Read the first of the texts, which are kept: what is wrong with them shows before anything is trained."""
+    from evals import streams
+
+    for name in repositories(config, source):
+        streams.look(name, cache_dir=source.cache_dir)
+
+
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings; without a judge it is skipped, which is no problem."""
     problems = []

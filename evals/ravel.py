@@ -103,6 +103,11 @@ def wheels(kind: str) -> list[str]:
     return ["cities"] if kind == "embedded" else []
 
 
+def read_ahead(source, config: dict, seed: int) -> None:
+    """Read the prompts, which are kept: what is wrong with them shows before anything is trained."""
+    next(ravel_data.prompts(source, config), None)
+
+
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = [f"ravel: {key} = {config[key]} leaves nothing to do\nset {key} to 1 or more"

@@ -126,6 +126,11 @@ def wheels(kind: str) -> list[str]:
     return ["reviews", "wikipedia"] if kind == "embedded" else []
 
 
+def read_ahead(source, config: dict, seed: int) -> None:
+    """Draw the texts, which are kept: what is wrong with them shows before anything is trained."""
+    scr_data.Source(source).probing(config)
+
+
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = concept_probes.requirements("scr", config, N_NAMED)

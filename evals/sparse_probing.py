@@ -113,6 +113,11 @@ def repositories(config: dict, source) -> list[str]:
     return hub.repositories(config)
 
 
+def read_ahead(source, config: dict, seed: int) -> None:
+    """Draw the texts, which are kept: what is wrong with them shows before anything is trained."""
+    source.probing(config)
+
+
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = []

@@ -164,6 +164,11 @@ class Outcome(NamedTuple):
     best: int | None
 
 
+def read_ahead(source, config: dict, seed: int) -> None:
+    """Read questions and texts, which are kept: what is wrong with them shows before anything is trained."""
+    unlearning_data.load(source, config, seed)
+
+
 def requirements(config: dict, facts: dict) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = []

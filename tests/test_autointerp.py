@@ -231,7 +231,7 @@ def test_the_environment_names_the_endpoint(monkeypatch):
     found = endpoint(OPENAI_API_KEY=f" {KEY}\n", AUTOINTERP_MODEL="other")
     assert found == judge.Endpoint("https://api.openai.com/v1", "other", KEY) and KEY not in repr(found)
     assert autointerp.outside() == ["https://api.openai.com/v1", "other"]
-    assert autointerp.repositories(autointerp.CONFIG["gemma"]) == ["monology/pile-uncopyrighted"]
+    assert autointerp.repositories(autointerp.CONFIG["gemma"], None) == ["monology/pile-uncopyrighted"]
     for bad in ({"OPENAI_BASE_URL": f"https://me:{KEY}@judge.example/v1"}, {"OPENAI_BASE_URL": f"https://judge.example/v1?key={KEY}"},
                 {"OPENAI_BASE_URL": "judge.example"}, {"OPENAI_API_KEY": f"{KEY[:9]}\n{KEY[9:]}"}):
         with pytest.raises(ValueError) as error:
@@ -545,7 +545,7 @@ def test_without_a_judge_nothing_is_computed(server, tmp_path, monkeypatch):
     assert result.metrics["autointerp"]["autointerp_score"] is None and set(result.corrected.values()) == {None}
     assert "skipped" in result.problems[0] and "OPENAI_API_KEY" in result.problems[0] and "autointerp_score" in result.problems[0]
     assert "OPENAI_API_KEY" in setup.said[0] and setup.lm.rows == 0 and not list(tmp_path.iterdir())
-    assert autointerp.requirements(setup.config, {}) == [] == autointerp.repositories(autointerp.CONFIG["gemma"])
+    assert autointerp.requirements(setup.config, {}) == [] == autointerp.repositories(autointerp.CONFIG["gemma"], None)
 
 
 def test_what_cannot_be_judged_is_a_problem_with_its_figure(server, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 import evals
 import experiment
-from evals import embedded
+from evals import data, embedded
 from runs import compare
 from tests.test_experiment import cache, command, signals  # noqa: F401  fixtures
 
@@ -26,7 +26,9 @@ def test_declarations(name, monkeypatch):
         assert evals.load(name).requirements(config, facts) == []
         assert set(evals.wheels(name, source)) <= set(embedded.WHEELS)
         json.dumps([config, evals.outside(name)])
-    assert all("/" in repository for repository in evals.repositories(name, evals.declared(name, "CONFIG")["gemma"]))
+    config = evals.declared(name, "CONFIG")["gemma"]
+    assert all("/" in repository for repository in evals.repositories(name, config, data.Source("hub", "o/n")))
+    assert evals.repositories(name, config, data.Source("tiny")) == [] and evals.held_out(name, config)[0] <= evals.held_out(name, config)[1]
 
 
 def test_all_evals_in_one_run(tmp_path, cache, monkeypatch):  # noqa: F811

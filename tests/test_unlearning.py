@@ -426,7 +426,9 @@ def test_hub_data_are_read_as_saebench_reads_them(tmp_path, monkeypatch):
     assert unlearning_data.corpus(Source("hub", "x", data_dir=tmp_path), config) == str(corpus)
     (tmp_path / "bio-forget-corpus.jsonl").write_text("")
     assert unlearning_data.corpus(Source("hub", "x", data_dir=tmp_path), config) == str(tmp_path / "bio-forget-corpus.jsonl")
-    assert set(unlearning.repositories(config)) >= {"cais/wmdp", "cais/mmlu", str(corpus)}
+    assert set(unlearning.repositories(config, Source("hub", "x"))) >= {"cais/wmdp", "cais/mmlu", str(corpus)}
+    own = unlearning.repositories(unlearning.CONFIG["gemma"], Source("hub", "x", data_dir=tmp_path))
+    assert own[-1] == str(tmp_path / "bio-forget-corpus.jsonl") and "cais/wmdp-bio-forget-corpus" not in own  # gated: not asked for then
     with pytest.raises(OSError, match="cannot read the forget corpus .*\n.*gated: ask for access on https://huggingface.co/.*forget_corpus"):
         unlearning_data.load(Source("hub", "x"), config | {"forget_corpus": str(tmp_path / "absent.jsonl")}, 0)
 

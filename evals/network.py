@@ -141,11 +141,17 @@ def commit(kind: str, name: str) -> str:
 
 
 def listing(kind: str, name: str, revision: str) -> dict[str, int | None]:
-    """{file: bytes, None where the hub does not say} of a repository at a commit; asked once a process."""
-    if (kind, name, revision) not in LISTINGS:
+    """{file: bytes} of a repository at a commit; asked once a process."""
+    from huggingface_hub import HfApi
+
+    key = kind, name, revision
+    if key not in LISTINGS:
         found = patiently(f"hub, {name}", lambda: _asked(kind, name, revision))
-        LISTINGS[kind, name, revision] = {s.rfilename: s.size for s in found.siblings}
-    return LISTINGS[kind, name, revision]
+        LISTINGS[key] = {s.rfilename: s.size for s in found.siblings}
+    if None in LISTINGS[key].values():  # mirrors may list names alone
+        tree = patiently(f"hub, {name}", lambda: list(HfApi().list_repo_tree(name, repo_type=kind, revision=revision, recursive=True)))
+        LISTINGS[key] = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
+    return LISTINGS[key]
 
 
 @functools.lru_cache(maxsize=64)
@@ -167,8 +173,7 @@ def nearby(url: str) -> str:
     revision, _, file = rest.partition("/")
     if not url.startswith("hf://") or "::" in url:
         return url
-    n_bytes = listing("dataset", repository, revision).get(file)
-    if n_bytes is None or n_bytes > DOWNLOADED:
+    if listing("dataset", repository, revision).get(file, DOWNLOADED + 1) > DOWNLOADED:
         return url
     return hf_hub_download(repository, file, repo_type="dataset", revision=revision)
 

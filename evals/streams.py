@@ -26,7 +26,7 @@ FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", 
 CODECS = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bz2", ".xz": "xz", ".lz4": "lz4", ".zst": "zstd", ".zstd": "zstd"}
 PACKAGES = {"lz4": "lz4", "zstd": "zstandard"}  # that a codec needs
 SEED = 42  # SAEBench's, for the order of shards
-ROWS = 256  # of a segment
+FIRST_ROWS, MOST_ROWS = 64, 1024  # of a segment: the first is read to see whether it can be, a long run has few of them
 KEPT_GB = 4.0  # most of what is kept of the hub's texts
 VERSION = 1  # goes into the keys of what is kept: raise it when rows become other documents
 LOOKED_AT = 1000  # rows that must hold a text, or the column is the wrong one
@@ -249,7 +249,7 @@ def _by_names(repository: str, config: str | None, commit: str) -> list:
 
     base = f"hf://datasets/{repository}@{commit}/"
     return [{split: [base + inside(file) for file in files] for split, files in splits.items()}, module, options,
-            {base + file: size for file, size in listed.items() if size is not None}]
+            {base + file: size for file, size in listed.items()}]
 
 
 def is_script(error: Exception) -> bool:
@@ -538,6 +538,11 @@ def _no_text(of: Found, field: str, rows: list) -> ValueError:
                       f"give --text_field; columns with text: {', '.join(columns_of(rows)) or 'none'}")
 
 
+def rows_of(segment: int) -> int:
+    """Rows of the hub's texts that are kept together."""
+    return min(FIRST_ROWS * 2**min(segment, 10), MOST_ROWS)
+
+
 class Stream:
     """The documents of a hub data set's split, or of local files, that `keep` accepts; resumable to the document.
 
@@ -591,12 +596,12 @@ class Stream:
                 self._place = {"segment": n + 1, "row": 0, "source": segment["after"]}
 
     def segment(self, n: int, source: dict | None) -> dict:
-        """The documents of the n-th 256 rows, read from a state of the source on, or as they were kept:
+        """The documents of the n-th segment of rows, read from a state of the source on, or as they were kept:
 
         {"rows": documents, "skipped": {reason: rows}, "columns": those with text, "after": state of the source, "end": whether all is read}
         """
         depends_on = {"texts": on_hub(self.name), "commit": self.of[1], "field": self.text_field, "shuffled": self.shuffled,
-                      "segment": n, "rows": ROWS, "version": VERSION}
+                      "segment": n, "rows": rows_of(n), "version": VERSION}
         return kept(self.cache_dir, "texts", depends_on, lambda: self._read(n, source))
 
     def _read(self, n: int, source: dict | None) -> dict:
@@ -606,11 +611,15 @@ class Stream:
             if self._next != n:
                 self._rows = Rows(of, source, self.shuffled)
             self._next = None  # a source that breaks off is opened anew
-            rows, skipped = list(itertools.islice(self._rows, ROWS)), {}
+            most, skipped = rows_of(n), {}
+            rows = list(itertools.islice(self._rows, most))
+            if n == 0 and not any(document(row, self.text_field)[0] for row in rows):  # the column may begin with nothing
+                most += LOOKED_AT
+                rows += itertools.islice(self._rows, LOOKED_AT)
             documents = list(sifted(rows, of, self.text_field, skipped, check=n == 0))
             self._next = n + 1
             return {"rows": documents, "skipped": skipped, "columns": columns_of(rows[:100]), "after": self._rows.state(),
-                    "end": len(rows) < ROWS}
+                    "end": len(rows) < most}
 
         return asked(on_hub(self.name).repository, None, work)
 

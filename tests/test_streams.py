@@ -350,11 +350,23 @@ def test_the_hub_is_read_once(tmp_path, far):
     assert list(stream) == want and len(far.opened) == 3 and far.resolved == [("o/n", None, "c1")]
     assert stream.skipped == {"null": 450}
     far.opened.clear(), far.resolved.clear(), streams._resolved.clear()
-    for n in (0, 1, 920, 921, 922, 923, 1844, len(want) - 1, len(want)):
+    borders = [57, 172, 403, 864]  # documents, nine of ten rows, of segments of 64, 128, 256 and 512 rows
+    for n in (0, 1, *(border + step for border in borders for step in (-1, 0, 1)), 1349, 1350, len(want) - 1, len(want)):
         stream = streams.Stream("o/n", cache_dir=tmp_path)
         assert list(itertools.islice(stream, n)) == want[:n]
         assert list(streams.Stream("o/n", state=json.loads(json.dumps(stream.state())), cache_dir=tmp_path)) == want[n:]
     assert far.opened == [] and {p.name.split("-")[0] for p in (tmp_path / "texts").iterdir()} == {"texts", "files"}
+
+
+def test_a_column_may_begin_with_nothing(tmp_path, far):
+    """Fails if a hub data set whose first segment holds no text is refused, or one that never does is not."""
+    for rows in far.files.values():
+        rows[:300] = [{"text": json.dumps({"text": None, "body": "b"})}] * 300
+    documents = list(streams.Stream("o/n", cache_dir=tmp_path))
+    assert documents == [text for text in of_far(far, shuffled(3)) if int(text.split()[1]) >= 300]
+    assert streams.look("o/n", cache_dir=tmp_path).columns == ["body"]
+    with pytest.raises(ValueError, match="no text in the column 'title'\n.*columns with text: body, text"):
+        next(streams.Stream("o/n", "title", cache_dir=tmp_path))
 
 
 def test_without_a_cache_or_with_a_part_of_it_the_documents_are_the_same(tmp_path, far):

@@ -219,12 +219,14 @@ def count_steps(settings: Settings) -> int:
 
 def inputs_of(settings: Settings) -> dict[str, str]:
     """What the run reads, by content. OSError for what cannot be had."""
-    chosen = evals_of(settings)
-    asked = [language_model.instruct_sibling(settings.model)] if any(evals.declared(name, "INSTRUCT") for name in chosen) else []
-    names = {name: models.known_identity(name, settings.cache_dir, settings.data_dir) for name in (settings.model, *filter(None, asked))}
-    begun = interchange.files(settings.init_from) if settings.init_from else []
-    found = names | inputs.identities(make_source(settings), chosen)
-    return found | ({"init_from": files_digest(begun, settings.init_from)} if begun else {})
+    chosen, names = evals_of(settings), {"model": settings.model}
+    if any(evals.declared(name, "INSTRUCT") for name in chosen) and (sibling := language_model.instruct_sibling(settings.model)):
+        names["instruct model"] = sibling
+    found = {what: models.known_identity(name, settings.cache_dir, settings.data_dir) for what, name in names.items()}
+    found |= inputs.identities(make_source(settings), chosen)
+    if settings.init_from and (files := interchange.files(settings.init_from)):
+        found["init_from"] = files_digest(files, settings.init_from)
+    return found
 
 
 def fingerprint(settings: Settings, read: dict[str, str]) -> str:
@@ -240,7 +242,7 @@ def recognised(settings: Settings) -> tuple[dict[str, str], str]:
     if before.get("status") != "finished" and before.get("commits"):
         network.pin(before["commits"])
         read = inputs_of(settings)
-        if (mark := fingerprint(settings, read)) == before["fingerprint"]:
+        if (mark := fingerprint(settings, read)) == before.get("fingerprint"):
             return read, mark
         network.PINNED.clear()  # something else has changed: this is another run
     read = inputs_of(settings)

@@ -27,6 +27,11 @@ def model(request, folder):
     return request.param, where if where.exists() else architectures.save(request.param, where)
 
 
+def untouched(where):
+    """The model by transformers alone; eager, since other kernels drop Gemma-2's soft-capping in some versions without a word."""
+    return transformers.AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager").eval()
+
+
 def hooked(hf, tokens_BT, change):
     """(block LAYER's output, logits) of an untouched model whose output there is replaced by change(output)."""
     seen = []
@@ -50,7 +55,7 @@ def test_residuals_and_what_follows_them_are_the_model_s_own(model):
     untouched model makes of it (a scale, a cap, a bias, a mask or a position lost), or sizes are not the model's."""
     name, where = model
     tokens_BT = torch.randint(5, 390, (3, 24), generator=torch.Generator().manual_seed(1))
-    plain = transformers.AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager" if name != "gpt_oss" else None).eval()
+    plain = untouched(where)
     lm = language_model.load(where, name, torch.float32, "cpu")
     language_model.trial(lm, [0, LAYER, 2])
     truth, _ = hooked(plain, tokens_BT, lambda x: x)
@@ -96,7 +101,7 @@ def test_a_whole_run_measures_the_model_itself(model, tmp_path):
              f"--eval_config={json.dumps(config)}", f"--out_dir={tmp_path / 'run'}"]
     assert experiment.main(flags) == 0
     means = json.loads((tmp_path / "run/final_info.json").read_text())["layer_1"]["means"]
-    hf = transformers.AutoModelForCausalLM.from_pretrained(where).eval()
+    hf = untouched(where)
     rows_RT = packing.pack(tiny.documents("heldout"), architectures.tokenizer(), 32, 0, 8)
     with torch.no_grad():
         logits = hf(input_ids=rows_RT, use_cache=False).logits.float()

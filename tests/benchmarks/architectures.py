@@ -44,7 +44,7 @@ def line(name: str, folder: Path) -> str:
 @torch.no_grad()
 def own_loss(where: Path) -> float:
     """Cross-entropy of transformers' own class on the rows that core reads."""
-    hf = transformers.AutoModelForCausalLM.from_pretrained(where).eval()
+    hf = transformers.AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager").eval()
     rows_RT = packing.pack(tiny.documents("heldout"), architectures.tokenizer(), 32, 0, 8)
     logits, ordinary = hf(input_ids=rows_RT, use_cache=False).logits.float(), rows_RT[:, :-1] > 1
     return float(torch.nn.functional.cross_entropy(logits[:, :-1][ordinary], rows_RT[:, 1:][ordinary]))

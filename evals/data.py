@@ -179,8 +179,21 @@ class Source:
     def _name(self, split: str) -> str | None:
         return (split == "heldout" and self.core_dataset) or self.dataset
 
+    @property
+    def of_one_set(self) -> bool:
+        """Whether held-out texts are taken from those of training. ValueError where the two data sets have some files in common."""
+        from evals import streams
+
+        if not (self.dataset and self.core_dataset):
+            return not self.core_dataset
+        common = streams.shared(self.dataset, self.core_dataset)
+        if common not in ("all", "none"):
+            raise ValueError(f"--dataset and --core_dataset both hold {common}: what is trained on would be measured on\n"
+                             "give two data sets that share nothing, or the same one twice")
+        return common == "all"
+
     def _keep(self, split: str) -> Callable | None:
-        if self.core_dataset and self.core_dataset != self.dataset:
+        if not self.of_one_set:
             return None  # the held-out texts are another data set's, so all of either may be used
         return held_out if split == "heldout" else lambda text: not held_out(text)
 

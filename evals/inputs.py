@@ -33,7 +33,7 @@ def check_held_out(source, tokenizer, chosen: dict[str, dict]) -> list[str]:
         least, wanted = evals.held_out(name, config)
         found = source.held_out_tokens(tokenizer, wanted) if wanted else 0
         if found < least:
-            share = " (a twentieth of its documents is held out)" if source.core_dataset in (None, source.dataset) else ""
+            share = " (a twentieth of its documents is held out)" if source.of_one_set else ""
             raise ValueError(f"the eval {name} needs {least:,} tokens of held-out text, and {source.core_dataset or source.dataset} has "
                              f"{found:,}{share}\ngive more text or another --core_dataset, smaller sizes with --eval_config, "
                              f"or leave {name} out of --evals")

@@ -339,11 +339,12 @@ def load(where: str, name: str, dtype: torch.dtype, device: str) -> LanguageMode
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     hf, about = models.auto_class(config, name).from_pretrained(
         where, dtype=dtype, attn_implementation="eager" if capped else None, output_loading_info=True)
-    models.check_complete(about, name)
+    models.check_complete(about, config, name)
     hf = hf.to(device)
     if capped:
         assert_soft_capping(hf)
-    return LanguageModel(hf, AutoTokenizer.from_pretrained(where), name, f"{models.identity(where)}:{str(dtype).removeprefix('torch.')}")
+    digest = f"{models.identity(where, name)}:{str(dtype).removeprefix('torch.')}"
+    return LanguageModel(hf, AutoTokenizer.from_pretrained(where), name, digest)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,15 +58,20 @@ def index_of(folder: Path) -> dict:
 
 
 def shards(folder: Path) -> list[str]:
-    """The weight files that the index names; [] without one."""
+    """The weight files that the index names; [] without one, or where all weights are in one file, which transformers looks for first."""
+    if (folder / SINGLE[0]).exists():
+        return []
     return sorted(set(index_of(folder).get("weight_map", {}).values()))
 
 
-def identity(where: str | Path) -> str:
-    """What a model's folder holds: the commit of a hub's snapshot, else a hash of its files' bytes; ValueError for no files."""
+def identity(where: str | Path, name: str = "") -> str:
+    """What a model's folder holds: the commit, where it was fetched from the hub by that name, else a hash of its files' bytes.
+
+    ValueError for no files. A folder that a user names may have been changed, even one in the hub's cache.
+    """
     folder = Path(where)
-    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        return f"{folder.parents[1].name.removeprefix('models--').replace('--', '/')}@{folder.name}"
+    if ("model", name) in network.PINNED and not Path(name).exists():
+        return f"{name}@{network.PINNED['model', name]}"
     return files_digest([f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")])
 
 
@@ -79,7 +85,9 @@ def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
         from evals import tiny
 
         return f"{TINY}-{tiny.VERSION}"
-    return identity(name if Path(name).exists() else network.snapshot("model", name, SMALL, UNREAD))
+    if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "~", "/"))):
+        raise FileNotFoundError(f"no folder {name}\ngive the folder of a model, or its name on the hub: owner/name")
+    return identity(name if Path(name).exists() else network.snapshot("model", name, SMALL, UNREAD), name)
 
 
 # ------------------------------------------------------------------------------------------------ what transformers makes of them
@@ -92,6 +100,9 @@ def configuration(folder: Path, name: str):
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001  unknown types, broken JSON, values its own checks refuse
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{name} brings code of its own (auto_map in config.json), and that is not run\n"
+                             "give a model that transformers has itself") from error
         raise ValueError(f"{name}: transformers cannot use its config.json: {network.first_line(error)}\n"
                          "check the file; a newer model may want a newer version: pip install -U transformers") from error
 
@@ -130,18 +141,20 @@ def shape(name: str, itemsize: int, cache_dir: str = "", data_dir: str = "") -> 
     if name in SHAPES:
         return SHAPES[name]
     folder = location(name, cache_dir, data_dir, weights=False)
-    check_folder(folder, name)
+    check_folder(folder, name, whole=Path(name).exists())
     return sizes(configuration(folder, name), name, itemsize)
 
 
 def sizes(config, name: str, itemsize: int) -> dict:
     """As `shape`, of a configuration: from the model itself, made on the meta device, so that it holds for every architecture."""
+    check_quantised(config, name)
     cls, text = auto_class(config, name), config.get_text_config()
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         hf = cls.from_config(config)
     of_blocks = sum(p.numel() for p in blocks(hf).parameters())
     return dict(d_model=text.hidden_size, n_layers=text.num_hidden_layers, block_parameters=of_blocks // text.num_hidden_layers,
-                bytes=itemsize * sum(p.numel() for p in hf.parameters()), positions=positions(text))
+                bytes=itemsize * sum(p.numel() for p in hf.parameters()), positions=positions(text),
+                vocabulary=len(hf.get_input_embeddings().weight))
 
 
 def positions(config) -> int | None:
@@ -155,7 +168,11 @@ def tokenizer(name: str, cache_dir: str, data_dir: str):
     """The model's tokenizer alone. ValueError if it has neither a BOS nor an EOS token."""
     from transformers import AutoTokenizer
 
-    made = AutoTokenizer.from_pretrained(location(name, cache_dir, data_dir, weights=False))
+    try:
+        made = AutoTokenizer.from_pretrained(location(name, cache_dir, data_dir, weights=False))
+    except Exception as error:  # noqa: BLE001  each sort of tokenizer breaks in its own way
+        raise ValueError(f"{name}: its tokenizer cannot be loaded: {type(error).__name__}: {network.first_line(error)}\n"
+                         "save it again beside the model: AutoTokenizer.from_pretrained(…).save_pretrained(…)") from error
     bos_of(made, name)
     return made
 
@@ -171,8 +188,8 @@ def bos_of(tokenizer, name: str) -> int:
 # ------------------------------------------------------------------------------------------------ what can be wrong with a folder
 
 
-def check_folder(folder: Path, name: str) -> None:
-    """ValueError in one line for what transformers would refuse in many, or fill up in silence."""
+def check_folder(folder: Path, name: str, whole: bool = True) -> None:
+    """ValueError in one line for what transformers would refuse in many, or fill up in silence; `whole`: the weights are there too."""
     if not folder.is_dir():
         raise ValueError(f"--model={name} is a file, not a folder\n{HF_ADVICE}")
     if not (folder / "config.json").exists():
@@ -185,7 +202,7 @@ def check_folder(folder: Path, name: str) -> None:
     if not any((folder / file).exists() for file in TOKENIZERS):
         raise ValueError(f"{name} has no tokenizer ({', '.join(TOKENIZERS[:3])}, …)\n"
                          "save the model's own beside it: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
-    if folder.parent.name == "snapshots":  # its weights are fetched later
+    if not whole:
         return
     wanted = shards(folder) or [next((file for file in SINGLE if (folder / file).exists()), SINGLE[0])]
     if lacking := [file for file in wanted if not (folder / file).exists()]:
@@ -193,6 +210,22 @@ def check_folder(folder: Path, name: str) -> None:
         raise ValueError(f"{name} lacks {lacking[0]}{others}\ncopy the folder whole, or save the model again")
     for file in wanted:
         check_weights(folder / file, name)
+
+
+def check_quantised(config, name: str) -> None:
+    """ValueError for weights in a format whose package is not installed (GPTQ, AWQ, bitsandbytes, …)."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(given, pre_quantized=True).validate_environment(device_map=None)
+    except ImportError as error:
+        raise ValueError(f"{name} is quantised, and its format needs a package: {network.first_line(error)}\n"
+                         "install it, or give the model as it was before it was quantised") from error
+    except Exception:  # noqa: BLE001  a device, a version: loading decides, where transformers may still undo the format
+        return
 
 
 def check_weights(file: Path, name: str) -> None:
@@ -211,8 +244,11 @@ def check_weights(file: Path, name: str) -> None:
                          "copy it again, or save the model again")
 
 
-def check_complete(about, name: str) -> None:
-    """ValueError if weights are missing or of another shape: transformers fills them with random numbers and goes on."""
+def check_complete(about, config, name: str) -> None:
+    """ValueError if weights are missing, of another shape, or of blocks that the configuration does not have.
+
+    transformers fills the first up with random numbers, leaves the last out, and goes on.
+    """
     def keys(kind: str) -> Iterable:
         return about.get(kind, ()) if isinstance(about, dict) else getattr(about, kind, ())
 
@@ -221,6 +257,13 @@ def check_complete(about, name: str) -> None:
         if found := sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys(kind)):
             raise ValueError(f"{name} {what}: {found[0]}" + f" and {len(found) - 1} more" * (len(found) > 1)
                              + "\ncheck config.json against the weights, or save the model again")
+
+
+    n_layers = config.get_text_config().num_hidden_layers
+    blocks_there = {int(n) for key in keys("unexpected_keys") for n in re.findall(r"\.(\d+)\.", str(key))[:1]}
+    if beyond := [n for n in blocks_there if n >= n_layers]:
+        raise ValueError(f"{name} has weights of block {min(beyond)}, and its configuration says {n_layers} blocks\n"
+                         "check num_hidden_layers in config.json, or save the model again")
 
 
 def disk_needed(name: str) -> int:

@@ -6,6 +6,7 @@ wheels of the package index.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import functools
 import os
@@ -127,16 +128,20 @@ def commit(kind: str, name: str) -> str:
         reference = Path(cache_folder()) / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"  # as the hub's own library keeps it
         try:
             found = patiently(f"hub, {name}", lambda: _asked(kind, name))
-            LISTINGS[kind, name, found.sha] = {s.rfilename: s.size for s in found.siblings}
-            PINNED[kind, name] = found.sha
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            reference.write_text(found.sha)
         except Exception as error:  # noqa: BLE001  the many ways of a hub to say no
             if not reference.exists() or not (constants.HF_HUB_OFFLINE or passing(error)):
-                raise _refused(error, kind, name) from error
+                cached = "; HF_HUB_OFFLINE=1 goes on with what is in the cache" if reference.exists() else ""
+                refused = _refused(error, kind, name)
+                raise type(refused)(f"{refused}{cached}") from error
             PINNED[kind, name] = reference.read_text().strip()
             if not constants.HF_HUB_OFFLINE:
                 print(f"hub, {name}: {first_line(error)}; going on with what is in the cache, commit {PINNED[kind, name][:12]}", flush=True)
+            return PINNED[kind, name]
+        LISTINGS[kind, name, found.sha] = {s.rfilename: s.size for s in found.siblings}
+        PINNED[kind, name] = found.sha
+        with contextlib.suppress(OSError):  # a cache that may only be read serves as it is
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(found.sha)
     return PINNED[kind, name]
 
 
@@ -202,13 +207,12 @@ def snapshot(kind: str, name: str, patterns: Iterable[str], ignore: Iterable[str
     """
     from huggingface_hub import snapshot_download
 
-    revision = PINNED.get((kind, name))
-    options = dict(repo_type=kind, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignore))
+    # without a commit it would take what is in the cache at the first 503, and say nothing
+    options = dict(repo_type=kind, revision=commit(kind, name), allow_patterns=list(patterns), ignore_patterns=list(ignore))
     try:
         folder = patiently(f"hub, {name}", lambda: snapshot_download(name, **options))
     except Exception as error:  # noqa: BLE001  the many ways of a hub to say no
         raise _refused(error, kind, name) from error
-    PINNED[kind, name] = Path(folder).name
     return Path(folder)
 
 
@@ -256,10 +260,14 @@ def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -
         return (f"{name} has no revision of that name any more: {first_line(error)}\n"
                 "give another --out_dir to begin anew with its present state")
     if RepositoryNotFoundError in found or code in (401, 404):
-        return (f"the hub has no {kind} {name}, or it is private\n"
+        return (f"the hub has no {kind} {name}, or it is private, and there is no such folder or file here\n"
                 "check the name; for a private one run `hf auth login` or set HF_TOKEN")
+    if code == 429:
+        return (f"the hub asks to wait before {name} is read: {first_line(error)}\n"
+                f"start again later; with `hf auth login` it allows more, {NO_HUB}")
     cause = next((e for e in chain(error) if _is(e, BROKEN | UNREACHED) or getattr(e, "response", None) is not None), error)
-    if "Proxy" in type(cause).__name__:
+    proxies = [key for key in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY") if os.environ.get(key) or os.environ.get(key.lower())]
+    if "Proxy" in type(cause).__name__ or (proxies and unreached(error)):
         return (f"the hub cannot be reached for {name} through the proxy: {first_line(cause)}\n"
                 f"check HTTPS_PROXY, HTTP_PROXY and NO_PROXY, {NO_HUB}")
     return (f"the hub cannot be reached for {name}: {first_line(cause)}\n"

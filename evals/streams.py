@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ SEED = 42  # SAEBench's, for the order of shards
 FIRST_ROWS, MOST_ROWS = 64, 1024  # of a segment: the first is read to see whether it can be, a long run has few of them
 KEPT_GB = 4.0  # most of what is kept of the hub's texts
 VERSION = 1  # goes into the keys of what is kept: raise it when rows become other documents
+OF_NO_ROWS = ("BatchSize must be greater than 0, got 0", "No columns to parse from file")  # what readers say of a file without rows
 LOOKED_AT = 1000  # rows that must hold a text, or the column is the wrong one
 HEAD = 1 << 20  # characters by which the sort of a file is told
 CARDS = {"README.md", "dataset_infos.json", ".huggingface.yaml"}  # files of a repository that say something of its others
@@ -109,6 +111,52 @@ def _check_codec(file: str) -> None:
         raise ValueError(f"reading {file} needs the package {PACKAGES.get(codec, codec)}\npip install {PACKAGES.get(codec, codec)}")
 
 
+def _check_end(file: str) -> None:
+    """ValueError for a .zst file that was cut off: its reader takes what there is for the whole.
+
+    Only the headers of frames and blocks are read (RFC 8878).
+    """
+    if PurePosixPath(file).suffix.lower() not in (".zst", ".zstd"):
+        return
+    size, at = Path(file).stat().st_size, 0
+    with open(file, "rb") as stream:
+        def number(n: int) -> int:
+            return int.from_bytes(stream.read(n), "little")
+
+        while at < size:
+            stream.seek(at)
+            magic = number(4)
+            if magic & 0xFFFFFFF0 == 0x184D2A50:  # a frame to be skipped
+                at += 8 + number(4)
+                continue
+            about = number(1)
+            single, checksum = about >> 5 & 1, about >> 2 & 1
+            at += 5 + (not single) + (0, 1, 2, 4)[about & 3] + ((1 if single else 0), 2, 4, 8)[about >> 6]
+            last = magic != 0xFD2FB528
+            while not last and at < size:
+                stream.seek(at)
+                block = number(3)
+                last = block & 1
+                at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
+            at += 4 * checksum
+            if not last or at > size:
+                raise ValueError(f"{file} is cut off or no zstd file ({size:,} bytes)\ncopy it again")
+
+
+def _check_encoding(file: str) -> None:
+    """ValueError for a text that is not UTF-8, by its first MiB; some stray bytes are read as �."""
+    import fsspec
+
+    with fsspec.open(file, "rb", compression=CODECS.get(PurePosixPath(file).suffix.lower())) as stream:
+        head = stream.read(HEAD)
+    stray = head.decode("utf-8", "replace").count("\ufffd") - head.count("\ufffd".encode())
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 10:
+        raise ValueError(f"{file} is UTF-16 or binary, not UTF-8\nconvert it: iconv -f UTF-16 -t UTF-8")
+    if stray > 2 + len(head) // 2000:
+        raise ValueError(f"{file} is not UTF-8: {stray:,} bytes of its first {len(head):,} stand for nothing\n"
+                         "convert it: iconv -f ISO-8859-1 -t UTF-8, or from what it is")
+
+
 def local_files(name: str) -> list[Path]:
     """The files of the train split that a local path stands for, in order; [] if it can only be a hub name.
 
@@ -172,8 +220,18 @@ def _by_name(folder: Path) -> dict[str, list[str]]:
     try:
         patterns = get_data_patterns(escape(str(folder)))
     except EmptyDatasetError:
-        return {"train": []}
-    return {str(split): list(dict.fromkeys(itertools.chain.from_iterable(map(files, of_split)))) for split, of_split in patterns.items()}
+        patterns = {"train": []}
+    splits = {str(split): list(dict.fromkeys(itertools.chain.from_iterable(map(files, of_split)))) for split, of_split in patterns.items()}
+    walked = (os.path.join(place, file) for place, _, names in os.walk(folder, followlinks=True) for file in names)
+    there = sorted(file for file in walked if suffix_of(file) in FORMATS)
+    taken = {os.path.realpath(file) for of_split in splits.values() for file in of_split}
+    if others := [file for file in there if os.path.realpath(file) not in taken and not _is_hidden(file, folder)]:
+        return splits | {f"no split ({os.path.relpath(others[0], folder)}{', …' if len(others) > 1 else ''})": others}
+    return splits
+
+
+def _is_hidden(file: str, folder: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in Path(file).relative_to(folder).parts)
 
 
 def _of_split(name: str, splits: dict[str, list[str]], split: str, advice: str) -> list[str]:
@@ -340,6 +398,21 @@ def identity(name: str) -> list[str]:
     return [of.module, files_digest(of.files, path) if path.is_dir() else file_digest(path)]
 
 
+@functools.cache
+def shared(one: str, other: str) -> str:
+    """How two names' texts overlap: "all", "none", or the name of a file that both have; by content, whatever the names."""
+    if one == other:
+        return "all"
+    if bool(local_path(one)) != bool(local_path(other)):
+        return "none"
+    sides = [set(map(file_digest, local_files(name))) if local_path(name) else set(found(name).files) for name in (one, other)]
+    if sides[0] == sides[1]:
+        return "all"
+    both = sides[0] & sides[1]
+    named = (file for file in map(str, local_files(one)) if file_digest(file) in both) if local_path(one) else iter(sorted(both))
+    return next(named, "none")
+
+
 # ------------------------------------------------------------------------------------------------ rows
 
 
@@ -390,6 +463,8 @@ class Rows:
                     elif not row["text"].isspace() and row["text"]:  # a blank line is no row
                         yield _parsed(row["text"]) if self.of.module == "json" else row
             except Exception as error:  # noqa: BLE001  each reader raises its own
+                if any(words in str(error) for words in OF_NO_ROWS):
+                    continue
                 if not self.of.local and isinstance(error, FileNotFoundError):  # it stands in the list: what failed is a request
                     raise ConnectionError(f"{file} could not be opened: {network.first_line(error)}") from None
                 if not self.of.local:
@@ -419,7 +494,7 @@ def open_file(file: str, module: str, options: dict):
         return whole.map(functools.partial(_items, options.get("field")), batched=True, batch_size=1)
     if module == "csv":  # a row with too many fields is left out
         tabs = {"sep": "\t"} if suffix_of(file) == ".tsv" else {}
-        options = {"on_bad_lines": "skip", "encoding_errors": "replace", **tabs, **options}
+        options = {"on_bad_lines": "skip", "encoding_errors": "replace", "keep_default_na": False, **tabs, **options}
         names = [] if {"header", "names", "column_names"} & set(options) else _header(file, options)
         if names and len(set(names)) == len(names):  # all as strings: pandas tells types part by part, and cannot join several
             options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
@@ -429,7 +504,7 @@ def open_file(file: str, module: str, options: dict):
 def _header(file: str, options: dict) -> list[str]:
     """The columns of a table as pandas names them."""
     first = next(iter(_reader("csv", file, **options, header=None, nrows=1)), {})
-    return [f"Unnamed: {i}" if name is None else str(name) for i, name in enumerate(first.values())]
+    return [f"Unnamed: {i}" if name in (None, "") else str(name) for i, name in enumerate(first.values())]
 
 
 def _reader(module: str, file: str, **options):
@@ -506,7 +581,7 @@ def document(row: dict | None, field: str) -> tuple[Document | None, str | None]
 
 
 def _are_ids(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+    return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
 
 
 def columns_of(rows: Iterable[dict | None]) -> list[str]:
@@ -534,8 +609,12 @@ def sifted(rows: Iterable[dict | None], of: Found, field: str, skipped: dict[str
 
 
 def _no_text(of: Found, field: str, rows: list) -> ValueError:
+    columns = ", ".join(name if len(name) < 40 else f"{name[:37]}…" for name in columns_of(rows))
+    if not columns and of.module == "json" and not any(rows):
+        return ValueError(f"{of.name} holds no JSON objects, one a line or in an array\nwrite each document as {{\"text\": \"…\"}}")
+    seen = "; ".join(f"{key}: {type(value).__name__}" for key, value in next(filter(None, rows), {}).items())
     return ValueError(f"{of.name} has no text in the column {field!r}\n"
-                      f"give --text_field; columns with text: {', '.join(columns_of(rows)) or 'none'}")
+                      f"give --text_field; columns with text: {columns or f'none ({seen[:200]})'}")
 
 
 def rows_of(segment: int) -> int:
@@ -667,6 +746,10 @@ def look(name: str, text_field: str = "text", tokenizer_ids: int | None = None, 
     """
     of = found(name, cache_dir)
     if of.local:
+        for file in of.files:
+            _check_end(file)
+        if of.module in ("text", "json", "csv"):
+            _check_encoding(of.files[0])
         rows = list(itertools.islice(Rows(of), LOOKED_AT))
         documents, columns = list(sifted(rows, of, text_field, {}, check=True)), columns_of(rows)
     else:

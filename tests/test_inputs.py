@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -108,6 +109,46 @@ def test_preflight_knows_what_texts_cannot_do(cache, gpt2, tmp_path, capsys, nam
     assert run(cache, gpt2, tmp_path / f"{name}.jsonl", tmp_path / "run", *flags) == 1
     said = capsys.readouterr().err
     assert said.startswith("FAILED in preflight: ") and re.search(words, said), said
+
+
+def test_another_spelling_of_the_same_run_is_the_same_run(cache, gpt2, tmp_path, monkeypatch, capsys):
+    """Fails if a slash, a relative path or a space in --layers moves a finished run aside and trains it again."""
+    texts = jsonl(tmp_path / "texts.jsonl", architectures.texts(150))
+    assert run(cache, gpt2, texts, tmp_path / "run", "--layers=0, 1") == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run(cache, f"{gpt2}/", "./texts.jsonl", tmp_path / "run", "--layers=1,0") == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
+    """Fails if a tokenizer larger than the model ends in an index error (or a GPU's assertion), texts of BOS alone in an endless loop,
+    or a model that gives NaN for one token in the advice to lower the learning rate."""
+    texts = jsonl(tmp_path / "texts.jsonl", ["<extra> " + text for text in architectures.texts(150)])
+    larger, broken = (shutil.copytree(gpt2, tmp_path / name) for name in ("larger", "broken"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(larger)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(larger)
+    assert run(cache, larger, texts, tmp_path / "run_1", evals="none") == 1
+    out, err = capsys.readouterr()
+    assert "note: the tokenizer has ids up to 400, the model embeds 400" in out
+    assert "FAILED in training: a text has the token id 400, and the model embeds 400 tokens" in err and "resize_token_embeddings" in err
+
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text('{"ids": [0, 0, 0]}\n' * 100)
+    assert run(cache, gpt2, ids, tmp_path / "run_2", "--text_field=ids", evals="none") == 1
+    assert "holds no token to train on" in capsys.readouterr().err
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained(broken)
+    token = tokenizer(architectures.texts(1))["input_ids"][0]
+    with torch.no_grad():
+        hf.transformer.wte.weight[token[0]] = float("nan")
+    hf.config.tie_word_embeddings = False  # so that the logits of a row without that token are numbers
+    hf.lm_head.weight = torch.nn.Parameter(torch.ones_like(hf.lm_head.weight))
+    hf.save_pretrained(broken)
+    assert run(cache, broken, jsonl(tmp_path / "more.jsonl", architectures.texts(150)), tmp_path / "run_3", evals="none") == 1
+    err = capsys.readouterr().err
+    assert f"gives NaN or infinite values after block 1, first for the token {token[0]} " in err and "lower --lr" not in err
 
 
 def test_a_report_without_held_out_text_is_a_report(cache, gpt2, tmp_path, capsys):

@@ -38,16 +38,22 @@ def test_the_content_of_a_folder_is_its_identity(folder, tmp_path):
         models.identity(tmp_path / "empty")
 
 
-def test_two_models_of_the_hub_never_share_a_digest(llama, tmp_path):
-    """Fails if what is hashed of a snapshot is not its commit: two models then share cached activations."""
+def test_two_models_of_the_hub_never_share_a_digest(llama, tmp_path, monkeypatch):
+    """Fails if what is known of a snapshot is not its commit (two models then share cached activations), or a folder that a user names
+    in the hub's cache is taken for the commit that once was in it."""
     digests = set()
     for name, commit in (("google/gemma-2-2b", "a" * 40), ("google/gemma-2-2b-it", "a" * 40), ("google/gemma-2-2b", "b" * 40)):
         place = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / commit
         if not place.exists():
             shutil.copytree(llama, place)
+        monkeypatch.setattr(network, "PINNED", {("model", name): commit})
         digests.add(language_model.load(place, name, torch.float32, "cpu").digest)
     assert digests == {f"{name}@{commit * 40}:float32" for name, commit in (("google/gemma-2-2b", "a"), ("google/gemma-2-2b-it", "a"),
                                                                             ("google/gemma-2-2b", "b"))}
+    before = models.known_identity(str(place), "", "")
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert models.known_identity(str(place), "", "") != before
 
 
 def spoilt(folder, how):
@@ -70,6 +76,8 @@ def spoilt(folder, how):
         weights.write_bytes(weights.read_bytes()[:-10])
     elif how == "encoder":
         config.write_text(transformers.T5Config().to_json_string())
+    elif how == "quantised":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     elif how == "unknown type":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "nothing_known"}))
 
@@ -79,6 +87,7 @@ def spoilt(folder, how):
     ("no tokenizer", "no tokenizer .*\n.*save_pretrained"), ("no weights", "lacks model.safetensors\n"),
     ("shard", "lacks model-00002-of-.*\ncopy the folder whole"), ("cut", r"model.safetensors is damaged or cut off \([\d,]+ bytes\)\n"),
     ("encoder", "type t5, which is no causal language model\n"),
+    ("quantised", "is quantised, and its format needs a package: .*\n.*before it was quantised"),
     ("unknown type", "config.json: .*nothing_known.*\n.*pip install -U transformers")])
 def test_a_folder_that_cannot_serve_is_refused_from_its_files_alone(folder, how, words, monkeypatch):
     """Fails if a folder passes preflight, or is filled up in silence, or ends in another library's words."""
@@ -93,6 +102,39 @@ def test_weights_that_would_be_made_up_are_refused(folder):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
     with pytest.raises(ValueError, match=r"lacks weights that its configuration asks for: model.layers.3.* and \d+ more\n"):
         language_model.load(folder, "m", torch.float32, "cpu")
+
+
+def test_blocks_that_the_configuration_does_not_have_are_not_left_out(folder):
+    """Fails if a model is cut short in silence, or the one with a file too many in its index is refused."""
+    config = folder / "config.json"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    assert models.shape(str(folder), 4)["n_layers"] == 3  # transformers takes the whole file first
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match="has weights of block 2, and its configuration says 2 blocks\n"):
+        language_model.load(folder, "m", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["./no/such", "a/b/c", "~/nope"])
+def test_a_mistyped_folder_is_no_name_on_the_hub(name):
+    """Fails if the network is blamed for a typing mistake."""
+    with pytest.raises(FileNotFoundError, match=f"no folder {name}\n"):
+        models.known_identity(name, "", "")
+
+
+def test_code_of_a_model_s_own_is_not_run(folder):
+    """Fails if it is run, or the advice is to check the file."""
+    config = folder / "config.json"
+    config.write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}))
+    (folder / "configuration_mine.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match="code of its own .* that is not run\n"):
+        models.shape(str(folder), 4)
+
+
+def test_a_broken_tokenizer_is_one_line(folder):
+    """Fails if another library's paragraph, or a KeyError alone, is the message."""
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded: .*\nsave it again"):
+        models.tokenizer(str(folder), "", "")
 
 
 def test_a_tokenizer_without_bos_takes_eos_and_without_both_is_refused(folder):
@@ -145,11 +187,15 @@ def test_refusals_say_what_to_do(monkeypatch):
         return made
 
     monkeypatch.setenv("HF_TOKEN", "hf_x")
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
     cases = [(error(HfHubHTTPError, 401, "Invalid credentials in Authorization header"), "invalid or expired", "hf auth login` again"),
              (error(GatedRepoError, 403, "not in the authorized list"), "no access to it yet", "ask for access on"),
              (error(HfHubHTTPError, 403, "Please enable access to public gated repositories in your fine-grained token settings"),
               "fine-grained", "settings/tokens"),
-             (error(RepositoryNotFoundError, 404, "no"), "no model o/n", "check the name"),
+             (error(RepositoryNotFoundError, 404, "no"), "no model o/n, or it is private, and there is no such folder", "check the name"),
+             (error(HfHubHTTPError, 429, "Too Many Requests"), "asks to wait", "start again later"),
              (httpx.ProxyError("407 Proxy Authentication Required"), "through the proxy", "HTTPS_PROXY"),
              (httpx.ConnectError("Name or service not known"), "cannot be reached", "check the network")]
     for given, what, advice in cases:

@@ -133,6 +133,30 @@ def test_no_access_is_said_at_once_and_nothing_is_moved(places, token, words):
     assert words[0] in json.loads((places.folder / "run_2/error.json").read_text())["message"]
 
 
+def test_a_hiccup_never_makes_an_older_model_of_it(places):
+    """Fails if one 503 makes a cached commit stand for the one that was asked for, or if a hub that is gone ends a run, or says nothing."""
+    code = """
+import json, sys
+from evals import models, network
+network.DELAYS = (0.05,) * 6
+print(models.known_identity("google/gemma-2-2b", "", ""))
+"""
+    def known(**more):
+        env = places.environment(PYTHONPATH=str(PROJECT), **more)
+        done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-1500:]
+        return done.stdout.splitlines()
+
+    first = known()[-1]
+    places.hub.push("model", "google/gemma-2-2b", {"README.md": b"new"})
+    places.hub.faults = [dict(match="/api/models/google/gemma-2-2b", do="503", at=1)]
+    said = known()
+    assert said[-1] == f"google/gemma-2-2b@{places.hub.commit('model', 'google/gemma-2-2b')}" != first and "trying again" in said[0]
+    places.hub.faults = [dict(match=".", do="503")]
+    said = known()
+    """Fails if one 503 makes a cached commit stand for the one that was asked for, or a hub that is gone ends a run or is not spoken of."""
+
+
 ASKED = """
 import json, os, sys
 from pathlib import Path

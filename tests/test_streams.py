@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import zstandard
 
 from evals import autointerp_data, data, hub, network, packing, streams
 
@@ -174,9 +176,9 @@ def test_bad_items_of_an_array_tables_and_bytes(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": 7}, "x", {"text": None}, {"text": "two", "x": [1]}]))
     stream = streams.Stream(str(tmp_path / "a.json"))
     assert list(stream) == ["one", "two"] and stream.skipped == {"not text": 1, "not JSON": 1, "null": 1}
-    (tmp_path / "b.csv").write_bytes(b"id,text\n1,one\n2,\n3,four,too,many\n4,sch\xf6n\n5,7\n")
+    (tmp_path / "b.csv").write_bytes(b"id,text\n1,one\n2,\n3,four,too,many\n4,sch\xf6n\n5,7\n6,NA\n")
     stream = streams.Stream(str(tmp_path / "b.csv"))
-    assert list(stream) == ["one", "sch\ufffdn", "7"] and stream.skipped == {"null": 1}
+    assert list(stream) == ["one", "sch\ufffdn", "7", "NA"] and stream.skipped == {"empty": 1}
     pandas.DataFrame({"text": ["one", None, "", "two"]}).to_parquet(tmp_path / "c.parquet")
     stream = streams.Stream(str(tmp_path / "c.parquet"))
     assert list(stream) == ["one", "two"] and stream.skipped == {"null": 1, "empty": 1}
@@ -517,9 +519,82 @@ def test_held_out_tokens_are_counted_only_where_they_may_lack(tmp_path):
     assert source.held_out_tokens(tokenizer, ample) == ample > 0 and tokenizer.calls == calls
     source.held_out_tokens(tokenizer, ample + 1)
     assert tokenizer.calls > calls
+    (tmp_path / "b.jsonl").write_text(lines([{"text": "others"}]))
     calls, whole = tokenizer.calls, data.Source("tiny", dataset=str(tmp_path / "b.jsonl"), core_dataset=str(path))
     assert whole.held_out_tokens(tokenizer, size // 32) == size // 32 and tokenizer.calls == calls
     assert data.Source("tiny").held_out_tokens(tokenizer, 50) == 50
+
+
+def test_the_same_texts_by_another_name_are_the_same(tmp_path, monkeypatch):
+    """Fails if held-out texts are trained on because a path is spelt another way, or a folder holds the other data set's file."""
+    texts = [{"text": f"document {i}"} for i in range(300)]
+    (tmp_path / "a.jsonl").write_text(lines(texts))
+    (tmp_path / "copy.jsonl").write_text(lines(texts))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/x.jsonl").write_text(lines(texts))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    train = [t["text"] for t in texts if not data.held_out(t["text"])]
+    for other in ("a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl"), "copy.jsonl", "folder/", "link.jsonl"):
+        source = data.Source("tiny", dataset="a.jsonl", core_dataset=other)
+        assert list(source.documents("train")) == train and not set(source.documents("heldout")) & set(train)
+    (tmp_path / "folder/y.jsonl").write_text(lines([{"text": "more"}]))
+    with pytest.raises(ValueError, match=r"both hold .*a\.jsonl: what is trained on would be measured on\n"):
+        streams.shared.cache_clear()
+        data.Source("tiny", dataset="a.jsonl", core_dataset="folder").look()
+    (tmp_path / "other.jsonl").write_text(lines([{"text": "more"}]))
+    assert len(list(data.Source("tiny", dataset="a.jsonl", core_dataset="other.jsonl").documents("train"))) == 300
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("cut.jsonl.zst", zstandard.compress(b'{"text": "a b c"}\n' * 90_000)[:-40], r"cut off or no zstd file \([\d,]+ bytes\)\ncopy it"),
+    ("no.jsonl.zst", b'{"text": "a"}\n', "cut off or no zstd file"),
+    ("wide.txt", "some text\n\nand more".encode("utf-16"), "is UTF-16 or binary, not UTF-8\n.*iconv"),
+    ("wide.jsonl", ('{"text": "a"}\n' * 9).encode("utf-16-le"), "is UTF-16 or binary"),
+    ("latin.txt", "déjà vu, à côté\n\nété\n".encode("latin-1") * 50, r"is not UTF-8: \d+ bytes .*\nconvert it: iconv"),
+    ("strings.json", b'["one", "two"]', "holds no JSON objects, one a line or in an array\nwrite each document as"),
+    ("nested.jsonl", b'{"meta": {"text": "a"}, "n": 1}\n', r"no text in the column 'text'\n.*none \(meta: dict; n: int\)")])
+def test_what_would_be_read_as_something_else_is_refused(tmp_path, name, content, words):
+    """Fails if half a file is taken for the whole, bytes in another encoding for text, or the shape of rows for an empty column."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        streams.look(str(tmp_path / name))
+
+
+def test_whole_zstd_files_of_every_sort_pass(tmp_path):
+    """Fails if the walk over frames and blocks loses its way: several frames, a checksum, no content size, an empty file's frame."""
+    line = b'{"text": "a b c"}\n'
+    several = b"".join(zstandard.ZstdCompressor(level=level, write_checksum=bool(level % 2)).compress(line * n)
+                       for level, n in ((1, 1), (3, 40_000), (2, 9)))
+    streamed = io.BytesIO()
+    with zstandard.ZstdCompressor(level=1).stream_writer(streamed, closefd=False) as writer:
+        for _ in range(20_000):
+            writer.write(line)
+    for content, n in ((several, 40_010), (streamed.getvalue(), 20_000), (zstandard.compress(line), 1)):
+        path = tmp_path / "a.jsonl.zst"
+        path.write_bytes(content)
+        streams.look(str(path))
+        assert sum(1 for _ in streams.Stream(str(path))) == n
+        with pytest.raises(ValueError, match="cut off"):
+            path.write_bytes(content[:-1])
+            streams.look(str(path))
+
+
+def test_files_without_rows_and_of_no_split(tmp_path, capsys):
+    """Fails if an empty file among others ends a run, or files that a folder's splits leave out are not named."""
+    import pandas
+
+    folder = tmp_path / "f"
+    (folder / "more").mkdir(parents=True)
+    for name, texts in (("a", []), ("b", ["one"]), ("c", [])):
+        pandas.DataFrame({"text": pandas.Series(texts, dtype=str)}).to_parquet(folder / f"{name}.parquet")
+    assert list(streams.Stream(str(folder))) == ["one"]
+    write(tmp_path / "g", a="one")
+    write(tmp_path / "h", b="two")
+    (tmp_path / "g/more").symlink_to(tmp_path / "h")
+    streams._say.cache_clear()
+    assert list(streams.Stream(str(tmp_path / "g"))) == ["one"]
+    assert "left out: no split (more/b.jsonl)" in capsys.readouterr().out
 
 
 def test_a_source_looks_at_both_sides(tmp_path):

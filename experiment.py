@@ -484,13 +484,12 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
         for w in wanted:
             attention[w].append(w.keep(pattern, index_N[low:high] - start * T, low))
         norm_bos += kept[layers[0]][:, 0].double().pow(2).sum()
-    for layer, x_ND in out.items():
-        if not (finite_N := x_ND.isfinite().all(1)).all():
-            token = int(rows_RT.flatten()[index_N[int((~finite_N).nonzero()[0])]])
-            raise ValueError(f"{lm.name} gives NaN or infinite values after block {layer}, first for the token {token} "
-                             f"({lm.tokenizer.decode([token])!r}), in {settings.dtype}\n"
-                             "check the model's weights; float16 weights overflow where bfloat16 and float32 do not: --dtype")
-    rest = sum(part.double().pow(2).sum() for part in out[layers[0]].split(2**14))  # in parts: a copy in fp64 would be the run's peak
+    squares = {layer: sum(part.double().pow(2).sum() for part in x_ND.split(2**14))  # in parts: a copy in fp64 would be the run's peak
+               for layer, x_ND in out.items()}
+    for layer, total in squares.items():
+        if not total.isfinite():
+            raise language_model.not_finite(lm, layer, out[layer], rows_RT.flatten()[index_N])
+    rest = squares[layers[0]]
     block = {f"x_{layer}": x_ND for layer, x_ND in out.items()} | dict(bos_share=norm_bos / (norm_bos + rest))
     block |= dict(tokens_N=rows_RT.flatten()[index_N], place_N=index_N.int())
     return block | {name: t for w in wanted for name, t in w.named(attention[w]).items()}

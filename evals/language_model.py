@@ -426,6 +426,14 @@ def assert_soft_capping(hf) -> None:
                            "use a transformers version whose eager attention keeps it")
 
 
+def not_finite(lm: LanguageModel, layer: int, x_ND: Tensor, tokens_N: Tensor) -> ValueError:
+    """What to say of residuals of which some are NaN or infinite: the first token that has such."""
+    token = next(int(token) for token, x_D in zip(tokens_N, x_ND) if not x_D.isfinite().all())
+    return ValueError(f"{lm.name} gives NaN or infinite values after block {layer}, first for the token {token} "
+                      f"({lm.tokenizer.decode([token])!r}), in {str(lm.dtype).removeprefix('torch.')}\n"
+                      "check the model's weights; float16 weights overflow where bfloat16 and float32 do not: --dtype")
+
+
 def difference(x_BTD: Tensor, plain_BTD: Tensor) -> float:
     """Mean over tokens of |x - plain| / |plain|. Waits for the device."""
     return float(((x_BTD.float() - plain_BTD.float()).norm(dim=-1) / plain_BTD.float().norm(dim=-1)).mean())

@@ -909,6 +909,7 @@ def phase(name: str, info: dict, out: Path):
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failed, 128 + signal interrupted."""
     out, info, settings = None, dict(phase="settings", seconds={}), None
+    network.PINNED.clear()  # of an earlier run in this process
     try:
         settings, why = resolve(parse_settings(sys.argv[1:] if argv is None else argv))
         ranks.join(settings.device)

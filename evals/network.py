@@ -21,6 +21,7 @@ BROKEN = {"TransportError", "TimeoutException", "ConnectionError", "Timeout", "I
 UNREACHED = {"ConnectError", "ConnectionRefusedError", "gaierror", "NewConnectionError"}  # nobody answered: waiting long helps little
 DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try
 PATIENCE = 300.0  # seconds: the longest wait that a server's Retry-After is granted
+GONE: set[bool] = set()  # holds something while the last that was asked did not answer at all
 NO_HUB = "or use --profile=embedded, which needs no hub"
 PINNED: dict[tuple[str, str], str] = {}  # (kind, repository): the commit that this run reads; see `pin`
 LISTINGS: dict[tuple[str, str, str], dict[str, int | None]] = {}  # (kind, repository, commit): see `listing`
@@ -32,13 +33,19 @@ DOWNLOADED = 32 << 20  # bytes: a file up to this size costs less whole than in 
 def patiently(what: str, work: Callable[[], Any]) -> Any:
     """work(), tried again while it fails for a reason that may pass (429, 5xx, time-outs, cut bodies); each wait is said in one line.
 
-    A server's Retry-After is kept to. The last error is raised as it is; one that will not pass (404, 401, 403) at once.
+    A server's Retry-After is kept to. The last error is raised as it is; one that will not pass (404, 401, 403) at once, and so is
+    that nobody answers, once that has been waited for.
     """
     for delay in (*DELAYS, None):
         try:
-            return work()
+            result = work()
+            GONE.clear()
+            return result
         except Exception as error:  # noqa: BLE001  every library under the hub's raises its own
-            if delay is None or not passing(error) or (unreached(error) and delay > DELAYS[1]):
+            nobody = unreached(error)
+            if delay is None or not passing(error) or (nobody and (GONE or delay > DELAYS[1])):
+                if nobody:
+                    GONE.add(True)
                 raise
             wait = max(delay, retry_after(error) or 0)
             if wait > PATIENCE:

@@ -235,6 +235,10 @@ def test_patience_waits_as_long_as_asked_and_only_for_what_may_pass(monkeypatch)
     with pytest.raises(httpx.ConnectError):
         network.patiently("x", failing(*[httpx.ConnectError("refused")] * 9))
     assert waits == [1, 2]
+    with pytest.raises(httpx.ConnectError):  # the next that is asked is not waited for again, until one answers
+        network.patiently("x", failing(*[httpx.ConnectError("refused")] * 9))
+    assert waits == [1, 2] and network.patiently("x", failing()) == "done"
+    assert network.patiently("x", failing(httpx.ConnectError("refused"))) == "done" and waits == [1, 2, 1]
     waits.clear()
     with pytest.raises(httpx.HTTPStatusError, match="500"):
         network.patiently("x", failing(*[http(500)] * 9))

@@ -233,6 +233,7 @@ def inputs_of(settings: Settings) -> dict[str, str]:
 def fingerprint(settings: Settings, read: dict[str, str]) -> str:
     """Hash of the settings, the content that is `read`, and the code that decide a run's result."""
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT} | dict(layers=layers_of(settings))
+    kept["variant"] = variants.path(settings.variant).name
     for name in ("model", "dataset", "core_dataset", "init_from"):  # a path is no content: that is in `read`
         kept[name] = "a path" if kept[name] and os.path.exists(kept[name]) else kept[name]
     files = [PROJECT / "experiment.py", *variants.sources(settings.variant), *(PROJECT / "evals").glob("*.py")]

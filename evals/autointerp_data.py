@@ -92,11 +92,11 @@ def token_rows(setup) -> Tensor:
     if name == "held-out":
         texts, identity = setup.texts, setup.texts_digest
     else:
-        from evals import streams
+        from evals import streams, text_files
 
         # in the data set's own order, as SAEBench reads it
         cache_dir = getattr(setup.data, "cache_dir", None)
-        texts, identity = lambda: streams.Stream(name, cache_dir=cache_dir, shuffled=False), streams.identity(name)
+        texts, identity = lambda: streams.Stream(name, cache_dir=cache_dir, shuffled=False), text_files.identity(name)
     depends_on = {"texts": identity, "lm": lm.digest, "context": context, "total": total, "code": inspect.getsource(pack)}
     return setup.cache.get("autointerp-tokens", depends_on, lambda: {"tokens_RT": pack(texts(), lm, context, total)})["tokens_RT"]
 

@@ -113,9 +113,9 @@ class Source:
         """Identity of what `documents(split)` yields, for cache keys."""
         _known("split", split, SPLITS)
         if self._name(split):
-            from evals import streams
+            from evals import text_files
             rule = "all" if self._keep(split) is None else split
-            return hashed({"texts": streams.identity(self._name(split)), "field": self.text_field, "rule": rule})
+            return hashed({"texts": text_files.identity(self._name(split)), "field": self.text_field, "rule": rule})
         return hashed({"texts": self._own(), "split": split})
 
     def probing(self, config: dict) -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -167,11 +167,11 @@ class Source:
 
     def held_out_tokens(self, tokenizer, needed: int) -> int:
         """min(needed, tokens of held-out text); not counted where the files are so large that they are surely enough."""
-        from evals import streams
+        from evals import streams, text_files
         from evals.packing import ids_of
 
         if name := self._name("heldout"):
-            size = streams.found(name, self.cache_dir).size or 0
+            size = text_files.found(name, self.cache_dir).size or 0
             if size * (HELD_OUT / 256 if self._keep("heldout") else 1) >= BYTES_A_TOKEN * needed:
                 return needed
         return streams.enough(self.documents("heldout"), lambda documents: ids_of(documents, tokenizer), needed)
@@ -182,11 +182,11 @@ class Source:
     @property
     def of_one_set(self) -> bool:
         """Whether held-out texts are taken from those of training. ValueError where the two data sets have some files in common."""
-        from evals import streams
+        from evals import text_files
 
         if not (self.dataset and self.core_dataset):
             return not self.core_dataset
-        common = streams.shared(self.dataset, self.core_dataset)
+        common = text_files.shared(self.dataset, self.core_dataset)
         if common not in ("all", "none"):
             raise ValueError(f"--dataset and --core_dataset both hold {common}: what is trained on would be measured on\n"
                              "give two data sets that share nothing, or the same one twice")

@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from evals import network, streams
-from evals.streams import identity  # noqa: F401  what evals ask for beside `open_stream`
+from evals import network, streams, text_files
+from evals.text_files import identity  # noqa: F401  what evals ask for beside `open_stream`
 
 SELECTION = 1  # goes into cache keys: raise it when the selection of texts below changes
 SEED = 42  # SAEBench's, for every selection
@@ -22,18 +22,18 @@ def load(name: str, config: str | None, split: str):
     """A split of a data set, whole, as `datasets.Dataset`, at the pinned commit; OSError or ValueError in words."""
     import datasets
 
-    of = streams.found(f"{name}:{config or ''}:{split}")
+    of = text_files.found(f"{name}:{config or ''}:{split}")
 
     def work():
         files = [network.nearby(file) for file in of.files]
         return datasets.load_dataset(of.module, data_files=files, split="train", **of.options)
 
-    return streams.asked(name, config, work)
+    return text_files.asked(name, config, work)
 
 
 def open_stream(name: str, config: str | None = None) -> Iterator[dict]:
     """The rows of the train split of a hub data set, or of a local file or folder, in their own order."""
-    rows = streams.Rows(streams.found(f"{name}:{config}" if config else name), shuffled=False)
+    rows = streams.Rows(text_files.found(f"{name}:{config}" if config else name), shuffled=False)
     return (row for row in rows if row is not None)
 
 
@@ -51,8 +51,8 @@ def probing(config: dict, cache_dir: Path | None = None) -> dict[str, dict[str, 
     def draw(name: str) -> dict[str, dict[str, list[str]]]:
         (repository,) = repositories({"dataset_names": [name]})
         # a stream that breaks off is read again from its beginning
-        return streams.kept(cache_dir, "probing", {"set": name, "n_train": n_train, "n_test": n_test, "selection": SELECTION},
-                            lambda: streams.asked(repository, None, lambda: PROBING[name](n_train, n_test)), [repository])
+        return network.kept(cache_dir, "probing", {"set": name, "n_train": n_train, "n_test": n_test, "selection": SELECTION},
+                            lambda: text_files.asked(repository, None, lambda: PROBING[name](n_train, n_test)), [repository])
 
     return {name: draw(name) for name in _chosen(config)}
 
@@ -173,7 +173,7 @@ def open_stream_of_files(name: str, pattern: str) -> Iterator[dict]:
     """Rows of the parquet files of a hub data set, without its loading script."""
     commit = network.commit("dataset", name)
     files = [f"hf://datasets/{name}@{commit}/{file}" for file in network.listing("dataset", name, commit) if fnmatch.fnmatch(file, pattern)]
-    return iter(streams.Rows(streams.Found(name, sorted(files), "parquet", {}, [], None, False), shuffled=False))
+    return iter(streams.Rows(text_files.Found(name, sorted(files), "parquet", {}, [], None, False), shuffled=False))
 
 
 def code(rows: Iterable[dict]) -> Iterator[tuple[str, str]]:

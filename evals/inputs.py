@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import evals
-from evals import streams
+from evals import text_files
 
 LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "text_len", "max_tokens")  # evals' settings: tokens of a row
 
@@ -12,7 +12,7 @@ def identities(source, chosen: dict[str, dict]) -> dict[str, str]:
     """{what: a hash of its bytes, or the commit of a repository} of the texts of a source and of what the chosen evals read with them."""
     found = {f"{split} texts": source.digest(split) for split in ("train", "heldout")}
     for name, config in chosen.items():
-        found |= {f"{name}: {place}": streams.identity(place) for place in evals.repositories(name, config, source)}
+        found |= {f"{name}: {place}": text_files.identity(place) for place in evals.repositories(name, config, source)}
     return found
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import functools
+import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from evals.cache import Cache
 
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that say nothing against the same request a little later
 BROKEN = {"TransportError", "TimeoutException", "ConnectionError", "Timeout", "IncompleteRead", "ProtocolError", "ClientError",
@@ -23,6 +27,7 @@ DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try
 PATIENCE = 300.0  # seconds: the longest wait that a server's Retry-After is granted
 GONE: set[bool] = set()  # holds something while the last that was asked did not answer at all
 NO_HUB = "or use --profile=embedded, which needs no hub"
+KEPT_GB = 4.0  # most of what is kept of texts
 PINNED: dict[tuple[str, str], str] = {}  # (kind, repository): the commit that this run reads; see `pin`
 LISTINGS: dict[tuple[str, str, str], dict[str, int | None]] = {}  # (kind, repository, commit): see `listing`
 DOWNLOADED = 32 << 20  # bytes: a file up to this size costs less whole than in parts
@@ -285,3 +290,27 @@ def _stored_token() -> str | None:
     from huggingface_hub import get_token
 
     return get_token()
+
+
+# ------------------------------------------------------------------------------------------------ kept
+
+
+@functools.cache
+def _cache(folder: Path, thread: int) -> Cache:
+    return Cache(folder, KEPT_GB)  # one a thread, as its books are not made for two; its files are
+
+
+def kept(cache_dir: Path | None, kind: str, depends_on: dict, make: Callable[[], Any], repositories: Iterable[str] = ()) -> Any:
+    """The JSON-able value that `make()` gives, kept in the cache by what it depends on, the commits of the hub's data sets included."""
+    import torch
+    import zstandard
+
+    def packed() -> dict:
+        raw = json.dumps(make(), ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return {"json": torch.frombuffer(bytearray(zstandard.compress(raw)), dtype=torch.uint8)}
+
+    if cache_dir is None:
+        return json.loads(json.dumps(make()))
+    commits = {"commits": {name: commit("dataset", name) for name in repositories}} if repositories else {}
+    stored = _cache(Path(cache_dir) / "texts", threading.get_ident()).get(kind, {**depends_on, **commits}, packed)["json"]
+    return json.loads(zstandard.decompress(stored.numpy().tobytes()).decode("utf-8", "surrogatepass"))

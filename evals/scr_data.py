@@ -55,7 +55,7 @@ REVIEWS = {"text": "text", "first": "category", "second": "rating", "values": (1
 
 def _pairs(columns: dict, dataset: str, texts, config: dict) -> dict:
     """The runs of a data set with two labels: one for each pair of values of the first."""
-    from evals import hub, streams
+    from evals import hub, network
 
     (repository,) = hub.repositories({"dataset_names": [dataset]})
     sizes = {"train": config["probe_train_set_size"], "test": config["probe_test_set_size"]}
@@ -69,7 +69,7 @@ def _pairs(columns: dict, dataset: str, texts, config: dict) -> dict:
         return runs
 
     depends_on = {"set": dataset, "columns": repr(columns), "sizes": sizes, "code": [inspect.getsource(first_of_each), COMBINATIONS]}
-    return streams.kept(texts.cache_dir, "scr", depends_on, drawn, [repository])
+    return network.kept(texts.cache_dir, "scr", depends_on, drawn, [repository])
 
 
 def first_of_each(frame, columns: dict, ids: tuple[int, int], size: int, what: str) -> dict[str, list[str]]:

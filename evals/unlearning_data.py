@@ -284,10 +284,10 @@ def _limited(questions: list[Question], config: dict, seed: int) -> list[Questio
 
 
 def _from_hub(source, config: dict, seed: int) -> Material:
-    from evals import hub, streams
+    from evals import hub, network
 
     def kept(what: str, make: Callable[[], list], repository: str, *of: str) -> list:
-        return streams.kept(source.cache_dir, what, {"of": [repository, *of]}, make, [repository])
+        return network.kept(source.cache_dir, what, {"of": [repository, *of]}, make, [repository])
 
     def questions(subject: str) -> list[Question]:
         repository = "cais/wmdp" if subject == "wmdp-bio" else "cais/mmlu"

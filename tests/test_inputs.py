@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import experiment
-from evals import embedded, models, network, streams
+from evals import embedded, models, network, text_files
 from evals.data import held_out
 from tests import architectures
 
@@ -213,4 +213,4 @@ def test_a_machine_without_the_module_resource(cache, tmp_path):
     for flags in (["--help"], tiny):
         done = subprocess.run([sys.executable, "-c", code, *flags], cwd=experiment.PROJECT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-1500:]
-    assert streams.is_path(r"C:\texts\a.jsonl") and not streams.is_path("owner/name:config")
+    assert text_files.is_path(r"C:\texts\a.jsonl") and not text_files.is_path("owner/name:config")

@@ -201,14 +201,14 @@ def test_names_alone_tell_the_splits_that_datasets_finds(places):
     """Fails if a configuration, a split or a file is taken otherwise than `datasets` itself does on the hub."""
     code = """
 import datasets, json
-from evals import network, streams
+from evals import network, text_files
 for name, config in [("monology/pile-uncopyrighted", None), ("Skylion007/openwebtext", None), ("Helsinki-NLP/europarl", "en-fr"),
                      ("LabHC/bias_in_bios", None), ("fancyzhx/ag_news", None), ("cais/mmlu", "human_aging"),
                      ("texts/two-configs", "stories"), ("texts/parquet", None), ("Salesforce/wikitext", "wikitext-2-raw-v1"),
                      ("cais/wmdp-bio-forget-corpus", None)]:
     commit = network.commit("dataset", name)
     theirs = datasets.load_dataset_builder(name, config, revision=commit).config.data_files
-    ours, module, options, sizes = streams.resolved(name, config)
+    ours, module, options, sizes = text_files.resolved(name, config)
     assert {str(k): list(v) for k, v in theirs.items()} == ours, name
     assert all(sizes[file] > 0 for files in ours.values() for file in files)
 """

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from evals import autointerp_data, data, hub, network, packing, streams
+from evals import autointerp_data, data, hub, network, packing, streams, text_files
 
 TEXTS = ["The first one.", "Zwei\u2028Zeilen, \"so\" genannt", "trois\nlignes", "四つ", "five, and a comma", "last"]
 DOCUMENTS = ["The first one.\nIn two lines.", "Zwei.", "trois", "last"]  # of text files, where a blank line parts them
@@ -139,12 +139,12 @@ def test_a_copy_of_a_hub_repository_follows_its_readme(tmp_path):
 
 def test_names_of_the_hub_and_paths():
     """Fails if a configuration or split is taken from the wrong place, or a drive letter or path for a data set of the hub."""
-    assert streams.on_hub("o/n") == ("o/n", None, "train") and streams.on_hub("o/n:c") == ("o/n", "c", "train")
-    assert streams.on_hub("o/n:c:s") == ("o/n", "c", "s") and streams.on_hub("o/n::test") == ("o/n", None, "test")
+    assert text_files.on_hub("o/n") == ("o/n", None, "train") and text_files.on_hub("o/n:c") == ("o/n", "c", "train")
+    assert text_files.on_hub("o/n:c:s") == ("o/n", "c", "s") and text_files.on_hub("o/n::test") == ("o/n", None, "test")
     with pytest.raises(ValueError, match="owner/name:config:split"):
-        streams.on_hub("a:b:c:d")
-    assert all(map(streams.is_path, ("C:\\texts", "c:/texts", "~/x", "/x", "./o/n", "a/b/c", "o/n.jsonl.zst", "n.txt")))
-    assert not any(map(streams.is_path, ("o/n", "o/n:c", "o/n:a.b:test", "o/c4:en/x", "name")))
+        text_files.on_hub("a:b:c:d")
+    assert all(map(text_files.is_path, ("C:\\texts", "c:/texts", "~/x", "/x", "./o/n", "a/b/c", "o/n.jsonl.zst", "n.txt")))
+    assert not any(map(text_files.is_path, ("o/n", "o/n:c", "o/n:a.b:test", "o/c4:en/x", "name")))
 
 
 # ------------------------------------------------------------------------------------------------ bad rows
@@ -261,19 +261,19 @@ def test_identity_is_of_content(tmp_path):
     for folder in ("a", "b"):
         write(tmp_path / folder, x="one", y="two")
     os.utime(tmp_path / "b" / "x.jsonl", (1, 1))
-    first = streams.identity(str(tmp_path / "a"))
-    assert first == streams.identity(str(tmp_path / "b")) == json.loads(json.dumps(first))
-    assert streams.identity(str(tmp_path / "a" / "x.jsonl")) != streams.identity(str(tmp_path / "a" / "y.jsonl"))
+    first = text_files.identity(str(tmp_path / "a"))
+    assert first == text_files.identity(str(tmp_path / "b")) == json.loads(json.dumps(first))
+    assert text_files.identity(str(tmp_path / "a" / "x.jsonl")) != text_files.identity(str(tmp_path / "a" / "y.jsonl"))
     (tmp_path / "other.jsonl").write_bytes((tmp_path / "a" / "x.jsonl").read_bytes())
-    assert streams.identity(str(tmp_path / "other.jsonl")) == streams.identity(str(tmp_path / "a" / "x.jsonl"))
+    assert text_files.identity(str(tmp_path / "other.jsonl")) == text_files.identity(str(tmp_path / "a" / "x.jsonl"))
     path = tmp_path / "a" / "x.jsonl"
     stat = path.stat()
     path.write_text(path.read_text().replace("one", "two"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert path.stat().st_size == stat.st_size and streams.identity(str(tmp_path / "a")) != first
+    assert path.stat().st_size == stat.st_size and text_files.identity(str(tmp_path / "a")) != first
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no text files\n"):
-        streams.identity(str(tmp_path / "empty"))
+        text_files.identity(str(tmp_path / "empty"))
 
 
 def test_a_cursor_of_other_texts_is_refused(tmp_path):
@@ -327,11 +327,11 @@ def far(monkeypatch):
 
     monkeypatch.setattr(streams, "open_file", open_file)
     monkeypatch.setattr(network, "nearby", lambda file: file)
-    monkeypatch.setattr(streams, "_resolve_on_hub", resolve)
-    monkeypatch.setattr(streams, "_resolved", {})
+    monkeypatch.setattr(text_files, "_resolve_on_hub", resolve)
+    monkeypatch.setattr(text_files, "_resolved", {})
     monkeypatch.setattr(network, "PINNED", {("dataset", "o/n"): "c1"})
     monkeypatch.setattr(network.time, "sleep", lambda seconds: None)
-    streams._cache.cache_clear()
+    network._cache.cache_clear()
     return at
 
 
@@ -351,7 +351,7 @@ def test_the_hub_is_read_once(tmp_path, far):
     stream = streams.Stream("o/n", cache_dir=tmp_path)
     assert list(stream) == want and len(far.opened) == 3 and far.resolved == [("o/n", None, "c1")]
     assert stream.skipped == {"null": 450}
-    far.opened.clear(), far.resolved.clear(), streams._resolved.clear()
+    far.opened.clear(), far.resolved.clear(), text_files._resolved.clear()
     borders = [57, 172, 403, 864]  # documents, nine of ten rows, of segments of 64, 128, 256 and 512 rows
     for n in (0, 1, *(border + step for border in borders for step in (-1, 0, 1)), 1349, 1350, len(want) - 1, len(want)):
         stream = streams.Stream("o/n", cache_dir=tmp_path)
@@ -438,12 +438,13 @@ def test_what_is_kept_depends_on_commit_column_split_and_order(tmp_path, far, mo
 
 def test_a_configuration_that_is_not_there_is_named_with_those_that_are():
     """Fails if the configurations are lost from the message of `datasets`, or another ValueError becomes a matter of the network."""
-    error = streams.refused(ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"), "o/n", "x")
+    error = text_files.refused(ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"), "o/n", "x")
     assert isinstance(error, ValueError) and str(error) == "o/n has no configuration 'x'\nwrite for example o/n:a; there are a, b"
-    error = streams.refused(ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"), "o/n")
+    missing = ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample")
+    error = text_files.refused(missing, "o/n")
     assert str(error).splitlines()[0] == "o/n has several configurations"
     same = ValueError("probing class")
-    assert streams.refused(same, "o/n") is same
+    assert text_files.refused(same, "o/n") is same
 
 
 def test_values_are_kept_by_what_they_depend_on(tmp_path, far):
@@ -454,12 +455,12 @@ def test_values_are_kept_by_what_they_depend_on(tmp_path, far):
         made.append(len(made))
         return {"n": made[-1], "text": "ü \ud800", "pair": (1, 2)}
 
-    first = streams.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"])
-    assert first == streams.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"]) == {"n": 0, "text": "ü \ud800", "pair": [1, 2]}
-    assert streams.kept(tmp_path, "probing", {"a": 2}, make, ["o/n"])["n"] == 1
+    first = network.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"])
+    assert first == network.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"]) == {"n": 0, "text": "ü \ud800", "pair": [1, 2]}
+    assert network.kept(tmp_path, "probing", {"a": 2}, make, ["o/n"])["n"] == 1
     network.PINNED["dataset", "o/n"] = "c2"
-    assert streams.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"])["n"] == 2
-    assert streams.kept(None, "probing", {"a": 1}, make, ["o/n"]) == {"n": 3, "text": "ü \ud800", "pair": [1, 2]}
+    assert network.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"])["n"] == 2
+    assert network.kept(None, "probing", {"a": 1}, make, ["o/n"]) == {"n": 3, "text": "ü \ud800", "pair": [1, 2]}
 
 
 def test_drawn_probing_sets_are_kept(tmp_path, far, monkeypatch):
@@ -540,7 +541,7 @@ def test_the_same_texts_by_another_name_are_the_same(tmp_path, monkeypatch):
         assert list(source.documents("train")) == train and not set(source.documents("heldout")) & set(train)
     (tmp_path / "folder/y.jsonl").write_text(lines([{"text": "more"}]))
     with pytest.raises(ValueError, match=r"both hold .*a\.jsonl: what is trained on would be measured on\n"):
-        streams.shared.cache_clear()
+        text_files.shared.cache_clear()
         data.Source("tiny", dataset="a.jsonl", core_dataset="folder").look()
     (tmp_path / "other.jsonl").write_text(lines([{"text": "more"}]))
     assert len(list(data.Source("tiny", dataset="a.jsonl", core_dataset="other.jsonl").documents("train"))) == 300
@@ -592,7 +593,7 @@ def test_files_without_rows_and_of_no_split(tmp_path, capsys):
     write(tmp_path / "g", a="one")
     write(tmp_path / "h", b="two")
     (tmp_path / "g/more").symlink_to(tmp_path / "h")
-    streams._say.cache_clear()
+    text_files._say.cache_clear()
     assert list(streams.Stream(str(tmp_path / "g"))) == ["one"]
     assert "left out: no split (more/b.jsonl)" in capsys.readouterr().out
 

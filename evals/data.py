@@ -186,7 +186,7 @@ class Source:
 
         if not (self.dataset and self.core_dataset):
             return not self.core_dataset
-        common = text_files.shared(self.dataset, self.core_dataset)
+        common = text_files.shared(self.dataset, self.core_dataset, self.cache_dir)
         if common not in ("all", "none"):
             raise ValueError(f"--dataset and --core_dataset both hold {common}: what is trained on would be measured on\n"
                              "give two data sets that share nothing, or the same one twice")

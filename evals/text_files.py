@@ -389,15 +389,16 @@ def identity(name: str) -> list[str]:
 
 
 @functools.cache
-def shared(one: str, other: str) -> str:
+def shared(one: str, other: str, cache_dir: Path | None = None) -> str:
     """How two names' texts overlap: "all", "none", or the name of a file that both have; by content, whatever the names."""
     if one == other:
         return "all"
-    if bool(local_path(one)) != bool(local_path(other)):
+    local = [bool(local_path(name)) for name in (one, other)]
+    if local[0] != local[1] or not (local[0] or on_hub(one).repository == on_hub(other).repository):
         return "none"
-    sides = [set(map(file_digest, local_files(name))) if local_path(name) else set(found(name).files) for name in (one, other)]
+    sides = [set(map(file_digest, local_files(name))) if local[0] else set(found(name, cache_dir).files) for name in (one, other)]
     if sides[0] == sides[1]:
         return "all"
     both = sides[0] & sides[1]
-    named = (file for file in map(str, local_files(one)) if file_digest(file) in both) if local_path(one) else iter(sorted(both))
+    named = (file for file in map(str, local_files(one)) if file_digest(file) in both) if local[0] else iter(sorted(both))
     return next(named, "none")

@@ -211,6 +211,8 @@ for name, config in [("monology/pile-uncopyrighted", None), ("Skylion007/openweb
     ours, module, options, sizes = text_files.resolved(name, config)
     assert {str(k): list(v) for k, v in theirs.items()} == ours, name
     assert all(sizes[file] > 0 for files in ours.values() for file in files)
+assert text_files.shared("texts/parquet", "texts/parquet::train") == "all"
+assert text_files.shared("texts/two-configs:letters", "texts/two-configs:stories") == "none"
 """
     env = places.environment(PYTHONPATH=str(PROJECT))
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=env, capture_output=True, text=True)

@@ -25,7 +25,8 @@ BROKEN = {"TransportError", "TimeoutException", "ConnectionError", "Timeout", "I
 UNREACHED = {"ConnectError", "ConnectionRefusedError", "gaierror", "NewConnectionError"}  # nobody answered: waiting long helps little
 DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try
 PATIENCE = 300.0  # seconds: the longest wait that a server's Retry-After is granted
-GONE: set[bool] = set()  # holds something while the last that was asked did not answer at all
+HEARD = {"last": ""}  # of the hub in this process, at the last asking: "", "an answer", "nothing"
+NOBODY = {"": DELAYS[1], "an answer": DELAYS[-1], "nothing": 0}  # the longest delay while nobody answers, by what was heard last
 NO_HUB = "or use --profile=embedded, which needs no hub"
 KEPT_GB = 4.0  # most of what is kept of texts
 PINNED: dict[tuple[str, str], str] = {}  # (kind, repository): the commit that this run reads; see `pin`
@@ -38,19 +39,17 @@ DOWNLOADED = 32 << 20  # bytes: a file up to this size costs less whole than in 
 def patiently(what: str, work: Callable[[], Any]) -> Any:
     """work(), tried again while it fails for a reason that may pass (429, 5xx, time-outs, cut bodies); each wait is said in one line.
 
-    A server's Retry-After is kept to. The last error is raised as it is; one that will not pass (404, 401, 403) at once, and so is
-    that nobody answers, once that has been waited for.
+    A server's Retry-After is kept to. The last error is raised as it is; one that will not pass (404, 401, 403) at once. That nobody
+    answers is waited for in full where somebody has answered before, else shortly, and where it was in vain not again.
     """
     for delay in (*DELAYS, None):
         try:
-            result = work()
-            GONE.clear()
-            return result
+            return work()
         except Exception as error:  # noqa: BLE001  every library under the hub's raises its own
             nobody = unreached(error)
-            if delay is None or not passing(error) or (nobody and (GONE or delay > DELAYS[1])):
+            if delay is None or not passing(error) or (nobody and delay > NOBODY[HEARD["last"]]):
                 if nobody:
-                    GONE.add(True)
+                    HEARD["last"] = "nothing"
                 raise
             wait = max(delay, retry_after(error) or 0)
             if wait > PATIENCE:
@@ -149,6 +148,7 @@ def commit(kind: str, name: str) -> str:
             if not constants.HF_HUB_OFFLINE:
                 print(f"hub, {name}: {first_line(error)}; going on with what is in the cache, commit {PINNED[kind, name][:12]}", flush=True)
             return PINNED[kind, name]
+        HEARD["last"] = "an answer"
         LISTINGS[kind, name, found.sha] = {s.rfilename: s.size for s in found.siblings}
         PINNED[kind, name] = found.sha
         with contextlib.suppress(OSError):  # a cache that may only be read serves as it is

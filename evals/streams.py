@@ -307,7 +307,7 @@ class Stream:
                 most += LOOKED_AT
                 rows += itertools.islice(self._rows, LOOKED_AT)
             documents = list(sifted(rows, of, self.text_field, skipped, check=n == 0))
-            self._next = n + 1
+            self._next, network.HEARD["last"] = n + 1, "an answer"
             return {"rows": documents, "skipped": skipped, "columns": columns_of(rows[:100]), "after": self._rows.state(),
                     "end": len(rows) < most}
 

@@ -218,13 +218,17 @@ def count_steps(settings: Settings) -> int:
     return settings.passes * sum(n // settings.batch_size for n in block_plan(settings))
 
 
+def models_of(settings: Settings) -> dict[str, str]:
+    """The language models that the run reads: the one it trains on, and the one that is asked questions, where an eval asks some."""
+    asks = any(evals.declared(name, "INSTRUCT") for name in evals_of(settings))
+    found = {"model": settings.model, "instruct model": asks and language_model.instruct_sibling(settings.model)}
+    return {what: name for what, name in found.items() if name}
+
+
 def inputs_of(settings: Settings) -> dict[str, str]:
     """What the run reads, by content. OSError for what cannot be had."""
-    chosen, names = evals_of(settings), {"model": settings.model}
-    if any(evals.declared(name, "INSTRUCT") for name in chosen) and (sibling := language_model.instruct_sibling(settings.model)):
-        names["instruct model"] = sibling
-    found = {what: models.known_identity(name, settings.cache_dir, settings.data_dir) for what, name in names.items()}
-    found |= inputs.identities(make_source(settings), chosen)
+    found = {what: models.known_identity(name, settings.cache_dir, settings.data_dir) for what, name in models_of(settings).items()}
+    found |= inputs.identities(make_source(settings), evals_of(settings))
     if settings.init_from and (files := interchange.files(settings.init_from)):
         found["init_from"] = files_digest(files, settings.init_from)
     return found
@@ -289,7 +293,6 @@ def preflight(settings: Settings, source) -> dict:
 
     facts = dict(model=settings.model, instruct_model=language_model.instruct_sibling(settings.model), profile=settings.profile,
                  source=source.kind, device=settings.device)
-    asks = any(evals.declared(name, "INSTRUCT") for name in chosen)
     for name, config in chosen.items():
         problems = evals.load(name).requirements(config, facts)
         if problems:
@@ -303,7 +306,7 @@ def preflight(settings: Settings, source) -> dict:
     if problem:
         raise MemoryError(problem)
     facts |= plan
-    fetched = sum(models.disk_needed(name) for name in (settings.model, facts["instruct_model"] if asks else None) if name)
+    fetched = sum(map(models.disk_needed, models_of(settings).values()))
     wanted = [(settings.cache_dir, 2e9 if settings.profile == "embedded" else 5e7, "--cache_dir"),
               (settings.out_dir, 4 * facts["forecast_bytes"]["saes"], "--out_dir"), (network.cache_folder(), 1.02 * fetched, "HF_HOME")]
     for folder, size, name in wanted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,14 +143,10 @@ class Source:
     @property
     def skipped(self) -> dict[str, int]:
         """{what was wrong: rows}: of each data set the most that one reading of it has met, since it is read several times."""
-        most: dict[tuple[str, str], int] = {}
+        most: dict[str, Counter] = defaultdict(Counter)
         for name, counts in self._opened:
-            for reason, count in counts.items():
-                most[name, reason] = max(count, most.get((name, reason), 0))
-        total: dict[str, int] = {}
-        for (_, reason), count in most.items():
-            total[reason] = total.get(reason, 0) + count
-        return total
+            most[name] |= Counter(counts)
+        return dict(sum(most.values(), Counter()))
 
     def look(self, tokenizer_ids: int | None = None) -> dict:
         """A look at the first rows of both sides before the run, {split: evals.streams.Look}; {} for the kind's own texts.
@@ -158,8 +155,9 @@ class Source:
         """
         from evals import streams
 
-        looks = {split: streams.look(self._name(split), self.text_field, tokenizer_ids, self.cache_dir)
-                 for split in SPLITS if self._name(split)}
+        names = {split: self._name(split) for split in SPLITS if self._name(split)}
+        seen = {name: streams.look(name, self.text_field, tokenizer_ids, self.cache_dir) for name in dict.fromkeys(names.values())}
+        looks = {split: seen[name] for split, name in names.items()}
         if "train" in looks and next(self.documents("train"), None) is None:
             raise ValueError(f"{self.dataset} has no document to train on: each of its few is held out, as one in twenty is\n"
                              "give more documents, or other texts for the evals: --core_dataset")

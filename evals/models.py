@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evals import network
+from evals import network, text_files
 from evals.identity import files_digest
 
 EMBEDDED, TINY = "smollm2-135m-instruct", "tiny-gemma2"  # made in the cache at their first use
@@ -85,7 +85,7 @@ def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
         from evals import tiny
 
         return f"{TINY}-{tiny.VERSION}"
-    if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "~", "/"))):
+    if not Path(name).exists() and text_files.is_path(name):
         raise FileNotFoundError(f"no folder {name}\ngive the folder of a model, or its name on the hub: owner/name")
     return identity(name if Path(name).exists() else network.snapshot("model", name, SMALL, UNREAD), name)
 
@@ -257,8 +257,6 @@ def check_complete(about, config, name: str) -> None:
         if found := sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys(kind)):
             raise ValueError(f"{name} {what}: {found[0]}" + f" and {len(found) - 1} more" * (len(found) > 1)
                              + "\ncheck config.json against the weights, or save the model again")
-
-
     n_layers = config.get_text_config().num_hidden_layers
     blocks_there = {int(n) for key in keys("unexpected_keys") for n in re.findall(r"\.(\d+)\.", str(key))[:1]}
     if beyond := [n for n in blocks_there if n >= n_layers]:

@@ -149,11 +149,10 @@ def commit(kind: str, name: str) -> str:
                 print(f"hub, {name}: {first_line(error)}; going on with what is in the cache, commit {PINNED[kind, name][:12]}", flush=True)
             return PINNED[kind, name]
         HEARD["last"] = "an answer"
-        LISTINGS[kind, name, found.sha] = {s.rfilename: s.size for s in found.siblings}
-        PINNED[kind, name] = found.sha
+        PINNED[kind, name] = found
         with contextlib.suppress(OSError):  # a cache that may only be read serves as it is
             reference.parent.mkdir(parents=True, exist_ok=True)
-            reference.write_text(found.sha)
+            reference.write_text(found)
     return PINNED[kind, name]
 
 
@@ -163,8 +162,7 @@ def listing(kind: str, name: str, revision: str) -> dict[str, int | None]:
 
     key = kind, name, revision
     if key not in LISTINGS:
-        found = patiently(f"hub, {name}", lambda: _asked(kind, name, revision))
-        LISTINGS[key] = {s.rfilename: s.size for s in found.siblings}
+        patiently(f"hub, {name}", lambda: _asked(kind, name, revision))
     if None in LISTINGS[key].values():  # mirrors may list names alone
         tree = patiently(f"hub, {name}", lambda: list(HfApi().list_repo_tree(name, repo_type=kind, revision=revision, recursive=True)))
         LISTINGS[key] = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
@@ -195,14 +193,15 @@ def nearby(url: str) -> str:
     return hf_hub_download(repository, file, repo_type="dataset", revision=revision)
 
 
-def _asked(kind: str, name: str, revision: str | None = None):
-    """What the hub says of a repository, having granted one of its files where it is gated: their pages are public."""
+def _asked(kind: str, name: str, revision: str | None = None) -> str:
+    """The commit of a repository, whose files are listed then; a gated one must grant one of them: its page is public."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
     info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
     if info.gated:
         get_hf_file_metadata(hf_hub_url(name, info.siblings[0].rfilename, repo_type=kind, revision=info.sha))
-    return info
+    LISTINGS[kind, name, info.sha] = {s.rfilename: s.size for s in info.siblings}
+    return info.sha
 
 
 def _refused(error: BaseException, kind: str, name: str) -> OSError:

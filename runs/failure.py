@@ -45,3 +45,15 @@ def place(error: BaseException, variant: Optional[Path]) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(PROJECT)]
     # a message with advice is this project's own: the line that raised it helps nobody
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames and "\n" not in str(error) else ""
+
+
+def inside(stop: BaseException, settings) -> str:
+    """`, at mine.py:12`, where an interrupt came while the user's variant was at work; else nothing."""
+    import variants
+    from variants.preflight import check
+
+    try:
+        where = check.where(stop, variants.path(settings.variant))
+    except (AttributeError, OSError):  # no settings yet, no such file
+        return ""
+    return f", at {where}" if where else ""

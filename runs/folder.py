@@ -68,17 +68,18 @@ def next_free(base: str = "run_") -> str:
     return next(name for n in itertools.count(1) if not os.path.lexists(name := f"{base}{n}"))
 
 
-def claim(out_dir: str | Path, fingerprint: str):
+def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
     """Make `out_dir` this process's own: ("new" | "resume" | "finished", lock), locked until released or the process ends.
 
     The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so and
-    final_info.json is there, else "resume". Any other content is moved to `<out_dir>.previous-N`.
+    final_info.json is there, else "resume"; so is an unfinished one whose `training` fingerprint is the same. Any other content is moved
+    to `<out_dir>.previous-N`.
     RuntimeError: another process has it. ValueError: not a place for a run. PermissionError: cannot be written.
     """
     folder = _allowed(Path(out_dir))
     lock = _lock(folder, out_dir)
     try:
-        return _state(folder, out_dir, fingerprint), lock
+        return _state(folder, out_dir, fingerprint, training), lock
     except BaseException:
         lock.release()
         raise
@@ -125,7 +126,7 @@ def _lock(folder: Path, out_dir):
         raise _unwritable(out_dir, error) from None
 
 
-def _state(folder: Path, out_dir, fingerprint: str) -> str:
+def _state(folder: Path, out_dir, fingerprint: str, training: str) -> str:
     try:
         for leftover in folder.glob(".*.tmp"):  # of a process killed while writing; under the lock nobody writes them
             leftover.unlink()
@@ -133,6 +134,8 @@ def _state(folder: Path, out_dir, fingerprint: str) -> str:
             info = _load(folder / "run_info.json")
             if info.get("fingerprint") == fingerprint:
                 return "finished" if info.get("status") == "finished" and _load(folder / "final_info.json") else "resume"
+            if training and info.get("training_fingerprint") == training and info.get("status") != "finished":
+                return "resume"  # trained alike: what has changed is measured of the SAEs anew
             if info.get("status") == "failed" and set(_content(folder)) <= NOTHING_BUT_WORDS:
                 for name in _content(folder):  # failed before it did anything: a typo a minute would leave a folder each
                     (folder / name).unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from contextlib import contextmanager
 from typing import Optional
 
 
@@ -21,6 +22,15 @@ class Voice:
         print(text, flush=True)
         if self.log:
             print(text, file=self.log, flush=True)
+
+    @contextmanager
+    def muted(self):
+        """Nothing is said within."""
+        before, self.silent = self.silent, True
+        try:
+            yield
+        finally:
+            self.silent = before
 
     def close(self) -> None:
         """Close log.txt; `say` goes on to stdout alone."""

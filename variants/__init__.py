@@ -11,13 +11,17 @@ import importlib
 import inspect
 import itertools
 import json
+import linecache
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 # modules of this package that are no variants
-SHARED = {"__init__", "base", "compat", "contexts", "imperative", "interchange", "ranks", "saving"}
+SHARED = {"__init__", "base", "compat", "contexts", "copying", "imperative", "interchange", "ranks", "saving"}
+
+
+HELD: dict[str, bytes] = {}  # {path: text} of the files that a run read at its start: an edit meanwhile is the next run's
 
 
 def names() -> list[str]:
@@ -48,13 +52,43 @@ def title(name: str) -> str:
     return Path(name).stem
 
 
+def text(file: Path) -> bytes:
+    """The source of a variant's file: as it was when the run began, where that is under way."""
+    return HELD.get(str(file.resolve())) or file.read_bytes()
+
+
+def parsed(file: Path) -> ast.Module:
+    """The syntax tree of a variant's file; SyntaxError with file and line for what Python cannot read."""
+    source = text(file)
+    if b"\0" in source:
+        line = source[:source.index(b"\0")].count(b"\n") + 1
+        raise SyntaxError("the file holds a NUL byte: it is no text in UTF-8", (str(file), line, 1, None))
+    try:
+        return ast.parse(source, str(file))
+    except UnicodeDecodeError as error:
+        line = source[:error.start].count(b"\n") + 1
+        raise SyntaxError(f"the byte {source[error.start]:#x} is not UTF-8", (str(file), line, 1, None)) from None
+
+
+def hold(name: str) -> None:
+    """Read a variant's file, and what it imports of this package, once for the whole run. SyntaxError, as `parsed`."""
+    HELD.clear()
+    for file in sources(name):
+        HELD[str(file.resolve())] = file.read_bytes()
+    linecache.cache.update({file: (len(source), None, source.decode("utf-8", "replace").splitlines(True), file)  # tracebacks show this text
+                            for file, source in HELD.items()})
+
+
 def sources(name: str) -> list[Path]:
     """The files a variant's result depends on: its own, what it imports of this package, and what variants share."""
-    folder, found = Path(__file__).parent, {path(name).resolve()}
-    pending = [*found, *(folder / f"{shared}.py" for shared in SHARED)]
-    found.update(pending)
+    return _imported([path(name).resolve(), *(Path(__file__).parent / f"{shared}.py" for shared in sorted(SHARED))], parsed)
+
+
+def _imported(pending: list[Path], tree_of) -> list[Path]:
+    """The files, and those of this package that their trees import, directly or not."""
+    folder, found = Path(__file__).parent, set(pending)
     while pending:
-        for node in ast.walk(ast.parse(pending.pop().read_bytes())):
+        for node in ast.walk(tree_of(pending.pop())):
             module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             named = module + [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
             places = {place / f"{n.rpartition('.')[2]}.py" for n in named for place in (folder, folder / "research")}
@@ -62,6 +96,23 @@ def sources(name: str) -> list[Path]:
             found |= new
             pending += new
     return sorted(found)
+
+
+def training_sources(name: str) -> dict[str, str]:
+    """{file name: code} of what decides a variant's training: its sources without what only its `report` needs, comments and docstrings."""
+    shared = [Path(__file__).parent / f"{shared}.py" for shared in sorted(SHARED)]
+    return {file.name: ast.dump(_without_report(parsed(file)))
+            for file in _imported([path(name).resolve(), *shared], lambda file: _without_report(parsed(file)))}
+
+
+def _without_report(tree: ast.Module) -> ast.Module:
+    """A module whose classes have no `report`, without docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            node.body = [part for part in node.body if getattr(part, "name", "") != "report"] or [ast.Pass()]
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
 
 
 def load(name: str) -> ModuleType:
@@ -77,12 +128,12 @@ def load(name: str) -> ModuleType:
     module.__file__, module.__package__ = str(file), package_of(file)
     sys.modules[name] = module  # dataclasses look their module up there
     # compiled from the source each time: Python's own cache takes an edit of equal length within a second for no edit
-    tree = ast.parse(file.read_bytes(), str(file))
+    tree = parsed(file)
     module.__dict__.update(imperative.lent(tree))
     exec(compile(tree, str(file), "exec"), module.__dict__)
     if inspect.isclass(getattr(module, "SAE", None)) and issubclass(module.SAE, base.SAE):
         return module
-    trainer = imperative.trainer_of(module)
+    trainer = imperative.trainer_of(module, tree)
     if trainer:
         module.SAE = imperative.adapted(trainer)
     else:

@@ -189,6 +189,10 @@ class SAE(nn.Module):
         """Groups of features that belong together (used by unlearning), or None."""
         return None
 
+    def holder_of(self, name: str):
+        """What holds an entry of the state dict that is no parameter or buffer; only trainers have such (variants/imperative.py)."""
+        return None
+
     # -- dead features
 
     def note_fired(self, z_BF: Tensor) -> None:

@@ -1,10 +1,11 @@
 """The imperative form of a variant: a trainer class with `.ae` and `.update(step, activations)`, as in dictionary_learning.
 
-The class is the one called `Trainer`, or else the only class of the file with an `update` method. Of the keywords it accepts it
-is given the sizes, steps, seed, device, layer and model name, and the learning rate if one is set; all others are its
-hyper-parameters. `update` gets x [B, D] with E‖x‖² = 1 and returns nothing, the loss, or a dict of numbers; `.ae` has
-encode(x [N, D]) -> [N, F] and decode. The class may declare `needs_contexts` and `attention_layers` (its update then takes
-`batch` as a third argument) and define `report` and `feature_groups` as variants/base.py describes them.
+The class is the one called `Trainer`, or else the only class of the file with an `update` method; of several, the one that derives from
+SAETrainer, or that has `.ae`. Of the keywords it accepts it is given the sizes, steps, seed, device, layer and model name, and the
+learning rate if one is set; all others are its hyper-parameters. `update` gets x [B, D] with E‖x‖² = 1 and returns nothing, the loss,
+or a dict of numbers; `.ae` has encode(x [N, D]) -> [N, F] and decode. What else hangs on `.ae`, tensors and numbers, is part of its
+state. The class may declare `needs_contexts` and `attention_layers` (its update then names an argument `batch`) and define `report` and
+`feature_groups` as variants/base.py describes them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import copy
 import inspect
 import random
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from variants import base, compat
+from variants.copying import duplicate
 
 # what the runner gives, under the names in use
 SUPPLIED = {
@@ -50,24 +54,39 @@ def lent(tree: ast.Module) -> dict:
     return {name: getattr(compat, name) for name in compat.__all__ if name in used}
 
 
-def trainer_of(module: ModuleType) -> type | None:
+def trainer_of(module: ModuleType, tree: ast.Module) -> type | None:
     """The trainer class of a module, or None if it has none. AttributeError if it has several and none is called Trainer."""
+    file = Path(module.__file__).name
     if inspect.isclass(getattr(module, "Trainer", None)):
         if not callable(getattr(module.Trainer, "update", None)):
             methods = [n for n, f in vars(module.Trainer).items() if callable(f) and n[0] != "_"]
-            raise AttributeError(f"the class Trainer in {Path(module.__file__).name} has no method update; it has "
-                                 f"{', '.join(methods) or 'none'}\n"
+            raise AttributeError(f"the class Trainer in {file} has no method update; it has {', '.join(methods) or 'none'}\n"
                                  "write def update(self, step, activations): one training step on activations [B, d_in]")
         return module.Trainer
     having = [c for c in vars(module).values() if inspect.isclass(c) and callable(getattr(c, "update", None))
               and not issubclass(c, (dict, set))]
     own = [c for c in having if c.__module__ == module.__name__] or having
-    leaves = list(dict.fromkeys(c for c in own if not any(other is not c and issubclass(other, c) for other in own)))
-    if len(leaves) > 1:
-        raise AttributeError(f"{Path(module.__file__).name} defines {len(leaves)} classes with an update method "
-                             f"({', '.join(c.__name__ for c in leaves)})\n"
-                             f"call the one to run Trainer, or add a line: Trainer = {leaves[-1].__name__}")
-    return leaves[0] if leaves else None
+    found = list(dict.fromkeys(c for c in own if not any(other is not c and issubclass(other, c) for other in own)))
+    definitions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for is_trainer in (_derives_from_trainer, lambda c: _has_ae(c, definitions)):  # a helper may have an update, too
+        if len(found) > 1:
+            found = [c for c in found if is_trainer(c)] or found
+    if len(found) > 1:
+        places = [f"{c.__name__} in line {definitions[c.__name__].lineno}" if c.__name__ in definitions else c.__name__ for c in found]
+        raise AttributeError(f"{file} defines {len(found)} classes with an update method ({', '.join(places)})\n"
+                             f"call the one to run Trainer, or add a line: Trainer = {found[-1].__name__}")
+    return found[0] if found else None
+
+
+def _derives_from_trainer(c: type) -> bool:
+    return any(ancestor.__name__ == "SAETrainer" for ancestor in c.__mro__[1:])
+
+
+def _has_ae(c: type, definitions: dict[str, ast.ClassDef]) -> bool:
+    """Whether the class, or one that it derives from, has an `ae`: as a member, or assigned to self in a method."""
+    methods = [definitions[ancestor.__name__] for ancestor in c.__mro__ if ancestor.__name__ in definitions]
+    stored = (node for method in methods for node in ast.walk(method) if isinstance(node, ast.Attribute))
+    return hasattr(c, "ae") or any(node.attr == "ae" and isinstance(node.ctx, ast.Store) for node in stored)
 
 
 def adapted(trainer_class: type) -> type[Imperative]:
@@ -110,7 +129,7 @@ def keywords(trainer_class: type, d_in: int, d_sae: int, setting: dict, hyper: d
             usual, share = SHRUNK[name]
             wanted = usual if needed or parameter.default is None else parameter.default
             if wanted is None or (isinstance(wanted, int) and wanted > share * length):
-                given[name] = int(share * length)
+                given[name] = max(1, int(share * length))  # many divide by it
         elif needed:
             missing.append(name)
     if missing:
@@ -139,30 +158,56 @@ class Imperative(base.SAE):
             raise AttributeError(f"{type(trainer).__name__} has no module called ae{has}\n"
                                  f"evals use trainer.ae.encode and trainer.ae.decode: set self.ae{f' = self.{near[0]}' if near else ''}")
         self.ae = trainer.ae
-        width = self.encode(torch.zeros(1, d_in, device=setting["device"])).shape[-1]
+        self.__dict__["_numbers_made"] = {name: value for name, *_, value in _plain(self.ae, PLAIN_NUMBERS)}
+        self.__dict__["returned"] = None  # what encode returned besides one tensor, in words
+        width = self._width()
         self.register_buffer("tokens_since_fired", torch.zeros(width, dtype=torch.int64, device=setting["device"]))
         self._fired_F = None
-        self._takes_batch = len(inspect.signature(trainer.update).parameters) > 2
+        self._takes_batch = takes_batch(trainer.update)
         self._names: list[str] | None = None  # of the numbers update returned first; later steps give the same ones
 
     def __deepcopy__(self, memo):
         """A copy to look at: its own ae, the same trainer."""
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
+        memo[id(self.trainer)] = self.trainer
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = value if name == "trainer" else copy.deepcopy(value, memo)
+            twin.__dict__[name] = copy.deepcopy(value, memo)
         return twin
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Features (..., F) of x (..., D); the trainer's ae gets [N, D]."""
-        dtype = next((p.dtype for p in self.ae.parameters()), torch.float32)
-        z = self.ae.encode(x.reshape(-1, x.shape[-1]).to(dtype))
-        if not isinstance(z, Tensor):
-            what = f"{len(z)} values" if isinstance(z, (tuple, list)) else f"a {type(z).__name__}"
-            code = type(self.ae).encode.__code__
+    @torch.no_grad()
+    def _width(self) -> int:
+        """Number of features: of a copy of the ae, in eval mode, on rows like a batch's, so that looking changes nothing."""
+        generator = torch.Generator().manual_seed(0)
+        x_ND = nn.functional.normalize(torch.randn(GLANCE, self.d_in, generator=generator), dim=1).to(self.setting["device"])
+        probe, devices = duplicate(self.ae, but=(self.trainer,)), [x_ND.device] if x_ND.is_cuda else []
+        with torch.random.fork_rng(devices), looking(probe):
+            return self._features(probe, x_ND).shape[-1]
+
+    def _features(self, ae: nn.Module, x_ND: Tensor) -> Tensor:
+        """What `ae.encode` returns; of several tensors the first that has the features' shape."""
+        dtype = next((p.dtype for p in ae.parameters()), torch.float32)
+        found = ae.encode(x_ND.to(dtype))
+        if isinstance(found, Tensor):
+            return found
+        parts = list(found.values()) if isinstance(found, dict) else list(getattr(found, "__dict__", {}).values())
+        parts = list(found) if isinstance(found, (tuple, list)) else parts
+        wide = [part for part in parts if isinstance(part, Tensor) and part.ndim == 2 and len(part) == len(x_ND)]
+        counters = self._buffers.get("tokens_since_fired")
+        width = self.d_sae if counters is None else len(counters)
+        fitting = [part for part in wide if part.shape[1] == width] or [part for part in wide if part.shape[1] != self.d_in]
+        what = f"{len(parts)} values" if parts else f"a {type(found).__name__}"
+        if not fitting:
+            code = type(ae).encode.__code__
             raise TypeError(f"{Path(code.co_filename).name}:{code.co_firstlineno}: ae.encode returned {what}: evals need one tensor of "
                             "features [tokens, number of features]\n"
                             "return the features alone; what update needs besides, give behind a keyword: encode(x, return_gate=False)")
+        self.__dict__["returned"] = f"{what}, of which the first of shape [tokens, {fitting[0].shape[1]}] is taken as the features"
+        return fitting[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features (..., F) of x (..., D); the trainer's ae gets [N, D]."""
+        z = self._features(self.ae, x.reshape(-1, x.shape[-1]))
         return z.reshape(*x.shape[:-1], z.shape[-1])
 
     def decode(self, z: Tensor) -> Tensor:
@@ -171,9 +216,13 @@ class Imperative(base.SAE):
         return self.ae.decode(z.reshape(-1, z.shape[-1]).to(dtype)).reshape(*z.shape[:-1], -1)
 
     @property
-    @torch.no_grad()
     def decoder(self) -> Tensor:
         """[F, D]: the ae's own matrix where four of its rows agree with what decode does, else decode applied to each feature."""
+        with looking(self.ae):
+            return self._decoder()
+
+    @torch.no_grad()
+    def _decoder(self) -> Tensor:
         F, device = len(self.tokens_since_fired), self.tokens_since_fired.device
         rows = torch.linspace(0, F - 1, 4, device=device).long()
 
@@ -191,23 +240,19 @@ class Imperative(base.SAE):
 
     def update(self, batch: base.Batch, progress: base.Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """The trainer's own step; returns its loss and numbers. Where it gives no loss: ‖x − x_hat‖² of some tokens after the step."""
-        extra = (batch,) if self._takes_batch else ()
-        out = self.trainer.update(progress.step, batch.x, *extra)
+        named = {"batch": batch} if self._takes_batch else {}
+        out = self.trainer.update(progress.step, batch.x, **named)
         if self.trainer.ae is not self.ae:  # replaced by a wider one, say
             self.ae = self.trainer.ae
         x_ND = batch.x[:GLANCE]
-        with torch.no_grad():
-            training = self.ae.training
-            self.ae.eval()
+        with torch.no_grad(), looking(self.ae):
             z_NF = self.encode(x_ND)
             if z_NF.shape[-1] != len(self.tokens_since_fired):
                 self.tokens_since_fired = self.tokens_since_fired.new_zeros(z_NF.shape[-1])
             self.note_fired(z_NF)
-            terms = {} if out is None else dict(out) if isinstance(out, dict) else {"loss": out}
-            terms = _numbers(terms)
+            terms = _returned(out)
             if not terms:
                 terms = {"reconstruction": base.reconstruction_loss(x_ND - self.decode(z_NF))}
-            self.ae.train(training)
         self.count_step(len(batch.x))
         terms = {k: torch.as_tensor(v).detach().reshape(()).to(batch.x.device, torch.float32) for k, v in terms.items()}
         self._names = self._names or list(terms)
@@ -231,6 +276,108 @@ class Imperative(base.SAE):
     def feature_groups(self):
         own = getattr(self.trainer, "feature_groups", None)
         return own() if callable(own) else None
+
+    # -- what hangs on the ae besides parameters and buffers: masks, running statistics, thresholds
+
+    def _plain_state(self) -> dict[str, tuple]:
+        """{name: (holder, key, value)} of the ae's plain tensors, and of the plain numbers that training has changed."""
+        tensors = {name: place for name, *place in _plain(self.ae, Tensor)}
+        numbers = {name: (holder, key, value) for name, holder, key, value in _plain(self.ae, PLAIN_NUMBERS)
+                   if self._numbers_made.get(name) != value}
+        return tensors | numbers
+
+    def state_dict(self, *args, prefix: str = "", **kwargs):
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name, (_, _, value) in self._plain_state().items():
+            state[prefix + name] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        return state
+
+    def load_state_dict(self, state, strict: bool = True, assign: bool = False):
+        formal = nn.Module.state_dict(self).keys()
+        own = {name: tensor for name, tensor in state.items() if name not in formal and self.holder_of(name) is not None}
+        result = super().load_state_dict({name: t for name, t in state.items() if name not in own}, strict, assign)
+        for name, tensor in own.items():
+            _put(self.holder_of(name), name.rpartition(".")[2], tensor)
+        return result
+
+    def holder_of(self, name: str):
+        """What a plain tensor or number of that name hangs on: a module of the ae, or a list or dict there; None if on none."""
+        here = self
+        for part in name.split(".")[:-1]:
+            if isinstance(here, (list, dict)):
+                here = _item(here, part)
+            else:
+                here = getattr(here, part, None)
+        return here if name.startswith("ae.") else None
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for _, holder, key, value in _plain(self.ae, Tensor):
+            _put(holder, key, fn(value.detach()))
+        return self
+
+
+def takes_batch(update) -> bool:
+    """Whether a trainer's update asks for the whole batch: by the argument's name alone, behind step and activations."""
+    return "batch" in list(inspect.signature(update).parameters)[2:]
+
+
+@contextmanager
+def looking(ae: nn.Module):
+    """The ae in eval mode within; each of its modules gets its own mode back."""
+    modes = {module: module.training for module in ae.modules()}
+    ae.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _plain(ae: nn.Module, kind) -> Iterator[tuple]:
+    """(name, holder, key, value) of what is no parameter or buffer and of that kind: attributes, items of their lists and dicts."""
+    for prefix, module in ae.named_modules(prefix="ae"):
+        for key, value in list(vars(module).items()):
+            if key in MODULE_INTERNALS:
+                continue
+            if isinstance(value, kind):
+                yield f"{prefix}.{key}", module, key, value
+            items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            for item, inner in list(items):
+                if isinstance(inner, kind) and isinstance(item, (str, int)):
+                    yield f"{prefix}.{key}.{item}", value, item, inner
+
+
+def _item(holder, key: str):
+    """The entry of a list or dict by the name it has in a state dict."""
+    if isinstance(holder, dict):
+        return next((value for k, value in holder.items() if str(k) == key), None)
+    return holder[int(key)] if key.isdigit() and int(key) < len(holder) else None
+
+
+def _put(holder, key, tensor: Tensor) -> None:
+    """Put a plain tensor back; a number where a number stands."""
+    there = getattr(holder, key, None) if isinstance(holder, nn.Module) else _item(holder, str(key))
+    value = type(there)(tensor.item()) if isinstance(there, PLAIN_NUMBERS) else tensor.clone()
+    if isinstance(holder, nn.Module):
+        setattr(holder, key, value)
+    elif isinstance(holder, dict):
+        holder[next((k for k in holder if str(k) == str(key)), key)] = value
+    elif int(key) < len(holder):
+        holder[int(key)] = value
+    else:
+        holder.append(value)
+
+
+def _returned(out) -> dict:
+    """The numbers that update returned: of a tuple its first number as the loss, and those of the dicts in it."""
+    if isinstance(out, dict):
+        return _numbers(out)
+    if not isinstance(out, tuple):
+        return _numbers({"loss": out})
+    numbers = [part for part in out if _numbers({"": part})]
+    named = {key: value for part in out if isinstance(part, dict) for key, value in _numbers(part).items()}
+    return {"loss": numbers[0], **named} if numbers else named
 
 
 def _numbers(given: dict) -> dict:
@@ -258,6 +405,7 @@ class TrainerState:
 
 
 PLAIN = (bool, int, float, str, type(None))
+PLAIN_NUMBERS = (bool, int, float)
 
 
 def captured(value, depth: int = 0):

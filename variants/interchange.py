@@ -12,7 +12,6 @@ factors) is folded into the weights; what no weights can express is refused. D =
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import json
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 
 import variants
 from variants import base
+from variants.copying import duplicate
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,11 @@ def fill(sae: base.SAE, found: Found) -> dict[str, Tensor]:
         state = found.load()
     except KeyError as error:
         raise ValueError(f"{found.place}: the weights lack {error}\nwas the file cut off, or edited?") from None
-    expected = sae.state_dict()
+    expected = torch.nn.Module.state_dict(sae)
     # no foreign file has the counters of a training run
     needed = expected if found.scale is not None else dict(sae.named_parameters())
-    wrong = {"missing": sorted(needed.keys() - state.keys()), "unexpected": sorted(state.keys() - expected.keys()),
+    plain = {name for name in state.keys() - expected.keys() if sae.holder_of(name) is not None}  # of a trainer's ae
+    wrong = {"missing": sorted(needed.keys() - state.keys()), "unexpected": sorted(state.keys() - expected.keys() - plain),
              "of another shape": [f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}"
                                   for name in sorted(expected.keys() & state.keys()) if state[name].shape != expected[name].shape]}
     if any(wrong.values()):
@@ -448,7 +449,7 @@ def of_trainer(sae) -> base.SAE | None:
         config = config if isinstance(config, dict) else {}
         variant, hyper, state = from_dictionary_learning(type(sae.ae).__name__, sae.ae.state_dict(), config)
         return build(Found(variant, *state["W_enc"].shape, hyper, None, {}, lambda: state, variant))
-    except (AttributeError, KeyError, ValueError, RuntimeError):  # a class of the same name that is another
+    except Exception:  # noqa: BLE001  a class of the same name that is another: whatever does not fit, the own format holds
         return None
 
 
@@ -465,7 +466,7 @@ def hypers_of(place: str, known: dict, fixed: dict) -> dict[str, dict]:
 @torch.no_grad()
 def fold_norms(sae: base.SAE, place: str) -> None:
     """Give an SAE decoder rows of unit norm without changing what it does, in place; ValueError where its activation forbids that."""
-    norm_F, before = sae.W_dec.norm(dim=1).clamp_min(1e-12), base.TrainedSAE(copy.deepcopy(sae), 1.0)
+    norm_F, before = sae.W_dec.norm(dim=1).clamp_min(1e-12), base.TrainedSAE(duplicate(sae), 1.0)
     if (norm_F - 1).abs().max() < 1e-4:
         return
     for name in ("W_enc", "b_enc", "b_gate", "b_mag", "theta"):

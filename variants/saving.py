@@ -10,7 +10,6 @@ Own format (cfg.json with architecture "variant", state.safetensors, variant.py)
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -20,14 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import variants
 from variants import base, imperative, interchange
-
-
-def on_host(sae: base.SAE) -> base.SAE:
-    """A copy in host memory; the live one stays on its device, which need not hold two."""
-    memo = {id(p): torch.nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad) for p in sae.parameters()}
-    memo |= {id(b): b.detach().to("cpu", copy=True) for b in sae.buffers()}
-    return copy.deepcopy(sae, memo).cpu()
+from variants.copying import duplicate
 
 
 def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dict, metadata: dict) -> None:
@@ -36,18 +30,21 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
 
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
-    trained = base.TrainedSAE(on_host(sae), scale)
+    trained = base.TrainedSAE(duplicate(sae, "cpu"), scale)
     known = trained
     if isinstance(sae, imperative.Imperative) and (like := interchange.of_trainer(trained.sae)):
         like = base.TrainedSAE(like, scale)
-        known = like if same(trained, like) else trained
+        if same(trained, like):
+            known = like
     k = {"k": known.sae.k} if hasattr(known.sae, "k") else {}
-    cfg = dict(d_in=sae.d_in, d_sae=len(sae.decoder), dtype="float32", device="cpu", metadata=metadata)
+    cfg = dict(d_in=sae.d_in, d_sae=len(trained.gain_F), dtype="float32", device="cpu", metadata=metadata)
     # what the weights do not say: read back, a BatchTopK SAE is one again, and not just SAELens' JumpReLU
     trained_as = dict(sae_lens_version="6.0.0", architecture_variant=source.stem, hyper=hyper | k)
     if not (known.sae.saelens and write_saelens(temporary, known, cfg | dict(metadata=metadata | trained_as))):
-        save_file({k: v.contiguous() for k, v in trained.sae.state_dict().items()}, temporary / "state.safetensors")
-        shutil.copyfile(source, temporary / "variant.py")
+        # copies, since two names may stand for one tensor (tied weights), which the format refuses
+        state = {name: tensor.clone().contiguous() for name, tensor in trained.sae.state_dict().items()}
+        save_file(state, temporary / "state.safetensors")
+        (temporary / "variant.py").write_bytes(variants.text(source))
         own = dict(architecture="variant", init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale)
         (temporary / "cfg.json").write_text(json.dumps(cfg | own, indent=1), encoding="utf-8")
     if folder.exists():  # of an interrupted attempt of the same run
@@ -80,7 +77,8 @@ def write_saelens(folder: Path, trained: base.TrainedSAE, cfg: dict) -> bool:
 def same(trained: base.TrainedSAE, other: base.TrainedSAE) -> bool:
     """Whether two SAEs give the same features and reconstructions, on random activations of the training scale."""
     d_in = trained.sae.d_in
-    x_ND = trained.scale * (torch.randn(64, d_in, generator=torch.Generator().manual_seed(0)) / d_in**0.5 + trained.sae.b_dec)
+    spread_ND = trained.scale * torch.randn(64, d_in, generator=torch.Generator().manual_seed(0)) / d_in**0.5
+    x_ND = spread_ND + trained.decode(torch.zeros(1, len(trained.gain_F)))
     z_NF = trained.encode(x_ND)
     pairs = (z_NF, other.encode(x_ND)), (trained.decode(z_NF), other.decode(z_NF))
     return all((one - two).norm() <= 1e-3 * one.norm() for one, two in pairs)  # features at a threshold may fall either way

@@ -22,17 +22,32 @@ from torch import Tensor
 
 import variants
 from variants import base, imperative
+from variants.copying import duplicate
 from variants.preflight import memory
 from variants.preflight.memory import Sizes
-from variants.preflight.messages import Variant, assigned, at, attempting, computed, declared, defined, described, fail, where
+from variants.preflight.messages import (
+    SECONDS,
+    Variant,
+    assigned,
+    at,
+    attempting,
+    computed,
+    declared,
+    defined,
+    described,
+    fail,
+    limited,
+    where,
+    zeroed,
+)
 from variants.preflight.trial import (
     STEPS,
     Evidence,
     Plan,
     as_batch,
     build,
-    duplicate,
     examine,
+    imported,
     initialised,
     make_plan,
     measured_losses,
@@ -58,16 +73,18 @@ class Findings:
     step_peak_bytes: int  # most alive at once in loss, backward and after_step, besides parameters, gradients and optimiser
     largest: tuple[int, tuple[int, ...], str]  # bytes, shape and "file.py:line" of the largest tensor of a step
     notes: list[str]
+    active: float = 0.0  # share of the features that is active on the average token
 
 
 def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total_steps: int, lr: float | None, seed: int,
-        train_step: Callable, make_optimizer: Callable, reference_files: Iterable = (), allow_identical: bool = False,
-        accelerator: bool = False, context: int | None = None, room: tuple[int, int] = (0, 0)) -> Findings:
+        train_step: Callable, make_optimizer: Callable, reference_files: Iterable = (), against: str = "", allow_identical: bool = False,
+        allow_dense: bool = False, accelerator: bool = False, context: int | None = None, room: tuple[int, int] = (0, 0)) -> Findings:
     """Check a variant, by name or path, for training at the given real sizes; raises on the first thing that is wrong.
 
     `train_step(sae, optimizer, batch, progress, lr)` and `make_optimizer(sae, lr)` are the training loop's. `reference_files`
-    are variants from which this one must differ in effect, unless `allow_identical`. With `accelerator` the memory forecast
-    is for a GPU, where shared functions take other paths. `context`: tokens per row; `room`: layers below and above the SAE's.
+    are variants from which this one must differ in effect, unless `allow_identical`; `against` is another, of which it is said how far
+    this one gets from it. A code that is not sparse is refused unless `allow_dense`. With `accelerator` the memory forecast is for a GPU,
+    where shared functions take other paths. `context`: tokens per row; `room`: layers below and above the SAE's.
     """
     if total_steps < 1:
         raise ValueError(f"{total_steps} training steps: there are fewer tokens than one batch of {batch_size}\n"
@@ -89,13 +106,15 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
         zero_weights = [n for n, p in sae.named_parameters() if p.ndim > 1 and not p.any()]
         start = {n: p.detach().clone() for n, p in sae.named_parameters()}
         before = [] if v.is_trainer else measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
-        losses = list(train(v, sae, plan, look))
+        for _ in train(v, sae, plan, look):
+            pass
         after = [] if v.is_trainer else measured_losses(v, sae, plan), reconstruction_error(v, sae, plan)
 
         z_BF = check_encode(v, sae, plan)
-        notes = check_features(v, z_BF, zero_weights)
+        active, notes = check_features(v, z_BF, zero_weights, allow_dense)
         if v.is_trainer:
             finite(v, sae)
+            notes += [f"{at(v, defined(v, 'encode'))}: ae.encode returned {sae.returned}"] if sae.returned else []
             notes += check_trained(v, sae, start, before[1], after[1], plan)
         else:
             notes += check_gradients(v, sae, evidence)
@@ -105,7 +124,7 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
         notes += check_shapes(v, sae, plan, z_BF)
         notes += check_saved(v, sae, plan, z_BF)
         check_scale(v, sae, plan)
-        notes += check_identical(v, sae, plan, losses, z_BF, reference_files, allow_identical)
+        notes += check_identical(v, plan, reference_files, allow_identical, against)
         notes += check_resumed(v, plan) if v.is_trainer else accelerator_notes(v, sae, plan)
         figures = forecast(v, sizes, Sizes(batch_size, d_in, d_sae), plan, accelerator)
     n_bytes, shape, line = figures.largest
@@ -116,7 +135,7 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
         notes.append(f"{lines} wait{'s' * (not others)} for the GPU in every step (.item(), float(), a condition on a tensor, or a mask "
                      "as an index)")
     return Findings(figures.parameters, figures.parameter_bytes, figures.buffer_bytes, figures.peak_bytes,
-                    (n_bytes, shape, place), notes)
+                    (n_bytes, shape, place), notes, active)
 
 
 def references(name: str) -> list[Path]:
@@ -152,16 +171,19 @@ def too_large(findings: Findings, limit_bytes: int) -> str | None:
 def check_signatures(v: Variant) -> None:
     """encode and loss can be called the way training and the evals call them."""
     if v.is_trainer:
-        signature = inspect.signature(v.module.SAE.trainer_class.update)
+        trainer = v.module.SAE.trainer_class
+        signature, named = inspect.signature(trainer.update), {}
+        if "batch" in list(signature.parameters)[3:]:
+            named = {"batch": None}
         try:
-            signature.bind(*[None] * 3)
+            signature.bind(*[None] * 3, **named)
         except TypeError:
-            try:
-                signature.bind(*[None] * 4)
-            except TypeError:
-                fail(v, defined(v, "update"), f"update{signature} has the wrong arguments, it is called as "
-                     "update(self, step, activations)", "write def update(self, step, activations):, and behind them batch if it "
-                     "needs contexts or attention")
+            fail(v, defined(v, "update"), f"update{signature} has the wrong arguments, it is called as update(self, step, activations)",
+                 "write def update(self, step, activations):, and behind them batch if it needs contexts or attention; what else it "
+                 "takes needs a default")
+        if (getattr(trainer, "needs_contexts", False) or getattr(trainer, "attention_layers", ())) and not named:
+            fail(v, defined(v, "update"), f"{trainer.__name__} declares contexts or attention, and update{signature} cannot be given them",
+                 "write def update(self, step, activations, batch):")
         return
     if v.module.SAE.loss is base.SAE.loss:
         fail(v, defined(v, "loss"), "the class SAE defines no loss", "write def loss(self, batch, progress): … "
@@ -205,21 +227,27 @@ def reconstruction_error(v: Variant, sae: base.SAE, plan: Plan) -> float | None:
         return base.reconstruction_loss(plan.x_BD - probe.decode(z_BF)).item() if isinstance(z_BF, Tensor) else None
 
 
-def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str]) -> list[str]:
-    """Some features fire, and not all of them always, unless what keeps them apart was set to 0 on purpose."""
-    line = defined(v, "encode") if v.module.SAE.encode is not base.SAE.encode else defined(v, "__init__")
+def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str], allow_dense: bool) -> tuple[float, list[str]]:
+    """Some features fire, and not all of them always, unless what keeps them apart was set to 0, or allowed; the share that is active."""
+    line = defined(v, "encode") if v.is_trainer or v.module.SAE.encode is not base.SAE.encode else defined(v, "__init__")
     if not (z_BF > 0).any():
         if zero_weights:
-            fail(v, assigned(v, zero_weights[0]) or line, f"no feature ever fires: {' and '.join(zero_weights)} "
-                 f"start{'s' if len(zero_weights) == 1 else ''} as all zeros, so no gradient flows",
-                 "start from random rows, as base.SAE does, with W_enc = W_dec transposed")
+            names = " and ".join(name.removeprefix("ae.") for name in zero_weights)
+            advice = "start from random rows of unit norm, with the encoder their transpose" if v.is_trainer else (
+                "start from random rows, as base.SAE does, with W_enc = W_dec transposed")
+            fail(v, zeroed(v, zero_weights[0]) or line, f"no feature ever fires: {names} start{'s' * (len(zero_weights) == 1)} as all "
+                 "zeros, so no gradient flows", advice)
         fail(v, line, f"no feature ever fires: encode gives only zeros after {STEPS} steps (activations have E‖x‖² = 1)",
              "lower the threshold or the penalty, or check the sign of the bias and the initialisation")
     active = (z_BF != 0).float().mean().item()
     what = f"{active:.0%} of the features are active on the average token: this is no sparse code"
-    if active > ALWAYS_ON and not (zeros := ablated(v)):
-        fail(v, line, what, "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it")
-    return [f"{at(v, line)}: {what} (with {', '.join(zeros)})"] if active > ALWAYS_ON else []
+    if active <= ALWAYS_ON:
+        return active, []
+    why = "--allow_dense" if allow_dense else ", ".join(ablated(v))
+    if not why:
+        fail(v, line, what, "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it; --allow_dense runs it "
+             "all the same, marked")
+    return active, [f"{at(v, line)}: {what} (with {why})"]
 
 
 def ablated(v: Variant) -> list[str]:
@@ -401,8 +429,8 @@ def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
         again_BF = probe.encode(plan.x_BD)
     changed = [k for k, t in probe.state_dict().items() if not torch.equal(t, state[k])]
     if changed:
-        fail(v, line, f"encode changes {', '.join(changed)}: evals would alter the SAE they measure",
-             "move the update into loss or after_step")
+        advice = "change it in update alone, or only while self.training" if v.is_trainer else "move the update into loss or after_step"
+        fail(v, line, f"encode changes {', '.join(changed)}: evals would alter the SAE they measure", advice)
     if not torch.equal(z_BF, again_BF):
         fail(v, line, "encode gives different features for the same x", "no noise or dropout in encode unless self.training")
     return z_BF
@@ -538,16 +566,16 @@ def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:
     return sorted(line for text, line in statements(mine) if text not in known and not text.startswith(("'", '"')))
 
 
-def check_identical(v: Variant, sae: base.SAE, plan: Plan, losses: list[float], z_BF: Tensor, files: Iterable,
-                    allowed: bool) -> list[str]:
-    """The variant's change has an effect: it does not train bit for bit like one of the reference files."""
-    notes, seen = [], set()
-    for file in map(Path, files):
+def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, against: str = "") -> list[str]:
+    """The variant's change has an effect: it does not train bit for bit like one of the reference files, or like the one asked for."""
+    notes, seen, mine = [], set(), None
+    asked = variants.path(against) if against else None
+    for file in [*([asked] if asked else []), *map(Path, files)]:
         try:
-            other = read(str(file), {})
-            shared = {k: value for k, value in v.hyper.items() if k in other.hyper}
-            other = Variant(other.module, other.file, other.tree, shared, {**other.hyper, **shared}, v.setting)
-        except Exception:  # noqa: BLE001  a stored variant of another version proves nothing
+            other = like(v, imported(str(file)), plan)
+        except Exception as error:  # noqa: BLE001  another's mistake proves nothing, unless it was asked for
+            if file == asked:
+                raise ValueError(f"--against {against}: {error}") from error
             continue
         known_as = file.stem if file.stem != "variant" else file.parent.name
         if code(other.tree) in seen:
@@ -557,9 +585,12 @@ def check_identical(v: Variant, sae: base.SAE, plan: Plan, losses: list[float], 
             defaults = variants.hyperparameters(other.module)
             edited = [f"{k}={value}" for k, value in v.hyper.items() if defaults.get(k, value) != value]
             notes.append(f"this is {known_as} with {', '.join(edited)}" if edited else f"this is the unmodified {known_as}")
-        elif trains_identically(other, sae, plan, losses, z_BF):
+            continue
+        mine = mine or list(trajectory(v, plan))
+        apart = distance(mine, other, plan, to_the_end=file == asked)
+        if apart == 0:
             what = f"this variant trains bit-identically to {known_as}: its change has no effect"
-            grouping = [module.SAE.feature_groups is not base.SAE.feature_groups for module in (v.module, other.module)]
+            grouping = [groups(v), groups(other)]
             zeros = ablated(v)
             if allowed or zeros or any(grouping):  # an ablation may leave the variant it came from; groups act in evals, not in training
                 notes += [what + " on training" + f" (with {', '.join(zeros)})" * bool(zeros)] * bool(allowed or zeros or grouping[0])
@@ -568,24 +599,107 @@ def check_identical(v: Variant, sae: base.SAE, plan: Plan, losses: list[float], 
             fail(v, lines[0] if lines else None, what + (f" (it differs in line{'s' if len(lines) > 1 else ''} "
                  f"{', '.join(map(str, lines[:6]))}{', …' if len(lines) > 6 else ''})" if lines else ""),
                  "make sure the new code is called and its result used; --allow_identical runs it all the same")
+        if file == asked:
+            how = "cannot be compared in its features" if apart is None else f"differ by {apart:.2g} of their size"
+            notes.append(f"trains differently from {known_as}: after {STEPS} steps on synthetic data the reconstructions {how}")
     return notes
 
 
-def trains_identically(other: Variant, sae: base.SAE, plan: Plan, losses: list[float], z_BF: Tensor) -> bool:
-    """Same losses, features, reconstruction and shared parameters, to the last bit."""
+def groups(v: Variant) -> bool:
+    """Whether the variant names groups of features, which act in evals alone."""
+    own, none = (v.module.SAE.trainer_class, None) if v.is_trainer else (v.module.SAE, base.SAE.feature_groups)
+    return getattr(own, "feature_groups", none) is not none
+
+
+def like(v: Variant, other: Variant, plan: Plan) -> Variant:
+    """Another variant with the hyper-parameters and schedules that this one runs with, where it knows them. ValueError if one is open."""
+    mine = v.hyper
+    if v.is_trainer:  # as it is constructed: a schedule is cut to the run in both or in neither
+        mine = v.hyper | imperative.keywords(v.module.SAE.trainer_class, plan.sizes.D, plan.sizes.F, v.setting, v.given)
+    known = variants.hyperparameters(other.module)
+    shared = {key: mine[key] for key in known if key in mine}
+    if missing := [key for key, value in (known | shared).items() if value is inspect.Parameter.empty and key not in imperative.SHRUNK]:
+        raise ValueError(f"its hyper-parameter {missing[0]!r} has no value")
+    return Variant(other.module, other.file, other.tree, shared, known | shared, v.setting)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a variant is after a step: its parameters, and on held-out data its features and reconstruction."""
+
+    parameters: dict[str, Tensor]
+    z_BF: Tensor
+    x_hat_BD: Tensor
+
+
+def trajectory(v: Variant, plan: Plan):
+    """Yield the variant after each of the plan's steps, all random numbers of a step being those of its number."""
     with random_state(plan.seed):
-        try:
-            rival = initialised(other, plan.sizes, plan)
-            if any(mine != theirs for mine, theirs in zip(losses, train(other, rival, plan))):
-                return False
-            with torch.no_grad():
-                rival.eval()
-                theirs_BF = rival.encode(plan.x_BD)
-                same_code = torch.equal(theirs_BF, z_BF) and torch.equal(rival.decode(theirs_BF), duplicate(sae).eval().decode(z_BF))
-        except Exception:  # noqa: BLE001  a reference that cannot run here is not what this variant does
-            return False
-        mine = dict(sae.named_parameters())
-        return same_code and all(torch.equal(p, mine[n]) for n, p in rival.named_parameters() if n in mine)
+        sae = initialised(v, plan.sizes, plan)
+        for i, _ in enumerate(train(v, sae, plan)):
+            probe = duplicate(sae).eval()
+            with torch.no_grad(), random_state(plan.seed):
+                z_BF = probe.encode(plan.x_BD)
+                yield Moment(dict(probe.named_parameters()), z_BF, probe.decode(z_BF))
+            reseed(plan.seed + 1 + i)
+
+
+def distance(mine: list[Moment], other: Variant, plan: Plan, to_the_end: bool = False) -> float | None:
+    """0.0 where the other's features, reconstructions and shared parameters are mine to the last bit after every step.
+
+    Else ‖x_hat − theirs‖/‖x_hat‖ after the step at which they part, or the last one; None where the other cannot run here.
+    """
+    apart = 0.0
+    try:
+        for moment, theirs in zip(mine, trajectory(other, plan)):
+            shared = moment.parameters.keys() & theirs.parameters.keys()
+            alike = (torch.equal(moment.z_BF, theirs.z_BF) and torch.equal(moment.x_hat_BD, theirs.x_hat_BD)
+                     and all(torch.equal(moment.parameters[name], theirs.parameters[name]) for name in shared))
+            gap = float((moment.x_hat_BD - theirs.x_hat_BD).norm() / moment.x_hat_BD.norm().clamp_min(1e-30))
+            apart = 0.0 if alike else max(gap, 1e-12)
+            if apart and not to_the_end:
+                break
+    except Exception:  # noqa: BLE001  a reference that cannot run here is not what this variant does
+        return None
+    return apart
+
+
+# ------------------------------------------------------------------------------------------------ the variant's own report
+
+
+def reports(v: Variant) -> bool:
+    """Whether the variant measures something of its own."""
+    if v.is_trainer:
+        return callable(getattr(v.module.SAE.trainer_class, "report", None))
+    return v.module.SAE.report is not base.SAE.report
+
+
+def check_report(name: str, hyper: dict, d_in: int, d_sae: int, report: Callable, *, seed: int, train_step: Callable,
+                 make_optimizer: Callable) -> None:
+    """The variant's own report, tried after a few steps on `report(sae)`, which gives it a little text of a tiny model of `d_in`."""
+    setting = imperative.SETTING | dict(steps=STEPS, schedule=STEPS, lr=Plan.learning_rate, seed=seed)
+    v = dataclasses.replace(read(name, hyper), setting=setting)
+    if not reports(v):
+        return
+    with random_state(seed), one_thread():
+        _, small = smallest(v, d_sae)
+        sizes = small._replace(D=d_in)
+        plan = make_plan(sizes, sizes.B, STEPS, seed, train_step, make_optimizer)
+        sae = initialised(v, sizes, plan)
+        for _ in train(v, sae, plan):
+            pass
+        line = defined(v, "report")
+        with attempting(v, "in report, tried on a little text of a tiny model", line=line), limited(10 * SECONDS, "in report"):
+            returned = report(sae.eval())
+        form = "return {name: number}, {file name: text or bytes}"
+        if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(part, dict) for part in returned)):
+            fail(v, line, f"report returned {described(returned)} instead of two dicts", form)
+        for key, value in returned[0].items():
+            if not (value is None or isinstance(value, (bool, int, float))):
+                fail(v, line, f"report gives {described(value)} as the number {key!r}", f"{form}: float(…) makes a number of a tensor")
+        for key, value in returned[1].items():
+            if not isinstance(value, (str, bytes)):
+                fail(v, line, f"report gives {described(value)} as the file {key!r}", form)
 
 
 # ------------------------------------------------------------------------------------------------ the real machine

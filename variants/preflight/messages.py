@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import re
+import signal
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,55 +67,140 @@ def fail(v: Variant, line: int | None, what: str, advice: str):
     raise ValueError(f"{at(v, line)}: {what}\n{advice}")
 
 
-ADVICE = (
-    (r"before Module.__init__", "call super().__init__(d_in, d_sae) first"),
-    (r"second time|already been freed", "a tensor kept from an earlier step still carries its graph: store it with .detach()"),
-    (r"inplace operation", "a tensor that the gradient needs was changed in place: write y = y + … instead of y += …, or .clone() first"),
-    (r"does not require grad", "the loss was detached (.item(), .detach(), torch.no_grad()): keep it a tensor computed from parameters"),
-    (r"[Aa]ccumulate|view.*leaf|leaf [Vv]ariable", "change parameters only in after_step, or under torch.no_grad()"),
+ADVICE = (  # (what is said, what helps a variant, what helps a trainer where that differs)
+    (r"before Module.__init__", "call super().__init__(d_in, d_sae) first", "call super().__init__() first"),
+    (r"second time|already been freed", "a tensor kept from an earlier step still carries its graph: store it with .detach()", ""),
+    (r"inplace operation",
+     "a tensor that the gradient needs was changed in place: write y = y + … instead of y += …, or .clone() first", ""),
+    (r"does not require grad",
+     "the loss was detached (.item(), .detach(), torch.no_grad()): keep it a tensor computed from parameters", ""),
+    (r"[Aa]ccumulate|view.*leaf|leaf [Vv]ariable", "change parameters only in after_step, or under torch.no_grad()",
+     "change parameters only under torch.no_grad(), or through .data"),
+    (r"cannot pickle", "what cannot be copied (an open file, a lock) does not belong on the SAE: keep it outside",
+     "what cannot be copied (an open file, a lock) belongs on the trainer, not on ae"),
 )
+OF_SIZES = re.compile("shape|size|dimension|unpack|index|broadcast|mat1|match|rank|stack|dim ")
+SECONDS = 20.0  # that a step of the preflight may take; importing a file twice that, for what it imports from a cold disk
 
 
-def explained(error: Exception, file: Path, doing: str, sizes: Sizes | None = None, line: int | None = None) -> Exception:
+class TooSlow(BaseException):
+    """A step of the variant's own code went on and on; not an Exception, which such code may well swallow."""
+
+
+@contextmanager
+def limited(seconds: float, doing: str):
+    """Raise TooSlow inside the code that runs after so many seconds; where signals cannot do that (Windows, threads), no limit."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TooSlow(f"nothing came of it within {seconds:.0f} s ({doing})\n"
+                      "a loop without an end, or work that belongs outside: data is read and scripts are run before the import")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, remaining)
+        signal.signal(signal.SIGALRM, before)
+
+
+def explained(error: BaseException, file: Path, doing: str, sizes: Sizes | None = None, line: int | None = None,
+              trainer: bool = False) -> Exception:
     """The variant's own exception again, of the same type, with the place, what was being done and what helps."""
-    message, _, advice = (str(error) or type(error).__name__).strip().partition("\n")
+    error = behind(error)
+    message, _, advice = said(error).strip().partition("\n")
     place = where(error, file) or (f"{file.name}:{line}" if line else file.name)
     if isinstance(error, SyntaxError):
         message = error.msg + (f": {error.text.strip()}" if error.text else "")
-        advice = "correct that line"
-    elif not advice:
+        advice = "save the file as UTF-8" if "utf-8" in message.lower() else "correct that line"
+    elif not (advice and isinstance(error, (ValueError, AttributeError, TypeError, TooSlow)) and len(advice.split("\n")) == 1):
         message = f"{message if len(message) <= 240 else message[:239] + '…'} ({doing})"
-        advice = next((words for pattern, words in ADVICE if re.search(pattern, str(error))), None) or nearest(error) or (
-            "correct that line" + (f"; here B = {sizes.B} tokens, d_in = {sizes.D}, d_sae = {sizes.F}" if sizes else ""))
+        advice = advice_for(error, sizes, trainer)
     text = f"{message}\n{advice}" if message.startswith(file.name) else f"{place}: {message}\n{advice}"
-    try:
-        again = type(error)(text)
-    except Exception:  # noqa: BLE001  an exception class with a signature of its own
-        again = None
-    if again is None or str(again) != text:  # KeyError would show the message quoted
-        again = RuntimeError(text.replace(": ", f": {type(error).__name__}: ", 1))
+    kind = type(error) if isinstance(error, Exception) else TimeoutError if isinstance(error, TooSlow) else RuntimeError
+    # of the same type, whatever its own signature and its own way to show itself (KeyError quotes)
+    worded = type(kind.__name__, (kind,), {"__str__": lambda self: text, "__init__": lambda self, *_: None, "__module__": kind.__module__})
+    again = worded.__new__(worded, text)
+    if isinstance(error, SyntaxError):
+        again.filename, again.lineno = error.filename, error.lineno
     return again
 
 
-def nearest(error: Exception) -> str | None:
+def behind(error: BaseException) -> BaseException:
+    """The error inside a property: Python and torch report one as if the object had no such attribute."""
+    owner = getattr(error, "obj", None)
+    if not isinstance(error, AttributeError) or owner is None or not error.name:
+        return error
+    getter = inspect.getattr_static(type(owner), error.name, None)
+    if not isinstance(getter, property):
+        return error
+    try:
+        getter.fget(owner)
+    except Exception as inner:  # noqa: BLE001
+        return behind(inner)
+    return error
+
+
+def said(error: BaseException) -> str:
+    """What an error says; of values that are no words, what they are."""
+    if isinstance(error, SystemExit):
+        return "the file ends the whole program (sys.exit, exit or argparse)"
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        key = error.args[0]
+        return f"{described(key)} is no key" if isinstance(key, Tensor) else f"there is no key {key!r}"
+    if error.args and not isinstance(error.args[0], (str, int, float)) and not isinstance(error, (OSError, UnicodeError)):
+        return ", ".join(described(value) for value in error.args)
+    return str(error) or type(error).__name__
+
+
+def advice_for(error: BaseException, sizes: Sizes | None, trainer: bool) -> str:
+    """What helps against an error of the variant's own code."""
+    if isinstance(error, SystemExit):
+        return 'take it out, or put it below if __name__ == "__main__":'
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "it").partition(".")[0]
+        return f"install the package (pip install {package.replace('_', '-')}), or take the import out"
+    if isinstance(error, ImportError):
+        return "check the name and the package's version, or take the import out"
+    if isinstance(error, UnboundLocalError):
+        return "give it a value on every path that leads there"
+    if isinstance(error, NameError):
+        return f"import or define {error.name or 'it'} above that line, or check its spelling"
+    if isinstance(error, KeyError) and any(isinstance(key, Tensor) for key in error.args):
+        return "a state dict has names or numbers as keys; an optimiser's own .state has its parameters"
+    for pattern, words, of_trainer in ADVICE:
+        if re.search(pattern, str(error)):
+            return of_trainer if trainer and of_trainer else words
+    if near := nearest(error):
+        return near
+    if sizes and OF_SIZES.search(str(error)):
+        return f"correct that line; here B = {sizes.B} tokens, d_in = {sizes.D}, d_sae = {sizes.F}"
+    return "correct that line"
+
+
+def nearest(error: BaseException) -> str | None:
     """For a misspelt attribute, the nearest one that exists."""
     if isinstance(error, AttributeError) and getattr(error, "obj", None) is not None and error.name:
         kind, own = type(error.obj).__name__, [n for n, _ in error.obj.named_parameters()] if isinstance(error.obj, nn.Module) else []
         close = difflib.get_close_matches(error.name, own, 1, 0.5) or difflib.get_close_matches(error.name, dir(error.obj), 1, 0.5)
-        said = [f"the nearest attribute of {kind} is {close[0]!r}"] if close else []
-        said += [f"its parameters are {', '.join(own)}"] if own else []
-        return "; ".join(said) or None
+        told = [f"the nearest attribute of {kind} is {close[0]!r}"] if close else []
+        told += [f"its parameters are {', '.join(own)}"] if own else []
+        return "; ".join(told) or None
     return None
 
 
 @contextmanager
 def attempting(v: Variant, doing: str, sizes: Sizes | None = None, line: int | Callable[[], int | None] | None = None):
-    """Run the variant's own code; what it raises gets its place and some advice."""
+    """Run the variant's own code, for SECONDS at most; what it raises gets its place and some advice."""
     try:
-        yield
-    except Exception as error:
+        with limited(SECONDS, doing):
+            yield
+    except (Exception, SystemExit, TooSlow) as error:
         line = line() if callable(line) and not where(error, v.file) else line
-        raise explained(error, v.file, doing, sizes, line if isinstance(line, int) else None) from error
+        raise explained(error, v.file, doing, sizes, line if isinstance(line, int) else None, v.is_trainer) from error
 
 
 def defined(v: Variant, method: str) -> int | None:
@@ -128,16 +216,31 @@ def defined(v: Variant, method: str) -> int | None:
 
 
 def assigned(v: Variant, name: str) -> int | None:
-    """Line that creates `self.name` (for `gate.weight`: self.gate), or registers it; None if base.SAE does."""
-    name = name.split(".")[0]
-    for node in ast.walk(v.tree):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        if any(isinstance(t, ast.Attribute) and t.attr == name for target in targets for t in ast.walk(target)):
-            return node.lineno
-        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("register_")
-                and node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == name):
-            return node.lineno
+    """Line that creates `self.name` (for `gate.weight`: self.gate; for a trainer's `ae.gate`: in the ae's class), or registers it.
+
+    None if base.SAE does.
+    """
+    parts = [part for part in name.split(".") if not (v.is_trainer and part == "ae")]
+    for attribute in parts[:1] + parts[-1:]:
+        for node in ast.walk(v.tree):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            if any(isinstance(t, ast.Attribute) and t.attr == attribute for target in targets for t in ast.walk(target)):
+                return node.lineno
+            if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("register_")
+                    and node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == attribute):
+                return node.lineno
     return None
+
+
+def zeroed(v: Variant, name: str) -> int | None:
+    """Line that makes a weight zero, else the one that creates it."""
+    parts = [part for part in name.split(".") if not (v.is_trainer and part == "ae")]
+    statements = [node for node in ast.walk(v.tree) if isinstance(node, (ast.Assign, ast.AnnAssign, ast.Expr))]
+    for node in statements:
+        words = ast.unparse(node)
+        if "zero" in words and any(re.search(rf"\.{re.escape(part)}\b", words) for part in parts):
+            return node.lineno
+    return assigned(v, name)
 
 
 def computed(v: Variant, term: str) -> int | None:

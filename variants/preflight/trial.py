@@ -8,8 +8,6 @@ N any number of rows, P parameters and T loss terms in all.
 
 from __future__ import annotations
 
-import ast
-import copy
 import difflib
 import inspect
 import itertools
@@ -28,9 +26,22 @@ from torch.utils._pytree import tree_leaves
 
 import variants
 from variants import base, contexts, imperative
+from variants.copying import duplicate
 from variants.preflight import memory
 from variants.preflight.memory import Sizes
-from variants.preflight.messages import Variant, attempting, computed, defined, described, explained, fail, returns
+from variants.preflight.messages import (
+    SECONDS,
+    TooSlow,
+    Variant,
+    attempting,
+    computed,
+    defined,
+    described,
+    explained,
+    fail,
+    limited,
+    returns,
+)
 
 STEPS = 24  # training steps, spread over the whole run so that schedules and curricula are seen
 DURATION = re.compile("step|warm|every|interval|period|freq|seed|token|epoch|refresh|window")  # integers that are no widths
@@ -56,19 +67,9 @@ class Plan:
 
 
 def read(name: str, hyper: dict) -> Variant:
-    """Parse and import the variant's file and check the names of its hyper-parameters."""
-    file = variants.path(name)
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
-        module = variants.load(name)
-    except Exception as error:
-        raise explained(error, file, "when it is imported") from error
-    v = Variant(module, file, tree, dict(hyper), {})
-    arguments = list(inspect.signature(module.SAE.__init__).parameters.values())
-    if not v.is_trainer and (len(arguments) < 3 or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments[:3])):
-        fail(v, defined(v, "__init__"), f"__init__{inspect.signature(module.SAE.__init__)} does not take the two widths",
-             "write def __init__(self, d_in, d_sae, …), with hyper-parameters as keyword arguments behind them")
-    known = variants.hyperparameters(module)
+    """Import the variant's file and check the hyper-parameters: each has a value, each has a known name."""
+    v = imported(name)
+    known = variants.hyperparameters(v.module)
     for key in hyper:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0)
@@ -78,7 +79,24 @@ def read(name: str, hyper: dict) -> Variant:
         if default is inspect.Parameter.empty and key not in hyper and not (v.is_trainer and key in imperative.SHRUNK):
             fail(v, defined(v, "__init__"), f"the hyper-parameter {key!r} has no default and is not given",
                  f"--hyper {key}=…, or write {key}=… in def __init__")
-    return Variant(module, file, tree, dict(hyper), {**known, **hyper})
+    return Variant(v.module, v.file, v.tree, dict(hyper), {**known, **hyper})
+
+
+def imported(name: str) -> Variant:
+    """The variant by its name or path, its file parsed and imported; what is wrong with the file is told with its line."""
+    file = variants.path(name)
+    try:
+        tree = variants.parsed(file)
+        with limited(2 * SECONDS, "when it is imported"):
+            module = variants.load(name)
+    except (Exception, SystemExit, TooSlow) as error:
+        raise explained(error, file, "when it is imported") from error
+    v = Variant(module, file, tree, {}, {})
+    arguments = list(inspect.signature(module.SAE.__init__).parameters.values())
+    if not v.is_trainer and (len(arguments) < 3 or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments[:3])):
+        fail(v, defined(v, "__init__"), f"__init__{inspect.signature(module.SAE.__init__)} does not take the two widths",
+             "write def __init__(self, d_in, d_sae, …), with hyper-parameters as keyword arguments behind them")
+    return v
 
 
 def smallest(v: Variant, d_sae: int) -> tuple[base.SAE, Sizes]:
@@ -161,19 +179,6 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def duplicate(sae: base.SAE) -> base.SAE:
-    """An independent copy; tensors that a variant keeps with their graph, which cannot be copied, lose it."""
-    def tensors(value, depth=0):
-        if isinstance(value, Tensor):
-            yield value
-        elif depth < 4 and isinstance(value, (dict, list, tuple)):
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from tensors(item, depth + 1)
-
-    return copy.deepcopy(sae, {id(t): t.detach().clone() for module in sae.modules() for t in tensors(vars(module))
-                               if t.grad_fn is not None})
 
 
 # ------------------------------------------------------------------------------------------------ training steps

@@ -399,9 +399,8 @@ def _result(config: dict, verdicts: list[dict], problems: list[str], details: li
                                "are not scored"]
     if unparsable:
         worth = ", nothing right in autointerp_score_checked"
-        if unusable < unparsable:
-            worth = (f", {unparsable - unusable} of them read all the same for autointerp_score_checked, "
-                     f"{unusable} with nothing right in it")
+        if unusable < unparsable:  # the rest has nothing right in it
+            worth = f"; {unparsable - unusable} of them are read all the same for autointerp_score_checked"
         problems = [*problems, f"{unparsable} of {len(scored)} predictions are no list of numbers: not in autointerp_score"
                     + ", which has no value" * (not compatible) + worth]
     return Result(

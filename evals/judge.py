@@ -308,7 +308,7 @@ class Judge:
         body = reply.content.decode("utf-8-sig", errors="replace")
         answer = parsed(body)
         error = answer.get("error") if isinstance(answer, dict) and not answer.get("choices") else None
-        if reply.status_code == 200 and not error:
+        if 200 <= reply.status_code < 300 and not error:
             return self._text(form, answer, body)
         raise self._refused(form, reply, body, answer)
 
@@ -333,11 +333,13 @@ class Judge:
         fields = [str(part.get(key)) for part in dicts for key in ("code", "type", "status")]
         words = self._words(body, answer)
         status, reason = reply.status_code, f"HTTP {reply.status_code}"
-        if status == 200:  # some gateways put the status into the body
+        if status < 300:  # some gateways put the status into the body
             status = next((int(f) for f in fields if re.fullmatch("[45][0-9][0-9]", f)), 500)
             reason = "an error in place of an answer"
         reason += f": {words}" if words else f" ({reply.reason})"
         parameter = error.get("param") if isinstance(error, dict) else None
+        if status == 400 and TOO_SHORT.search(words):
+            return self._cut_short(form)
         fit = refitted(form, words, parameter) if status in (400, 422, 500) else None  # 500: llama.cpp's chat templates
         if fit:
             return _Unfit(*fit)
@@ -394,7 +396,8 @@ class Judge:
             self._cut += 1
         larger = [room for room in ROOMS if room > form.room]
         if form.limit and larger:
-            return _Unfit(form._replace(room=larger[0]), more_room(larger[0]))
+            return _Unfit(form._replace(room=larger[0]), "reasons, and an answer was cut before it began: "
+                          f"room for {larger[0]:,} tokens more in each")
         return Unanswered(f"cut while it reasoned, with room for {form.room:,} tokens",
                           "let it reason less on the server, or set AUTOINTERP_MODEL to a model that reasons less")
 
@@ -429,9 +432,6 @@ def written(form: Form, model: str, messages: list[dict], max_tokens: int) -> di
 
 def refitted(form: Form, words: str, parameter: str | None) -> tuple[Form, str] | None:
     """The form that a complaint asks for and what to say of it; None if it asks for no other."""
-    larger = [room for room in ROOMS if room > form.room]
-    if TOO_SHORT.search(words) and form.limit and larger:
-        return form._replace(room=larger[0]), more_room(larger[0])
     if form.system and NO_SYSTEM.search(words):
         return form._replace(system=False), "takes no system message: its text stands before the question"
     named = LIMIT.findall(f"{parameter or ''} {words}")
@@ -441,10 +441,6 @@ def refitted(form: Form, words: str, parameter: str | None) -> tuple[Form, str] 
     name = next((name for name in (*named, *LIMITS) if name not in refused), None)
     instead = f"it is sent {name}" if name else "the length of its answers is not limited"
     return form._replace(limit=name, refused=refused), f"does not take {form.limit}: {instead}"
-
-
-def more_room(tokens: int) -> str:
-    return f"reasons, and an answer was cut before it began: room for {tokens:,} tokens more in each"
 
 
 # ------------------------------------------------------------------------------------------------ what a server says

@@ -308,11 +308,19 @@ def test_a_parameter_that_is_refused_by_name_is_sent_in_another_form(server, tmp
         assert asked.ask(chat, 5) == first and len(server.bodies) == refusals + 2
 
 
-def test_a_refused_parameter_is_argued_about_once(server, tmp_path):
+def test_a_refused_parameter_is_argued_about_once(server, tmp_path, capsys):
     """Fails if a server that refuses every form is asked for ever, or if several threads each change the form."""
-    server.reply = lambda number, body: complains(400, OPENAI_SAYS)
+    together = threading.Barrier(3)
+
+    def refuse(number, body):
+        if number <= 3:
+            together.wait(5)  # all three are sent in the first form
+        return complains(400, OPENAI_SAYS)
+
+    server.reply = refuse
     answers, _ = ask(server, tmp_path, number=6, workers=3)
-    assert all(str(answer) == f"HTTP 400: {OPENAI_SAYS}" for answer in answers) and len(server.bodies) <= 6 + 3
+    assert all(str(answer) == f"HTTP 400: {OPENAI_SAYS}" for answer in answers) and len(server.bodies) == 6 + 3
+    assert capsys.readouterr().out.count("from here on") == 1
     assert {tuple(body)[2:] for body in server.bodies} == {("max_tokens",), ("max_completion_tokens",)}
 
 
@@ -331,8 +339,8 @@ def test_reasoning_gets_room_within_bounds(server, tmp_path, cut):
         assert asked.ask(chat, 5) == "1, 3" and [b["max_tokens"] for b in server.bodies] == [5, 517, 2053]
         assert "at most 2,053 out" in asked.forecast([(chat, 5)]) and len(said) == 2
         assert asked.ask([*chat, *chat], 5) == "1, 3" and [b["max_tokens"] for b in server.bodies[3:]] == [2053]
-        if cut[0] == 200:
-            assert asked.spent() == "400 tokens in, 40 out; 2 answers were cut while it reasoned"
+        counted = "400 tokens in, 40 out" if cut[0] == 200 else "200 tokens in, 20 out"
+        assert asked.spent() == f"{counted}; 2 answers were cut while it reasoned"
         server.reply = lambda number, body: cut
         with pytest.raises(judge.Unanswered):
             asked.ask([*chat, *chat, *chat], 5)
@@ -708,8 +716,8 @@ def test_scores_by_hand():
     result = autointerp._result({"n_random_ex_for_scoring": 2}, verdicts, [], [])
     assert result.metrics["autointerp"]["autointerp_score"] == 0.75
     assert result.corrected["autointerp_score_checked"] == pytest.approx(2 / 3)
-    assert result.problems[1] == ("2 of 3 predictions are no list of numbers: not in autointerp_score, 1 of them read "
-                                  "all the same for autointerp_score_checked, 1 with nothing right in it")
+    assert result.problems[1] == ("2 of 3 predictions are no list of numbers: not in autointerp_score; 1 of them are "
+                                  "read all the same for autointerp_score_checked")
 
 
 # ------------------------------------------------------------------------------------------------ the eval

@@ -70,6 +70,12 @@ def says(text, status=200, headers=None):
                                               "usage": {"prompt_tokens": 100, "completion_tokens": 10}}).encode()
 
 
+def chats(message, finish="stop", **usage):
+    """A completion with any message; `usage` beside 100 tokens in and 10 out."""
+    return 200, {}, json.dumps({"choices": [{"message": message, "finish_reason": finish}],
+                                "usage": {"prompt_tokens": 100, "completion_tokens": 10} | usage}).encode()
+
+
 def complains(status, message="no", **error):
     return status, {}, json.dumps({"error": {"message": message, **error}}).encode()
 
@@ -110,7 +116,8 @@ def ask(server, tmp_path, number=1, tries=3, timeout=5.0, workers=1, key=KEY):
         except judge.Unanswered as reason:
             return reason
 
-    with judge.Judge(judge.Endpoint(server.url, "m", key), tmp_path / "judge", timeout, tries, workers, waited.append) as asked:
+    at = judge.Endpoint(getattr(server, "url", server), "m", key)
+    with judge.Judge(at, tmp_path / "judge", timeout, tries, workers, waited.append) as asked:
         answers = dict(asked.each(one, range(number)))
     return [answers[i] for i in range(number)], waited
 
@@ -134,11 +141,18 @@ def test_an_answer_is_paid_for_once(server, tmp_path):
 
 
 @pytest.mark.parametrize("failure, reason", [
-    (lambda: complains(500), "HTTP 500"),
-    (lambda: complains(429), "HTTP 429"),
-    (lambda: (200, {}, b'{"choices": [{"mess'), "not a chat completion"),
+    (lambda: complains(500), "HTTP 500: no"),
+    (lambda: complains(429), "HTTP 429: no"),
+    (lambda: (503, {}, b""), "HTTP 503 (Service Unavailable)"),
+    (lambda: (200, {}, b'{"choices": [{"mess'), 'not a chat completion: {"choices": [{"mess'),
     (lambda: (200, {"Content-Length": "500"}, b"{}"), "no complete answer (ChunkedEncodingError)"),
-    (lambda: (200, {}, b'{"choices": []}'), "not a chat completion"),
+    (lambda: (200, {}, b'{"choices": []}'), 'not a chat completion: {"choices": []}'),
+    (lambda: (200, {}, b'["no"]'), 'not a chat completion: ["no"]'),
+    (lambda: (200, {"Content-Type": "text/html"}, b"<!doctype html><style>a{}</style><title>A</title><p>Log&nbsp;in"),
+     "not a chat completion: A Log in"),
+    (lambda: (200, {}, b'{"error": {"message": "overloaded"}}'), "an error in place of an answer: overloaded"),
+    (lambda: (200, {}, b'data: {"choices": [{"delta": {"content": "1, "}}]}\n\n'),
+     'not a chat completion: data: {"choices": [{"delta": {"content": "1, "}}]}'),
     (lambda: says(None), "an answer without text"),
     (lambda: says(" \n"), "an answer without text"),
     (lambda: (*says("late"), 1.5), "no answer within 0.4 s"),
@@ -169,7 +183,10 @@ def test_retry_after_is_obeyed(server, tmp_path, header, least, most):
 
 @pytest.mark.parametrize("reply, error", [
     (lambda: complains(401, f"wrong key {KEY}"), PermissionError), (lambda: complains(402), PermissionError),
-    (lambda: complains(429, code="insufficient_quota"), PermissionError), (lambda: (404, {}, f"no {KEY}".encode()), ValueError)])
+    (lambda: complains(429, code="insufficient_quota"), PermissionError), (lambda: (404, {}, f"no {KEY}".encode()), ValueError),
+    (lambda: complains(429, type="insufficient_quota"), PermissionError),
+    (lambda: (200, {}, b'{"error": {"message": "wrong key", "code": 401}}'), PermissionError),
+    (lambda: (308, {"Location": f"https://judge.example/v1/chat/completions?key={KEY}"}, b""), ValueError)])
 def test_what_no_request_can_pass_stops_at_once(server, tmp_path, reply, error):
     """Fails if a refused key is tried again, if others are still sent, or if the key that a server repeats is passed on."""
     server.reply = lambda number, body: reply()
@@ -179,6 +196,195 @@ def test_what_no_request_can_pass_stops_at_once(server, tmp_path, reply, error):
     assert KEY not in str(raised.value) and len(str(raised.value).split("\n")) == 2 and raised.value.__cause__ is None
 
 
+@pytest.mark.parametrize("status, body, words", [
+    (400, '{"error": {"message": "the texts are too long", "code": null}}', "the texts are too long"),
+    (400, '{"error": "the texts\\nare too long"}', "the texts are too long"),
+    (422, '{"detail": [{"loc": ["body", "messages"], "msg": "Field required"}]}', "body.messages: Field required"),
+    (400, '{"object": "error", "message": "the texts are too long"}', "the texts are too long"),
+    (400, '[{"error": {"code": 400, "message": "the texts are too long"}}]', "the texts are too long"),
+    (400, '{"error": {"message": "Provider returned error", "metadata": {"raw": "{\\"error\\": \\"too long\\"}"}}}',
+     "Provider returned error: too long"),
+    (413, "the texts are too long\n", "the texts are too long"),
+    (403, "<html><head><title>Forbidden</title></head><body><h1>Not from &amp; to here</h1></body></html>",
+     "Forbidden Not from & to here"),
+    (400, f'{{"error": "the key {KEY[:20]}… of {KEY}, sk-ab********cd"}}', "the key ***… of ***, ***"),
+    (400, '{"error": {"message": "max_tokens is too large: 5, use less"}}', "max_tokens is too large: 5, use less")])
+def test_the_servers_own_words_are_passed_on(server, tmp_path, status, body, words):
+    """Fails if a refusing server's words are lost in any of these forms, take more than a line, or hold the key."""
+    server.reply = lambda number, _: (status, {}, body.encode())
+    (answer,), waited = ask(server, tmp_path)
+    assert str(answer) == f"HTTP {status}: {words}" and not waited and len(server.bodies) == 1
+
+
+def test_advice_is_about_what_is_wrong(server, tmp_path):
+    """Fails if a missing model, a wrong address or a redirection is answered with advice about something else."""
+    for reply, advice in ((complains(404, "The model `m` does not exist"), "AUTOINTERP_MODEL"),
+                          ((404, {}, b'{"detail":"Not Found"}'), "/v1"), ((405, {}, b""), "/v1"),
+                          ((308, {"Location": "https://judge.example/v1/chat/completions"}, b""), "OPENAI_BASE_URL")):
+        server.reply = lambda number, _, reply=reply: reply
+        with pytest.raises(ValueError) as raised:
+            ask(server, tmp_path)
+        what, to_do = str(raised.value).split("\n")
+        assert f"the judge m at {server.url} " in what and advice in to_do
+    assert "on to https://judge.example/v1 (HTTP 308)" in what and server.bodies[4:] == []
+
+
+@pytest.mark.parametrize("url, said", [
+    ("http://127.0.0.1:{port}/v1", "nothing listens at 127.0.0.1:{port} (connection refused)"),
+    ("http://judge.invalid/v1", "the host judge.invalid is not found"),
+    ("https://127.0.0.1:{plain}/v1", "no secure connection to 127.0.0.1:{plain}")])
+def test_an_address_where_nobody_answers_is_named_at_once(server, tmp_path, monkeypatch, url, said):
+    """Fails if a judge that is not there is waited for, its address not said, or this machine asked by proxy."""
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    if "invalid" in url:
+        monkeypatch.delenv("HTTP_PROXY")
+    gone = Server()
+    gone.close()
+    ports = {"port": gone.http.server_port, "plain": server.http.server_port}
+    with pytest.raises(ConnectionError) as raised:
+        ask(url.format(**ports), tmp_path, tries=6)
+    what, to_do = str(raised.value).split("\n")
+    assert said.format(**ports) in what and to_do and not server.bodies
+
+
+def test_a_judge_that_goes_away_for_a_moment_is_waited_for(server, tmp_path, monkeypatch):
+    """Fails if a refused connection is final although the judge has answered before."""
+    import requests
+
+    def post(*args, **kwargs):
+        calls.append(0)
+        if 2 <= len(calls) <= 4:
+            raise requests.ConnectionError("x") from ConnectionRefusedError()
+        return real(*args, **kwargs)
+
+    calls, real = [], requests.Session.post
+    monkeypatch.setattr(requests.Session, "post", post)
+    server.reply = lambda number, body: says("fine")
+    answers, waited = ask(server, tmp_path, number=2, tries=5)
+    assert answers == ["fine", "fine"] and len(waited) == 3
+
+
+OPENAI_SAYS = ("Unsupported parameter: 'max_tokens' is not supported with this model. "
+               "Use 'max_completion_tokens' instead.")
+
+
+@pytest.mark.parametrize("takes, reply, form", [
+    ("max_completion_tokens", complains(400, OPENAI_SAYS, param="max_tokens", code="unsupported_parameter"),
+     {"max_completion_tokens": 5}),
+    ("max_completion_tokens", complains(400, "Unrecognized request argument supplied: max_tokens"),
+     {"max_completion_tokens": 5}),
+    ("max_output_tokens", complains(400, "max_tokens: unknown field, use max_output_tokens"), {"max_output_tokens": 5}),
+    ("nothing", None, {}),
+    ("system", complains(400, "System role not supported"), None),
+    ("system", complains(500, "Conversation roles must alternate user/assistant/user/assistant/..."), None)])
+def test_a_parameter_that_is_refused_by_name_is_sent_in_another_form(server, tmp_path, takes, reply, form):
+    """Fails if a server's word on a parameter is not acted upon or remembered, or changes what answers are known by."""
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "question"}]
+
+    def picky(number, body):
+        limits = [name for name in body if name.startswith("max_")]
+        if takes == "nothing" and limits:
+            detail = [{"loc": ["body", limits[0]], "msg": "Extra inputs are not permitted"}]
+            return 422, {}, json.dumps({"detail": detail}).encode()
+        refused = takes == "system" and body["messages"][0]["role"] == "system"
+        return reply if refused or (takes.startswith("max") and takes not in body) else says(f"answer {number}")
+
+    server.reply = picky
+    said, at = [], judge.Endpoint(server.url, "m", KEY)
+    with judge.Judge(at, tmp_path, 5, 1, 1, say=said.append) as asked:
+        first = asked.ask(chat, 5)
+        refusals = len(server.bodies) - 1
+        assert asked.ask(chat[1:], 5) == f"answer {refusals + 2}" and len(server.bodies) == refusals + 2
+        assert "at most" in asked.forecast([(chat, 5)]) or takes == "nothing"
+    assert len(said) == refusals == (2 if takes == "nothing" else 1)
+    if form is None:
+        assert server.bodies[1]["messages"] == [{"role": "user", "content": "be brief\n\nquestion"}]
+        assert "system message" in said[0]
+    else:
+        assert server.bodies[-2] == {"model": "m", "messages": chat, **form} and "max_tokens" in said[0]
+    with judge.Judge(at, tmp_path, 5, 1, 1) as asked:
+        assert asked.ask(chat, 5) == first and len(server.bodies) == refusals + 2
+
+
+def test_a_refused_parameter_is_argued_about_once(server, tmp_path, capsys):
+    """Fails if a server that refuses every form is asked for ever, or if several threads each change the form."""
+    together = threading.Barrier(3)
+
+    def refuse(number, body):
+        if number <= 3:
+            together.wait(5)  # all three are sent in the first form
+        return complains(400, OPENAI_SAYS)
+
+    server.reply = refuse
+    answers, _ = ask(server, tmp_path, number=6, workers=3)
+    assert all(str(answer) == f"HTTP 400: {OPENAI_SAYS}" for answer in answers) and len(server.bodies) == 6 + 3
+    assert capsys.readouterr().out.count("from here on") == 1
+    assert {tuple(body)[2:] for body in server.bodies} == {("max_tokens",), ("max_completion_tokens",)}
+
+
+@pytest.mark.parametrize("cut", [
+    chats({"content": None, "reasoning_content": "Let me see"}, "length"), chats({"content": ""}, "length"),
+    chats({"content": "<think>\nLet me see"}, "length"), chats({"content": "1,", "reasoning": "Passage 1"}, "length"),
+    chats({"content": "1,"}, "length", completion_tokens_details={"reasoning_tokens": 4}),
+    complains(400, "Could not finish the message because max_tokens or model output limit was reached.")])
+def test_reasoning_gets_room_within_bounds(server, tmp_path, cut):
+    """Fails if an answer cut by reasoning is an answer, is asked for ever, costs its room again, or is not counted."""
+    server.reply = lambda number, body: says("1, 3") if body["max_tokens"] >= 2000 else cut
+    chat, said, at = [{"role": "user", "content": "question"}], [], judge.Endpoint(server.url, "m", KEY)
+    with judge.Judge(at, tmp_path, 5, 1, 1, say=said.append) as asked:
+        more = "(if it reasons before it answers, more: at most 8,192 each)"
+        assert f"at most 5 out {more}" in asked.forecast([(chat, 5)])
+        assert asked.ask(chat, 5) == "1, 3" and [b["max_tokens"] for b in server.bodies] == [5, 517, 2053]
+        assert "at most 2,053 out" in asked.forecast([(chat, 5)]) and len(said) == 2
+        assert asked.ask([*chat, *chat], 5) == "1, 3" and [b["max_tokens"] for b in server.bodies[3:]] == [2053]
+        counted = "400 tokens in, 40 out" if cut[0] == 200 else "200 tokens in, 20 out"
+        assert asked.spent() == f"{counted}; 2 answers were cut while it reasoned"
+        server.reply = lambda number, body: cut
+        with pytest.raises(judge.Unanswered):
+            asked.ask([*chat, *chat, *chat], 5)
+        assert [b["max_tokens"] for b in server.bodies[4:]] == [2053, 8197]
+    with judge.Judge(at, tmp_path, 5, 1, 1) as asked:
+        assert asked.ask(chat, 5) == "1, 3" and len(server.bodies) == 6  # known by the question, not by the room
+
+
+def test_an_explanation_that_is_only_cut_is_an_answer(server, tmp_path):
+    """Fails if an answer of a judge that does not reason costs more because it reached its limit."""
+    server.reply = lambda number, body: chats({"content": "the word river in names of"}, "length")
+    assert ask(server, tmp_path)[0] == ["the word river in names of"] and len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("content, text", [
+    ("<think>\n3? no\n</think>\n\n1, 3", "1, 3"), ("3? no\n</think>\n\n1, 3", "1, 3"), ("<thinking>a</thinking>1", "1"),
+    ("<|channel|>analysis<|message|>3?<|end|><|start|>assistant<|channel|>final<|message|>1, 3", "1, 3"),
+    ([{"type": "thinking", "thinking": [{"type": "text", "text": "3?"}]}, {"type": "text", "text": "1, 3"}], "1, 3"),
+    ("This unit activates on the tag '</think>' in code", "This unit activates on the tag '</think>' in code")])
+def test_reasoning_is_no_part_of_an_answer(server, tmp_path, content, text):
+    """Fails if what a judge thinks aloud is read as its answer, or if an answer about such tags is cut."""
+    server.reply = lambda number, body: chats({"content": content})
+    assert ask(server, tmp_path)[0] == [text]
+
+
+def test_an_answer_in_pieces_is_put_together(server, tmp_path):
+    """Fails if a server that streams unasked, under whatever Content-Type, gives no answer or a part of one."""
+    pieces = [{"delta": {"content": text}} for text in ("", "1, ", "3 \u2028", "↵")]
+    pieces.append({"delta": {}, "finish_reason": "stop"})
+    events = [json.dumps({"choices": [piece]}, ensure_ascii=False) for piece in pieces]
+    lines = [": waiting", *(f"data: {event}\n" for event in events), "data: [DONE]\n"]
+    server.reply = lambda number, body: (200, {"Content-Type": "text/plain"}, "\n".join(lines).encode())
+    assert ask(server, tmp_path)[0] == ["1, 3 \u2028↵"] and len(server.bodies) == 1
+    server.reply = lambda number, body: (200, {}, b'data: {"error": {"message": "overloaded"}}\n\ndata: [DONE]\n')
+    assert str(ask(server, tmp_path / "b")[0][0]) == "an error in place of an answer: overloaded"
+
+
+def test_a_judge_that_declines_is_not_asked_again(server, tmp_path):
+    """Fails if a refusal by the model is paid for at every try."""
+    server.reply = lambda number, body: chats({"content": None, "refusal": "I can't help with that"})
+    (answer,), waited = ask(server, tmp_path)
+    assert str(answer) == "it declines: I can't help with that" and len(server.bodies) == 1 and not waited
+
+
 def test_a_dead_endpoint_is_given_up(server, tmp_path, monkeypatch):
     """Fails if every request is tried against an endpoint that is gone, or if single failures among answers end it."""
     monkeypatch.setattr(judge, "FAILURES_IN_A_ROW", 4)
@@ -186,7 +392,7 @@ def test_a_dead_endpoint_is_given_up(server, tmp_path, monkeypatch):
     answers, _ = ask(server, tmp_path, number=12)
     assert [a == "fine" for a in answers] == [False, False, False, True] * 3
     server.reply = lambda number, body: complains(400)
-    with pytest.raises(ConnectionError, match="4 requests in a row unanswered: HTTP 400\n"):
+    with pytest.raises(ConnectionError, match="4 requests in a row unanswered: HTTP 400: no\n"):
         ask(server, tmp_path, number=30)
     assert len(server.bodies) == 12 + 4
 
@@ -228,12 +434,14 @@ def test_the_environment_names_the_endpoint(monkeypatch):
     assert endpoint(OPENAI_BASE_URL="https://judge.example/v1") is None
     for local in ("http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:9/v1", "http://192.168.1.7/v1", "http://vllm:8000/v1"):
         assert endpoint(OPENAI_BASE_URL=local).base_url == local
+    assert endpoint(OPENAI_BASE_URL=" http://vllm:8000/v1/chat/completions\n").base_url == "http://vllm:8000/v1"
     found = endpoint(OPENAI_API_KEY=f" {KEY}\n", AUTOINTERP_MODEL="other")
     assert found == judge.Endpoint("https://api.openai.com/v1", "other", KEY) and KEY not in repr(found)
     assert autointerp.outside() == ["https://api.openai.com/v1", "other"]
     assert autointerp.repositories(autointerp.CONFIG["gemma"], None) == ["monology/pile-uncopyrighted"]
     for bad in ({"OPENAI_BASE_URL": f"https://me:{KEY}@judge.example/v1"}, {"OPENAI_BASE_URL": f"https://judge.example/v1?key={KEY}"},
-                {"OPENAI_BASE_URL": "judge.example"}, {"OPENAI_API_KEY": f"{KEY[:9]}\n{KEY[9:]}"}):
+                {"OPENAI_BASE_URL": "judge.example"}, {"OPENAI_BASE_URL": "http://localhost:80000/v1"},
+                {"OPENAI_API_KEY": f"{KEY[:9]}\n{KEY[9:]}"}):
         with pytest.raises(ValueError) as error:
             endpoint(**bad)
         assert KEY[:9] not in str(error.value)
@@ -446,6 +654,42 @@ def test_answers_are_read_as_by_the_reference(answer, numbers):
     assert autointerp.numbers_in(answer) == numbers
 
 
+@pytest.mark.parametrize("answer, windows", [
+    ("none", []), ("None of them.", []), ("None of the passages mention rivers", []), ("No passages", []),
+    ("all", [1, 2, 3, 4, 5]), ("All of them", [1, 2, 3, 4, 5]), ("All 5 passages", [1, 2, 3, 4, 5]),
+    ("2-4", [2, 3, 4]), ("1, 3–5", [1, 3, 4, 5]), ("2 to 3, and 5", [2, 3, 5]), ("1; 2", [1, 2]), ("1 3", [1, 3]),
+    ("Answer: 1, 3", [1, 3]), ("**Answer:** 1, 3", [1, 3]), ("**1, 3**", [1, 3]), ("`1, 3`", [1, 3]),
+    ("[1, 3]", [1, 3]),
+    ('"1, 3"', [1, 3]), ("Passages 1 and 3.", [1, 3]), ("The unit would be active on passages 1, 3.", [1, 3]),
+    ('{"indices": [1, 3]}', [1, 3]), ('```json\n{"passages": ["1", "3"], "why": "x"}\n```', [1, 3]),
+    ("```\n1, 3\n```", [1, 3]),
+    ('{"indices": []}', []), ("- 1\n- 3", [1, 3]), ("1\n3", [1, 3]), ("1, 3\n\nBoth mention 2 rivers.", [1, 3]),
+    ("Passage 2 is about 4 roads.\n\nAnswer: 1, 3", [1, 3]), ("1, 3 (both mention a river)", [1, 3]),
+    ("3 because of the river", [3]),
+    ("\\boxed{1, 3}", [1, 3]), ("1, 2, 13", [1, 2, 13]), ("None", []),
+    ("maybe 3", None), ("", []), ("I cannot tell", None), ("None except 3", None), ("all but 2", None),
+    ("All 4", None), ("4-2", None),
+    ("1. a river\n2. a road", None), ("1. a river", None), ("1-99", None), ("-1", None), ("²", None),
+    ('{"indices": [0, 3]}', None),
+    ("1, 3\nor rather\n1, 4", None), ("9" * 5000, None), ("Not 1, 3", None), ('{"a": [1], "b": [2]}', None)])
+def test_answers_in_another_form_are_read_if_they_are_certain(answer, windows):
+    """Fails if a clear answer in another form than asked for is lost, or windows are read out of an unclear one."""
+    assert autointerp.windows_in(answer, 5) == windows
+
+
+@pytest.mark.parametrize("answer, explanation", [
+    ("This unit activates on the word 'a'.", "the word 'a'"),
+    ("**This unit activates on** the word 'a'", "the word 'a'"),
+    ('{"explanation": "This unit activates on the word \'a\'."}', "the word 'a'"),
+    ("**Explanation:** the word 'a'", "the word 'a'"),
+    ('```json\n{"explanation": "the word \'a\'"}\n```', "the word 'a'"),
+    ('{"explanation": "the word \'a\' in nam', "the word 'a' in nam"),
+    ("This unit activates on ** and *", "** and *")])
+def test_explanations_lose_their_wrapping(answer, explanation):
+    """Fails if JSON, bold type or a label stays in an explanation, or if one about such signs is damaged."""
+    assert autointerp.explanation_in(answer) == explanation
+
+
 def test_scores_by_hand():
     """Fails if random windows that fire change the compatible score, if they do not change the checked one, or for unusable answers."""
     def window(act, random):
@@ -453,7 +697,7 @@ def test_scores_by_hand():
 
     scoring = [window(5.0, False), window(0.5, False), window(5.0, True), window(0.1, True)]
     verdicts = [{"case": autointerp_data.Case(latent, 1.0, [window(5.0, False)], scoring), "explanation": "b", "answer": answer}
-                for latent, answer in ((7, "1, 3"), (8, "None"), (9, "all of them"))]
+                for latent, answer in ((7, "1, 3"), (8, "None"), (9, "no idea"))]
     verdicts.append({"case": verdicts[0]["case"], "failed": "HTTP 500"})
     result = autointerp._result({"n_random_ex_for_scoring": 2}, verdicts, [], [])
     # fires in 1 and 3; the compatible score takes 3 for silent: "1, 3" has 3 of 4 and 4 of 4 right, "None" 3 of 4 and 2 of 4
@@ -468,6 +712,12 @@ def test_scores_by_hand():
                                "1 of 3 predictions are no list of numbers: not in autointerp_score, nothing right in "
                                "autointerp_score_checked"]
     assert autointerp.passages(scoring[:2], 1.0) == "1. a<< ↵b>>\n2. a ↵b"
+    verdicts[1]["answer"], verdicts[3]["case"] = "Answer: 1, 3", verdicts[0]["case"]
+    result = autointerp._result({"n_random_ex_for_scoring": 2}, verdicts, [], [])
+    assert result.metrics["autointerp"]["autointerp_score"] == 0.75
+    assert result.corrected["autointerp_score_checked"] == pytest.approx(2 / 3)
+    assert result.problems[1] == ("2 of 3 predictions are no list of numbers: not in autointerp_score; 1 of them are "
+                                  "read all the same for autointerp_score_checked")
 
 
 # ------------------------------------------------------------------------------------------------ the eval
@@ -533,8 +783,53 @@ def test_no_answer_is_dropped_in_silence(server, tmp_path):
     assert scores.count(None) == 4 and result.metrics["autointerp"]["autointerp_score"] == pytest.approx(np.mean([s for s in scores if s]))
     assert len(result.problems) == 2 and "4 × HTTP 400" in result.problems[0] and "4 of 8 predictions" in result.problems[1]
     server.reply = lambda number, body: complains(400)
-    with pytest.raises(ConnectionError, match="none of 3 latents: HTTP 400"):
+    with pytest.raises(ConnectionError, match="none of the first 3 latents: HTTP 400: no\n"):
         autointerp.run(make_setup(tmp_path / "b", n_latents=3, max_concurrent=1), saes)
+
+
+@pytest.mark.parametrize("judge_says, kind, words, paid", [
+    (lambda body: says("I would\nrather not") if not is_explaining(body) else says("the word w01"), ValueError,
+     "form that can be read: 'I would rather not', where numbers of passages like \"2, 5\"", 6),
+    (lambda body: says("This unit activates on."), ValueError, "'(an empty explanation)'", 6),
+    (lambda body: complains(403, "not you"), ConnectionError, "none of the first 3 latents: HTTP 403: not you", 3)])
+def test_three_latents_show_whether_a_judge_is_of_use(server, tmp_path, judge_says, kind, words, paid):
+    """Fails if more than three latents are paid for where none gets a usable answer, or if those are believed later."""
+    server.reply = lambda number, body: judge_says(body)
+    with pytest.raises(kind) as raised:
+        autointerp.run(make_setup(tmp_path), {"sae": words_sae()})
+    assert words in str(raised.value) and len(str(raised.value).split("\n")) == 2 and len(server.bodies) == paid
+    server.reply = honest
+    result = autointerp.run(make_setup(tmp_path), {"sae": words_sae()})["sae"]
+    assert result.corrected["autointerp_latents"] == 12 and not result.problems and len(server.bodies) == paid + 24
+
+
+def test_one_useless_answer_among_known_ones_stops_nothing(server, tmp_path):
+    """Fails if a run whose other answers were paid for before stops because the last few are of no use."""
+    saes = {"sae": words_sae()}
+    autointerp.run(make_setup(tmp_path), saes)
+    files = sorted((tmp_path / "judge").iterdir())
+    predictions = [f for f in files if "activates" not in f.read_text()]
+    for file in predictions[:2]:
+        file.unlink()
+    server.reply = lambda number, body: says("I would rather not")
+    result = autointerp.run(make_setup(tmp_path), saes)["sae"]
+    assert result.corrected["autointerp_unparsable_share"] == pytest.approx(2 / 12) and len(server.bodies) == 24 + 2
+
+
+def test_eos_is_kept_where_it_is_the_padding_token():
+    """Fails if documents lose their boundary or rows lose tokens where padding is EOS, or if EOS counts as text."""
+    kept = []
+    for padding in ("<pad>", None):
+        tokenizer = tiny._tokenizer()
+        tokenizer.pad_token = padding or tokenizer.eos_token
+        special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        lm = SimpleNamespace(tokenizer=tokenizer, bos=tokenizer.bos_token_id, special_ids=special)
+        tokens_RT = autointerp_data.pack(["the cat sat on the mat. " * 6] * 4, lm, 16, 400)
+        content_RT = autointerp_data.content(SimpleNamespace(lm=lm), tokens_RT)
+        assert int((tokens_RT == tokenizer.eos_token_id).sum()) == 3
+        assert set(tokens_RT[~content_RT].tolist()) == {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        kept.append(tokens_RT)
+    assert torch.equal(*kept)
 
 
 def test_without_a_judge_nothing_is_computed(server, tmp_path, monkeypatch):

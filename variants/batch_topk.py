@@ -20,17 +20,15 @@ class SAE(base.SAE):
     grad_clip = 1.0
 
     def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32):
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"batch_topk: k = {k} must lie between 1 and d_sae = {d_sae}\nchange --hyper k=… or --d_sae")
+        k = base.feature_count("k", k, d_sae, mean=True)
         super().__init__(d_in, d_sae)
-        self.k, self.auxk_alpha = int(k), auxk_alpha
+        self.k, self.auxk_alpha = k, auxk_alpha
         self.default_lr = 2e-4 / (d_sae / 2**14) ** 0.5
         self.register_buffer("theta", torch.tensor(-1.0))  # < 0: none yet
 
     @property
     def saelens(self):
-        """A threshold is SAELens' JumpReLU; a run too short to have one leaves a TopK SAE."""
-        return "jumprelu" if self.theta >= 0 else "topk"
+        return base.saelens_of(self.theta, self.k)
 
     def initialise(self, x_ND):
         self.b_dec.data.copy_(base.geometric_median(x_ND))
@@ -49,4 +47,4 @@ class SAE(base.SAE):
         return reconstruction + self.auxk_alpha * auxk, {"reconstruction": reconstruction, "auxk": auxk}
 
     def after_step(self, batch, progress):
-        base.update_theta(self.theta, self._kept_BF, progress, base.theta_decay(progress))
+        base.update_theta(self.theta, self._kept_BF, progress)

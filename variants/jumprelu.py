@@ -9,7 +9,6 @@ its way several times: at D = 576 and F = 2304, 156 steps end within 3 % of L0 1
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from variants import base, ranks
 
@@ -54,15 +53,14 @@ class SAE(base.SAE):
         self.theta = nn.Parameter(torch.full((d_sae,), 0.001))
 
     def pre_activations(self, x):
-        return F.linear(x.to(self.W_enc.dtype), self.W_enc.T, self.b_enc)
+        return base.affine(x, self.W_enc, self.b_enc, fine=True)  # the window is .001 wide
 
     def encode(self, x):
         z_pre = self.pre_activations(x)
         return z_pre * (z_pre > self.theta)
 
     def loss(self, batch, progress):
-        z_pre_BF = self.pre_activations(batch.x).to(self.theta.dtype)  # under autocast too, thresholds and counts are fp32
-        z_BF, l0_B = JumpReLU.apply(z_pre_BF, self.theta, self.bandwidth)
+        z_BF, l0_B = JumpReLU.apply(self.pre_activations(batch.x), self.theta, self.bandwidth)
         self.note_fired(z_BF)
         reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
         sparsity = (ranks.mean(l0_B.mean()) / self.target_l0 - 1) ** 2

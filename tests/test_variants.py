@@ -73,6 +73,40 @@ def test_auxk_reaches_dead_features_and_only_them():
     assert base.auxk_loss(sae, x_BD, e_BD, base.dense_activations(sae, x_BD, 4), torch.zeros(40, dtype=torch.bool)) == 0
 
 
+def test_auxk_of_a_residual_without_variance_is_zero():
+    """Fails if one token, equal tokens or a perfect reconstruction give 1e10 or a gradient; or if little variance is taken for none."""
+    torch.manual_seed(0)
+    sae, dead_F = topk.SAE(8, 40, k=4), torch.arange(40) >= 30
+    x_BD, e_D = torch.randn(64, 8), torch.randn(8)
+    for e_BD in (e_D[None], e_D.expand(64, 8), e_D + 1e-5 * torch.randn(64, 8), torch.zeros(64, 8), 1e-5 * torch.randn(64, 8)):
+        sae.zero_grad(set_to_none=False)
+        loss = base.auxk_loss(sae, x_BD[:len(e_BD)], e_BD, sae.pre_activations(x_BD[:len(e_BD)]).relu(), dead_F)
+        loss.backward()
+        assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in sae.parameters())
+    e_BD = 0.01 * torch.randn(64, 8)
+    found = base._of_variance(e_BD, 0.005 * torch.ones(64, 8))
+    assert found == (e_BD - 0.005).pow(2).sum(1).mean() / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()
+
+
+def test_a_dominant_mean_is_where_b_dec_begins(capsys):
+    """Fails if features die of a mean of ten times the spread, an encoder of x keeps it, or an ordinary stream is touched."""
+    torch.manual_seed(0)
+    mean_D = torch.nn.functional.normalize(torch.randn(16), dim=0)
+    for share, name in ((0.99, "standard"), (0.99, "jumprelu"), (0.99, "gated"), (0.6, "standard"), (0.6, "jumprelu")):
+        noise_ND = torch.randn(4096, 16) / 4
+        x_ND = share**0.5 * mean_D + (1 - share) ** 0.5 * (noise_ND - noise_ND.mean(0))
+        sae = variants.load(name).SAE(16, 64)
+        sae.initialise(x_ND)
+        said = capsys.readouterr().out
+        if share < 0.75:
+            assert not said and not sae.b_dec.any() and not sae.b_enc.any()
+            continue
+        assert "99.0% of E‖x‖²" in said and "0.1 times" in said
+        assert (sae.b_dec - share**0.5 * mean_D).norm() < 0.01
+        active_F = (sae.encode(x_ND) > 0).float().mean(0)
+        assert active_F.min() > 0.3 and active_F.max() < 0.7  # as of a centred stream: without the mean's sign
+
+
 @pytest.mark.parametrize("every", [13, 5, 2])
 def test_auxk_is_its_formula(every):
     """Fails if few dead features, more than auxk takes or half of all give another loss or gradient than plain autograd of the formula."""
@@ -153,7 +187,7 @@ def test_theta_starts_at_the_first_value_and_waits_for_the_warm_up():
     base.update_theta(theta, torch.tensor([[0.5, 0.0, 0.7]]), base.Progress(6, 100, 0, 1))
     assert theta == 0.5
     base.update_theta(theta, torch.tensor([[1.5]]), base.Progress(7, 100, 0, 1))
-    assert theta == pytest.approx(0.5 + 0.001)
+    assert theta == pytest.approx(0.5 + 0.2)  # a window of 5 steps, a twentieth of the run
 
 
 def test_learning_rate_by_hand():

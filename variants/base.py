@@ -167,6 +167,7 @@ class SAE(nn.Module):
 
     def initialise(self, x_ND: Tensor) -> None:
         """Called once before training with normalised activations of the first block."""
+        begin_at_dominant_mean(self, x_ND)
 
     def after_step(self, batch: Batch, progress: Progress) -> None:
         """Called after each optimiser step, without gradient."""
@@ -515,6 +516,30 @@ def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-
         if moved < tolerance * median_D.norm():
             break
     return median_D.float()
+
+
+DOMINANT = 0.75  # share of E‖x‖² in the mean from which on an SAE that begins at b_dec = 0 loses features (variants/README.md)
+
+
+@torch.no_grad()
+def begin_at_dominant_mean(sae: SAE, x_ND: Tensor) -> None:
+    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec. Else b_dec stays 0.
+
+    Says so, with the spread s of x around its mean: penalties are made for E‖x‖² = 1, and a penalty that grows as z weighs 1/s times as
+    much against a spread s.
+    """
+    share = float(x_ND.double().mean(0).pow(2).sum() / x_ND.double().pow(2).sum(1).mean())
+    own = dict(sae.named_parameters(recurse=False))
+    if not share > DOMINANT or "b_dec" not in own:
+        return
+    own["b_dec"].copy_(geometric_median(x_ND))
+    if not sae.centred and "b_enc" in own:
+        own["b_enc"].sub_(own["b_dec"] @ own["W_enc"])
+    if not ranks.number():
+        spread = max(0.0, 1 - share) ** 0.5
+        print(f"note: the mean of the activations holds {share:.1%} of E‖x‖²: b_dec begins at their geometric median. What is left to explain "
+              f"is {spread:.2g} of the scale that penalties are made for: an l1_penalty may want {spread:.2g} times its value, or "
+              "take --variant=topk, which has no penalty", flush=True)
 
 
 def fused(function: Callable[..., None]) -> Callable[..., None]:

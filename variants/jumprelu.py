@@ -1,6 +1,7 @@
 """JumpReLU SAE (Rajamanoharan et al. 2024, "Jumping Ahead"), with a quadratic penalty towards a target L0.
 
 loss = ‖x − x_hat‖² + sp(t)·(L0/target_l0 − 1)²,   z = z_pre·1[z_pre > theta],   z_pre = x·W_enc + b_enc (x not centred)
+L0 is the batch mean, as in dictionary_learning: a token may have more or fewer; of single tokens, the term would add Var(L0)/target_l0².
 Straight-through, ε = bandwidth: dtheta = −(theta/ε)·rect((z_pre−theta)/ε)·dz from z, −(1/ε)·rect((z_pre−theta)/ε) from L0.
 Kaiming-uniform decoder scaled to unit rows, W_enc tied, theta = .001; Adam(0, .999); each step: project the decoder's
 gradient, clip to norm 1, step, renormalise. Adam moves theta by about lr a step, so lr × steps must exceed
@@ -32,7 +33,7 @@ class JumpReLU(torch.autograd.Function):
 
 
 class SAE(base.SAE):
-    """JumpReLU SAE. target_l0: features active per token; bandwidth: ε, width of the window in which theta feels a gradient."""
+    """JumpReLU SAE. target_l0: features active per token on average; bandwidth: ε, width of the window in which theta feels a gradient."""
 
     unit_norm_decoder = True
     data_parallel = True
@@ -42,9 +43,9 @@ class SAE(base.SAE):
     centred = False  # the encoder takes x, not x − b_dec
 
     def __init__(self, d_in, d_sae, target_l0=32, bandwidth=0.001):
-        if not (0 < target_l0 <= d_sae and bandwidth > 0):
-            raise ValueError(f"jumprelu: target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}, bandwidth = {bandwidth} above 0\n"
-                             "change --hyper target_l0=…,bandwidth=… or --d_sae")
+        target_l0 = base.feature_count("target_l0", target_l0, d_sae, mean=True)
+        if not bandwidth > 0:
+            raise ValueError(f"--hyper bandwidth = {bandwidth}: the window around theta must be wider than 0\ngive for example 0.001")
         super().__init__(d_in, d_sae)
         nn.init.kaiming_uniform_(self.W_dec)
         base.normalise_decoder(self.W_dec)

@@ -653,9 +653,9 @@ def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
     whole = type(value) in (int, float) and 0 < value <= d_sae and value == int(value)
     fraction = type(value) is float and 0 < value <= d_sae
     if not (whole or (mean and fraction)):
-        meant = "on average: a number above 0 and" if mean else "of each token: a whole number above 0 and"
+        meant = "kept on average must be a number above 0, at most" if mean else "kept of each token must be a whole number from 1 to"
         advice = "" if mean else "; batch_topk takes a fraction, as a mean over tokens"
-        raise ValueError(f"--hyper {name} = {value!r}: {name} features are kept {meant} at most d_sae = {d_sae}\n"
+        raise ValueError(f"--hyper {name} = {value!r}: the features {meant} d_sae = {d_sae}\n"
                          f"give for example --hyper {name}={max(1, d_sae // 64)}{advice}")
     return int(value) if whole else value
 

@@ -518,16 +518,29 @@ def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-
     return median_D.float()
 
 
-DOMINANT = 0.75  # share of E‖x‖² in the mean from which on an SAE that begins at b_dec = 0 loses features (variants/README.md)
+DOMINANT = 0.75  # share of E‖x‖² in the mean from which on penalties and rates for E‖x‖² = 1 cost features (variants/README.md)
+
+
+def stream_scale(x_ND: Tensor) -> tuple[float, float]:
+    """√E‖x‖² of raw activations [N, D], of which ranks may each hold a part, and the share of E‖x‖² that their mean holds, in fp64.
+
+    Where the mean dominates, the scale is that of what is left to explain: √E‖x − mean‖².
+    """
+    sum_D, square = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64), 0.0
+    for part in x_ND.split(2**13):
+        sum_D += part.double().sum(0)
+        square += part.double().pow(2).sum().item()
+    n = ranks.total(len(x_ND))
+    square = ranks.total(square) / n
+    mean_square = (ranks.mean(sum_D) * ranks.sharing() / n).pow(2).sum().item()
+    if mean_square > DOMINANT * square:
+        return max(square - mean_square, 1e-12 * square) ** 0.5, mean_square / square
+    return square**0.5, mean_square / max(square, 1e-300)
 
 
 @torch.no_grad()
 def begin_at_dominant_mean(sae: SAE, x_ND: Tensor) -> None:
-    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec. Else b_dec stays 0.
-
-    Says so, with the spread s of x around its mean: penalties are made for E‖x‖² = 1, and a penalty that grows as z weighs 1/s times as
-    much against a spread s.
-    """
+    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec. Else b_dec stays 0."""
     share = float(x_ND.double().mean(0).pow(2).sum() / x_ND.double().pow(2).sum(1).mean())
     own = dict(sae.named_parameters(recurse=False))
     if not share > DOMINANT or "b_dec" not in own:
@@ -535,11 +548,6 @@ def begin_at_dominant_mean(sae: SAE, x_ND: Tensor) -> None:
     own["b_dec"].copy_(geometric_median(x_ND))
     if not sae.centred and "b_enc" in own:
         own["b_enc"].sub_(own["b_dec"] @ own["W_enc"])
-    if not ranks.number():
-        spread = max(0.0, 1 - share) ** 0.5
-        print(f"note: the mean of the activations holds {share:.1%} of E‖x‖²: b_dec begins at their geometric median. What is left to explain "
-              f"is {spread:.2g} of the scale that penalties are made for: an l1_penalty may want {spread:.2g} times its value, or "
-              "take --variant=topk, which has no penalty", flush=True)
 
 
 def fused(function: Callable[..., None]) -> Callable[..., None]:

@@ -654,7 +654,8 @@ def begin(settings: Settings, jobs: list[Job], block: dict[str, Tensor], fresh: 
         if not job.scale:
             job.scale, share = base.stream_scale(x_ND)
             if share > base.DOMINANT:
-                say(f"{job.name}: note: the activations' mean holds {share:.1%} of E‖x‖²: they are divided by the spread around it")
+                say(f"note: {job.name}: the mean of the activations holds {share:.1%} of E‖x‖²: they are divided by the spread "
+                    "around it")
             if not fresh:  # its weights took raw activations
                 interchange.rescale(job.sae, job.scale)
         if fresh:

@@ -74,11 +74,12 @@ def test_auxk_reaches_dead_features_and_only_them():
 
 
 def test_auxk_of_a_residual_without_variance_is_zero():
-    """Fails if one token, equal tokens or a perfect reconstruction give 1e10 or a gradient; or if little variance is taken for none."""
+    """Fails if one token, equal tokens or a perfect reconstruction give 1e10 or a gradient, or if little counts as none."""
     torch.manual_seed(0)
     sae, dead_F = topk.SAE(8, 40, k=4), torch.arange(40) >= 30
     x_BD, e_D = torch.randn(64, 8), torch.randn(8)
-    for e_BD in (e_D[None], e_D.expand(64, 8), e_D + 1e-5 * torch.randn(64, 8), torch.zeros(64, 8), 1e-5 * torch.randn(64, 8)):
+    little_BD = 1e-5 * torch.randn(64, 8)
+    for e_BD in (e_D[None], e_D.expand(64, 8), e_D + little_BD, torch.zeros(64, 8), little_BD):
         sae.zero_grad(set_to_none=False)
         loss = base.auxk_loss(sae, x_BD[:len(e_BD)], e_BD, sae.pre_activations(x_BD[:len(e_BD)]).relu(), dead_F)
         loss.backward()
@@ -90,7 +91,7 @@ def test_auxk_of_a_residual_without_variance_is_zero():
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 0.99])
 def test_a_dominant_mean_is_where_b_dec_begins(share):
-    """Fails if features die of a mean of ten times the spread, an encoder of x keeps it, or an ordinary stream is touched."""
+    """Fails if a mean of ten times the spread stays in scale, b_dec or an encoder of x, or an ordinary stream is touched."""
     torch.manual_seed(0)
     mean_D, noise_ND = torch.nn.functional.normalize(torch.randn(16), dim=0), torch.randn(20_000, 16) / 4
     raw_ND = 7 * (share**0.5 * mean_D + (1 - share) ** 0.5 * (noise_ND - noise_ND.mean(0)))

@@ -271,11 +271,13 @@ def reconstruction_loss(e_BD: Tensor) -> Tensor:
     return e_BD.to(torch.promote_types(e_BD.dtype, torch.float32)).pow(2).sum(-1).mean()
 
 
-def affine(x: Tensor, W_DF: Tensor, b_F: Tensor | float = 0.0, centre_D: Tensor | None = None, fine: bool = False) -> Tensor:
+def affine(x: Tensor, W_DF: Tensor, b_F: Tensor | float = 0.0, centre_D: Tensor | None = None,
+           fine: bool = False) -> Tensor:
     """(x − centre)·W + b, shape (..., F), in W's dtype: thresholds, counts and choices are decided on it.
 
-    Under autocast the product's factors are rounded as in any other, its result and the biases are not. For bf16: x of norm 1 makes an
-    error of .002/√D instead of one of .001·z. `fine`: 4e-6/√D, for three times the product's work, where a difference of .001 counts.
+    Under autocast the product's factors are rounded as in any other, its result and the biases are not. For bf16, x and
+    columns of norm 1: an error of .002/√D instead of .001·z. `fine`: 4e-6/√D for three times the product's work, where
+    a difference of .001 counts.
     The bias is folded first, which saves the product for the centre's gradient.
     """
     kind = x.device.type
@@ -294,7 +296,8 @@ class _RoundedFactors(torch.autograd.Function):
             x_high_ND, W_high_DF = x_ND.to(dtype), W_DF.to(dtype)
             if fine:  # x·W = high·high + low·high + high·low, but for the product of what both lose in rounding
                 x_low_ND, W_low_DF = (x_ND - x_high_ND).to(dtype), (W_DF - W_high_DF).to(dtype)
-                z_NF = _product(torch.cat([x_high_ND, x_low_ND, x_high_ND], 1), torch.cat([W_high_DF, W_high_DF, W_low_DF]))
+                parts_NK = torch.cat([x_high_ND, x_low_ND, x_high_ND], 1)
+                z_NF = _product(parts_NK, torch.cat([W_high_DF, W_high_DF, W_low_DF]))
             else:
                 z_NF = _product(x_high_ND, W_high_DF)
             z_NF += b_F if centre_D is None else b_F - centre_D @ W_DF
@@ -447,8 +450,9 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
 def _of_variance(e_BD: Tensor, found_BD: Tensor) -> Tensor:
     """Squared error of what was found of the residual e, over e's variance: the share that stays unexplained.
 
-    0, without gradient, where less than a thousandth of ‖e‖², or a millionth of E‖x‖² = 1, differs from token to token (one token, equal
-    tokens, nothing left over): there is nothing that a feature could explain, as a constant is b_dec's, and the share is 0/0.
+    0, without gradient, where less than a thousandth of ‖e‖², or a millionth of E‖x‖² = 1, differs from token to token
+    (one token, equal tokens, nothing left over): there is nothing that a feature could explain, as a constant is
+    b_dec's, and the share is 0/0.
     """
     target_BD = e_BD.detach()
     error = reconstruction_loss(target_BD - found_BD)
@@ -518,11 +522,11 @@ def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-
     return median_D.float()
 
 
-DOMINANT = 0.75  # share of E‖x‖² in the mean from which on penalties and rates for E‖x‖² = 1 cost features (variants/README.md)
+DOMINANT = 0.75  # share of E‖x‖² in the mean from which on what is made for E‖x‖² = 1 costs features (variants/README.md)
 
 
 def stream_scale(x_ND: Tensor) -> tuple[float, float]:
-    """√E‖x‖² of raw activations [N, D], of which ranks may each hold a part, and the share of E‖x‖² that their mean holds, in fp64.
+    """√E‖x‖² of raw activations [N, D], of which ranks may each hold a part, and the share that their mean holds, in fp64.
 
     Where the mean dominates, the scale is that of what is left to explain: √E‖x − mean‖².
     """
@@ -540,7 +544,7 @@ def stream_scale(x_ND: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def begin_at_dominant_mean(sae: SAE, x_ND: Tensor) -> None:
-    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec. Else b_dec stays 0."""
+    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec. Else nothing."""
     share = float(x_ND.double().mean(0).pow(2).sum() / x_ND.double().pow(2).sum(1).mean())
     own = dict(sae.named_parameters(recurse=False))
     if not share > DOMINANT or "b_dec" not in own:
@@ -600,7 +604,8 @@ def normalise_decoder(W_dec_FD: nn.Parameter) -> None:
 def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float | None = None) -> None:
     """Moving average of the smallest positive activation a batch kept (0-d tensors), after 1000 steps or 5 % of the run.
 
-    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low. `decay`: `theta_decay` if None.
+    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low. `decay`: `theta_decay`
+    if None.
     """
     decay = theta_decay(progress) if decay is None else decay
     if progress.step >= min(1000, 0.05 * progress.total_steps):
@@ -657,11 +662,12 @@ class TrainedSAE(nn.Module):
 
 
 def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
-    """A hyper-parameter that counts the features kept of each token, or of the `mean` token: then it may be a fraction. ValueError."""
+    """A hyper-parameter that counts the features kept of each token, or as a `mean`: then it may be a fraction. ValueError."""
     whole = type(value) in (int, float) and 0 < value <= d_sae and value == int(value)
     fraction = type(value) is float and 0 < value <= d_sae
     if not (whole or (mean and fraction)):
-        meant = "kept on average must be a number above 0, at most" if mean else "kept of each token must be a whole number from 1 to"
+        each = "kept of each token must be a whole number from 1 to"
+        meant = "kept on average must be a number above 0, at most" if mean else each
         advice = "" if mean else "; batch_topk takes a fraction, as a mean over tokens"
         raise ValueError(f"--hyper {name} = {value!r}: the features {meant} d_sae = {d_sae}\n"
                          f"give for example --hyper {name}={max(1, d_sae // 64)}{advice}")
@@ -669,7 +675,7 @@ def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
 
 
 def batch_topk(acts_BF: Tensor, k: float) -> Tensor:
-    """Mask [B, F] of exactly k·B entries, rounded: the largest of the whole batch, of which each rank may hold a share."""
+    """Mask [B, F] of exactly k·B entries, rounded: the largest of the batch, of which each rank may hold a share."""
     flat, n = acts_BF.detach().flatten(), max(1, round(k * len(acts_BF) * ranks.sharing()))
     if ranks.sharing() > 1:
         mine = flat.topk(min(n, len(flat)), sorted=False)
@@ -692,7 +698,7 @@ def _largest_on_cpu(flat: Tensor, n: int) -> Tensor:
 
 
 def above_theta(acts: Tensor, theta: Tensor, k: float) -> Tensor:
-    """Features (..., F) of single tokens: z·1[z > theta]; each token's k largest, rounded, as long as there is no theta (< 0)."""
+    """Features (..., F) of single tokens: z·1[z > theta]; each token's k largest, rounded, while there is no theta (< 0)."""
     if theta < 0:
         top, index = acts.topk(max(1, round(k)), dim=-1, sorted=False)
         return torch.zeros_like(acts).scatter(-1, index, top)
@@ -700,7 +706,7 @@ def above_theta(acts: Tensor, theta: Tensor, k: float) -> Tensor:
 
 
 def saelens_of(theta: Tensor, k: float) -> str | None:
-    """SAELens' architecture for `above_theta`: JumpReLU; without a theta, in a run too short for one, TopK if k is a whole number."""
+    """SAELens' architecture for `above_theta`: JumpReLU; in a run too short for a theta, TopK if k is a whole number."""
     if theta >= 0:
         return "jumprelu"
     return "topk" if k == int(k) else None

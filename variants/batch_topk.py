@@ -13,7 +13,7 @@ from variants import base
 
 
 class SAE(base.SAE):
-    """BatchTopK SAE. k: features kept per token on average, 1.5 too; auxk_alpha: weight of the loss that revives dead features."""
+    """BatchTopK SAE. k: features kept per token on average, 1.5 too; auxk_alpha: weight of auxk."""
 
     unit_norm_decoder = True
     data_parallel = True

@@ -1,7 +1,8 @@
 """JumpReLU SAE (Rajamanoharan et al. 2024, "Jumping Ahead"), with a quadratic penalty towards a target L0.
 
 loss = ‖x − x_hat‖² + sp(t)·(L0/target_l0 − 1)²,   z = z_pre·1[z_pre > theta],   z_pre = x·W_enc + b_enc (x not centred)
-L0 is the batch mean, as in dictionary_learning: a token may have more or fewer; of single tokens, the term would add Var(L0)/target_l0².
+L0 is the mean over the batch, as in dictionary_learning: a token may have more or fewer features. Taken of each token, the
+term would be larger by Var(L0)/target_l0².
 Straight-through, ε = bandwidth: dtheta = −(theta/ε)·rect((z_pre−theta)/ε)·dz from z, −(1/ε)·rect((z_pre−theta)/ε) from L0.
 Kaiming-uniform decoder scaled to unit rows, W_enc tied, theta = .001; Adam(0, .999); each step: project the decoder's
 gradient, clip to norm 1, step, renormalise. Adam moves theta by about lr a step, so lr × steps must exceed
@@ -33,7 +34,7 @@ class JumpReLU(torch.autograd.Function):
 
 
 class SAE(base.SAE):
-    """JumpReLU SAE. target_l0: features active per token on average; bandwidth: ε, width of the window in which theta feels a gradient."""
+    """JumpReLU SAE. target_l0: mean of features active per token; bandwidth: ε, the window in which theta feels a gradient."""
 
     unit_norm_decoder = True
     data_parallel = True
@@ -45,7 +46,8 @@ class SAE(base.SAE):
     def __init__(self, d_in, d_sae, target_l0=32, bandwidth=0.001):
         target_l0 = base.feature_count("target_l0", target_l0, d_sae, mean=True)
         if not bandwidth > 0:
-            raise ValueError(f"--hyper bandwidth = {bandwidth}: the window around theta must be wider than 0\ngive for example 0.001")
+            raise ValueError(f"--hyper bandwidth = {bandwidth}: the window around theta must be wider than 0\n"
+                             "give for example --hyper bandwidth=0.001")
         super().__init__(d_in, d_sae)
         nn.init.kaiming_uniform_(self.W_dec)
         base.normalise_decoder(self.W_dec)

@@ -680,12 +680,14 @@ def lap(clock: dict, name: str) -> None:
 
 
 def begin(settings: Settings, jobs: list[Job], block: dict[str, Tensor], fresh: bool) -> None:
-    """Measure the scale on the first block, in fp64, and let each fresh SAE initialise itself from normalised data."""
+    """Measure the scale on the first block, and let each fresh SAE initialise itself from normalised data."""
     for job in jobs:
         x_ND = block[f"x_{job.layer}"]
         if not job.scale:
-            norm = sum(part.double().pow(2).sum().item() for part in x_ND.split(2**13))
-            job.scale = (ranks.total(norm) / ranks.total(len(x_ND))) ** 0.5
+            job.scale, share = base.stream_scale(x_ND)
+            if share > base.DOMINANT:
+                say(f"note: {job.name}: the mean of the activations holds {share:.1%} of E‖x‖²: they are divided by the spread "
+                    "around it")
             if not fresh:  # its weights took raw activations
                 interchange.rescale(job.sae, job.scale)
         if fresh:

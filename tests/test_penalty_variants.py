@@ -111,7 +111,7 @@ def test_p_anneal_slope_is_finite_where_a_feature_barely_fires():
     z = torch.tensor([[1e-30, 0.0, 0.5]], requires_grad=True)
     sae = p_anneal.SAE(2, 3)
     sae.power_sum(torch.relu(z), torch.tensor(0.2)).backward()
-    assert z.grad[0].tolist() == pytest.approx([0.2 * 1e-4**-0.8, 0.0, 0.2 * 0.5**-0.8], rel=1e-3)
+    assert z.grad[0].tolist() == pytest.approx([0.2 * 1e-6**-0.8, 0.0, 0.2 * 0.5**-0.8], rel=1e-3)
 
 
 def test_p_anneal_continues_bit_for_bit_in_the_middle_of_the_moves():

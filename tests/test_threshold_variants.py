@@ -23,12 +23,11 @@ def biased(sae):
 
 
 def reference(sae, x_BD, k, prefixes):
-    """Mean over prefixes (end, weight) and auxk, dense and slow: the threshold is the k·B-th of all values sorted."""
+    """Sum over prefixes (end, weight) and auxk, dense and slow: the threshold is the k·B-th of all values sorted."""
     acts_BF = torch.relu((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc)
     threshold = sorted(acts_BF.flatten().tolist(), reverse=True)[k * len(x_BD) - 1]
     z_BF = torch.where(acts_BF >= threshold, acts_BF, 0.0)
     nested = sum(w * ((x_BD - z_BF[:, :end] @ sae.W_dec[:end] - sae.b_dec) ** 2).sum(1).mean() for end, w in prefixes)
-    nested = nested / sum(w for _, w in prefixes)
     residual_BD = (x_BD - z_BF @ sae.W_dec - sae.b_dec).detach()
     dead_BF = torch.where(torch.arange(acts_BF.shape[1]) % 3 == 0, acts_BF, -torch.inf)
     aux_BK, index_BK = dead_BF.topk(x_BD.shape[1] // 2)
@@ -68,7 +67,7 @@ def test_matryoshka_prefixes_by_hand():
     sae.W_dec.data[0, 0] = sae.W_enc.data[0, 0] = 1  # the first prefix has x's first coordinate
     sae.W_dec.data[3, 1] = sae.W_enc.data[1, 3] = 1  # the third and later ones its second
     loss, _ = sae.loss(base.Batch(torch.tensor([[3.0, 4.0]])), LATE)
-    assert loss.item() == pytest.approx((16 + 16 + 0 + 0 + 0) / 5)
+    assert loss.item() == pytest.approx(16 + 16 + 0 + 0 + 0)
 
 
 def test_batch_topk_keeps_exactly_k_times_batch():
@@ -83,6 +82,46 @@ def test_batch_topk_keeps_exactly_k_times_batch():
         assert keep_BF.sum() == 200 and sorted(acts_BF[keep_BF].tolist(), reverse=True) == best
     assert base.batch_topk(random_BF, 50).all()
     assert base.batch_topk(random_BF, 5).sum(1).unique().numel() > 1  # over the batch, not per token
+
+
+@pytest.mark.parametrize("k, B, kept", [(1.5, 40, 60), (1.5, 63, 94), (0.3, 10, 3), (12.25, 20, 245), (0.01, 7, 1)])
+def test_batch_topk_keeps_a_fraction_as_a_mean(k, B, kept):
+    """Fails if k is cut to a whole number anywhere: in the mask, in the SAE, or where it is saved and read again."""
+    acts_BF = torch.rand(B, 50, generator=torch.Generator().manual_seed(0))
+    assert base.batch_topk(acts_BF, k).sum() == kept
+    for module in (batch_topk, matryoshka_batch_topk):
+        sae = module.SAE(6, 50, k=k)
+        sae.loss(base.Batch(torch.randn(B, 6)), LATE)
+        assert sae.k == k and sae.encode(torch.randn(3, 6)).shape == (3, 50)
+
+
+@pytest.mark.parametrize("theta", [0.4, -1.0])
+def test_a_fractional_k_is_saved_as_it_was_trained(tmp_path, theta):
+    """Fails if the file says another k than the run, or holds a fraction as SAELens' TopK, which takes none."""
+    sae = batch_topk.SAE(12, 40, k=1.5)
+    sae.theta.fill_(theta)
+    variants.saving.save_sae(tmp_path / "sae", sae, 3.0, variants.path("batch_topk"), {"k": 1.5}, {})
+    again, x = variants.saving.load_sae(tmp_path / "sae"), torch.randn(20, 12) * 3
+    assert again.sae.k == 1.5 and torch.allclose(again.encode(x), base.TrainedSAE(sae, 3.0).encode(x), atol=1e-5)
+    assert (tmp_path / "sae" / "sae_weights.safetensors").exists() == (theta >= 0)
+
+
+REFUSED = [0, -1, 41, 1e9, float("nan"), float("inf"), "abc", True, False, None, (3,)]
+
+
+@pytest.mark.parametrize("name, key, value", [(name, key, value) for name, key in [
+    ("topk", "k"), ("batch_topk", "k"), ("matryoshka_batch_topk", "k"), ("jumprelu", "target_l0")] for value in REFUSED]
+    + [("topk", "k", 1.5), ("topk", "k", 0.5)])
+def test_a_count_of_features_that_cannot_be_is_refused(name, key, value):
+    """Fails if such a k is trained as another one, or ends in an error that does not name it."""
+    with pytest.raises(ValueError, match=f"--hyper {key} = ") as refused:
+        variants.build(variants.load(name), 6, 40, {key: value})
+    assert len(str(refused.value).splitlines()) == 2 and repr(value) in str(refused.value)
+
+
+def test_a_whole_number_written_as_a_fraction_is_one():
+    """Fails if k=4.0 is refused, or kept as a float that a top-k does not take."""
+    assert [variants.build(variants.load(name), 6, 40, {"k": 4.0}).k for name in ("topk", "batch_topk")] == [4, 4]
 
 
 def test_theta_decides_alone_at_inference():
@@ -202,3 +241,60 @@ def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, na
         assert torch.equal(other.encode(x_raw) > 0, features > 0)
         assert torch.allclose(other.encode(x_raw), features, rtol=1e-5, atol=1e-4)
         assert torch.allclose(other.decode(features), trained.decode(features), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("theta", [0.02, 0.3])
+@pytest.mark.parametrize("D, F", [(32, 256), (256, 1024)])
+def test_jumprelu_under_autocast_is_that_of_fp32(D, F, theta):
+    """Fails if z_pre goes through bf16 on its way to theta: its steps are wider than the window, the gradient is noise."""
+    torch.manual_seed(0)
+    sae = jumprelu.SAE(D, F, target_l0=8)
+    sae.theta.data.fill_(theta)
+    sae.b_enc.data.normal_(theta - 0.1, 0.05)
+    x_BD = torch.nn.functional.normalize(torch.randn(512, D), dim=1)
+    found = []
+    for bf16 in (False, True):
+        sae.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, terms = sae.loss(base.Batch(x_BD), LATE)
+        loss.backward()
+        l0 = 8 * (1 + terms["sparsity"].item() ** 0.5)
+        found.append((l0, {name: p.grad.clone() for name, p in sae.named_parameters()}))
+    (l0, exact), (l0_bf16, rounded) = found
+    assert l0_bf16 == pytest.approx(l0, rel=1e-3) and exact["theta"].any()
+    for name, grad in exact.items():
+        assert torch.cosine_similarity(grad.flatten(), rounded[name].flatten(), dim=0) > 0.99, name
+
+
+@pytest.mark.parametrize("name", ["standard", "topk", "batch_topk", "matryoshka_batch_topk", "gated"])
+def test_biases_and_results_are_not_rounded_under_autocast(name):
+    """Fails if b_dec·W_enc or a pre-activation is rounded to bf16: with a mean of norm 1, by up to .004."""
+    torch.manual_seed(0)
+    sae = variants.load(name).SAE(64, 512)
+    mean_D = torch.nn.functional.normalize(torch.randn(64), dim=0)
+    sae.b_dec.data.copy_(mean_D)
+    x_BD = mean_D + 0.05 * torch.randn(128, 64)
+    pre = (lambda: sae.gate_and_magnitude(x_BD)[0]) if name == "gated" else (lambda: sae.pre_activations(x_BD))
+    exact_BF = pre()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded_BF = pre()
+    assert rounded_BF.dtype == torch.float32
+    # what the rounding of x and W_enc alone leaves, and rounded results or biases exceed: .002·‖W‖·‖x‖/√D
+    limit = 0.0035 * sae.W_enc.detach().norm(dim=0).mean() / 8
+    assert (rounded_BF - exact_BF).square().mean().sqrt() < limit
+
+
+def test_gradients_of_rounded_factors_are_those_of_the_product():
+    """Fails if a gradient of the product under autocast is left out, or has another sign or shape: x, W, bias, centre."""
+    torch.manual_seed(0)
+    shapes = (2, 3, 4), (4, 5), (5,), (4,)
+    x, W_DF, b_F, centre_D = (torch.randn(shape).requires_grad_() for shape in shapes)
+    wanted = torch.randn(2, 3, 5)
+    for fine in (False, True):
+        grads = []
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                z = base.affine(x, W_DF, b_F, centre_D, fine=fine)
+            grads.append(torch.autograd.grad((z * wanted).sum(), (x, W_DF, b_F, centre_D)))
+        for exact, rounded in zip(*grads):
+            assert exact.shape == rounded.shape and (exact - rounded).norm() < 0.01 * exact.norm()

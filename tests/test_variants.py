@@ -73,6 +73,43 @@ def test_auxk_reaches_dead_features_and_only_them():
     assert base.auxk_loss(sae, x_BD, e_BD, base.dense_activations(sae, x_BD, 4), torch.zeros(40, dtype=torch.bool)) == 0
 
 
+def test_auxk_of_a_residual_without_variance_is_zero():
+    """Fails if one token, equal tokens or a perfect reconstruction give 1e10 or a gradient, or if little counts as none."""
+    torch.manual_seed(0)
+    sae, dead_F = topk.SAE(8, 40, k=4), torch.arange(40) >= 30
+    x_BD, e_D = torch.randn(64, 8), torch.randn(8)
+    little_BD = 1e-5 * torch.randn(64, 8)
+    for e_BD in (e_D[None], e_D.expand(64, 8), e_D + little_BD, torch.zeros(64, 8), little_BD):
+        sae.zero_grad(set_to_none=False)
+        loss = base.auxk_loss(sae, x_BD[:len(e_BD)], e_BD, sae.pre_activations(x_BD[:len(e_BD)]).relu(), dead_F)
+        loss.backward()
+        assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in sae.parameters())
+    e_BD = 0.01 * torch.randn(64, 8)
+    found = base._of_variance(e_BD, 0.005 * torch.ones(64, 8))
+    assert found == (e_BD - 0.005).pow(2).sum(1).mean() / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.99])
+def test_a_dominant_mean_is_where_b_dec_begins(share):
+    """Fails if a mean of ten times the spread stays in scale, b_dec or an encoder of x, or an ordinary stream is touched."""
+    torch.manual_seed(0)
+    mean_D, noise_ND = torch.nn.functional.normalize(torch.randn(16), dim=0), torch.randn(20_000, 16) / 4
+    raw_ND = 7 * (share**0.5 * mean_D + (1 - share) ** 0.5 * (noise_ND - noise_ND.mean(0)))
+    scale, found = base.stream_scale(raw_ND)
+    assert found == pytest.approx(share, abs=0.01)
+    expected_D = mean_D * (share / (1 - share)) ** 0.5
+    assert scale == pytest.approx(0.7 if share > 0.9 else 7.0, rel=0.01)  # 7·√(1 − .99): the spread alone is made 1
+    for name in ("standard", "jumprelu", "gated"):
+        sae = variants.load(name).SAE(16, 64)
+        sae.initialise(raw_ND[:8192] / scale)
+        if share < 0.9:
+            assert not any(p.any() for name, p in sae.named_parameters() if name.startswith("b_"))
+            continue
+        assert (sae.b_dec - expected_D).norm() < 0.05
+        active_F = (sae.encode(raw_ND / scale) > 0).float().mean(0)
+        assert active_F.min() > 0.3 and active_F.max() < 0.7  # as of a centred stream: not by the sign of mean·W_enc
+
+
 @pytest.mark.parametrize("every", [13, 5, 2])
 def test_auxk_is_its_formula(every):
     """Fails if few dead features, more than auxk takes or half of all give another loss or gradient than plain autograd of the formula."""
@@ -153,7 +190,7 @@ def test_theta_starts_at_the_first_value_and_waits_for_the_warm_up():
     base.update_theta(theta, torch.tensor([[0.5, 0.0, 0.7]]), base.Progress(6, 100, 0, 1))
     assert theta == 0.5
     base.update_theta(theta, torch.tensor([[1.5]]), base.Progress(7, 100, 0, 1))
-    assert theta == pytest.approx(0.5 + 0.001)
+    assert theta == pytest.approx(0.5 + 0.2)  # a window of 5 steps, a twentieth of the run
 
 
 def test_learning_rate_by_hand():

@@ -15,6 +15,7 @@ Reconstruction losses are summed over D and averaged over B.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -135,8 +136,8 @@ class SAE(nn.Module):
     # -- the model
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """(x − b_dec)·W_enc + b_enc, shape (..., F); the bias is folded first, which saves the product for b_dec's gradient."""
-        return F.linear(x.to(self.W_enc.dtype), self.W_enc.T, self.b_enc - self.b_dec @ self.W_enc)
+        """(x − b_dec)·W_enc + b_enc, shape (..., F), in the parameters' precision under autocast too."""
+        return affine(x, self.W_enc, self.b_enc, self.b_dec)
 
     def encode(self, x: Tensor) -> Tensor:
         """Features (..., F) of activations (..., D)."""
@@ -166,6 +167,7 @@ class SAE(nn.Module):
 
     def initialise(self, x_ND: Tensor) -> None:
         """Called once before training with normalised activations of the first block."""
+        begin_at_dominant_mean(self, x_ND)
 
     def after_step(self, batch: Batch, progress: Progress) -> None:
         """Called after each optimiser step, without gradient."""
@@ -273,6 +275,70 @@ def reconstruction_loss(e_BD: Tensor) -> Tensor:
     return e_BD.to(torch.promote_types(e_BD.dtype, torch.float32)).pow(2).sum(-1).mean()
 
 
+def affine(x: Tensor, W_DF: Tensor, b_F: Tensor | float = 0.0, centre_D: Tensor | None = None,
+           fine: bool = False) -> Tensor:
+    """(x − centre)·W + b, shape (..., F), in W's dtype: thresholds, counts and choices are decided on it.
+
+    Under autocast the product's factors are rounded as in any other, its result and the biases are not. For bf16, x and
+    columns of norm 1: an error of .002/√D instead of .001·z. `fine`: 4e-6/√D for three times the product's work, where
+    a difference of .001 counts.
+    The bias is folded first, which saves the product for the centre's gradient.
+    """
+    kind = x.device.type
+    if W_DF.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return _RoundedFactors.apply(x, W_DF, b_F, centre_D, fine, torch.get_autocast_dtype(kind))
+    return F.linear(x.to(W_DF.dtype), W_DF.T, b_F if centre_D is None else b_F - centre_D @ W_DF)
+
+
+class _RoundedFactors(torch.autograd.Function):
+    """`affine` in fp32 with its factors, and those of its gradients, in a lower precision."""
+
+    @staticmethod
+    def forward(ctx, x, W_DF, b_F, centre_D, fine, dtype):
+        with torch.autocast(x.device.type, enabled=False):
+            x_ND = x.reshape(-1, len(W_DF))
+            x_high_ND, W_high_DF = x_ND.to(dtype), W_DF.to(dtype)
+            if fine:  # x·W = high·high + low·high + high·low, but for the product of what both lose in rounding
+                x_low_ND, W_low_DF = (x_ND - x_high_ND).to(dtype), (W_DF - W_high_DF).to(dtype)
+                parts_NK = torch.cat([x_high_ND, x_low_ND, x_high_ND], 1)
+                z_NF = _product(parts_NK, torch.cat([W_high_DF, W_high_DF, W_low_DF]))
+            else:
+                z_NF = _product(x_high_ND, W_high_DF)
+            z_NF += b_F if centre_D is None else b_F - centre_D @ W_DF
+        ctx.save_for_backward(x, W_DF, centre_D)
+        ctx.dtype = dtype
+        return z_NF.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W_DF, centre_D = ctx.saved_tensors
+        grad_NF = grad.reshape(-1, W_DF.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            d_b_F, low_NF = grad_NF.sum(0), grad_NF.to(ctx.dtype)
+            from_centre = x if centre_D is None else x - centre_D
+            d_W_DF = _product(from_centre.reshape(-1, len(W_DF)).to(ctx.dtype).T, low_NF)
+            d_centre_D = None if centre_D is None else -(W_DF @ d_b_F)
+            d_x = _product(low_NF, W_DF.to(ctx.dtype).T).view_as(x).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return d_x, d_W_DF, d_b_F if ctx.needs_input_grad[2] else None, d_centre_D, None, None
+
+
+def _product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a·b [M, N] in fp32 of factors in a lower precision."""
+    if _multiplies_into_fp32(a_MK.device, a_MK.dtype):
+        return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
+    return a_MK.float() @ b_KN.float()  # the same numbers but for the order of the sums
+
+
+@functools.cache
+def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one product does so, at the speed of `dtype`: CUDA from torch 2.8 on. Tried once."""
+    try:
+        torch.mm(*torch.ones(2, 16, 16, device=device, dtype=dtype), out_dtype=torch.float32)
+    except (TypeError, NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
 def _bags(index_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns [B·K] and beginnings of the rows [B] of a list that has K entries a row."""
     B, K = index_BK.shape
@@ -377,7 +443,7 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
         acts_BC = acts_BF.index_select(1, index_C)
     else:
         W_DC = sae.W_enc.index_select(1, index_C)
-        acts_BC = F.relu(F.linear(x_BD.to(W_DC.dtype), W_DC.T, sae.b_enc[index_C] - sae.b_dec @ W_DC))
+        acts_BC = F.relu(affine(x_BD, W_DC, sae.b_enc[index_C], sae.b_dec))
     z_BC = acts_BC * dead_F[index_C]
     if count > k_aux:
         kept_BK = z_BC.detach().topk(k_aux, sorted=False).indices
@@ -386,11 +452,18 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
 
 
 def _of_variance(e_BD: Tensor, found_BD: Tensor) -> Tensor:
-    """Squared error of what was found of the residual e, over e's variance."""
+    """Squared error of what was found of the residual e, over e's variance: the share that stays unexplained.
+
+    0, without gradient, where less than a thousandth of ‖e‖², or a millionth of E‖x‖² = 1, differs from token to token
+    (one token, equal tokens, nothing left over): there is nothing that a feature could explain, as a constant is
+    b_dec's, and the share is 0/0.
+    """
     target_BD = e_BD.detach()
     error = reconstruction_loss(target_BD - found_BD)
-    variance = ranks.mean((target_BD - ranks.mean(target_BD.mean(0))).pow(2).sum(-1).mean())
-    return error / variance.clamp_min(1e-12)
+    mean_D = ranks.mean(target_BD.mean(0))
+    variance = ranks.mean((target_BD - mean_D).pow(2).sum(-1).mean())
+    least = 1e-3 * (variance + mean_D.pow(2).sum()).clamp_min(1e-3)
+    return error / torch.where(variance > least, variance, torch.inf)
 
 
 def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
@@ -453,6 +526,38 @@ def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-
     return median_D.float()
 
 
+DOMINANT = 0.75  # share of E‖x‖² in the mean from which on what is made for E‖x‖² = 1 costs features (variants/README.md)
+
+
+def stream_scale(x_ND: Tensor) -> tuple[float, float]:
+    """√E‖x‖² of raw activations [N, D], of which ranks may each hold a part, and the share that their mean holds, in fp64.
+
+    Where the mean dominates, the scale is that of what is left to explain: √E‖x − mean‖².
+    """
+    sum_D, square = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64), 0.0
+    for part in x_ND.split(2**13):
+        sum_D += part.double().sum(0)
+        square += part.double().pow(2).sum().item()
+    n = ranks.total(len(x_ND))
+    square = ranks.total(square) / n
+    mean_square = (ranks.mean(sum_D) * ranks.sharing() / n).pow(2).sum().item()
+    if mean_square > DOMINANT * square:
+        return max(square - mean_square, 1e-12 * square) ** 0.5, mean_square / square
+    return square**0.5, mean_square / max(square, 1e-300)
+
+
+@torch.no_grad()
+def begin_at_dominant_mean(sae: SAE, x_ND: Tensor) -> None:
+    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec. Else nothing."""
+    share = float(x_ND.double().mean(0).pow(2).sum() / x_ND.double().pow(2).sum(1).mean())
+    own = dict(sae.named_parameters(recurse=False))
+    if not share > DOMINANT or "b_dec" not in own:
+        return
+    own["b_dec"].copy_(geometric_median(x_ND))
+    if not sae.centred and "b_enc" in own:
+        own["b_enc"].sub_(own["b_dec"] @ own["W_enc"])
+
+
 def fused(function: Callable[..., None]) -> Callable[..., None]:
     """A function of tensors as one compiled kernel on a GPU, where its temporaries would cost more than its work; else as it is."""
     compiled = function
@@ -500,11 +605,13 @@ def normalise_decoder(W_dec_FD: nn.Parameter) -> None:
 
 
 @torch.no_grad()
-def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float = 0.999) -> None:
+def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float | None = None) -> None:
     """Moving average of the smallest positive activation a batch kept (0-d tensors), after 1000 steps or 5 % of the run.
 
-    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low.
+    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low. `decay`: `theta_decay`
+    if None.
     """
+    decay = theta_decay(progress) if decay is None else decay
     if progress.step >= min(1000, 0.05 * progress.total_steps):
         smallest = ranks.smallest(torch.where(kept > 0, kept, torch.inf).amin().to(theta.dtype))
         new = torch.where(theta < 0, smallest, theta.lerp(smallest, 1 - decay))
@@ -558,11 +665,23 @@ class TrainedSAE(nn.Module):
 # ------------------------------------------------------------------------------------------------ top-k over a batch
 
 
-def batch_topk(acts_BF: Tensor, k: int) -> Tensor:
-    """Mask [B, F] of exactly k·B entries: the largest of the whole batch, of which each rank may hold a share."""
-    flat, n = acts_BF.detach().flatten(), k * len(acts_BF)
+def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
+    """A hyper-parameter that counts the features kept of each token, or as a `mean`: then it may be a fraction. ValueError."""
+    whole = type(value) in (int, float) and 0 < value <= d_sae and value == int(value)
+    fraction = type(value) is float and 0 < value <= d_sae
+    if not (whole or (mean and fraction)):
+        each = "kept of each token must be a whole number from 1 to"
+        meant = "kept on average must be a number above 0, at most" if mean else each
+        advice = "" if mean else "; batch_topk takes a fraction, as a mean over tokens"
+        raise ValueError(f"--hyper {name} = {value!r}: the features {meant} d_sae = {d_sae}\n"
+                         f"give for example --hyper {name}={max(1, d_sae // 64)}{advice}")
+    return int(value) if whole else value
+
+
+def batch_topk(acts_BF: Tensor, k: float) -> Tensor:
+    """Mask [B, F] of exactly k·B entries, rounded: the largest of the batch, of which each rank may hold a share."""
+    flat, n = acts_BF.detach().flatten(), max(1, round(k * len(acts_BF) * ranks.sharing()))
     if ranks.sharing() > 1:
-        n *= ranks.sharing()
         mine = flat.topk(min(n, len(flat)), sorted=False)
         values = ranks.gathered(mine.values)  # bf16 has many equal ones: chosen by index, as in one process
         chosen = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, values.topk(n, sorted=False).indices, True)
@@ -582,12 +701,19 @@ def _largest_on_cpu(flat: Tensor, n: int) -> Tensor:
     return candidates[flat[candidates].topk(n, sorted=False).indices]
 
 
-def above_theta(acts: Tensor, theta: Tensor, k: int) -> Tensor:
-    """Features (..., F) of single tokens: z·1[z > theta]; the k largest of each token as long as there is no theta (< 0)."""
+def above_theta(acts: Tensor, theta: Tensor, k: float) -> Tensor:
+    """Features (..., F) of single tokens: z·1[z > theta]; each token's k largest, rounded, while there is no theta (< 0)."""
     if theta < 0:
-        top, index = acts.topk(k, dim=-1, sorted=False)
+        top, index = acts.topk(max(1, round(k)), dim=-1, sorted=False)
         return torch.zeros_like(acts).scatter(-1, index, top)
     return acts * (acts > theta)
+
+
+def saelens_of(theta: Tensor, k: float) -> str | None:
+    """SAELens' architecture for `above_theta`: JumpReLU; in a run too short for a theta, TopK if k is a whole number."""
+    if theta >= 0:
+        return "jumprelu"
+    return "topk" if k == int(k) else None
 
 
 def theta_decay(progress: Progress) -> float:

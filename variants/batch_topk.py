@@ -1,6 +1,6 @@
 """BatchTopK SAE (Bussmann, Leask, Nanda 2024, "BatchTopK Sparse Autoencoders").
 
-loss = ‖x − x_hat‖² + auxk_alpha·auxk,   z = the k·B largest of ReLU((x − b_dec)·W_enc + b_enc) over the batch
+loss = ‖x − x_hat‖² + auxk_alpha·auxk,   z = the k·B (rounded) largest of ReLU((x − b_dec)·W_enc + b_enc) over the batch
 Evals see single tokens: z·1[z > theta], theta = moving average of the smallest activation kept, from step 1000 (5 % of a short run).
 Tied unit-norm initialisation, b_dec = geometric median of the first batch; Adam with lr 2e-4/√(F/2¹⁴); each step:
 project the decoder's gradient, clip to norm 1, step, renormalise. auxk reconstructs the residual with dead features.
@@ -13,24 +13,22 @@ from variants import base
 
 
 class SAE(base.SAE):
-    """BatchTopK SAE. k: features kept per token on average; auxk_alpha: weight of the loss that revives dead features."""
+    """BatchTopK SAE. k: features kept per token on average, 1.5 too; auxk_alpha: weight of auxk."""
 
     unit_norm_decoder = True
     data_parallel = True
     grad_clip = 1.0
 
     def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32):
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"batch_topk: k = {k} must lie between 1 and d_sae = {d_sae}\nchange --hyper k=… or --d_sae")
+        k = base.feature_count("k", k, d_sae, mean=True)
         super().__init__(d_in, d_sae)
-        self.k, self.auxk_alpha = int(k), auxk_alpha
+        self.k, self.auxk_alpha = k, auxk_alpha
         self.default_lr = 2e-4 / (d_sae / 2**14) ** 0.5
         self.register_buffer("theta", torch.tensor(-1.0))  # < 0: none yet
 
     @property
     def saelens(self):
-        """A threshold is SAELens' JumpReLU; a run too short to have one leaves a TopK SAE."""
-        return "jumprelu" if self.theta >= 0 else "topk"
+        return base.saelens_of(self.theta, self.k)
 
     def initialise(self, x_ND):
         self.b_dec.data.copy_(base.geometric_median(x_ND))
@@ -49,4 +47,4 @@ class SAE(base.SAE):
         return reconstruction + self.auxk_alpha * auxk, {"reconstruction": reconstruction, "auxk": auxk}
 
     def after_step(self, batch, progress):
-        base.update_theta(self.theta, self._kept_BF, progress, base.theta_decay(progress))
+        base.update_theta(self.theta, self._kept_BF, progress)

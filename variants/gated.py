@@ -30,7 +30,7 @@ class SAE(base.SAE):
 
     def gate_and_magnitude(self, x):
         """Pre-activations (..., F) of both paths; the step of the gate passes no gradient, so only l1 and aux train b_gate."""
-        a = F.linear(x.to(self.W_enc.dtype), self.W_enc.T, -(self.b_dec @ self.W_enc))
+        a = base.affine(x, self.W_enc, centre_D=self.b_dec)
         return a + self.b_gate, self.r_mag.exp() * a + self.b_mag
 
     def encode(self, x):

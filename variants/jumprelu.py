@@ -1,6 +1,8 @@
 """JumpReLU SAE (Rajamanoharan et al. 2024, "Jumping Ahead"), with a quadratic penalty towards a target L0.
 
 loss = ‖x − x_hat‖² + sp(t)·(L0/target_l0 − 1)²,   z = z_pre·1[z_pre > theta],   z_pre = x·W_enc + b_enc (x not centred)
+L0 is the mean over the batch, as in dictionary_learning: a token may have more or fewer features. Taken of each token, the
+term would be larger by Var(L0)/target_l0².
 Straight-through, ε = bandwidth: dtheta = −(theta/ε)·rect((z_pre−theta)/ε)·dz from z, −(1/ε)·rect((z_pre−theta)/ε) from L0.
 Kaiming-uniform decoder scaled to unit rows, W_enc tied, theta = .001; Adam(0, .999); each step: project the decoder's
 gradient, clip to norm 1, step, renormalise. Adam moves theta by about lr a step, so lr × steps must exceed
@@ -9,7 +11,6 @@ its way several times: at D = 576 and F = 2304, 156 steps end within 3 % of L0 1
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from variants import base, ranks
 
@@ -33,7 +34,7 @@ class JumpReLU(torch.autograd.Function):
 
 
 class SAE(base.SAE):
-    """JumpReLU SAE. target_l0: features active per token; bandwidth: ε, width of the window in which theta feels a gradient."""
+    """JumpReLU SAE. target_l0: mean of features active per token; bandwidth: ε, the window in which theta feels a gradient."""
 
     unit_norm_decoder = True
     data_parallel = True
@@ -43,9 +44,10 @@ class SAE(base.SAE):
     centred = False  # the encoder takes x, not x − b_dec
 
     def __init__(self, d_in, d_sae, target_l0=32, bandwidth=0.001):
-        if not (0 < target_l0 <= d_sae and bandwidth > 0):
-            raise ValueError(f"jumprelu: target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}, bandwidth = {bandwidth} above 0\n"
-                             "change --hyper target_l0=…,bandwidth=… or --d_sae")
+        target_l0 = base.feature_count("target_l0", target_l0, d_sae, mean=True)
+        if not bandwidth > 0:
+            raise ValueError(f"--hyper bandwidth = {bandwidth}: the window around theta must be wider than 0\n"
+                             "give for example --hyper bandwidth=0.001")
         super().__init__(d_in, d_sae)
         nn.init.kaiming_uniform_(self.W_dec)
         base.normalise_decoder(self.W_dec)
@@ -54,15 +56,14 @@ class SAE(base.SAE):
         self.theta = nn.Parameter(torch.full((d_sae,), 0.001))
 
     def pre_activations(self, x):
-        return F.linear(x.to(self.W_enc.dtype), self.W_enc.T, self.b_enc)
+        return base.affine(x, self.W_enc, self.b_enc, fine=True)  # the window is .001 wide
 
     def encode(self, x):
         z_pre = self.pre_activations(x)
         return z_pre * (z_pre > self.theta)
 
     def loss(self, batch, progress):
-        z_pre_BF = self.pre_activations(batch.x).to(self.theta.dtype)  # under autocast too, thresholds and counts are fp32
-        z_BF, l0_B = JumpReLU.apply(z_pre_BF, self.theta, self.bandwidth)
+        z_BF, l0_B = JumpReLU.apply(self.pre_activations(batch.x), self.theta, self.bandwidth)
         self.note_fired(z_BF)
         reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
         sparsity = (ranks.mean(l0_B.mean()) / self.target_l0 - 1) ** 2

@@ -1,6 +1,7 @@
 """Matryoshka BatchTopK SAE (Bussmann et al. 2025, "Learning Multi-Level Features with Matryoshka Sparse Autoencoders").
 
-loss = Σ_i w_i·‖x − x_hat_i‖² / Σ_i w_i + auxk_alpha·auxk,   x_hat_i = b_dec + the part of z·W_dec that nested prefix i decodes
+loss = Σ_i w_i·‖x − x_hat_i‖² + auxk_alpha·auxk,   x_hat_i = b_dec + the part of z·W_dec that nested prefix i decodes
+A sum over prefixes (w_i = 1), as in the paper and in SAELens; the authors' code and dictionary_learning take a mean.
 Prefixes end after 1/32, 1/32 + 1/16, … of the features: groups of 1/32, 1/16, 1/8, 1/4 and the rest.
 z = the k·B largest of ReLU((x − b_dec)·W_enc + b_enc) over the batch; evals see z·1[z > theta] (theta as in batch_topk).
 Recipe of topk: tied unit-norm rows, b_dec = geometric median, Adam with lr 2e-4/√(F/2¹⁴), project, clip 1, step, renormalise.
@@ -20,13 +21,12 @@ class SAE(base.SAE):
     grad_clip = 1.0
 
     def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32, weights=(1.0, 1.0, 1.0, 1.0, 1.0)):
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"matryoshka_batch_topk: k = {k} must lie between 1 and d_sae = {d_sae}\nchange --hyper k=… or --d_sae")
+        k = base.feature_count("k", k, d_sae, mean=True)
         if len(weights) != 5 or min(weights) < 0 or weights[-1] <= 0:
             raise ValueError(f"matryoshka_batch_topk: weights = {weights} must be 5 numbers ≥ 0, the last, of all features, above 0\n"
                              "change --hyper weights=…")
         super().__init__(d_in, d_sae)
-        self.k, self.auxk_alpha, self.weights = int(k), auxk_alpha, weights
+        self.k, self.auxk_alpha, self.weights = k, auxk_alpha, weights
         groups = [d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4]
         self.groups = [*groups, d_sae - sum(groups)]  # features in each
         self.default_lr = 2e-4 / (d_sae / 2**14) ** 0.5
@@ -34,8 +34,7 @@ class SAE(base.SAE):
 
     @property
     def saelens(self):
-        """A threshold is SAELens' JumpReLU; a run too short to have one leaves a TopK SAE."""
-        return "jumprelu" if self.theta >= 0 else "topk"
+        return base.saelens_of(self.theta, self.k)
 
     def initialise(self, x_ND):
         self.b_dec.data.copy_(base.geometric_median(x_ND))
@@ -52,9 +51,9 @@ class SAE(base.SAE):
         for z_group, W_group in zip(z_BF.split(self.groups, 1), self.W_dec.split(self.groups)):
             e_BD = e_BD - base.relu_product(z_group, W_group)
             errors.append(base.reconstruction_loss(e_BD))
-        nested = sum(w * error for w, error in zip(self.weights, errors)) / sum(self.weights)
+        nested = sum(w * error for w, error in zip(self.weights, errors))
         auxk = base.auxk_loss(self, batch.x, e_BD, acts_BF, self.dead_features(progress))
         return nested + self.auxk_alpha * auxk, {"nested": nested, "auxk": auxk}
 
     def after_step(self, batch, progress):
-        base.update_theta(self.theta, self._kept_BF, progress, base.theta_decay(progress))
+        base.update_theta(self.theta, self._kept_BF, progress)

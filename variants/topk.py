@@ -20,10 +20,9 @@ class SAE(base.SAE):
     saelens = "topk"
 
     def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32):
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"topk: k = {k} must lie between 1 and d_sae = {d_sae}\nchange --hyper k=… or --d_sae")
+        k = base.feature_count("k", k, d_sae)
         super().__init__(d_in, d_sae)
-        self.k, self.auxk_alpha = int(k), auxk_alpha
+        self.k, self.auxk_alpha = k, auxk_alpha
         self.default_lr = 2e-4 / (d_sae / 2**14) ** 0.5
         self.register_buffer("theta", torch.tensor(-1.0))  # smallest kept activation, moving average; < 0: none yet
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -130,10 +131,15 @@ def declared(name: str, constant: str):
     source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
     if constant not in source:  # parsing takes a hundred times as long as reading
         return None
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == constant for t in node.targets):
-            return ast.literal_eval(node.value)
-    return None
+    node = _constants(source).get(constant)
+    return None if node is None else ast.literal_eval(node)  # a fresh value each time: it may be changed
+
+
+@functools.lru_cache(64)
+def _constants(source: str) -> dict[str, ast.expr]:
+    """What is assigned to each name at the top level of a module's source."""
+    found = [(target, node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets]
+    return {target.id: value for target, value in reversed(found) if isinstance(target, ast.Name)}
 
 
 def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:

@@ -61,10 +61,10 @@ def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes
 def _inside(name: str) -> str:
     """The name where it is a file's below some folder; else one that is, with the same ending, so that a picture stays one."""
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-    if "/".join(parts) == name and all(file_name(part) == part for part in parts):
+    if parts and "/".join(parts) == name and all(file_name(part) == part for part in parts):
         return name
     ending = Path(name).suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,8}", Path(name).suffix) else ""
-    return file_name(name.removesuffix(ending)).lstrip(".-") + ending
+    return (file_name(name.removesuffix(ending)).lstrip(".-") or "file") + ending
 
 
 def _finite(value):

@@ -1,4 +1,4 @@
-"""Settings, names and code given from outside: each mistake is named at once, and nothing outside the run is touched or executed."""
+"""Settings, names and code given from outside: mistakes are named, nothing outside the run is touched or run."""
 
 import json
 import time
@@ -77,20 +77,25 @@ WRONG = [
     (['--eval_config={"coree": {}}'], "no eval named 'coree'; the nearest is 'core'"),
     (['--eval_config={"ravel": {}}'], "ravel is not among --evals"),
     (['--eval_config={"core": {"context_size": 8, "context_size": 9}}'], "'context_size' is given twice"),
-    (['--eval_config={"core": {"dataset": "../../etc/passwd"}}'], 'core: dataset = "../../etc/passwd" would change nothing'),
+    (
+        ['--eval_config={"core": {"dataset": "../../etc/passwd"}}'],
+        'core: dataset = "../../etc/passwd" would change nothing',
+    ),
     (['--eval_config={"sparse_probing": {"dataset_names": ["nothing"]}}'], "no data set 'nothing'"),
 ]
 
 
 @pytest.mark.parametrize("arguments, words", WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
 def test_a_mistake_in_the_settings_is_named_at_once(tmp_path, cache, capsys, arguments, words):  # noqa: F811
-    """Fails if the line does not name the setting and its value, comes late, or leaves a run folder with more than words."""
+    """Fails if the line does not name the setting and its value, comes late, or leaves more than words."""
     begun = time.monotonic()
     assert experiment.main(command(tmp_path / "run", cache, *arguments)) == 1
     took, stderr = time.monotonic() - begun, capsys.readouterr().err
     assert words in stderr.splitlines()[0] and "to do: " in stderr and len(stderr) <= 1200, stderr
     assert took < 10
-    assert not (tmp_path / "run").exists() or {p.name for p in (tmp_path / "run").iterdir()} <= folder.NOTHING_BUT_WORDS | {folder.LOCK}
+    assert not (tmp_path / "run").exists() or {
+        p.name for p in (tmp_path / "run").iterdir()
+    } <= folder.NOTHING_BUT_WORDS | {folder.LOCK}
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path, cache, capsys, monkeypatch):  # noqa: F811
@@ -117,11 +122,11 @@ def test_an_evals_own_settings_pass_and_other_kinds_do_not(name):
                     evals.choose(name, profile, json.dumps({name: {key: wrong}}))
 
 
-# ------------------------------------------------------------------------------------------------ hyper-parameters and names
+# ------------------------------------------------------------------------------------------ hyper-parameters and names
 
 
 def test_what_may_be_meant_is_left_to_the_variant(tmp_path):
-    """Fails if a value that some variant takes is refused: a fraction for a whole number, anything for None, text or two kinds."""
+    """Fails if a value that some variant takes is refused: a fraction, or anything for None, text or two kinds."""
     given = variants.parse_hyper(module_of(tmp_path), "k=1.5,depth=x,mode=3,size=[3],on=0,some=auto")
     assert given == dict(k=1.5, depth="x", mode=3, size=[3], on=0, some="auto")
     for wrong in ("on=2", "on=x", "size=3", "size=(1,a)", "size=('a','b')"):
@@ -130,7 +135,7 @@ def test_what_may_be_meant_is_left_to_the_variant(tmp_path):
 
 
 def test_ordinary_names_of_a_sweep_stay_and_others_become_names_of_files(tmp_path):
-    """Fails if results stored under a name are no longer found, or a value gives a name that is a path, a pattern, too long or another's."""
+    """Fails if names of stored results change, or a name is a path, a pattern, too long or another's."""
     module = module_of(tmp_path)
     assert list(variants.parse_sweep(module, "k=20,0.03")) == [".k_20", ".k_0.03"]
     assert list(variants.parse_sweep(module, "size=(-1, 0),(0,)")) == [".size_(-1, 0)", ".size_(0,)"]
@@ -141,7 +146,7 @@ def test_ordinary_names_of_a_sweep_stay_and_others_become_names_of_files(tmp_pat
 
 
 def test_a_swept_path_stays_in_the_run(tmp_path, cache):  # noqa: F811
-    """Fails if an SAE is written outside its run, whatever lies there is removed, or a long value fails after training."""
+    """Fails if an SAE is written outside its run, what lies there is removed, or a long value fails late."""
     module_of(tmp_path)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/thesis.txt").write_text("years of work")
@@ -176,7 +181,9 @@ def test_a_report_writes_inside_its_folder(tmp_path):
     names = ["../mine.txt", str(tmp_path / "mine.txt"), "plots/a.png", "b.svg", "", "..", "x" * 300 + ".png"]
     folder.write_report(tmp_path / "report", {"a": 1.0}, {name: name for name in names})
     written = [p for p in (tmp_path / "report").rglob("*") if p.is_file()]
-    assert len(written) == len(names) and {"a.png", "b.svg"} <= {p.name for p in written}  # "" and .. share one; numbers.json
+    assert len(written) == len(names) and {"a.png", "b.svg"} <= {
+        p.name for p in written
+    }  # "" and .. share one; numbers.json
     assert (tmp_path / "mine.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
@@ -191,15 +198,25 @@ def foreign(tmp_path, code: str, **cfg):
     place = tmp_path / "theirs"
     place.mkdir()
     save_file({k: v.contiguous() for k, v in sae.state_dict().items()}, place / "state.safetensors")
-    own = dict(architecture="variant", init=dict(d_in=32, d_sae=128), hyper={}, scale=1.0, d_in=32, d_sae=128,
-               metadata=dict(model_name="tiny-gemma2", hook_name="blocks.2.hook_resid_post")) | cfg
+    own = (
+        dict(
+            architecture="variant",
+            init=dict(d_in=32, d_sae=128),
+            hyper={},
+            scale=1.0,
+            d_in=32,
+            d_sae=128,
+            metadata=dict(model_name="tiny-gemma2", hook_name="blocks.2.hook_resid_post"),
+        )
+        | cfg
+    )
     (place / "cfg.json").write_text(json.dumps(own))
     (place / "variant.py").write_text(code)
     return place
 
 
 def test_code_from_elsewhere_runs_only_when_trusted(tmp_path, cache, capsys):  # noqa: F811
-    """Fails if a variant.py that is none of variants/ is executed unasked, by the command or by load_sae, or cannot be asked for."""
+    """Fails if a variant.py that is none of variants/ is executed unasked, or cannot be asked for."""
     ran = tmp_path / "RAN"
     code = f"open({str(ran)!r}, 'w')\n" + variants.path("topk").read_text()
     place = foreign(tmp_path, code, variant="topk")
@@ -207,12 +224,20 @@ def test_code_from_elsewhere_runs_only_when_trusted(tmp_path, cache, capsys):  #
     for more in ([], ["--variant=topk"]):
         assert experiment.main([*evaluate, *more]) == 1
         first, advice = capsys.readouterr().err.splitlines()[:2]
-        assert "variant.py is code that is not in variants/ (it differs from variants/topk.py)" in first and "--trust_code" in advice
-    for load in (lambda: variants.saving.load_sae(place), lambda: interchange.build(interchange.find(str(place))["theirs"])):
+        assert (
+            "variant.py is code that is not in variants/ (it differs from variants/topk.py)" in first
+            and "--trust_code" in advice
+        )
+    for load in (
+        lambda: variants.saving.load_sae(place),
+        lambda: interchange.build(interchange.find(str(place))["theirs"]),
+    ):
         with pytest.raises(ValueError, match="code that is not in variants/"):
             load()
     assert not ran.exists()
-    assert variants.saving.load_sae(place, trust_code=True).encode(torch.zeros(3, 32)).shape == (3, 128) and ran.exists()
+    assert (
+        variants.saving.load_sae(place, trust_code=True).encode(torch.zeros(3, 32)).shape == (3, 128) and ran.exists()
+    )
     assert experiment.main([*evaluate, "--trust_code"]) == 0
 
 
@@ -226,29 +251,38 @@ def test_equal_code_is_the_projects_own(tmp_path, monkeypatch):
     assert not (tmp_path / "RAN").exists()
 
 
-# ------------------------------------------------------------------------------------------------ what a run's figures say
+# ------------------------------------------------------------------------------------------ what a run's figures say
 
 
-@pytest.mark.parametrize("means, config, words", [
-    ({"core.r2": -0.01}, {}, "R² = -0.01000 is below 0"),
-    ({"core.ce_loss_score": -0.2}, {}, "CE loss score = -0.2000 is below 0"),
-    ({"core.ce_loss_score": 1.2}, {}, "CE loss score = 1.200 is above 1"),
-    ({"core.frac_alive": 1.5}, {}, "impossible: core.frac_alive = 1.500"),
-    ({"core.l0": 65.0}, dict(variant="mine", hyper=dict(target_l0=32)), "L0 = 65.00 is far from target_l0 = 32"),
-    ({"core.l0": 15.0}, dict(variant="batch_topk", hyper=dict(k=32)), "L0 = 15.00 is far from k = 32"),
-])
+@pytest.mark.parametrize(
+    "means, config, words",
+    [
+        ({"core.r2": -0.01}, {}, "R² = -0.01000 is below 0"),
+        ({"core.ce_loss_score": -0.2}, {}, "CE loss score = -0.2000 is below 0"),
+        ({"core.ce_loss_score": 1.2}, {}, "CE loss score = 1.200 is above 1"),
+        ({"core.frac_alive": 1.5}, {}, "impossible: core.frac_alive = 1.500"),
+        ({"core.l0": 65.0}, dict(variant="mine", hyper=dict(target_l0=32)), "L0 = 65.00 is far from target_l0 = 32"),
+        ({"core.l0": 15.0}, dict(variant="batch_topk", hyper=dict(k=32)), "L0 = 15.00 is far from k = 32"),
+    ],
+)
 def test_figures_that_tell_of_a_failed_training_are_warned_of(means, config, words):
     """Fails if a run that reconstructs worse than none, or misses its sparsity by half, ends without a word."""
     (found,) = compare.warnings(recorded("run", means, **config))
     assert words in found
 
 
-@pytest.mark.parametrize("means, config", [
-    ({"core.r2": 0.7, "core.ce_loss_score": 0.94, "core.l0": 30.0}, dict(variant="topk", hyper=dict(k=32))),
-    ({"core.l0": 47.0}, dict(variant="jumprelu", hyper=dict(target_l0=32))),
-    ({"core.l0": 90.0}, dict(variant="jumprelu", hyper=dict(target_l0=32), init_from="theirs", steps=0)),  # not what it was trained to
-    ({"core.l0": 90.0}, dict(variant="cosine_concepts", hyper=dict(k=8))),  # of its concepts
-])
+@pytest.mark.parametrize(
+    "means, config",
+    [
+        ({"core.r2": 0.7, "core.ce_loss_score": 0.94, "core.l0": 30.0}, dict(variant="topk", hyper=dict(k=32))),
+        ({"core.l0": 47.0}, dict(variant="jumprelu", hyper=dict(target_l0=32))),
+        (
+            {"core.l0": 90.0},
+            dict(variant="jumprelu", hyper=dict(target_l0=32), init_from="theirs", steps=0),
+        ),  # not what it was trained to
+        ({"core.l0": 90.0}, dict(variant="cosine_concepts", hyper=dict(k=8))),  # of its concepts
+    ],
+)
 def test_healthy_figures_are_not_warned_of(means, config):
     """Fails if a sound run is called doubtful."""
     assert compare.warnings(recorded("run", means, **config)) == []

@@ -100,5 +100,5 @@ def unknown(argument: str, before: str | None, flags: list[str]) -> ValueError:
     after = f" after {before!r}" if before else ""
     return ValueError(
         f"{argument!r}{after} belongs to no flag\n"
-        'write --name=value without spaces around =; a value with spaces in it needs quotes: --hyper="k=4, auxk_alpha=0"'
+        'write --name=value without spaces around =; quote a value with spaces: --hyper="k=4, auxk_alpha=0"'
     )

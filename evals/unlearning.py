@@ -185,7 +185,7 @@ def requirements(config: dict, facts: dict) -> list[str]:
         if config[name] < least:
             problems.append(f"its setting {name} = {config[name]} is below {least}\nset {name} to {least} or more")
     known = unlearning_data.subjects(facts.get("source"))
-    for subject in config["forget_subjects"] + config["retain_subjects"]:
+    for subject in config["forget_subjects"] + config["retain_subjects"] if known else ():
         if subject not in known:
             near = difflib.get_close_matches(subject, known, 1, 0)[0]
             problems.append(f"there are no questions on {subject!r}; the nearest is {near!r}\nchoose among {', '.join(known)}")

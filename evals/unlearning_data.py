@@ -242,11 +242,11 @@ def losses(lm, h_bTD: Tensor, tokens_bT: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ sources
 
 
-def subjects(kind: str | None) -> list[str]:
-    """What there are questions on, by kind of text source."""
+def subjects(kind: str | None) -> list[str] | None:
+    """What there are questions on with texts of that kind; None where the kind is not known."""
     from evals import tiny
 
-    return {"tiny": list(tiny.TOPICS), "embedded": MMLU}.get(kind, ["wmdp-bio", *MMLU])
+    return {"tiny": list(tiny.TOPICS), "embedded": MMLU, "hub": ["wmdp-bio", *MMLU]}.get(kind)
 
 
 def load(source, config: dict, seed: int) -> Material:

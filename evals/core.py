@@ -69,6 +69,8 @@ METRICS = {
     "mse_per_token": "lower",
 }
 
+RECORDED = ("dataset",)
+
 CONFIG = {
     "gemma": {  # the sizes of SAEBench's paper
         "dataset": "Skylion007/openwebtext",

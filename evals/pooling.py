@@ -27,6 +27,15 @@ def short_context(name: str, config: dict) -> list[str]:
     return [f"{name}: context_length = {config['context_length']} leaves no token beside BOS\nset context_length to 2 or more"]
 
 
+def unknown_sets(name: str, config: dict, source: str | None) -> list[str]:
+    """The problem of an eval that asks a kind of text source for labelled texts it does not have, for its `requirements`."""
+    from evals import embedded, hub
+
+    known = {"hub": list(hub.PROBING), "embedded": list(embedded.PROBING), "tiny": ["synthetic"]}.get(source, config["dataset_names"])
+    unknown = [asked for asked in config["dataset_names"] if asked not in known]
+    return [f"{name}: no data set {unknown[0]!r}\nchoose dataset_names among {', '.join(known)}"] if unknown else []
+
+
 def tokenise(texts: list[str], tokenizer, context: int, bos: int) -> tuple[Tensor, Tensor]:
     """Token rows tokens_NT (int64, T = context), BOS first, cut to T, padded on the right, and their lengths length_N with BOS.
 

@@ -48,6 +48,8 @@ METRICS = {
 NOTE = ("RAVEL scores compare SAEs on the same model and settings only: they depend on which prompts the model completes right. In the "
         "embedded profile (150 cities, templates of its own) a mask that swaps nothing, or everything, already scores about a third.")
 
+RANGES = {"train_test_split": (0.01, 0.99), "learning_rate": (1e-9, 1e3)}
+
 CONFIG = {
     "gemma": {
         "entity_attribute_selection": {"city": ["Country", "Continent", "Language"],
@@ -120,6 +122,9 @@ def requirements(config: dict, facts) -> list[str]:
         if len(set(attributes)) < 2:
             problems.append(f"ravel: {kind} has only the attribute {', '.join(attributes) or 'none'}, isolation needs another one\n"
                             "give entity_attribute_selection two or more attributes of each kind of entity")
+        known = ravel_data.ATTRIBUTES.get(facts.get("source"), {}).get(kind, attributes)
+        if unknown := [name for name in attributes if name not in known]:
+            problems.append(f"ravel: {kind} has no attribute {unknown[0]!r}\nchoose among {', '.join(known)}")
         if "Timezone" in attributes:
             problems.append("ravel: completions with time zones cannot be marked here\nleave Timezone out of entity_attribute_selection")
     pairs, share = 2 * min(config["min_correct_prompts"], config["num_pairs_per_attribute"]), config["train_test_split"]

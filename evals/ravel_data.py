@@ -194,15 +194,17 @@ def _cities(source) -> tuple[dict, dict]:
 
 # ------------------------------------------------------------------------------------------------ tiny
 
+ANIMAL_TEMPLATES = {"Place": ["The %s sleeps in the", "A %s hides near the"], "Food": ["The %s feeds on the", "A %s hunts the"]}
+
 
 def _animals(source) -> tuple[dict, dict]:
     """Nouns of the tiny profile's grammar; its random model completes hardly any prompt right."""
-    templates = {"Place": ["The %s sleeps in the", "A %s hides near the"], "Food": ["The %s feeds on the", "A %s hunts the"]}
     names, places, foods = ("fox", "otter", "heron", "badger", "wolf", "beetle"), ("forest", "river", "den"), ("beetle", "otter")
-    return templates, {name: {"Place": places[i % 3], "Food": foods[i % 2]} for i, name in enumerate(names)}
+    return ANIMAL_TEMPLATES, {name: {"Place": places[i % 3], "Food": foods[i % 2]} for i, name in enumerate(names)}
 
 
 OWN = {"embedded": {"city": _cities}, "tiny": {"animal": _animals}}
+ATTRIBUTES = {"embedded": {"city": list(CITY_TEMPLATES)}, "tiny": {"animal": list(ANIMAL_TEMPLATES)}}
 
 # ------------------------------------------------------------------------------------------------ right or wrong
 # SAEBench's rule, its oddities included; only its rule for time zones is left out.

@@ -58,6 +58,10 @@ NOTE = ("SCR is not a reliable measure of SAE quality: an audit of SAEBench (Cha
         "usual settings and advises against it. A score is a ratio whose denominator can be small, so it has no bounds and much noise; "
         "SAEBench's own acceptance test allows .08 between two runs of one SAE: read smaller differences as none.")
 
+# half of each set is of a class
+RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000),
+          "probe_lr": (1e-9, 1e3)}
+
 # set sizes are those of one probe's set, positives and negatives together (SAEBench: train_set_size, test_set_size)
 CONFIG = {
     "gemma": {

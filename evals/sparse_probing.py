@@ -63,6 +63,9 @@ METRICS = {
     "sae_top_1_minus_llm_top_1": "higher",
 }
 
+# half of each set is of a class
+RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000)}
+
 # set sizes count positives and negatives, as in SAEBench: half of them are texts of the class
 CONFIG = {
     "gemma": {
@@ -124,7 +127,8 @@ def requirements(config: dict, facts) -> list[str]:
     if not config["k_values"] or not set(config["k_values"]) <= set(K_NAMED):
         problems.append(f"sparse_probing: k_values = {config['k_values']} must be some of {list(K_NAMED)}\n"
                         "SAEBench's results have no key for any other k")
-    return problems + pooling.short_context("sparse_probing", config)
+    problems += pooling.short_context("sparse_probing", config)
+    return problems + pooling.unknown_sets("sparse_probing", config, facts.get("source"))
 
 
 def run(setup, saes: dict) -> dict[str, Result]:

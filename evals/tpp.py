@@ -53,6 +53,10 @@ NOTE = ("TPP is not a reliable measure of SAE quality: an audit of SAEBench (Cha
         "usual settings and advises against it. Drawing other negatives alone moves it by ±.004, and SAEBench's own acceptance test "
         "allows .04 between two runs of one SAE: read smaller differences as none.")
 
+# half of each set is of a class
+RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000),
+          "probe_lr": (1e-9, 1e3)}
+
 # names and sizes are those of sparse_probing, whose texts and cached LM activations these are; SAEBench: train_set_size, ...
 CONFIG = {
     "gemma": {
@@ -116,7 +120,8 @@ def read_ahead(source, config: dict, seed: int) -> None:
 
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
-    return concept_probes.requirements("tpp", config, N_NAMED)
+    problems = concept_probes.requirements("tpp", config, N_NAMED)
+    return problems + pooling.unknown_sets("tpp", config, facts.get("source"))
 
 
 def run(setup, saes: dict) -> dict[str, Result]:

@@ -26,6 +26,7 @@ b rows of a batch, J jobs (a row under an edit).
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import operator
@@ -66,6 +67,8 @@ METRICS = {
     "text_unlearning_precision_stage_1": "higher",
     "text_unlearning_precision_stage_2": "higher",
 }
+
+RANGES = {"retain_thresholds": (0.0, 1.0), "multipliers": (0.0, 1e6)}
 
 # dataset_size: documents drawn, and rows of seq_len tokens, to choose features on; text_rows rows of text_len tokens to measure on
 CONFIG = {
@@ -181,6 +184,11 @@ def requirements(config: dict, facts: dict) -> list[str]:
     for name, least in (("min_questions", 1), ("dataset_size", 1), ("text_rows", 2), ("seq_len", 2), ("text_len", 3)):
         if config[name] < least:
             problems.append(f"its setting {name} = {config[name]} is below {least}\nset {name} to {least} or more")
+    known = unlearning_data.subjects(facts.get("source"))
+    for subject in config["forget_subjects"] + config["retain_subjects"] if known else ():
+        if subject not in known:
+            near = difflib.get_close_matches(subject, known, 1, 0)[0]
+            problems.append(f"there are no questions on {subject!r}; the nearest is {near!r}\nchoose among {', '.join(known)}")
     return problems
 
 

@@ -30,6 +30,19 @@ SETTINGS = ("forget_subjects", "retain_subjects", "forget_corpus", "max_question
 SHORTEST = 50  # characters a text must exceed
 BIO_CORPUS_PAGE = "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus"
 LOGITS_AT_ONCE = 2**27  # floats: 512 MiB
+MMLU = [  # its subjects
+    "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
+    "college_chemistry", "college_computer_science", "college_mathematics", "college_medicine", "college_physics",
+    "computer_security", "conceptual_physics", "econometrics", "electrical_engineering", "elementary_mathematics",
+    "formal_logic", "global_facts", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
+    "high_school_european_history", "high_school_geography", "high_school_government_and_politics",
+    "high_school_macroeconomics", "high_school_mathematics", "high_school_microeconomics", "high_school_physics",
+    "high_school_psychology", "high_school_statistics", "high_school_us_history", "high_school_world_history",
+    "human_aging", "human_sexuality", "international_law", "jurisprudence", "logical_fallacies", "machine_learning",
+    "management", "marketing", "medical_genetics", "miscellaneous", "moral_disputes", "moral_scenarios",
+    "nutrition", "philosophy", "prehistory", "professional_accounting", "professional_law", "professional_medicine",
+    "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology",
+    "world_religions"]
 
 # Rotations come first: they move the right option through all four letters, so that a model that prefers a letter fails early.
 PERMUTATIONS = sorted(itertools.permutations(range(4)), key=lambda p: p != tuple((p[0] + i) % 4 for i in range(4)))
@@ -227,6 +240,13 @@ def losses(lm, h_bTD: Tensor, tokens_bT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ sources
+
+
+def subjects(kind: str | None) -> list[str] | None:
+    """What there are questions on with texts of that kind; None where the kind is not known."""
+    from evals import tiny
+
+    return {"tiny": list(tiny.TOPICS), "embedded": MMLU, "hub": ["wmdp-bio", *MMLU]}.get(kind)
 
 
 def load(source, config: dict, seed: int) -> Material:

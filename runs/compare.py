@@ -53,6 +53,10 @@ COUNTED = re.compile(r"frac_alive$|freq_over_|dead_share$")
 LM_ONLY = re.compile(r"\.llm_|with_ablation$|ce_loss_without_sae$|l2_norm_in$|total_tokens|mean_probe_f1$|num_letters$|"
                      r"duplicated_test_share$|^training\.(steps?|tokens)$")
 
+# what no SAE's figure can be: {leaf of a metric: (least, most)}; the CE loss score alone can, and says then that ablation is no worse
+BOUNDS = {"r2": (-math.inf, 1), "explained_variance": (-math.inf, 1), "cossim": (-1, 1), "frac_alive": (0, 1)}
+TOP_K = ("topk", "batch_topk", "matryoshka_batch_topk")  # variants whose k is the L0 that is asked for
+
 # ------------------------------------------------------------------------------------------------ what is known
 
 
@@ -80,6 +84,7 @@ def warnings(run: Run, baseline: Run | None = None) -> list[str]:
         found.append(f"nearly dead SAE: only {alive:.1%} of its features ever fire")
     if l0 is not None and width and l0 > width / 10:
         found.append(f"not sparse: L0 = {number(l0)} is more than a tenth of its {width:,} features")
+    found += _poor(run) + _off_target(run, l0)
     accuracies = {m: v for m, v in run.means.items() if v is not None and _is_accuracy(m)}
     chance = [m for m, v in accuracies.items() if v <= 0.5 + max(0.005, 2 * run.stderrs.get(m, 0.0))]
     if chance:
@@ -104,6 +109,33 @@ def warnings(run: Run, baseline: Run | None = None) -> list[str]:
         elif same:
             found.append(f"equal to {baseline.name} to the last digit: {_listing(same)}")
     return found
+
+
+def _poor(run: Run) -> list[str]:
+    """What says that the SAE reconstructs worse than no SAE would, and figures that cannot be."""
+    found, r2, score = [], _leaf(run, "r2"), _leaf(run, "ce_loss_score")
+    if r2 is not None and r2 < 0:
+        found.append(f"R² = {number(r2)} is below 0: the mean activation reconstructs better than the SAE")
+    if score is not None and score < 0:
+        found.append(f"CE loss score = {number(score)} is below 0: the model predicts worse with the SAE than with zeros in its place")
+    room = 2 * run.stderrs.get("core.ce_loss_score", 0.0)
+    if score is not None and score > 1 + room:
+        found.append(f"CE loss score = {number(score)} is above 1: the model predicts better with the SAE than without")
+    for metric, value in run.means.items():
+        least, most = (0, 1) if _is_accuracy(metric) else BOUNDS.get(metric.removeprefix("core."), (-math.inf, math.inf))
+        if value is not None and not least - 1e-6 <= value <= most + 1e-6:
+            found.append(f"impossible: {metric} = {number(value)} lies outside {least} to {most}")
+    return found
+
+
+def _off_target(run: Run, l0: float | None) -> list[str]:
+    """A measured L0 that is less than half, or more than one and a half times, the one the variant was to reach."""
+    hyper = run.config.get("hyper") or {}
+    key = "k" if run.config.get("variant") in TOP_K else "target_l0"
+    wanted, evaluated_only = hyper.get(key), run.config.get("init_from") and not run.config.get("steps")
+    if not isinstance(wanted, (int, float)) or wanted <= 0 or not l0 or evaluated_only or 0.5 <= l0 / wanted <= 1.5:
+        return []
+    return [f"L0 = {number(l0)} is far from {key} = {wanted}, which was asked for"]
 
 
 def _identical(run: Run, other: Run) -> tuple[list[str], int]:

@@ -7,9 +7,12 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 import uuid
 from pathlib import Path
+
+from variants import file_name
 
 PROJECT = Path(__file__).resolve().parent.parent
 OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")  # of the project: an --out_dir there would move them away
@@ -46,10 +49,22 @@ def write_json(path: str | Path, value) -> None:
 
 
 def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes | str]) -> None:
-    """What a variant reports of itself: numbers.json and its own files."""
+    """What a variant reports of itself: numbers.json and its own files, all inside `folder`, whatever it calls them.
+
+    A name keeps its folders; what leads out of `folder`, or is no name of a file, is replaced, see `variants.file_name`.
+    """
     for file, content in files.items():
-        (write_bytes if isinstance(content, bytes) else write_text)(folder / file, content)
+        (write_bytes if isinstance(content, bytes) else write_text)(folder / _inside(str(file)), content)
     write_json(folder / "numbers.json", numbers)
+
+
+def _inside(name: str) -> str:
+    """The name where it is a file's below some folder; else one that is, with the same ending, so that a picture stays one."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    if parts and "/".join(parts) == name and all(file_name(part) == part for part in parts):
+        return name
+    ending = Path(name).suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,8}", Path(name).suffix) else ""
+    return (file_name(name.removesuffix(ending)).lstrip(".-") or "file") + ending
 
 
 def _finite(value):

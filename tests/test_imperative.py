@@ -93,7 +93,7 @@ def test_pasted_code_runs_to_a_finished_evaluation(file, tmp_path, tmp_path_fact
     assert experiment.main([*arguments, f"--out_dir={tmp_path / 'run'}"]) == 0
     means = json.loads((tmp_path / "run/final_info.json").read_text())["layer_2"]["means"]
     assert 0 < means["core.l0"] < 100 and means["core.frac_alive"] > 0.3 and means["core.r2"] > 0.2
-    loaded = variants.saving.load_sae(tmp_path / "run/sae/layer_2")
+    loaded = variants.saving.load_sae(tmp_path / "run/sae/layer_2", trust_code=True)
     assert loaded.W_dec.shape[1] == 32 and torch.allclose(loaded.W_dec.norm(dim=1), torch.ones(len(loaded.W_dec)), atol=1e-4)
 
 

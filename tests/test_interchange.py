@@ -247,7 +247,7 @@ def test_a_run_gives_its_saes_by_name_in_either_format(tmp_path):
     assert (found["layer_2"].variant, found["layer_2.k_5"].variant[-10:]) == ("batch_topk", "variant.py")
     x = 3 * torch.randn(50, D)
     for name, sae in [("layer_2", batch), ("layer_2.k_5", mine)]:
-        again = base.TrainedSAE(interchange.build(found[name]), found[name].scale or 1.0)
+        again = base.TrainedSAE(interchange.build(found[name], trust_code=True), found[name].scale or 1.0)
         torch.testing.assert_close(again.encode(x), base.TrainedSAE(sae, 3.0).encode(x), rtol=1e-5, atol=1e-5)
     assert interchange.build(found["layer_2"]).theta.item() == pytest.approx(3 * 0.4, rel=1e-5)
 

@@ -234,7 +234,7 @@ def test_a_variant_saelens_does_not_know_is_saved_whole(tmp_path):
     sae.offset += 0.05
     variants.saving.save_sae(tmp_path / "sae", sae, 5.0, file, {"power": 2.0}, {})
     x = torch.randn(20, 6) * 5
-    assert torch.equal(variants.saving.load_sae(tmp_path / "sae").encode(x), base.TrainedSAE(sae, 5.0).encode(x))
+    assert torch.equal(variants.saving.load_sae(tmp_path / "sae", trust_code=True).encode(x), base.TrainedSAE(sae, 5.0).encode(x))
 
 
 def test_a_variant_that_inherits_a_saelens_name_but_computes_something_else_is_saved_as_it_is(tmp_path):
@@ -246,7 +246,7 @@ def test_a_variant_that_inherits_a_saelens_name_but_computes_something_else_is_s
     variants.saving.save_sae(tmp_path / "sae", sae, 3.0, file, {"k": 5}, {})
     x = torch.randn(20, 12) * 3
     assert not (tmp_path / "sae/sae_weights.safetensors").exists()
-    assert torch.equal(variants.saving.load_sae(tmp_path / "sae").encode(x), base.TrainedSAE(sae, 3.0).encode(x))
+    assert torch.equal(variants.saving.load_sae(tmp_path / "sae", trust_code=True).encode(x), base.TrainedSAE(sae, 3.0).encode(x))
 
 
 def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():

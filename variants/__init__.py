@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -14,6 +15,7 @@ import json
 import linecache
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -169,36 +171,108 @@ def split(text: str) -> list[str]:
     return re.split(r",(?![^(\[{]*[)\]}])", text)
 
 
-def parse_hyper(module: ModuleType, text: str) -> dict[str, object]:
-    """`k=64,auxk_alpha=0` -> {"k": 64, "auxk_alpha": 0}, checked against the variant's own names."""
+def parse_hyper(module: ModuleType, text: str, flag: str = "--hyper") -> dict[str, object]:
+    """`k=64,auxk_alpha=0` -> {"k": 64, "auxk_alpha": 0}, checked against the variant's own names and the kinds of their defaults."""
     known, given = hyperparameters(module), {}
     for item in filter(None, (part.strip() for part in split(text))):
-        key, _, value = item.partition("=")
-        if key not in known or not value:
-            near = difflib.get_close_matches(key, known, 1, 0) if known else []
-            raise ValueError(f"--hyper {item}: {Path(module.__file__).stem} has no hyper-parameter {key!r}" + (
-                             f"; the nearest is {near[0]!r}" if near and key not in known else "") + "\n"
-                             f"write name=value with one of: {', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}")
+        key, equals, value = (part.strip() for part in item.partition("="))
+        forms = f"write name=value with one of: {', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}"
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0)
+            nearest = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"{flag} {item}: {Path(module.__file__).stem} has no hyper-parameter {key!r}{nearest}\n{forms}")
+        if not value:
+            raise ValueError(f"{flag} {item}: {key} is given no value\n{forms}")
+        if key in given:
+            raise ValueError(f"{flag} {text}: {key} is given twice\nkeep one of the two; --sweep {key}=… trains an SAE for each value")
         try:
             given[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             given[key] = value  # a bare word is a string
+        if wanted := lacking(given[key], known[key], annotation(module, key)):
+            raise ValueError(f"{flag} {item}: {key} must be {wanted}\nits default is {known[key]!r}")
     return given
 
 
+def annotation(module: ModuleType, key: str) -> str:
+    """What the variant's author wrote of the kind of a hyper-parameter, "" for nothing."""
+    from variants import imperative
+
+    trainer = issubclass(module.SAE, imperative.Imperative)
+    parameters = inspect.signature(module.SAE.trainer_class if trainer else module.SAE.__init__).parameters
+    written = parameters[key].annotation
+    return "" if written is inspect.Parameter.empty else getattr(written, "__name__", str(written))
+
+
+NUMBERS = {"int", "float"}
+
+
+def lacking(value, default, annotated: str = "") -> str:
+    """What a hyper-parameter's value would have to be and surely is not, judged by its default; "" where that may be what it takes.
+
+    A default of None or of text, and an annotation other than of one plain kind, leave all kinds open. Whether a number will do is the
+    variant's own to say: a k of 1.5 is meant in one and senseless in another.
+    """
+    numbers = list(_numbers(value))
+    if any(not -1e300 < number < 1e300 for number in numbers):
+        return "finite"
+    kind = type(default).__name__
+    if annotated not in ("", kind) and not {annotated, kind} <= NUMBERS:
+        return ""
+    if kind == "bool":
+        return "" if isinstance(value, (bool, int)) and value in (0, 1) else "True or False"
+    if kind in NUMBERS:
+        return "" if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
+    if kind in ("tuple", "list"):
+        if not isinstance(value, (tuple, list)):
+            return "several values in brackets, (1, 2); one alone is (1,)"
+        alike = {type(item).__name__ for item in default} <= NUMBERS and bool(default)
+        return "several numbers" if alike and len(numbers) < len(value) else ""
+    return "a dict" if kind == "dict" and not isinstance(value, dict) else ""
+
+
+def _numbers(value) -> Iterator[int | float]:
+    """The numbers in a value, at any depth."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ():
+        yield from _numbers(item)
+
+
 def parse_sweep(module: ModuleType, text: str) -> dict[str, dict[str, object]]:
-    """`k=20,40` -> {".k_20": {"k": 20}, ".k_40": {"k": 40}}; of several, `k=20,40,auxk_alpha=0,0.03`, every combination; "" -> {"": {}}."""
-    axes: list[list[dict]] = []
-    for item in split(text) if text else []:
+    """`k=20,40` -> {".k_20": {"k": 20}, ".k_40": {"k": 40}}; of several, `k=20,40,auxk_alpha=0,0.03`, every combination; "" -> {"": {}}.
+
+    The names become those of folders and files: what has no place there is replaced, see `file_name`.
+    """
+    axes: dict[str, list[dict]] = {}
+    for item in (part.strip() for part in split(text)) if text else []:
         if "=" in item:  # the next hyper-parameter begins
-            axes.append([])
+            key = item.partition("=")[0].strip()
+            if key in axes:
+                raise ValueError(f"--sweep {text}: {key} is given twice\nname all of its values at once: {key}=20,40")
+            axes[key] = []
         elif not axes:
             raise ValueError(f"--sweep {text} does not begin with a name\n"
                              "write --sweep k=20,40,80 or --sweep k=20,40,auxk_alpha=0,0.03")
-        key = item.partition("=")[0] if "=" in item else next(iter(axes[-1][0]))
-        axes[-1].append(parse_hyper(module, item if "=" in item else f"{key}={item}"))
-    combined = [{k: v for h in each for k, v in h.items()} for each in itertools.product(*axes)]
-    return {"".join(f".{k}_{v}" for k, v in h.items()): h for h in combined}
+        key = next(reversed(axes))
+        values = parse_hyper(module, item if "=" in item else f"{key}={item}", "--sweep")
+        if values in axes[key]:
+            raise ValueError(f"--sweep {text}: {key} is given the value {values[key]} twice\nname each value once")
+        axes[key].append(values)
+    combined = [{k: v for h in each for k, v in h.items()} for each in itertools.product(*axes.values())]
+    return {file_name("".join(f".{k}_{v}" for k, v in h.items())): h for h in combined}
+
+
+def file_name(text: str, most: int = 160) -> str:
+    """A text as (part of) the name of one file: ASCII letters, digits and `. _ - + = ( ) ,` and spaces, at most `most` of them.
+
+    Anything else becomes "-", the middle of what is too long is left out; a digest of the text then tells it from its like.
+    """
+    plain = re.sub(r"[^A-Za-z0-9._+=(), -]", "-", text)
+    if plain == text and len(text) <= most:
+        return text
+    mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{plain[: most - 9]}-{mark}"
 
 
 def build(module: ModuleType, d_in: int, d_sae: int, hyper: dict[str, object], setting: dict | None = None):

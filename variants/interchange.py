@@ -34,7 +34,7 @@ from variants.copying import duplicate
 class Found:
     """One SAE at a place, its weights not kept in memory yet."""
 
-    variant: str  # a variant's name, or the path of the variant.py beside the weights (own format)
+    variant: str  # a variant's name; or the path of the variant.py beside the weights (own format), if it is none of variants/
     d_in: int
     d_sae: int
     hyper: dict  # the hyper-parameters that follow from the file
@@ -106,9 +106,21 @@ def present(file: Path) -> Path:
 def read_own(folder: Path, cfg: dict) -> Found:
     from safetensors.torch import load_file
 
-    file = present(folder / "state.safetensors")
-    return Found(str(present(folder / "variant.py")), cfg["init"]["d_in"], cfg["init"]["d_sae"], cfg["hyper"], cfg["scale"],
+    file, code = present(folder / "state.safetensors"), present(folder / "variant.py")
+    # of equal files the project's own is run: beside the other there may lie an __init__.py
+    same = [name for name in variants.names() if variants.path(name).read_bytes() == code.read_bytes()]
+    return Found(same[0] if same else str(code), cfg["init"]["d_in"], cfg["init"]["d_sae"], cfg["hyper"], cfg["scale"],
                  metadata_of(cfg), lambda: load_file(file), str(folder))
+
+
+def check_trusted(found: Found) -> None:
+    """ValueError if building the SAE would run code that is not this project's. Reading its file runs nothing."""
+    if not found.variant.endswith(".py"):
+        return
+    trained_as = read_json(Path(found.variant).with_name("cfg.json")).get("variant")
+    differs = f" (it differs from variants/{trained_as}.py)" if trained_as in variants.names() else ""
+    raise ValueError(f"{found.variant} is code that is not in variants/{differs}: it would be run\n"
+                     "read it, then give --trust_code (in Python: trust_code=True); or copy it into variants/ under a name of its own")
 
 
 def metadata_of(cfg: dict) -> dict:
@@ -132,8 +144,13 @@ def check_residual(hook: str | None, place: str) -> None:
 # ------------------------------------------------------------------------------------------------ from file to module
 
 
-def build(found: Found) -> base.SAE:
-    """The variant's module with the weights found, fp32, on the CPU. ValueError if they do not fit, or the variant's file was edited."""
+def build(found: Found, trust_code: bool = False) -> base.SAE:
+    """The variant's module with the weights found, fp32, on the CPU. ValueError if they do not fit, or the variant's file was edited.
+
+    A variant.py that is none of variants/ is run with `trust_code` alone, else refused by ValueError.
+    """
+    if not trust_code:
+        check_trusted(found)
     own = found.scale is not None
     module = variants.load(found.variant)
     known = variants.hyperparameters(module)  # a foreign file may carry those of an older form of the variant
@@ -419,9 +436,11 @@ def read_dictionary_learning(folder: Path) -> Found:
 # ------------------------------------------------------------------------------------------------ as the beginning of a run
 
 
-def settings_of(place: str) -> dict:
-    """What the SAEs at a place say of the settings left open: variant, width, layers."""
+def settings_of(place: str, trust_code: bool = False) -> dict:
+    """What the SAEs at a place say of the settings left open: variant, width, layers. ValueError for code that is not trusted."""
     found = list(find(place).values())
+    for one in [] if trust_code else found:
+        check_trusted(one)
     if len({(f.variant, f.d_sae) for f in found if f.scale is None}) > 1:
         raise ValueError(f"{place}: SAEs of several variants or widths\nname one of {', '.join(find(place))}")
     layers = sorted({f.metadata["layer"] for f in found if f.metadata["layer"] is not None})
@@ -483,7 +502,7 @@ def fold_norms(sae: base.SAE, place: str) -> None:
     sae.requires_grad_(True).train()  # TrainedSAE freezes what it wraps
 
 
-def adopt(sae: base.SAE, place: str, name: str) -> float | None:
+def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> float | None:
     """Give a fresh SAE the weights found for `name` (layer_12.k_40); returns the scale they are relative to, None for raw activations.
 
     Weights of another variant are taken where names and shapes agree, encoder and decoder at least. ValueError.
@@ -494,7 +513,7 @@ def adopt(sae: base.SAE, place: str, name: str) -> float | None:
     if name not in found and len(fitting) != 1:
         raise ValueError(f"{place}: none of its SAEs is {name}\nthere are {', '.join(found)}: choose --layers and --sweep accordingly")
     one = found[name] if name in found else fitting[0]
-    like = build(one)
+    like = build(one, trust_code)
     if sae.unit_norm_decoder:
         fold_norms(like, one.place)
     if type(sae).__module__ == type(like).__module__:

@@ -23,11 +23,14 @@ import variants
 from variants import base, imperative, interchange
 from variants.copying import duplicate
 
+FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "variant.py"}  # what a saved SAE may consist of
+
 
 def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dict, metadata: dict) -> None:
-    """Write a trained SAE to `folder`, which appears whole or not at all. `source`: the variant's file."""
+    """Write a trained SAE to `folder`, which appears whole or not at all. `source`: the variant's file. ValueError: `check_place`."""
     from safetensors.torch import save_file
 
+    check_place(folder)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
     trained = base.TrainedSAE(duplicate(sae, "cpu"), scale)
@@ -45,11 +48,22 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
         state = {name: tensor.clone().contiguous() for name, tensor in trained.sae.state_dict().items()}
         save_file(state, temporary / "state.safetensors")
         (temporary / "variant.py").write_bytes(variants.text(source))
-        own = dict(architecture="variant", init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale)
+        own = dict(architecture="variant", variant=source.stem, init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale)
         (temporary / "cfg.json").write_text(json.dumps(cfg | own, indent=1), encoding="utf-8")
     if folder.exists():  # of an interrupted attempt of the same run
         shutil.rmtree(folder)
     os.replace(temporary, folder)
+
+
+def check_place(folder: Path) -> None:
+    """ValueError where `save_sae` would write elsewhere than `folder` says, or remove what it has not written itself."""
+    if ".." in folder.parts or folder.is_symlink():
+        raise ValueError(f"{folder}: an SAE is saved in a folder of its own, without .. in its path, and through no link\n"
+                         "give the path of that folder itself")
+    others = sorted({file.name for file in folder.iterdir()} - FILES) if folder.is_dir() else []
+    if others or folder.is_file():
+        raise ValueError(f"{folder} holds {', '.join(others[:3]) or 'a file'}, which is no saved SAE: it is not replaced\n"
+                         "move that away, or save elsewhere")
 
 
 def write_saelens(folder: Path, trained: base.TrainedSAE, cfg: dict) -> bool:
@@ -99,7 +113,10 @@ def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:
     return {k: v.float().contiguous() for k, v in tensors.items()}, extra
 
 
-def load_sae(folder: str | Path) -> base.TrainedSAE:
-    """Read a folder written by `save_sae` (either format), or any other that `interchange` knows; the result takes raw activations."""
+def load_sae(folder: str | Path, trust_code: bool = False) -> base.TrainedSAE:
+    """Read a folder written by `save_sae` (either format), or any other that `interchange` knows; the result takes raw activations.
+
+    Its variant.py is run if it equals one in variants/, or with `trust_code`; else ValueError.
+    """
     found = interchange.read(Path(folder))
-    return base.TrainedSAE(interchange.build(found), found.scale or 1.0)
+    return base.TrainedSAE(interchange.build(found, trust_code), found.scale or 1.0)

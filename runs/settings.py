@@ -1,0 +1,104 @@
+"""What a setting may be: ranges of numbers and mistakes of a command line, said before anything is read."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+
+# {setting: (least, most)}. The upper ends are far beyond any run there has been; what fits, the forecast says.
+RANGES = {
+    "context": (2, 2**24),
+    "num_tokens": (0, 10**13),
+    "passes": (1, 10**5),
+    "block_tokens": (1, 10**10),
+    "d_sae": (1, 2**26),
+    "batch_size": (1, 2**26),
+    "lr": (1e-12, 100.0),
+    "lm_batch_size": (1, 2**20),
+    "seed": (0, 2**32 - 1),  # what NumPy's and scikit-learn's generators take
+    "log_lines": (1, 10**6),
+    "checkpoint_seconds": (0.0, 1e9),
+    "activation_cache_gb": (0.0, 1e9),
+}
+MOST_BLOCKS = 10**6  # each is planned ahead
+
+
+def check_numbers(values: dict[str, object]) -> None:
+    """ValueError for the first setting, of those that are set, that lies outside its range. NaN lies outside each."""
+    for name, (least, most) in RANGES.items():
+        value = values.get(name)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            wrong = f"is above {most:,}\ngive a smaller number"
+            if math.isnan(value):
+                wrong = "is no number\ngive one, or leave it out"
+            elif value < least:
+                wrong = f"is below {least:,}\ngive a larger number"
+            raise ValueError(f"--{name}={value} {wrong}")
+
+
+def rows_per_pass(text: str) -> int | str:
+    """What --lm_batch_size says: a whole number above 0, or "auto"."""
+    if text != "auto" and not re.fullmatch(r"0*[1-9][0-9]{0,18}", text):
+        raise ValueError(f"--lm_batch_size={text[:40]} is no number of rows\ngive a whole number above 0, or auto")
+    return text if text == "auto" else int(text)
+
+
+def block_numbers(text: str) -> list[int]:
+    """The blocks that --layers names, in order. ValueError for what is no list of whole numbers, or names one twice."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
+        raise ValueError(
+            f"--layers={text} is not a list of block numbers\nwrite for example --layers 5,12,19; the first block is 0"
+        )
+    numbers = sorted(map(int, parts))
+    twice = [a for a, b in zip(numbers, numbers[1:]) if a == b]
+    if twice:
+        raise ValueError(f"--layers={text} names {twice[0]} twice\nname each block once")
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def check_arguments(argv: list[str], flags: dict[str, bool], never_empty: set[str]) -> list[str]:
+    """Notes on a command line; ValueError for a flag without its value. `flags`: {name: whether it is a switch}.
+
+    A flag may be given again, as scripts that add to a command do: its last value counts, and that is noted.
+    """
+    given: dict[str, list[str]] = {}
+    for token, following in zip(argv, [*argv[1:], None]):
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name not in flags or flags[name]:
+            continue
+        if not equals and (following is None or following.startswith("--")):
+            raise ValueError(f"--{name} is given without a value\nwrite --{name}=…")
+        value = value if equals else following
+        if not value.strip() and name in never_empty:
+            raise ValueError(
+                f"--{name} is given an empty value (a variable of the shell that is not set?)\n"
+                f"give one, or leave --{name} out"
+            )
+        if "\0" in value:
+            raise ValueError(f"--{name} holds a NUL character\ngive it without")
+        given.setdefault(name, []).append(value)
+    return [
+        f"--{name} is given {len(values)} times: the last, {values[-1]}, counts"
+        for name, values in given.items()
+        if len(set(values)) > 1
+    ]
+
+
+def unknown(argument: str, before: str | None, flags: list[str]) -> ValueError:
+    """The error about an argument that is no flag, `before` being the one in front of it on the command line."""
+    if re.match(r"[-–—]", argument) and argument != "--" or argument.partition("=")[0] in flags:
+        flag = argument.partition("=")[0]
+        near = difflib.get_close_matches(re.sub("^[-–—]+", "--", flag), [f"--{name}" for name in flags], 1, 0)[0]
+        return ValueError(
+            f"unknown argument {flag}; the nearest is {near}\nvalid flags: {' '.join(f'--{name}' for name in flags)}"
+        )
+    after = f" after {before!r}" if before else ""
+    return ValueError(
+        f"{argument!r}{after} belongs to no flag\n"
+        'write --name=value without spaces around =; quote a value with spaces: --hyper="k=4, auxk_alpha=0"'
+    )

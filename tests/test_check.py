@@ -8,7 +8,7 @@ import torch
 import experiment
 import variants
 from variants import base
-from variants.preflight import check, memory
+from variants.preflight import check, memory, messages
 
 BROKEN = Path(__file__).parent / "fixtures" / "broken_variants"
 GOOD = Path(__file__).parent / "fixtures" / "good_variants"
@@ -171,6 +171,21 @@ def test_an_effect_on_dead_features_late_in_the_run_is_seen(tmp_path):
     with pytest.raises(ValueError, match=r"edited.py:\d+: .*bit-identically to topk"):
         run(never)
     assert "bit-identically to topk" in run(never, allow_identical=True).notes[0]
+
+
+def test_a_dense_code_runs_if_that_is_asked_for():
+    """Fails if --allow_dense does not let it through, or lets it through without a mark."""
+    found = run(BROKEN / "always_on.py", allow_dense=True)
+    assert found.active == 1 and any("no sparse code (with --allow_dense)" in note for note in found.notes)
+
+
+def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, monkeypatch):
+    """Fails if a broken, endless or exiting file in variants/ stops the check of another one."""
+    monkeypatch.setattr(messages, "SECONDS", 0.5)
+    own = {"exits": "import sys\nsys.exit()\n", "loops": "while True:\n    pass\n", "broken": "def f(:\n", "empty": ""}
+    for name, text in own.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert run("topk", reference_files=[*tmp_path.glob("*.py"), *SHIPPED]).notes == ["this is the unmodified topk"]
 
 
 def test_comments_and_defaults_do_not_make_another_variant(tmp_path):

@@ -15,7 +15,7 @@ import variants
 import variants.saving
 from tests.test_experiment import start, wait_for
 from variants import base, imperative
-from variants.preflight import check
+from variants.preflight import check, messages
 from variants.preflight.trial import synthetic
 
 HABITS = sorted((Path(__file__).parent / "fixtures/imperative_variants").glob("*.py"))
@@ -133,18 +133,26 @@ def test_a_killed_trainer_ends_in_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("name, place, words", [
-    ("two_trainers", None, ["2 classes with an update method", "Trainer ="]),
+    ("two_trainers", None, ["2 classes with an update method", "in line ", "Trainer ="]),
     ("no_update", None, ["no method update", "train_step"]),
     ("no_ae", "def __init__", ["no module called ae", "self.ae = self.model"]),
     ("missing_argument", "def __init__", ["'expansion'", "--hyper expansion="]),
-    ("encode_tuple", "def encode", ["returned 2 values", "one tensor of features"]),
     ("wrong_attribute", "self.ae.W_decoder", ["no attribute 'W_decoder'", "'W_dec'"]),
     ("nan_update", "def update", ["became NaN in update"]),
     ("frozen", "def update", ["changes no parameter"]),
+    ("hidden_attribute", "self.b_decoder", ["'CustomSAE' object has no attribute 'b_decoder'", "'b_dec'"]),
+    ("tensor_key", "state_dict()", ["a tensor of shape [24, 160] is no key", "names or numbers"]),
+    ("zeros", "nn.init.zeros_", ["no feature ever fires: W_dec and W_enc start", "rows of unit norm"]),
+    ("undefined_name", "einops_reduce", ["'einops_reduce' is not defined", "import or define einops_reduce"]),
+    ("missing_package", "import not_installed", ["No module named", "pip install not-installed-here"]),
+    ("third_argument", "def update", ["wrong arguments", "needs a default"]),
+    ("contexts_without_batch", "def update", ["cannot be given them", "activations, batch)"]),
+    ("endless", "self.steps_done > 9", ["nothing came of it within 1 s", "a loop without an end"]),
 ])
-def test_broken_trainer_ends_in_its_message(name, place, words):
+def test_broken_trainer_ends_in_its_message(name, place, words, monkeypatch):
     """Fails if the mistake passes the preflight, or is reported as another one or elsewhere."""
     file = BROKEN / f"{name}.py"
+    monkeypatch.setattr(messages, "SECONDS", 1.0)
     with pytest.raises(Exception) as caught:
         check.run(str(file), {}, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0,
                   train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
@@ -152,6 +160,7 @@ def test_broken_trainer_ends_in_its_message(name, place, words):
     lines = [i for i, line in enumerate(file.read_text().splitlines(), 1) if place and place in line]
     assert not place or any(message.startswith(f"{file.name}:{line}: ") for line in lines), message
     assert all(w in message for w in words) and len(message.split("\n")) == 2 and len(message) < 700, message
+    assert "B = 56" not in message and (name != "tensor_key" or isinstance(caught.value, KeyError))
 
 
 # ------------------------------------------------------------------------------------------------ the rules, one by one
@@ -227,3 +236,79 @@ def test_evals_see_any_leading_dimensions_and_every_decoder():
     assert z.shape == (2, 5, len(sae.decoder)) and sae.decode(z).shape == x.shape
     linear = z @ sae.decoder + sae.decode(torch.zeros_like(z))
     assert torch.allclose(sae.decode(z), linear, atol=1e-5)
+
+
+def test_what_hangs_on_the_ae_is_saved_and_moved(x_SBD):
+    """Fails if a mask, a list of running means or a changed number on the ae is lost by saving, or stays on its device."""
+    file = next(f for f in HABITS if f.stem == "plain_tensors")
+    sae = built(file)
+    steps(sae, x_SBD)
+    state = sae.state_dict()
+    assert state["ae.mask"].sum() == 160 and state["ae.means.0"].any() and 0 < state["ae.threshold"] < 0.02
+    again = built(file)
+    again.load_state_dict(state)
+    assert again.ae.threshold == pytest.approx(sae.ae.threshold) and isinstance(again.ae.threshold, float)
+    assert torch.equal(again.encode(x_SBD[0]), sae.encode(x_SBD[0]))
+    moved = again.to(torch.float64)
+    assert moved.ae.mask.dtype == moved.ae.means[0].dtype == torch.float64
+
+
+def test_looking_for_the_width_changes_nothing():
+    """Fails if construction runs encode on the trainer's own ae, in training mode, or with the run's random numbers."""
+    file = next(f for f in HABITS if f.stem == "batch_statistics")
+    torch.manual_seed(4)
+    sae = built(file, dict(seed=4))
+    drawn = torch.rand(3)
+    assert sae.ae.last is None and sae.ae.norm.num_batches_tracked == 0 and sae.ae.training
+    torch.manual_seed(4)
+    sae.trainer_class(24, 160, seed=4)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_the_first_tensor_of_the_features_shape_is_taken_and_that_is_said():
+    """Fails if a tuple's first entry is taken whatever its shape, or nothing is said of the choice."""
+    file = next(f for f in HABITS if f.stem == "encode_pair")
+    found = check.run(str(file), {}, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0,
+                      train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
+    line = 1 + next(i for i, text in enumerate(file.read_text().splitlines()) if "def encode" in text)
+    assert any(f"encode_pair.py:{line}: ae.encode returned 3 values, of which the first of shape [tokens, 160]" in n for n in found.notes)
+
+
+# ------------------------------------------------------------------------------------------------ pasted files that change nothing
+
+TEMPLATE = PASTED.replace("RETURN", "lambda loss: None").replace("warmup_steps=400", "warmup_steps=1000").replace(
+    "        self.optimizer = ConstrainedAdam(self.ae.parameters(), [self.ae.W_dec], lr=lr)\n", """\
+        self.optimizer = ConstrainedAdam(self.ae.parameters(), [self.ae.W_dec], lr=lr)
+        self.warm = optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: min(s / warmup_steps, 1.0))
+""").replace("        self.optimizer.step()\n", "        self.optimizer.step()\n        self.warm.step()\n")
+EDITS = {
+    "another return": ("lambda loss: None", "lambda loss: loss.item()"),
+    "a term times zero": ("        self.optimizer.zero_grad()", "        loss = loss + 0.0 * z.norm()\n        self.optimizer.zero_grad()"),
+    "a detached term": ("        self.optimizer.zero_grad()", "        loss = loss + z.norm().detach()\n        self.optimizer.zero_grad()"),
+    "an unused parameter": ("        self.optimizer = Con", "        self.gate = nn.Parameter(t.randn(dict_size))\n        self.optimizer = Con"),
+    "an unused hyper-parameter": ("l1=0.01,", "l1=0.01, temperature=0.5,"),
+    "a start beyond the run": ("        self.optimizer.zero_grad()",
+                               "        loss = loss * (2 if step > 100_000 else 1)\n        self.optimizer.zero_grad()"),
+    "other names": ("CustomSAE", "ImprovedSAE"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_pasted_file_that_changes_nothing_is_called_inert(tmp_path, edit):
+    """Fails if the comparison takes what update returns, or cuts the template's schedule otherwise than the edit's."""
+    template, mine = tmp_path / "template.py", tmp_path / "mine.py"
+    template.write_text(TEMPLATE)
+    mine.write_text(TEMPLATE.replace(*EDITS[edit]))
+
+    def run(file, **more):
+        return check.run(str(file), {}, d_in=64, d_sae=256, batch_size=128, total_steps=2441, lr=3e-4, seed=0,
+                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, **more)
+
+    with pytest.raises(ValueError, match=r"mine.py:\d+: .*bit-identically to template"):
+        run(mine, reference_files=[template])
+    with pytest.raises(ValueError, match=r"mine.py:\d+: .*bit-identically to template"):
+        run(mine, against=str(template))
+    other = tmp_path / "other.py"
+    other.write_text(TEMPLATE.replace("* z.sum(-1).mean()", "* z.pow(1.01).sum(-1).mean()"))
+    notes = run(other, against=str(template)).notes
+    assert any("trains differently from template" in note and "differ by" in note for note in notes)

@@ -31,7 +31,7 @@ def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks: Callable[
             term = names[int(bad[row].nonzero()[-1])]
             value, at = values[row, names.index(term)], step - len(values) + row
             raise FloatingPointError(f"{job.name}: the term {term!r} became {value:.3g} at step {at}\n"
-                                     "lower --lr or the term's weight; the last good checkpoint is checkpoint.pt in the run's folder")
+                                     "lower --lr or the term's weight")
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 LARGEST = 1e14
 CHECK_WEIGHTS = "check its weights and config.json, or save the model again"
 OUTLIER = 10.0  # times the median norm
+LOOKED_AT = 2**16  # tokens among which outliers are looked for
 ALONE = 4096  # tokens after the first that has NaN, among which its cause is looked for: more than a row
 SAME = {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 
@@ -552,7 +553,8 @@ def outliers(x_ND: Tensor, tokens_N: Tensor, tokenizer) -> str | None:
     explained variance say how well it does on them. (Ordinary tokens of SmolLM2-135M's layer 9 stay below 4 times the median; massive
     activations, 100 times and more, take over with 1 token in 10,000: Sun et al. 2024, https://arxiv.org/abs/2402.17762.)
     """
-    square_N = torch.cat([part.double().pow(2).sum(-1) for part in x_ND.split(2**14)])
+    x_ND, tokens_N = x_ND[:LOOKED_AT], tokens_N[:LOOKED_AT]
+    square_N = torch.cat([part.double().pow(2).sum(-1) for part in x_ND.split(2**13)])  # fp32 may overflow
     total, outlier_N = square_N.sum(), square_N > OUTLIER**2 * square_N.median()
     share = float(square_N[outlier_N].sum() / total)
     if not share > 0.5:

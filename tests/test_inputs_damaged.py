@@ -1,11 +1,14 @@
 """Texts and tokenizers that cannot serve are told before the run, and large ones cost no memory."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
-import torch  # noqa: F401  before datasets, whose readers want it
+import torch
 
 from evals import data, inputs, packing, streams, text_files
+from runs import training_log
+from runs.voice import VOICE
 from tests import architectures
 
 
@@ -58,6 +61,18 @@ def test_a_tokenizer_that_does_not_know_the_texts_is_refused(tmp_path):
             continue
         with pytest.raises(ValueError, match=wrong):
             inputs.check_tokenizer(source, Letters(), "m", 200)
+
+
+def test_a_checkpoint_is_pointed_to_only_where_there_is_one(tmp_path, monkeypatch):
+    """Fails if a loss that is no number sends the user to a file that is not there, or passes over one that is."""
+    job, recent = SimpleNamespace(name="layer_1"), {"layer_1": [(torch.tensor(float("nan")), {})]}
+    with open(tmp_path / "log.txt", "w") as log:
+        monkeypatch.setattr(VOICE, "log", log)
+        for there in (False, True):
+            with pytest.raises(FloatingPointError, match="lower --lr or the term's weight") as raised:
+                training_log.check_finite([job], recent, 1, lambda x: x)
+            assert ("checkpoint.pt in the run's folder" in str(raised.value)) == there
+            (tmp_path / "checkpoint.pt").touch()
 
 
 def test_a_look_that_takes_long_is_said_and_a_short_one_is_not(capsys):

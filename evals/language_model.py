@@ -25,6 +25,12 @@ ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 # the same between the plain pass and TransformerLens' bridge, which does the same operations: where both have the same attention, tiny
 # models of 22 architectures agree to the last bit in bf16, while a wrong bridge (Cohere's) may differ by no more than .006
+# in a residual stream: real ones reach 1e5, and squares of 3e14 overflow when those of 1e6 tokens × 4096 are summed in fp32
+LARGEST = 1e14
+CHECK_WEIGHTS = "check its weights and config.json, or save the model again"
+OUTLIER = 10.0  # times the median norm
+LOOKED_AT = 2**16  # tokens among which outliers are looked for
+ALONE = 4096  # tokens after the first that has NaN, among which its cause is looked for: more than a row
 SAME = {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 
 
@@ -331,20 +337,88 @@ def compile_cache(folder: Path) -> Path:
 
 def load(where: str, name: str, dtype: torch.dtype, device: str) -> LanguageModel:
     """The causal language model in the folder `where`, with an attention that keeps its soft-capping; `name` is what it is called."""
-    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(where)
+    config, tokenizer = models.configuration(where, name), models.open_tokenizer(where, name)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    hf, about = models.auto_class(config, name).from_pretrained(
-        where, dtype=dtype, attn_implementation="eager" if capped else None, output_loading_info=True)
+    options = dict(dtype=dtype, attn_implementation="eager" if capped else None, output_loading_info=True)
+    try:  # what does not fit is told by name below
+        hf, about = models.auto_class(config, name).from_pretrained(where, ignore_mismatched_sizes=True, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  each format of weights breaks in its own way
+        raise models.unreadable(error, name) from error
     models.check_complete(about, config, name)
     hf = hf.to(device)
+    models.check_values(hf, tokenizer, name)
+    models.check_vocabulary(tokenizer, len(hf.get_input_embeddings().weight), name)
+    lm = LanguageModel(hf, tokenizer, name, f"{models.identity(where, name)}:{str(dtype).removeprefix('torch.')}")
+    check_pass(lm)
     if capped:
         assert_soft_capping(hf)
-    digest = f"{models.identity(where, name)}:{str(dtype).removeprefix('torch.')}"
-    return LanguageModel(hf, AutoTokenizer.from_pretrained(where), name, digest)
+    return lm
+
+
+@torch.no_grad()
+def check_pass(lm: LanguageModel) -> None:
+    """RuntimeError that names the block, and why, where two short rows give no numbers, ones too large, or leave a block as they came."""
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(lm.vocab_size, (2, 16), generator=generator).to(lm.device)
+    what = f"{lm.name} ({lm.hf.config.model_type})"
+    if cause := first_not_finite(lm, tokens_BT):
+        raise RuntimeError(f"{what} gives NaN or infinite values {cause}\n{CHECK_WEIGHTS}")
+    for number, (x_BTD, out_BTD) in enumerate(_around_blocks(lm, tokens_BT)):
+        given, most = (float(h_BTD.abs().max()) for h_BTD in (x_BTD, out_BTD))
+        if max(given, most) > LARGEST:
+            place = f"after block {number}, {_of_weights(lm, number)}" if most > given else f"before block {number}, in its embeddings"
+            raise RuntimeError(f"{what} gives values up to {max(given, most):.2g} {place}: their squares overflow\n"
+                               f"{CHECK_WEIGHTS}")
+        if torch.equal(x_BTD, out_BTD):
+            raise RuntimeError(f"{what}: block {number} changes nothing: what it adds is 0, or is lost in rounding beside "
+                               f"its input's values of up to {most:.2g}\n{CHECK_WEIGHTS}")
+
+
+def first_not_finite(lm: LanguageModel, tokens_BT: Tensor) -> str | None:
+    """Where in the pass of these rows NaN or infinity first comes up, and why, in words; None where all is finite."""
+    dtype = str(lm.dtype).removeprefix("torch.")
+    for number, (x_BTD, out_BTD) in enumerate(_around_blocks(lm, tokens_BT)):
+        if not x_BTD.isfinite().all():
+            return f"before block 0, in its embeddings, in {dtype}"
+        if not out_BTD.isfinite().all():
+            broken = next((key for key, weight in lm.blocks[number].named_parameters() if not weight.isfinite().all()), None)
+            why = f"its {broken} holds such" if broken else f"it overflows {_of_weights(lm, number)}"
+            return f"after block {number} in {dtype}: {why}, and is given values up to {float(x_BTD.abs().max()):.2g}"
+    logits_BTV = lm.hf(input_ids=tokens_BT, use_cache=False).logits
+    return None if logits_BTV.isfinite().all() else f"as logits in {dtype}, though all blocks give finite ones"
+
+
+def _of_weights(lm: LanguageModel, number: int) -> str:
+    """The largest weight of a block, which tells one that was made too large from one that was trained so."""
+    most = {key: float(weight.abs().max()) for key, weight in lm.blocks[number].named_parameters() if weight.numel()}
+    key = max(most, key=most.get)
+    return f"with weights up to {most[key]:.2g} ({key})"
+
+
+@torch.no_grad()
+def _around_blocks(lm: LanguageModel, tokens_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(residual stream that goes into, that comes out of) each block, from one plain pass."""
+    into, out = [], []
+
+    def before(module, args, kwargs):
+        into.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).clone())  # a block may work in place
+
+    def after(module, args, output):
+        out.append(output if isinstance(output, Tensor) else output[0])
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in lm.blocks]
+    handles += [block.register_forward_hook(after) for block in lm.blocks]
+    try:
+        lm.backbone(input_ids=tokens_BT, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(zip(into, out))
 
 
 @torch.no_grad()
@@ -369,8 +443,8 @@ def trial(lm: LanguageModel, layers: list[int]) -> None:
             if x_BTD.shape != (2, 16, lm.d_model):
                 refuse(f"has blocks that give {list(x_BTD.shape)}, not [rows, tokens, {lm.d_model}]")
             if not (x_BTD.isfinite().all() and logits_BTV.isfinite().all()):
-                raise RuntimeError(f"{kind} gives NaN or infinite values after block {layer} in {lm.dtype}\n"
-                                   "give --dtype float32 or bfloat16, and check the weights")
+                cause = first_not_finite(lm, tokens_BT) or f"after block {layer}"
+                raise RuntimeError(f"{kind} gives NaN or infinite values {cause}\n{CHECK_WEIGHTS}")
             later = float((lm.residuals(other_BT, [layer])[layer] - x_BTD)[:, :-1].float().norm() / x_BTD.float().norm())
             if not later <= ROUNDING[lm.dtype]:
                 refuse(f"is not causal: another last token changes what earlier ones get from block {layer} by {later:.2g} of their norm")
@@ -426,12 +500,75 @@ def assert_soft_capping(hf) -> None:
                            "use a transformers version whose eager attention keeps it")
 
 
+@torch.no_grad()
 def not_finite(lm: LanguageModel, layer: int, x_ND: Tensor, tokens_N: Tensor) -> ValueError:
-    """What to say of residuals of which some are NaN or infinite: the first token that has such."""
-    token = next(int(token) for token, x_D in zip(tokens_N, x_ND) if not x_D.isfinite().all())
-    return ValueError(f"{lm.name} gives NaN or infinite values after block {layer}, first for the token {token} "
-                      f"({lm.tokenizer.decode([token])!r}), in {str(lm.dtype).removeprefix('torch.')}\n"
-                      "check the model's weights; float16 weights overflow where bfloat16 and float32 do not: --dtype")
+    """What to say of residuals of which some are NaN or infinite: the token that makes them so, and where in the model.
+
+    x_ND: residuals after block `layer`, in the order of the text, for tokens_N. The first that is not finite may be innocent: within a
+    row a NaN goes to earlier tokens too (attention weighs it by 0). So each token near it is passed alone, then more and more of them.
+    """
+    first = 0
+    for part in x_ND.split(2**14):
+        bad = (~part.isfinite().all(-1)).nonzero()
+        if len(bad):
+            first += int(bad[0])
+            break
+        first += len(part)
+    near = [lm.bos, *tokens_N[first:first + ALONE].tolist()]
+
+    def fails(rows: list[list[int]]) -> list[bool]:
+        x_BTD = lm.residuals(torch.tensor(rows, device=lm.device), [layer])[layer]
+        return (~x_BTD.isfinite().flatten(1).all(1)).tolist()
+
+    distinct = list(dict.fromkeys(near[1:]))
+    for start in range(0, len(distinct), 64):
+        rows = [[lm.bos, token] for token in distinct[start:start + 64]]
+        if guilty := [row for row, failed in zip(rows, fails(rows)) if failed]:
+            return _not_finite(lm, layer, guilty[0], "")
+    length = min(256, len(near))
+    if fails([near[:length]])[0]:
+        fine, broken = 1, length
+        while broken - fine > 1:
+            middle = (fine + broken) // 2
+            if fails([near[:middle]])[0]:
+                broken = middle
+            else:
+                fine = middle
+        return _not_finite(lm, layer, near[:broken], f" after the {broken - 2} before it")
+    return _not_finite(lm, layer, near[:2], "")
+
+
+def _not_finite(lm: LanguageModel, layer: int, row: list[int], context: str) -> ValueError:
+    cause = first_not_finite(lm, torch.tensor([row], device=lm.device)) or f"after block {layer}, in its row of the text"
+    token = f"the token {row[-1]} ({lm.tokenizer.decode([row[-1]])!r}){context}"
+    return ValueError(f"{lm.name} gives NaN or infinite values for {token}, first {cause}\n"
+                      f"{CHECK_WEIGHTS}; the training of the SAE is not the cause")
+
+
+def outliers(x_ND: Tensor, tokens_N: Tensor, tokenizer) -> str | None:
+    """The warning that few tokens hold most of E‖x‖², with their names and shares; None where they do not.
+
+    x_ND: residuals of tokens_N, on any device. An outlier has more than 10 times the median norm. Where all of them together hold over
+    half of E‖x‖², the unit in which training measures its error, an SAE is paid more for these than for all other tokens, and r² and
+    explained variance say how well it does on them. (Ordinary tokens of SmolLM2-135M's layer 9 stay below 4 times the median; massive
+    activations, 100 times and more, take over with 1 token in 10,000: Sun et al. 2024, https://arxiv.org/abs/2402.17762.)
+    """
+    x_ND, tokens_N = x_ND[:LOOKED_AT], tokens_N[:LOOKED_AT]
+    square_N = torch.cat([part.double().pow(2).sum(-1) for part in x_ND.split(2**13)])  # fp32 may overflow
+    total, outlier_N = square_N.sum(), square_N > OUTLIER**2 * square_N.median()
+    share = float(square_N[outlier_N].sum() / total)
+    if not share > 0.5:
+        return None
+    kinds, which = tokens_N.to(x_ND.device)[outlier_N].unique(return_inverse=True)
+    of_kind = torch.zeros(len(kinds), dtype=torch.float64, device=x_ND.device).index_add_(0, which, square_N[outlier_N])
+    number = which.bincount()
+    order = of_kind.argsort(descending=True)[:3].tolist()
+    named = "; ".join(f"{tokenizer.decode([int(kinds[i])])!r} (id {int(kinds[i])}): {float(number[i]) / len(tokens_N):.2%} of tokens, "
+                      f"{float(of_kind[i] / total):.1%}" for i in order)
+    more = f" and {len(kinds) - 3} others" if len(kinds) > 3 else ""
+    return (f"{float(outlier_N.double().mean()):.2%} of tokens, of norms over {OUTLIER:g} times the median, hold {share:.1%} of E‖x‖²: "
+            f"{named}{more}; r2 and explained variance measure these, cossim and frac_alive the rest, which the SAE hardly learns: "
+            "another layer may have none")
 
 
 def difference(x_BTD: Tensor, plain_BTD: Tensor) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +23,11 @@ SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and tokenizer
 UNREAD = ("*/*", "generation_config.json")  # other files of those names
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 ONE_STREAM = "use a model whose blocks pass on one residual stream, such as Llama, Gemma or GPT-2"
+DAMAGED = "its file is damaged, or was when it was written: copy it again, or save the model again"
 HF_ADVICE = "give a folder that save_pretrained wrote, of the model and of its tokenizer"
+OTHER_FORMATS = {"*.gguf": "GGUF", "*.h5": "TensorFlow's", "*.msgpack": "Flax's", "consolidated*": "in its maker's own format",
+                 "*.pth": "in its maker's own format", "model.*.safetensors": "a variant's"}  # of weights that are not read
+BUFFERS = re.compile(r"inv_freq|(attn|attention)\.(masked_)?bias$|position_ids|rotary")  # what old files hold and no model learns
 
 # ------------------------------------------------------------------------------------------------ places
 
@@ -54,7 +60,22 @@ def location(name: str, cache_dir: str, data_dir: str, weights: bool = True) -> 
 
 def index_of(folder: Path) -> dict:
     """The index of a model's weight files in the folder: {"weight_map": {weight: file}, "metadata": …}; {} without one."""
-    return next((json.loads((folder / name).read_text()) for name in INDICES if (folder / name).exists()), {})
+    file = next((folder / name for name in INDICES if (folder / name).exists()), None)
+    index = read_json(file) if file else {}
+    if file and not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{file} names no weight files: it is damaged, or of something else\ncopy it again, or save the model again")
+    return index
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file of a model's folder; ValueError that names the file if there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged or cut off: {network.first_line(error)}\ncopy it again, or save the model again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged, or of something else: it holds no JSON object\ncopy it again, or save the model again")
+    return found
 
 
 def shards(folder: Path) -> list[str]:
@@ -72,7 +93,8 @@ def identity(where: str | Path, name: str = "") -> str:
     folder = Path(where)
     if ("model", name) in network.PINNED and not Path(name).exists():
         return f"{name}@{network.PINNED['model', name]}"
-    return files_digest([f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")])
+    kinds = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+    return files_digest([file for file in sorted(folder.iterdir()) if file.suffix in kinds and file.is_file()])
 
 
 def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
@@ -87,7 +109,10 @@ def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
         return f"{TINY}-{tiny.VERSION}"
     if not Path(name).exists() and text_files.is_path(name):
         raise FileNotFoundError(f"no folder {name}\ngive the folder of a model, or its name on the hub: owner/name")
-    return identity(name if Path(name).exists() else network.snapshot("model", name, SMALL, UNREAD), name)
+    if Path(name).exists():
+        check_folder(Path(name), name)
+        return identity(name)
+    return identity(network.snapshot("model", name, SMALL, UNREAD), name)
 
 
 # ------------------------------------------------------------------------------------------------ what transformers makes of them
@@ -103,7 +128,8 @@ def configuration(folder: Path, name: str):
         if "trust_remote_code" in str(error):
             raise ValueError(f"{name} brings code of its own (auto_map in config.json), and that is not run\n"
                              "give a model that transformers has itself") from error
-        raise ValueError(f"{name}: transformers cannot use its config.json: {network.first_line(error)}\n"
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name}: transformers cannot use its config.json: {said}\n"
                          "check the file; a newer model may want a newer version: pip install -U transformers") from error
 
 
@@ -140,15 +166,19 @@ def shape(name: str, itemsize: int, cache_dir: str = "", data_dir: str = "") -> 
     """d_model, n_layers, parameters of a block, bytes with parameters of `itemsize` bytes, most positions (None: any number)."""
     if name in SHAPES:
         return SHAPES[name]
-    folder = location(name, cache_dir, data_dir, weights=False)
-    check_folder(folder, name, whole=Path(name).exists())
-    return sizes(configuration(folder, name), name, itemsize)
+    folder, whole = location(name, cache_dir, data_dir, weights=False), Path(name).exists()
+    check_folder(folder, name, whole)
+    found = sizes(configuration(folder, name), name, itemsize)
+    check_vocabulary(open_tokenizer(folder, name), found["vocabulary"], name)
+    return found
 
 
 def sizes(config, name: str, itemsize: int) -> dict:
     """As `shape`, of a configuration: from the model itself, made on the meta device, so that it holds for every architecture."""
     check_quantised(config, name)
     cls, text = auto_class(config, name), config.get_text_config()
+    if not text.num_hidden_layers:
+        raise ValueError(f"{name}: its config.json says that it has no blocks\ncheck num_hidden_layers, or save the model again")
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         hf = cls.from_config(config)
     of_blocks = sum(p.numel() for p in blocks(hf).parameters())
@@ -166,15 +196,37 @@ def positions(config) -> int | None:
 
 def tokenizer(name: str, cache_dir: str, data_dir: str):
     """The model's tokenizer alone. ValueError if it has neither a BOS nor an EOS token."""
+    return open_tokenizer(location(name, cache_dir, data_dir, weights=False), name)
+
+
+def open_tokenizer(folder: Path, name: str):
+    """As `tokenizer`, of the model's folder."""
     from transformers import AutoTokenizer
 
     try:
-        made = AutoTokenizer.from_pretrained(location(name, cache_dir, data_dir, weights=False))
+        made = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001  each sort of tokenizer breaks in its own way
-        raise ValueError(f"{name}: its tokenizer cannot be loaded: {type(error).__name__}: {network.first_line(error)}\n"
+        for file in sorted(Path(folder).glob("*.json")):
+            if "index" not in file.name:
+                read_json(file)  # which names the file that is damaged
+        there = ", ".join(file for file in TOKENIZERS if (Path(folder) / file).is_file()) or "none"
+        raise ValueError(f"{name}: its tokenizer cannot be loaded: {type(error).__name__}: {network.first_line(error)} "
+                         f"(its files: {there})\n"
                          "save it again beside the model: AutoTokenizer.from_pretrained(…).save_pretrained(…)") from error
     bos_of(made, name)
     return made
+
+
+def check_vocabulary(tokenizer, vocabulary: int, name: str) -> None:
+    """ValueError for a tokenizer with ordinary tokens that the model does not embed: it is another model's.
+
+    Added tokens may lie beyond the vocabulary: they come in no text but one that spells them.
+    """
+    added = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
+    if beyond := sorted(i for i in set(tokenizer.get_vocab().values()) - added if i >= vocabulary):
+        raise ValueError(f"the tokenizer of {name} has {len(beyond):,} ordinary tokens beyond the {vocabulary:,} that config.json has "
+                         f"embeddings for, such as {beyond[0]:,} ({tokenizer.decode([beyond[0]])!r}): it is another model's\n"
+                         "save the model's own beside it: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
 
 
 def bos_of(tokenizer, name: str) -> int:
@@ -192,24 +244,45 @@ def check_folder(folder: Path, name: str, whole: bool = True) -> None:
     """ValueError in one line for what transformers would refuse in many, or fill up in silence; `whole`: the weights are there too."""
     if not folder.is_dir():
         raise ValueError(f"--model={name} is a file, not a folder\n{HF_ADVICE}")
-    if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-            raise ValueError(f"{name} is a PEFT adapter of {base}, not a whole model\n"
-                             f"merge it first and give that folder: PeftModel.from_pretrained(base, {name!r}).merge_and_unload()"
-                             ".save_pretrained(…)")
-        raise ValueError(f"{name} has no config.json\n{HF_ADVICE}")
-    if not any((folder / file).exists() for file in TOKENIZERS):
+    if (folder / "adapter_config.json").exists():  # with PEFT installed transformers would load the model that this names, and no other
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "a model that it does not name"
+        beside = " beside the files of a model" if (folder / "config.json").exists() else ", not a whole model"
+        raise ValueError(f"{name} is a PEFT adapter of {base}{beside}\n"
+                         f"merge it first and give that folder: PeftModel.from_pretrained(base, {name!r}).merge_and_unload()"
+                         ".save_pretrained(…)")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name} has no config.json{_other_formats(folder)}\n{HF_ADVICE}")
+    if not any((folder / file).is_file() for file in TOKENIZERS):
         raise ValueError(f"{name} has no tokenizer ({', '.join(TOKENIZERS[:3])}, …)\n"
                          "save the model's own beside it: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
     if not whole:
         return
-    wanted = shards(folder) or [next((file for file in SINGLE if (folder / file).exists()), SINGLE[0])]
-    if lacking := [file for file in wanted if not (folder / file).exists()]:
+    wanted = shards(folder) or [next((file for file in SINGLE if (folder / file).is_file()), SINGLE[0])]
+    if lacking := [file for file in wanted if not (folder / file).is_file()]:
         others = f" and {len(lacking) - 1} more of its {len(wanted)} weight files" if len(lacking) > 1 else ""
-        raise ValueError(f"{name} lacks {lacking[0]}{others}\ncopy the folder whole, or save the model again")
+        there = _other_formats(folder)
+        raise ValueError(f"{name} lacks {lacking[0]}{others}{there}\n{HF_ADVICE if there else 'copy the folder whole, or save it again'}")
+    quantised = "quantization_config" in read_json(folder / "config.json")
     for file in wanted:
-        check_weights(folder / file, name)
+        check_weights(folder / file, name, quantised)
+
+
+def _other_formats(folder: Path) -> str:
+    """What to add to "no weights": files that hold some in a format, or under a name, that is not read."""
+    for pattern, what in OTHER_FORMATS.items():
+        if file := next(folder.glob(pattern), None):
+            return f"; {file.name} is {what}, and not read"
+    return ""
+
+
+def unreadable(error: Exception, name: str) -> ValueError:
+    """What to say of weights that transformers cannot load."""
+    import pickle
+
+    if any(isinstance(e, pickle.UnpicklingError) for e in network.chain(error)):
+        return ValueError(f"{name}: {SINGLE[1]} holds more than weights, or is damaged, and what may run code is not read\n"
+                          "save the model again as safetensors: save_pretrained does")
+    return ValueError(f"{name}: transformers cannot load its weights: {type(error).__name__}: {network.first_line(error)}\n{DAMAGED}")
 
 
 def check_quantised(config, name: str) -> None:
@@ -228,20 +301,31 @@ def check_quantised(config, name: str) -> None:
         return
 
 
-def check_weights(file: Path, name: str) -> None:
-    """ValueError if a safetensors file is shorter or longer than its own header says."""
+def check_weights(file: Path, name: str, quantised: bool) -> None:
+    """ValueError if a safetensors file is shorter or longer than its own header says, or another has no end, or weights are integers
+    of which the configuration does not say that they are `quantised`: they would be taken for numbers."""
     if file.suffix != ".safetensors":
+        with open(file, "rb") as stream:
+            old = stream.read(1) == b"\x80"  # of torch before 1.6, a bare pickle
+        if not old and not zipfile.is_zipfile(file):
+            raise ValueError(f"{name}: {file.name} is damaged or cut off ({file.stat().st_size:,} bytes)\n"
+                             "copy it again, or save the model again")
         return
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
             header = json.loads(stream.read(length)) if length < file.stat().st_size else {}
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            header.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             ends = []
     if not ends or 8 + length + max(ends) != file.stat().st_size:
         raise ValueError(f"{name}: {file.name} is damaged or cut off ({file.stat().st_size:,} bytes)\n"
                          "copy it again, or save the model again")
+    integers = [key for key, entry in header.items() if key.endswith("weight") and str(entry.get("dtype")).startswith(("I", "U"))]
+    if integers and not quantised:
+        raise ValueError(f"{name}: {file.name} holds integers as weights, and config.json no quantization_config that says what they mean: "
+                         f"{_some(integers)}\ngive the model as it was before it was quantised")
 
 
 def check_complete(about, config, name: str) -> None:
@@ -252,16 +336,58 @@ def check_complete(about, config, name: str) -> None:
     def keys(kind: str) -> Iterable:
         return about.get(kind, ()) if isinstance(about, dict) else getattr(about, kind, ())
 
-    problems = dict(missing_keys="lacks weights that its configuration asks for", mismatched_keys="has weights of another shape")
-    for kind, what in problems.items():
-        if found := sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys(kind)):
-            raise ValueError(f"{name} {what}: {found[0]}" + f" and {len(found) - 1} more" * (len(found) > 1)
-                             + "\ncheck config.json against the weights, or save the model again")
+    strange = sorted(str(key) for key in keys("unexpected_keys") if not BUFFERS.search(str(key)))
+    if lacking := sorted(map(str, keys("missing_keys"))):
+        instead = f", and has others that it knows nothing of: {_some(strange)}" if strange else ""
+        raise ValueError(f"{name} lacks weights that its configuration asks for: {_some(lacking)}{instead}\n"
+                         "check config.json against the weights, or save the model again")
+    if others := sorted(keys("mismatched_keys"), key=str):
+        key, there, asked = others[0]
+        raise ValueError(f"{name} has weights of another shape than its configuration asks for: {_some([str(o[0]) for o in others])}, "
+                         f"{list(there)} instead of {list(asked)}\ncheck config.json against the weights, or save the model again")
     n_layers = config.get_text_config().num_hidden_layers
     blocks_there = {int(n) for key in keys("unexpected_keys") for n in re.findall(r"\.(\d+)\.", str(key))[:1]}
     if beyond := [n for n in blocks_there if n >= n_layers]:
         raise ValueError(f"{name} has weights of block {min(beyond)}, and its configuration says {n_layers} blocks\n"
                          "check num_hidden_layers in config.json, or save the model again")
+    if unused := [key for key in strange if re.search(r"\.\d+\.", key)]:  # a bias left out is another model
+        raise ValueError(f"{name} has weights in its blocks that its configuration makes no use of: {_some(unused)}\n"
+                         "check model_type and the biases in config.json, or save the model again")
+    if strange:
+        print(f"language model: note: {name} has weights that are not used: {_some(strange)}", flush=True)
+
+
+def _some(keys: list[str]) -> str:
+    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+
+
+@torch.no_grad()
+def check_values(hf: torch.nn.Module, tokenizer, name: str) -> None:
+    """ValueError for weights that are NaN or infinite, and for a block, or embeddings, of zeros alone.
+
+    One pass over the weights. Other matrices of zeros are said, since some are meant.
+    """
+    embedding, zero = hf.get_input_embeddings().weight, {}
+    for key, weight in hf.named_parameters():
+        if not weight.numel() or not weight.is_floating_point() or weight.element_size() < 2:  # fp8 cannot be asked
+            continue
+        low, high = (float(value) for value in weight.aminmax())  # NaN, if one of them is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = ~weight.isfinite()
+            row = int(bad.nonzero()[0, 0])
+            token = f", the token {row} ({tokenizer.decode([row])!r})" if weight is embedding else ""
+            raise ValueError(f"{name}: {key} holds NaN or infinite values in {str(weight.dtype).removeprefix('torch.')}: "
+                             f"{int(bad.sum()):,} of its {weight.numel():,}, first in row {row}{token}\n{DAMAGED}")
+        if low == high == 0 and weight.dim() > 1:
+            zero[key] = weight
+    for number, block in enumerate(blocks(hf)):
+        matrices = {id(weight) for weight in block.parameters() if weight.dim() > 1}
+        if matrices and matrices <= set(map(id, zero.values())):
+            raise ValueError(f"{name}: all matrices of block {number} are 0\n{DAMAGED}")
+    if any(weight is embedding for weight in zero.values()):
+        raise ValueError(f"{name}: its embeddings are all 0\n{DAMAGED}")
+    if zero:
+        print(f"language model: note: {name} has matrices of zeros alone: {_some(sorted(zero))}", flush=True)
 
 
 def disk_needed(name: str) -> int:

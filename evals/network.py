@@ -308,8 +308,17 @@ def kept(cache_dir: Path | None, kind: str, depends_on: dict, make: Callable[[],
         raw = json.dumps(make(), ensure_ascii=False).encode("utf-8", "surrogatepass")
         return {"json": torch.frombuffer(bytearray(zstandard.compress(raw)), dtype=torch.uint8)}
 
+    def unpacked(stored: dict) -> Any:
+        return json.loads(zstandard.decompress(stored["json"].numpy().tobytes()).decode("utf-8", "surrogatepass"))
+
     if cache_dir is None:
         return json.loads(json.dumps(make()))
     commits = {"commits": {name: commit("dataset", name) for name in repositories}} if repositories else {}
-    stored = _cache(Path(cache_dir) / "texts", threading.get_ident()).get(kind, {**depends_on, **commits}, packed)["json"]
-    return json.loads(zstandard.decompress(stored.numpy().tobytes()).decode("utf-8", "surrogatepass"))
+    cache, key = _cache(Path(cache_dir) / "texts", threading.get_ident()), {**depends_on, **commits}
+    stored = cache.get(kind, key, packed)
+    try:
+        return unpacked(stored)
+    except (KeyError, ValueError, zstandard.ZstdError) as error:
+        print(f"cache: what is kept of {kind} is damaged ({first_line(error)}); making it again", flush=True)
+        cache.forget(kind, key)
+        return unpacked(cache.get(kind, key, packed))

@@ -23,7 +23,10 @@ def is_done(out: Path, name: str, sae: str, depends_on: str) -> bool:
     """Whether that result is there and was made from exactly this (a note beside it says from what)."""
     result = path(out, name, sae)
     note = result and result.with_suffix(".depends_on")
-    return bool(note and note.exists() and json.loads(note.read_text()) == depends_on)
+    try:
+        return bool(note) and json.loads(note.read_text()) == depends_on and bool(saebench.read(result))
+    except (OSError, ValueError, KeyError, TypeError):  # none there, or a damaged one: it is measured again
+        return False
 
 
 def collected(out: Path, names: Iterable[str], sae: str, crashed: dict[str, BaseException]) -> tuple[dict, dict, list[str]]:

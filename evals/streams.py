@@ -332,6 +332,14 @@ def look(name: str, text_field: str = "text", tokenizer_ids: int | None = None, 
     `tokenizer_ids`: how many ids the tokenizer has; one beyond them means texts tokenised by another one.
     """
     of = found(name, cache_dir)
+    if of.local and of.files and not of.size:
+        raise ValueError(f"{name} is empty: 0 bytes in {len(of.files)} file{'s' * (len(of.files) > 1)}\n"
+                         "give a file with text, or copy it again")
+    with text_files.patient(f"texts: looking at the first rows of {name} ({(of.size or 0) / 1e6:,.0f} MB)"):
+        return _look(name, of, text_field, tokenizer_ids, cache_dir)
+
+
+def _look(name: str, of: Found, text_field: str, tokenizer_ids: int | None, cache_dir: Path | None) -> Look:
     if of.local:
         for file in of.files:
             text_files.check_end(file)

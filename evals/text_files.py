@@ -5,12 +5,14 @@ What a name means is told by `datasets`' own rules, from the names of files and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -137,8 +139,13 @@ def check_encoding(file: str) -> None:
     """ValueError for a text that is not UTF-8, by its first MiB; some stray bytes are read as �."""
     import fsspec
 
-    with fsspec.open(file, "rb", compression=CODECS.get(PurePosixPath(file).suffix.lower())) as stream:
-        head = stream.read(HEAD)
+    codec = CODECS.get(PurePosixPath(file).suffix.lower())
+    try:
+        with fsspec.open(file, "rb", compression=codec) as stream:
+            head = stream.read(HEAD)
+    except Exception as error:  # noqa: BLE001  each codec raises its own
+        what = f"damaged or no {codec} file" if codec else "not to be read"
+        raise ValueError(f"{file} is {what}: {network.first_line(error)}\ncopy it again, or check its suffix") from error
     stray = head.decode("utf-8", "replace").count("\ufffd") - head.count("\ufffd".encode())
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 10:
         raise ValueError(f"{file} is UTF-16 or binary, not UTF-8\nconvert it: iconv -f UTF-16 -t UTF-8")
@@ -333,6 +340,18 @@ def _resolve(folder: str, config: str | None) -> tuple[dict[str, list[str]], str
     options = {key: value for key, value in options.items() if value != default[key] and isinstance(value, str | int | float)}
     return ({str(split): list(map(str, files)) for split, files in builder.config.data_files.items()},
             type(builder).__module__.rsplit(".", 1)[-1], options)
+
+
+@contextlib.contextmanager
+def patient(what: str, after: float = 5.0) -> Iterator[None]:
+    """Say once what is being done within, if it takes longer than `after` seconds."""
+    timer = threading.Timer(after, lambda: print(what, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Refused(OSError):

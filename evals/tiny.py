@@ -7,13 +7,10 @@ are random, so its scores mean nothing about an SAE variant.
 from __future__ import annotations
 
 import functools
-import os
 import random
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
+from evals import made
 from evals.data import draw, split_documents
 
 VERSION = 1  # goes into cache keys and folder names: raise it when the model or the texts change
@@ -31,18 +28,13 @@ def model_folder(cache_dir: Path, architecture: str = "gemma2") -> Path:
     """
     if architecture not in ("gemma2", "llama"):
         raise ValueError(f"no tiny model of architecture {architecture!r}\nchoose gemma2 or llama")
-    models = Path(cache_dir) / "models"
-    folder = models / f"tiny-{architecture}-v{VERSION}"
-    models.mkdir(parents=True, exist_ok=True)
-    with FileLock(models / f"{folder.name}.lock"):
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=models) as temporary:
-                made = Path(temporary) / "made"
-                tokenizer = _tokenizer()
-                tokenizer.save_pretrained(made)
-                _model(architecture, tokenizer).save_pretrained(made)
-                os.replace(made, folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        tokenizer = _tokenizer()
+        tokenizer.save_pretrained(folder)
+        _model(architecture, tokenizer).save_pretrained(folder)
+
+    return made.folder(Path(cache_dir) / "models" / f"tiny-{architecture}-v{VERSION}", make)
 
 
 def _tokenizer():

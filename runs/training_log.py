@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from runs.folder import write_text
-from runs.voice import duration, say
+from runs.voice import VOICE, duration, say
 
 GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no measurement, that is the core eval's
 
@@ -31,7 +31,14 @@ def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks: Callable[
             term = names[int(bad[row].nonzero()[-1])]
             value, at = values[row, names.index(term)], step - len(values) + row
             raise FloatingPointError(f"{job.name}: the term {term!r} became {value:.3g} at step {at}\n"
-                                     "lower --lr or the term's weight; the last good checkpoint is checkpoint.pt in the run's folder")
+                                     f"lower --lr or the term's weight{_last_good()}")
+
+
+def _last_good() -> str:
+    """Words on the run's checkpoint, if there is one: it lies beside the log."""
+    if VOICE.log and Path(VOICE.log.name).with_name("checkpoint.pt").exists():
+        return "; the last good checkpoint is checkpoint.pt in the run's folder"
+    return ""
 
 
 @torch.no_grad()

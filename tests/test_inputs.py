@@ -142,13 +142,14 @@ def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
     hf = transformers.AutoModelForCausalLM.from_pretrained(broken)
     token = tokenizer(architectures.texts(1))["input_ids"][0]
     with torch.no_grad():
-        hf.transformer.wte.weight[token[0]] = float("nan")
+        hf.transformer.wte.weight[token[0]] = 3e38  # a number, of which a norm's sum is none
     hf.config.tie_word_embeddings = False  # so that the logits of a row without that token are numbers
     hf.lm_head.weight = torch.nn.Parameter(torch.ones_like(hf.lm_head.weight))
     hf.save_pretrained(broken)
     assert run(cache, broken, jsonl(tmp_path / "more.jsonl", architectures.texts(150)), tmp_path / "run_3", evals="none") == 1
     err = capsys.readouterr().err
-    assert f"gives NaN or infinite values after block 1, first for the token {token[0]} " in err and "lower --lr" not in err
+    assert f"gives NaN or infinite values for the token {token[0]} " in err and "first after block 0 in float32: it overflows" in err
+    assert "given values up to 3e+38" in err and "lower --lr" not in err and "checkpoint.pt" not in err
 
 
 def test_a_report_without_held_out_text_is_a_report(cache, gpt2, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Where a model's weights lie, what identifies them, and what can be wrong with a folder: told before anything is loaded."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from evals import language_model, models, network
 from tests import architectures
@@ -57,7 +59,38 @@ def test_two_models_of_the_hub_never_share_a_digest(llama, tmp_path, monkeypatch
 
 
 def spoilt(folder, how):
-    config = folder / "config.json"
+    config, index = folder / "config.json", folder / "model.safetensors.index.json"
+    if how in ("shard", "index cut", "index of nothing"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+    if how == "index cut":
+        index.write_text(index.read_text()[:-5])
+    elif how == "index of nothing":
+        index.write_text("{}")
+    elif how in ("gguf", "gguf alone"):
+        (folder / "model.safetensors").rename(folder / "m.gguf")
+        if how == "gguf alone":
+            config.unlink()
+    elif how == "adapter beside":
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x/y"}))
+    elif how == "config cut":
+        config.write_text(config.read_text()[:-5])
+    elif how == "empty":
+        (folder / "model.safetensors").write_bytes(b"")
+    elif how == "pickle cut":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-500])
+    elif how == "integers":
+        rewrite(folder, lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+    elif how == "no blocks":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 0}))
+    elif how == "tokenizer cut":
+        (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:-200])
+    elif how == "tokenizer of another model":
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"] |= {f"more{i}": 400 + i for i in range(50)}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     if how == "adapter":
         config.unlink()
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-2-2b"}))
@@ -68,8 +101,6 @@ def spoilt(folder, how):
     elif how == "no weights":
         (folder / "model.safetensors").unlink()
     elif how == "shard":
-        transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
-        (folder / "model.safetensors").unlink(missing_ok=True)
         sorted(folder.glob("model-0*.safetensors"))[1].unlink()
     elif how == "cut":
         weights = folder / "model.safetensors"
@@ -88,7 +119,18 @@ def spoilt(folder, how):
     ("shard", "lacks model-00002-of-.*\ncopy the folder whole"), ("cut", r"model.safetensors is damaged or cut off \([\d,]+ bytes\)\n"),
     ("encoder", "type t5, which is no causal language model\n"),
     ("quantised", "is quantised, and its format needs a package: .*\n.*before it was quantised"),
-    ("unknown type", "config.json: .*nothing_known.*\n.*pip install -U transformers")])
+    ("unknown type", "config.json: .*nothing_known.*\n.*pip install -U transformers"),
+    ("index cut", "safetensors.index.json is damaged or cut off: .*\ncopy it again"),
+    ("index of nothing", "safetensors.index.json names no weight files"),
+    ("gguf", "lacks model.safetensors; m.gguf is GGUF, and not read\n"),
+    ("gguf alone", "no config.json; m.gguf is GGUF, and not read\n"),
+    ("adapter beside", "PEFT adapter of x/y beside the files of a model\nmerge it first"),
+    ("config cut", "config.json is damaged or cut off: "),
+    ("empty", r"model.safetensors is damaged or cut off \(0 bytes\)\n"),
+    ("pickle cut", r"pytorch_model.bin is damaged or cut off \([\d,]+ bytes\)\n"),
+    ("integers", "holds integers as weights, and config.json no quantization_config .*: model.norm.weight\n"),
+    ("no blocks", "says that it has no blocks\n"), ("tokenizer cut", "tokenizer.json is damaged or cut off: "),
+    ("tokenizer of another model", "has 50 ordinary tokens beyond the 400 .* such as 400 \\('more0'\\): it is another model's\n")])
 def test_a_folder_that_cannot_serve_is_refused_from_its_files_alone(folder, how, words, monkeypatch):
     """Fails if a folder passes preflight, or is filled up in silence, or ends in another library's words."""
     spoilt(folder, how)
@@ -112,6 +154,91 @@ def test_blocks_that_the_configuration_does_not_have_are_not_left_out(folder):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
     with pytest.raises(ValueError, match="has weights of block 2, and its configuration says 2 blocks\n"):
         language_model.load(folder, "m", torch.float32, "cpu")
+
+
+def rewrite(folder, change):
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_weight(key, change):
+    """Weights whose `key` is changed."""
+    return lambda weights: weights | {key: change(weights[key].clone())}
+
+
+def with_row(number, value):
+    def change(weight):
+        weight[number] = value
+        return weight
+    return change
+
+
+UP, DOWN, EMBED = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda w: {key: value for key, value in w.items() if key != "lm_head.weight"}, "lacks weights .*: lm_head.weight\n"),
+    (lambda w: {key.replace("model.", "other."): value for key, value in w.items()},
+     "lacks .* and has others .*: other.embed_tokens.weight"),
+    (lambda w: w | {DOWN: torch.ones(32, 60)}, rf"another shape .*: {DOWN}, \[32, 60\] instead of \[32, 64\]\n"),
+    (lambda w: w | {"model.layers.1.mlp.down_proj.bias": torch.ones(32)}, "makes no use of: model.layers.1.mlp.down_proj.bias\n"),
+    (with_weight(DOWN, with_row(3, math.nan)), f"{DOWN} holds NaN or infinite values in float32: 64 of its 2,048, first in row 3\n"),
+    (with_weight(EMBED, with_row(300, math.inf)), f"{EMBED} holds NaN or .* first in row 300, the token 300 "),
+    (lambda w: w | {DOWN: 1e300 * w[DOWN].double()}, f"{DOWN} holds NaN or infinite values in float32: 2,048 of"),
+    (lambda w: w | {key: 0 * value for key, value in w.items() if "layers.1." in key}, "all matrices of block 1 are 0\n"),
+    (with_weight(EMBED, lambda x: 0 * x), "its embeddings are all 0\n"),
+    (with_weight(EMBED, lambda x: 1e25 * x),
+     r"values up to \d[.\d]*e\+2\d before block 0, in its embeddings: their squares overflow\n"),
+    (with_weight(EMBED, lambda x: 1e12 * x), "block 0 changes nothing: what it adds .* is lost in rounding"),
+    (with_weight(DOWN, lambda x: 1e30 * x),
+     r"values up to .* after block 1, with weights up to .* \(mlp.down_proj.weight\): their squares"),
+    (with_weight(UP, lambda x: 1e38 * x),
+     "NaN or infinite values after block 1 in float32: it overflows with weights up to .*mlp.up_proj")])
+def test_weights_that_are_no_model_are_refused_at_the_load(folder, change, words):
+    """Fails if weights are made up or left out, or a model that gives no numbers is found out by what was trained on it."""
+    rewrite(folder, change)
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        language_model.load(folder, "m", torch.float32, "cpu")
+
+
+def test_what_old_files_hold_beside_the_weights_is_no_fault(folder, capsys):
+    """Fails if a buffer of an old version is taken for a weight, or a matrix of zeros that is meant ends the run, or passes unsaid."""
+    rewrite(folder, lambda w: w | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8), DOWN: 0 * w[DOWN]})
+    language_model.load(folder, "m", torch.float32, "cpu")
+    assert f"has matrices of zeros alone: {DOWN}\n" in capsys.readouterr().out
+
+
+def test_the_token_that_gives_nan_is_named_and_not_its_neighbours(folder):
+    """Fails if the first token that has NaN is blamed: attention carries it to earlier tokens of the row too."""
+    lm = language_model.load(folder, "m", torch.float32, "cpu")
+    lm.hf.get_input_embeddings().weight.data[77] = math.nan
+    tokens_BT = torch.tensor([[lm.bos, 5, 6, 7, 8], [lm.bos, 9, 10, 77, 11]])
+    x_ND = lm.residuals(tokens_BT, [1])[1][:, 1:].flatten(0, 1)
+    assert int((~x_ND.isfinite().all(-1)).nonzero()[0]) == 4  # the 9, which is innocent
+    said = str(language_model.not_finite(lm, 1, x_ND, tokens_BT[:, 1:].flatten()))
+    assert "for the token 77 ('" in said and "first before block 0, in its embeddings, in float32" in said
+    lm.hf.get_input_embeddings().weight.data[77] = 0.1
+    seen = []
+
+    def in_company(module, args, output):  # no token alone does it
+        return output * math.nan if seen[-1].shape[1] > 3 and (seen[-1] == 77).any() else output
+
+    lm.blocks[1].register_forward_hook(in_company)
+    lm.backbone.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    x_ND = lm.residuals(tokens_BT[1:], [1])[1][:, 1:].flatten(0, 1)
+    said = str(language_model.not_finite(lm, 1, x_ND, tokens_BT[1, 1:]))
+    assert "for the token 77 ('" in said and "after the 2 before it, first after block 1" in said
+
+
+def test_few_tokens_that_hold_most_of_the_norm_are_named(folder):
+    """Fails if outliers are not named with their shares, worked out by hand here, or ordinary spread is taken for them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    x_ND, tokens_N = torch.ones(1000, 4), torch.arange(1000) % 100 + 10
+    assert language_model.outliers(x_ND * torch.linspace(0.5, 4, 1000)[:, None], tokens_N, tokenizer) is None
+    x_ND[tokens_N == 20] *= 30  # 10 of 1,000 tokens, each 900 times a common one's square: 9000 / 9990
+    x_ND[5] *= 20  # the token 15: 400 / 10389
+    said = language_model.outliers(x_ND.bfloat16(), tokens_N, tokenizer)
+    assert said.startswith("1.10% of tokens, of norms over 10 times the median, hold 90.5% of E‖x‖²: ")
+    assert f"{tokenizer.decode([20])!r} (id 20): 1.00% of tokens, 86.6%; {tokenizer.decode([15])!r} (id 15): 0.10% of tokens, 3.9%;" in said
 
 
 @pytest.mark.parametrize("name", ["./no/such", "a/b/c", "~/nope"])
@@ -171,7 +298,7 @@ def test_nan_is_named_before_training(folder):
     """Fails if a model that gives NaN is found out by the SAE's loss."""
     lm = language_model.load(folder, "m", torch.float32, "cpu")
     lm.blocks[1].mlp.down_proj.weight.data.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="NaN or infinite values after block 1 in torch.float32\n"):
+    with pytest.raises(RuntimeError, match="NaN or infinite values after block 1 in float32: its mlp.down_proj.weight holds such"):
         language_model.trial(lm, [1])
 
 

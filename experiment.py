@@ -360,6 +360,9 @@ def preflight(settings: Settings, source) -> dict:
         source.look(shape.get("vocabulary", len(tokenizer)))
         for note in inputs.check_held_out(source, tokenizer, chosen):
             say(f"note: {note}")
+    if settings.model not in models.SHAPES:
+        inputs.check_tokenizer(source, models.tokenizer(settings.model, settings.cache_dir, settings.data_dir), settings.model,
+                               shape["vocabulary"])
     for name in chosen if source.kind == "hub" else ():
         evals.read_ahead(name, chosen[name], source, settings.seed)
     return facts
@@ -646,6 +649,9 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             clock.update(start=clock["block"], line=clock["block"], step=step)  # speed and eta are the SAE steps' own
             if step == 0:
                 begin(settings, jobs, block, fresh=not settings.init_from)
+                for layer in layers_of(settings):
+                    if line := language_model.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer):
+                        say(f"note: layer {layer}: {line}")
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, step):  # noqa: B020
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)

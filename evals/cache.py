@@ -6,6 +6,7 @@ processes that compute the same entry do not disturb each other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ class Cache:
 
     def get(self, kind: str, depends_on: dict, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The entry, from disk (memory-mapped) or made now and stored if it fits; values are the same either way."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
         path = self.path(kind, depends_on)
@@ -56,15 +58,16 @@ class Cache:
         tensors = make()
         if self.fits(sum(t.numel() * t.element_size() for t in tensors.values())):  # else it never leaves its device
             tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            self.folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, temporary)
                 os.replace(temporary, path)
                 self.used.add(path)
                 self._evict()
-            except OSError as error:  # a full disk costs speed, not the run
-                temporary.unlink(missing_ok=True)
+            except (OSError, SafetensorError) as error:  # a full disk costs speed, not the run
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
                 print(f"cache: {path.name} not stored ({error}); going on without", flush=True)
         return tensors
 

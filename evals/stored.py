@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from evals import saebench
+from runs import disk, folder
+from runs.voice import say
 
 
 def path(out: Path, name: str, sae: str) -> Optional[Path]:
@@ -19,11 +21,31 @@ def path(out: Path, name: str, sae: str) -> Optional[Path]:
     return next((out / "eval_results" / name).glob(f"*_{sae}_eval_results.json"), None)
 
 
+def note(result: Path, depends_on: str) -> None:
+    """Write beside a result file from what it was made, and the hash of its bytes: a result that was damaged since is none."""
+    folder.write_json(result.with_suffix(".depends_on"), dict(depends_on=depends_on, sha256=disk.digest(result)))
+
+
 def is_done(out: Path, name: str, sae: str, depends_on: str) -> bool:
-    """Whether that result is there and was made from exactly this (a note beside it says from what)."""
+    """Whether that result is there, whole, and was made from exactly this; a damaged one is said and made again."""
     result = path(out, name, sae)
-    note = result and result.with_suffix(".depends_on")
-    return bool(note and note.exists() and json.loads(note.read_text()) == depends_on)
+    if not result:
+        return False
+    beside = result.with_suffix(".depends_on")
+    try:
+        said = json.loads(beside.read_text(encoding="utf-8"))
+        known, total = said["depends_on"], said["sha256"]
+    except FileNotFoundError:  # the run ended between the two
+        return False
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        say(f"eval {name}: {beside.name} is damaged ({type(error).__name__}); measuring {sae} again")
+        return False
+    if known != depends_on:
+        return False
+    if disk.digest(result) != total:
+        say(f"eval {name}: {result.name} is damaged; measuring {sae} again")
+        return False
+    return True
 
 
 def collected(out: Path, names: Iterable[str], sae: str, crashed: dict[str, BaseException]) -> tuple[dict, dict, list[str]]:

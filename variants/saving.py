@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runs import disk
 from variants import base, imperative, interchange
 
 
@@ -50,9 +50,18 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
         shutil.copyfile(source, temporary / "variant.py")
         own = dict(architecture="variant", init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale)
         (temporary / "cfg.json").write_text(json.dumps(cfg | own, indent=1), encoding="utf-8")
+    note_digest(temporary)
     if folder.exists():  # of an interrupted attempt of the same run
         shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    disk.put(temporary, folder)
+
+
+def note_digest(folder: Path) -> None:
+    """Note in cfg.json the SHA-256 of the weights beside it: no format of weights says by itself that a bit was flipped."""
+    weights = next(folder.glob("*.safetensors"))
+    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    cfg["metadata"] = (cfg.get("metadata") or {}) | {interchange.DIGEST: disk.digest(weights)}
+    (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
 
 
 def write_saelens(folder: Path, trained: base.TrainedSAE, cfg: dict) -> bool:

@@ -10,8 +10,9 @@ import math
 
 import torch
 
+from runs import environment
 from variants import ranks
-from variants.preflight.check import Findings, too_large
+from variants.preflight.check import Findings, in_units, too_large
 
 PROCESS = {"cpu": 0.42e9, "cuda": 0.0}  # Python, torch, transformers, texts
 EVAL_LIBRARIES = {"cpu": 0.36e9, "cuda": 0.0}  # TransformerLens, scikit-learn
@@ -85,9 +86,48 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
                  forecast_training_seconds=round(flops / matmul_rate / ACHIEVED[settings.device]))
     if peak(parts) <= available:
         return line, facts, ""
+    row = shape["d_model"] * itemsize
+    taken = dict(step=largest.step_peak_bytes, block=block * row, passes=lm_tokens * PASS_WIDTHS * row, saes=parts["saes"], lm=parts["lm"])
+    return line, facts, problem(settings, parts, taken, largest, available, dict(copies=copies, layers=len(layers), rows=rows))
+
+
+def problem(settings, parts: dict[str, float], taken: dict[str, float], largest: Findings, available: float, counts: dict) -> str:
+    """What does not fit and what to do about it, by the part that takes most. `taken`: the bytes of each thing a setting decides."""
+    there = f"there are {in_units(available)}{bounded(settings.device)}"
     if peak(parts | dict(evals=0.0)) <= available:
-        return line, facts, (f"training fits, but the evals need {parts['evals'] / 1e9:.1f} GB beside the language model's and the SAEs' "
-                             f"{(parts['lm'] + parts['saes']) / 1e9:.1f} GB, and there are {available / 1e9:.1f} GB\n"
-                             "reduce --lm_batch_size or --d_sae, or train with --evals=none and evaluate with --init_from elsewhere")
-    room = int(available - peak(parts) + parts["saes"] / copies + largest.step_peak_bytes)
-    return line, facts, too_large(largest, room)
+        return (f"training fits, but the evals need {in_units(parts['evals'])} beside the language model's and the SAEs' "
+                f"{in_units(parts['lm'] + parts['saes'])}, and {there}\n"
+                "reduce --lm_batch_size or --d_sae, or train with --evals=none and evaluate with --init_from elsewhere")
+    dominant = max(taken, key=taken.get)
+    room = int(available - peak(parts | dict(evals=0.0)) + parts["saes"] / counts["copies"] + largest.step_peak_bytes)
+    if dominant == "step" and room > 0:
+        return too_large(largest, room)
+    rest = peak(parts | dict(evals=0.0)) - taken[dominant]
+    n, width = counts["layers"], f"{settings.context:,} tokens of context"
+    layers = f" × {n} layers" if n > 1 else ""
+    tokens = min(settings.block_tokens, settings.num_tokens)
+    what, advice = {
+        "block": (f"the block of activations (--block_tokens: {tokens:,} tokens{layers})", smaller_block(settings, taken, rest, available)),
+        "passes": (f"a pass of the language model (--lm_batch_size: {counts['rows']:,} rows of {width})",
+                   "reduce --lm_batch_size, or --context"),
+        "step": (f"a training step (--batch_size: {settings.batch_size:,} tokens)", "reduce --batch_size or --d_sae"),
+        "saes": (f"{counts['copies']} SAE{'s' * (counts['copies'] > 1)} with gradients and Adam's moments (--d_sae={settings.d_sae:,})",
+                 "reduce --d_sae" + (", or train fewer at once: --layers, --sweep" if counts["copies"] > 1 else "")),
+        "lm": (f"the language model ({settings.model} in {settings.dtype})",
+               "choose a smaller --model" + (", or --dtype=bfloat16" if settings.dtype == "float32" else "")),
+    }[dominant]
+    return (f"{what} alone takes {in_units(taken[dominant])} of the {in_units(peak(parts | dict(evals=0.0)))} that training needs, and "
+            f"{there}\n{advice}")
+
+
+def smaller_block(settings, taken: dict[str, float], rest: float, available: float) -> str:
+    """How many tokens of a block would fit beside the rest, in steps of 1,024, where that is a batch at least."""
+    tokens = min(settings.block_tokens, settings.num_tokens)
+    fits = int(tokens * 0.9 * (available - rest) / taken["block"]) // 1024 * 1024
+    return f"--block_tokens={fits} would fit" if fits >= settings.batch_size else "reduce --block_tokens, then --batch_size"
+
+
+def bounded(device: str) -> str:
+    """Which limit leaves so little, in brackets, where it is not the machine itself."""
+    limit = environment.memory_bound(device)[1]
+    return f" (by {limit})" if limit else ""

@@ -709,7 +709,6 @@ def save_checkpoint(out: Path, jobs: list[Job], step: int, cursor: dict, log: li
                  saes={job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale))
                        for job in jobs})
     if not ranks.number():
-        runs.folder.check_present(out)
         training_log.write(out, log)
         checkpoint.write(out, state)
 
@@ -977,7 +976,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             variant = settings and variants.path(settings.variant)
         except (OSError, ValueError):  # that is the failure
             variant = None
-        return failure.report(error, info["phase"], out, variant)
+        return failure.report(error, info["phase"], out, variant, [settings.cache_dir] if settings else [])
     finally:
         VOICE.close()
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TEXTS = {  # libraries in C++ and Rust give no errno but these words
@@ -96,15 +96,19 @@ def code_of(error: BaseException) -> tuple[int | None, str | None]:
     return (0, None) if half else (None, None)
 
 
-def explained(error: BaseException, folder: str | Path | None) -> tuple[str, str] | None:
+def explained(error: BaseException, folder: str | Path | None, places: Sequence[str | Path] = ()) -> tuple[str, str] | None:
     """(what is wrong, what to do) of a failure of a disk, with the place and what is free there; None of any other failure.
 
-    `folder` is where the run writes, for errors that name no file.
+    `folder` is where the run writes, `places` are others; of an error that names no file it is the one with the least room.
     """
     code, file = code_of(error)
-    if code is None or (file is None and folder is None):
+    if code is None:
         return None
-    place = Path(os.fspath(file) if file is not None and not isinstance(file, int) else folder)
+    place = min(map(Path, [folder, *places]), key=lambda p: room(p)[1] or 0) if folder is not None else None
+    if file is not None and not isinstance(file, int):
+        place = Path(os.fspath(file))
+    if place is None:
+        return None
     if code in (0, errno.ENOENT) and folder is not None and not Path(folder).is_dir():
         return gone(folder)
     if code == errno.ENOENT:

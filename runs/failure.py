@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -15,14 +17,14 @@ ADVICE = {"OutOfMemoryError": "use a smaller --batch_size, --d_sae or --lm_batch
           "MemoryError": "use a smaller --batch_size, --d_sae or --lm_batch_size"}
 
 
-def report(error: BaseException, phase: str, out: Optional[Path], variant: Optional[Path]) -> int:
+def report(error: BaseException, phase: str, out: Optional[Path], variant: Optional[Path], places: Sequence[str | Path] = ()) -> int:
     """Say on stderr, in under 1,200 characters, what failed, where in the user's own file and what to do; returns 1.
 
     Into the run folder `out`, where there is one and it can be written to, go error.json and, at the end of log.txt, the traceback.
-    Whatever fails in here itself, the first error is said.
+    Whatever fails in here itself, the first error is said. `places`: other folders that the run writes to.
     """
     kind = type(error).__name__
-    what, advice = words(error, out)
+    what, advice = words(error, out, places)
     where = ""
     with contextlib.suppress(Exception):  # a variant's file that is gone, a traceback through what is no file
         where = place(error, variant)
@@ -36,10 +38,10 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
     return 1
 
 
-def words(error: BaseException, out: Optional[Path]) -> tuple[str, str]:
+def words(error: BaseException, out: Optional[Path], places: Sequence[str | Path] = ()) -> tuple[str, str]:
     """What is wrong and what to do, of any exception."""
     with contextlib.suppress(Exception):  # a disk so broken that it cannot even be asked
-        known = disk.explained(error, out)
+        known = disk.explained(error, out, places)
         if known:
             return known
     if isinstance(error, SystemExit):
@@ -72,6 +74,8 @@ def place(error: BaseException, variant: Optional[Path]) -> str:
 
     if variant and (where := check.where(error, variant)):
         return where
+    if disk.code_of(error)[0] not in (None, errno.ENOENT):  # the disk's fault, no line's
+        return ""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(PROJECT)]
     # a message with advice is this project's own: the line that raised it helps nobody
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames and "\n" not in str(error) else ""

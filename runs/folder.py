@@ -68,6 +68,10 @@ def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes
 def write_info(out: Path, info: dict) -> None:
     """run_info.json, with the hash of what it says; FileNotFoundError if the run's folder is no longer there."""
     check_present(out)
+    _write_info(out, info)
+
+
+def _write_info(out: Path, info: dict) -> None:
     write_json(out / "run_info.json", info | dict(sha256=_said(info)))
 
 
@@ -77,8 +81,10 @@ def mark(out: Path, info: dict, status: str) -> None:
     On a full disk there is no room for another file: then the word alone is changed in the file that is there.
     """
     file = out / "run_info.json"
+    if not out.is_dir():  # taken away: it is not made anew for a word
+        return
     try:
-        write_info(out, info | dict(status=status))
+        _write_info(out, info | dict(status=status))
         return
     except OSError:
         pass

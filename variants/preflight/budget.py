@@ -10,9 +10,9 @@ import math
 
 import torch
 
-from runs import environment
+from runs import disk, environment
 from variants import ranks
-from variants.preflight.check import Findings, in_units, too_large
+from variants.preflight.check import Findings, too_large
 
 PROCESS = {"cpu": 0.42e9, "cuda": 0.0}  # Python, torch, transformers, texts
 EVAL_LIBRARIES = {"cpu": 0.36e9, "cuda": 0.0}  # TransformerLens, scikit-learn
@@ -87,16 +87,17 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
     if peak(parts) <= available:
         return line, facts, ""
     row = shape["d_model"] * itemsize
-    taken = dict(step=largest.step_peak_bytes, block=block * row, passes=lm_tokens * PASS_WIDTHS * row, saes=parts["saes"], lm=parts["lm"])
+    taken = dict(step=largest.step_peak_bytes, block=block * row, passes=lm_tokens * PASS_WIDTHS * row, saes=parts["saes"], lm=parts["lm"],
+                 process=parts["process"])
     return line, facts, problem(settings, parts, taken, largest, available, dict(copies=copies, layers=len(layers), rows=rows))
 
 
 def problem(settings, parts: dict[str, float], taken: dict[str, float], largest: Findings, available: float, counts: dict) -> str:
     """What does not fit and what to do about it, by the part that takes most. `taken`: the bytes of each thing a setting decides."""
-    there = f"there are {in_units(available)}{bounded(settings.device)}"
+    there = f"there are {disk.size(available)}{bounded(settings.device)}"
     if peak(parts | dict(evals=0.0)) <= available:
-        return (f"training fits, but the evals need {in_units(parts['evals'])} beside the language model's and the SAEs' "
-                f"{in_units(parts['lm'] + parts['saes'])}, and {there}\n"
+        return (f"training fits, but the evals need {disk.size(parts['evals'])} beside the language model's and the SAEs' "
+                f"{disk.size(parts['lm'] + parts['saes'])}, and {there}\n"
                 "reduce --lm_batch_size or --d_sae, or train with --evals=none and evaluate with --init_from elsewhere")
     dominant = max(taken, key=taken.get)
     room = int(available - peak(parts | dict(evals=0.0)) + parts["saes"] / counts["copies"] + largest.step_peak_bytes)
@@ -113,10 +114,11 @@ def problem(settings, parts: dict[str, float], taken: dict[str, float], largest:
         "step": (f"a training step (--batch_size: {settings.batch_size:,} tokens)", "reduce --batch_size or --d_sae"),
         "saes": (f"{counts['copies']} SAE{'s' * (counts['copies'] > 1)} with gradients and Adam's moments (--d_sae={settings.d_sae:,})",
                  "reduce --d_sae" + (", or train fewer at once: --layers, --sweep" if counts["copies"] > 1 else "")),
+        "process": ("the process itself (Python, torch, texts)", "give it more memory: this is the least that a run needs"),
         "lm": (f"the language model ({settings.model} in {settings.dtype})",
                "choose a smaller --model" + (", or --dtype=bfloat16" if settings.dtype == "float32" else "")),
     }[dominant]
-    return (f"{what} alone takes {in_units(taken[dominant])} of the {in_units(peak(parts | dict(evals=0.0)))} that training needs, and "
+    return (f"{what} alone takes {disk.size(taken[dominant])} of the {disk.size(peak(parts | dict(evals=0.0)))} that training needs, and "
             f"{there}\n{advice}")
 
 
@@ -124,7 +126,9 @@ def smaller_block(settings, taken: dict[str, float], rest: float, available: flo
     """How many tokens of a block would fit beside the rest, in steps of 1,024, where that is a batch at least."""
     tokens = min(settings.block_tokens, settings.num_tokens)
     fits = int(tokens * 0.9 * (available - rest) / taken["block"]) // 1024 * 1024
-    return f"--block_tokens={fits} would fit" if fits >= settings.batch_size else "reduce --block_tokens, then --batch_size"
+    if fits < settings.batch_size:
+        return "reduce --block_tokens, then --batch_size"
+    return f"give --block_tokens={fits}, which would fit, or less"
 
 
 def bounded(device: str) -> str:

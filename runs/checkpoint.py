@@ -1,7 +1,7 @@
 """The file that holds all a resume needs, while a run trains, and the one before it.
 
 A checkpoint is a zip archive, and torch gives every record of it a CRC-32 as it writes, which torch.load does not look at (a flipped
-bit loads as another weight). `mend` does, at 3 GB/s, before a run continues; at writing it costs nothing more.
+bit loads as another weight). `mend` does, at 2 to 3 GB/s, before a run continues; at writing it costs nothing more.
 Disk: two checkpoints, three while one is written or where one was damaged; each 3 times the bytes of the parameters with Adam.
 """
 

@@ -79,6 +79,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, mo
     assert os.listdir(tmp_path) == [checkpoint.NAME] and checkpoint.read(tmp_path, "cpu", view=False)["step"] == 1
 
 
+def test_a_checkpoint_of_other_saes_is_named(tmp_path):
+    """Fails if a sound checkpoint that a user put there from another run ends in torch's list of keys, or is half loaded without a word."""
+    with pytest.raises(ValueError, match=r"checkpoint\.pt holds layer_2 and not layer_3\ndelete"):
+        checkpoint.part(dict(STATE), "layer_3", tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is of another run: .*size mismatch.*\ndelete"):
+        checkpoint.fit(torch.nn.Linear(2, 3).load_state_dict, torch.nn.Linear(2, 4).state_dict(), tmp_path)
+
+
 def filled(out, cache, monkeypatch, writes, *more):  # noqa: F811
     """A run whose disk is full from checkpoint number `writes` on."""
     count, real = [0], checkpoint.write
@@ -187,8 +195,8 @@ def test_damaged_weights_to_start_from_are_named(tmp_path):
     (theirs / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoder"}}))
     assert interchange.read(theirs).d_sae == N_FEATURES
     start = (theirs / "ae.pt").read_bytes().index(state["decoder.weight"].numpy().tobytes())  # elsewhere may be padding
-    for harm, words in ((lambda f: flip(f, (start + 8.5) / f.stat().st_size), "other bytes"), (lambda f: cut(f, 900), "no readable weights"),
-                        (lambda f: cut(f, 0), "no readable weights")):
+    for harm, words in ((lambda f: flip(f, (start + 8.5) / f.stat().st_size), "other bytes"),
+                        (lambda f: cut(f, 900), "no readable weights"), (lambda f: cut(f, 0), "no readable weights")):
         harm(theirs / "ae.pt")
         with pytest.raises(ValueError, match=rf"ae\.pt.*{words}.*\n"):
             interchange.read(theirs)

@@ -133,5 +133,5 @@ def smaller_block(settings, taken: dict[str, float], rest: float, available: flo
 
 def bounded(device: str) -> str:
     """Which limit leaves so little, in brackets, where it is not the machine itself."""
-    limit = environment.memory_bound(device)[1]
+    limit = environment.memory_bound(device)[1] if device == "cpu" else ""
     return f" (by {limit})" if limit else ""

@@ -27,9 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
+from runs.voice import VOICE, duration, is_terminal, say, steady, track
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if not sys.stderr.isatty():  # libraries' progress bars would push the cause of a failure out of what the client shows of stderr
+steady()  # before anything prints or is opened
+if not is_terminal(sys.stderr):  # libraries' progress bars would push the cause of a failure out of what the client shows of stderr
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -44,11 +47,10 @@ import variants.saving  # noqa: E402
 from evals import inputs, language_model, models, network, packing  # noqa: E402
 from evals.identity import files_digest  # noqa: E402
 from evals.language_model import LanguageModel  # noqa: E402
-from runs import checkpoint, compare, environment, failure, reading, report, training_log  # noqa: E402
+from runs import checkpoint, compare, disk, environment, failure, reading, report, training_log  # noqa: E402
 from runs import settings as checks  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
-from runs.voice import VOICE, duration, say, track  # noqa: E402
 from variants import base, contexts, imperative, interchange, ranks  # noqa: E402
 from variants.copying import duplicate  # noqa: E402
 
@@ -332,9 +334,9 @@ def preflight(settings: Settings, source) -> dict:
             what, _, advice = problems[0].partition("\n")
             others = ",".join(other for other in chosen if other != name) or "none"
             raise ValueError(f"the eval {name} cannot run: {what.removeprefix(f'{name}: ')}\n{advice or f'leave it out: --evals {others}'}")
+    available, limit = environment.memory_bound(settings.device)
     line, plan, problem = budget.plan(settings, layers, count_steps(settings), shape, list(findings.values()), bool(chosen), sharing,
-                                      environment.memory_available(settings.device),
-                                      environment.matmul_rate(settings.device, getattr(torch, settings.dtype)))
+                                      available, environment.matmul_rate(settings.device, getattr(torch, settings.dtype)), limit)
     say(f"forecast: {line}, about {duration(plan['forecast_training_seconds'])} of training")
     if problem:
         raise MemoryError(problem)
@@ -344,7 +346,7 @@ def preflight(settings: Settings, source) -> dict:
               (settings.out_dir, 4 * facts["forecast_bytes"]["saes"], "--out_dir"), (network.cache_folder(), 1.02 * fetched, "HF_HOME")]
     for folder, size, name in wanted:
         if (free := environment.disk_free(folder)) < size:
-            raise OSError(f"{folder}: {free / 1e9:.1f} GB free, the run writes up to {size / 1e9:.1f} GB\n"
+            raise OSError(f"{folder}: {disk.size(free)} free, the run writes up to {disk.size(size)}\n"
                           f"free some space, or name another folder with {name}")
     for name in chosen:  # last: by now nothing else is wrong
         for wheel in evals.wheels(name, source.kind):
@@ -763,8 +765,8 @@ def load_checkpoint(settings: Settings, out: Path, jobs: list[Job]) -> Optional[
     if not state:
         return None
     for job in jobs:
-        saved = state["saes"].pop(job.name)  # popped: else it stays to the end of training
-        job.sae.load_state_dict(saved["sae"])
+        saved = checkpoint.part(state, job.name, out)  # taken out: else it stays to the end of training
+        checkpoint.fit(job.sae.load_state_dict, saved["sae"], out)
         if 0 < state["step"] < count_steps(settings):  # at 0 `begin` comes first
             shard(settings, job)
         if state["step"] < count_steps(settings) or isinstance(job.sae, imperative.Imperative):  # whose trainer lies there
@@ -861,7 +863,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
                                  model_name=lm.name, architecture=variant)
             path = saebench.write(out / "eval_results" / name, result, evals.declared(name, "EVAL_TYPE_ID"),
                                   chosen[name] | dict(model_name=lm.name, random_seed=settings.seed), sae, variant, config_of_sae)
-            runs.folder.write_json(path.with_suffix(".depends_on"), depends[sae])
+            runs.folder.write_json(path.with_suffix(".depends_on"), stored.note(path, depends[sae]))
     return crashed
 
 
@@ -888,7 +890,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         last = next((row for row in reversed(log) if row["sae"] == job.name), dict(step=0, loss=None))
         means = {f"training.{k}": last[k] for k in last if k not in ("sae", "step", "loss", "tokens_per_s", "l0", "explained_variance")}
         means |= {"training.final_loss": last["loss"], "training.steps": last["step"]} if log else {}
-        means |= {f"variant.{k}": v for k, v in json.loads((out / "variant_report" / job.name / "numbers.json").read_text()).items()}
+        means |= {f"variant.{k}": v for k, v in json.loads((out / "variant_report" / job.name / "numbers.json").read_bytes()).items()}
         measured, stderrs, problems = stored.collected(out, chosen, job.name, crashed)
         if job.name in unreported:
             problems.append(f"the variant's own report failed: {type(unreported[job.name]).__name__}: {unreported[job.name]}")
@@ -978,7 +980,7 @@ def phase(name: str, info: dict, out: Path):
     """Time a phase and name it in run_info.json, so that even a process killed without a word leaves its place."""
     info["phase"] = name
     if not ranks.number():
-        runs.folder.write_json(out / "run_info.json", info)
+        runs.folder.write_info(out, info)
     start = time.monotonic()
     yield
     info["seconds"][name] = round(info["seconds"].get(name, 0) + time.monotonic() - start, 1)
@@ -1006,23 +1008,25 @@ def main(argv: Optional[list[str]] = None) -> int:
             ranks.leave()
             return 0
         if not ranks.number():
-            VOICE.log = open(out / "log.txt", "a", encoding="utf-8")  # noqa: SIM115  open to the end of the run
+            VOICE.listen(out / "log.txt")
         if state == "resume":
-            before = json.loads((out / "run_info.json").read_text())
-            how = "killed without a word, often for lack of memory" if before["status"] == "running" else before["status"]
-            say(f"{settings.out_dir} was left in its phase {before['phase']!r} ({how}); continuing")
-            info["seconds"] = before["seconds"]
-            ranks.agreed(lambda: (out / "error.json").unlink(missing_ok=True))
+            before = runs.folder.left(out)
+            say(f"{settings.out_dir} {failure.CONTINUES} {before.get('phase', 'unknown')!r} ({failure.left(out, before)}); continuing")
+            info["seconds"] = before.get("seconds", {})
+            ranks.agreed(lambda: (checkpoint.mend(out, say), (out / "error.json").unlink(missing_ok=True)))
         kept = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "cache_dir", "data_dir")}  # no paths
         info |= dict(status="running", fingerprint=mark, training_fingerprint=training, inputs=read, commits=commits, settings=kept,
-                     seed=settings.seed, versions=environment.versions(), commit=environment.git_commit(), hardware=environment.hardware(settings.device))
+                     seed=settings.seed, versions=environment.versions(), commit=environment.git_commit(),
+                     hardware=environment.hardware(settings.device))
         crashed = run(settings, why, out, info, interrupts)
         if ranks.number():
             return 0
         info["status"] = "failed" if crashed else "finished"
-        runs.folder.write_json(out / "run_info.json", info)
         if not crashed:
-            (out / "checkpoint.pt").unlink(missing_ok=True)
+            info["files"] = runs.folder.digests(out)
+        runs.folder.write_info(out, info)
+        if not crashed:
+            checkpoint.remove(out)
         say("\n" + compare.summary(out))
         say(f"{settings.out_dir}: final_info.json, report.html, sae/; {duration(sum(info['seconds'].values()))}, "
             f"{info['peak_memory_gb']['results']['host']:.1f} GB at most")
@@ -1031,24 +1035,26 @@ def main(argv: Optional[list[str]] = None) -> int:
         return 0
     except KeyboardInterrupt as stop:
         if out and "status" in info and not ranks.number():
-            runs.folder.write_json(out / "run_info.json", info | dict(status="interrupted"))
+            runs.folder.mark(out, info, "interrupted")
         if not ranks.number():
             place = failure.inside(stop, settings)
             print(f"interrupted in {info['phase']}{place}: the same command continues", file=sys.stderr, flush=True)
         ranks.leave()
         return 128 + (interrupts.signal if out else signal.SIGINT)
-    except Exception as error:  # noqa: BLE001  every failure ends in the same few lines
+    except (Exception, SystemExit) as error:  # noqa: BLE001  every failure ends in the same few lines
+        if isinstance(error, SystemExit) and info["phase"] == "settings":  # --help
+            raise
         if ranks.number():  # the first rank's folder is not this one's to write in
             return failure.report(error, f"{info['phase']}, rank {ranks.number()}", None, None)
         if out is None and info["phase"] == "preflight":  # an input that cannot be had: said where the run would have been, if that is free
             out, info["status"] = runs.folder.free_for_words(settings.out_dir), "failed"
         if out and "status" in info:
-            runs.folder.write_json(out / "run_info.json", info | dict(status="failed"))
+            runs.folder.mark(out, info, "failed")
         try:
             variant = settings and variants.path(settings.variant)
-        except FileNotFoundError:  # that is the failure
+        except (OSError, ValueError):  # that is the failure
             variant = None
-        return failure.report(error, info["phase"], out, variant)
+        return failure.report(error, info["phase"], out, variant, [settings.cache_dir] if settings else [])
     finally:
         VOICE.close()
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from evals import saebench
+from evals.identity import file_digest
 
 
 def path(out: Path, name: str, sae: str) -> Optional[Path]:
@@ -19,14 +20,31 @@ def path(out: Path, name: str, sae: str) -> Optional[Path]:
     return next((out / "eval_results" / name).glob(f"*_{sae}_eval_results.json"), None)
 
 
+def note(result: Path, depends_on: str) -> dict[str, str]:
+    """What is noted beside a result file: from what it was made, and the hash of its bytes; one that was damaged since is none."""
+    return dict(depends_on=depends_on, sha256=file_digest(result))
+
+
 def is_done(out: Path, name: str, sae: str, depends_on: str) -> bool:
-    """Whether that result is there and was made from exactly this (a note beside it says from what)."""
+    """Whether that result is there, whole, and was made from exactly this; a damaged one is said and made again."""
     result = path(out, name, sae)
-    note = result and result.with_suffix(".depends_on")
-    try:
-        return bool(note) and json.loads(note.read_text()) == depends_on and bool(saebench.read(result))
-    except (OSError, ValueError, KeyError, TypeError):  # none there, or a damaged one: it is measured again
+    if not result:
         return False
+    beside = result.with_suffix(".depends_on")
+    try:
+        said = json.loads(beside.read_text(encoding="utf-8"))
+        known, total = said["depends_on"], said["sha256"]
+    except FileNotFoundError:  # the run ended between the two
+        return False
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        print(f"eval {name}: {beside.name} is damaged ({type(error).__name__}); measuring {sae} again", flush=True)
+        return False
+    if known != depends_on:
+        return False
+    if file_digest(result) != total:
+        print(f"eval {name}: {result.name} is damaged; measuring {sae} again", flush=True)
+        return False
+    return True
 
 
 def collected(out: Path, names: Iterable[str], sae: str, crashed: dict[str, BaseException]) -> tuple[dict, dict, list[str]]:

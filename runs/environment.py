@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "numpy", "scikit-learn", "safetensors", "tokenizers")
@@ -107,19 +108,111 @@ def _peak_host_bytes() -> int:
 
 
 def memory_available(device: str) -> float:
-    """Bytes a run may use: of the GPU what other processes leave, or of the host within the container's limit (psutil sees the host)."""
+    """Bytes a run may use: of the GPU what other processes leave, or of the host within every limit set on this process.
+
+    On the host what the process holds already is in it, as it is in the forecast's `process`.
+    """
+    return memory_bound(device)[0]
+
+
+def memory_bound(device: str) -> tuple[float, str]:
+    """(bytes a run may use, what sets that bound): "" for the machine itself, else the name of a limit."""
     import psutil
     import torch
 
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()  # the second is free as well, and this process's
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(), ""  # the second is free as well, and this process's
+    rooms = {"": psutil.virtual_memory().available, **memory_limits(Path("/"), os.environ)}
+    bound = min(rooms, key=rooms.get)
+    held = psutil.Process().memory_info()
+    own = held.rss - getattr(held, "shared", 0)  # what is shared are files in the page cache, which count as free
+    return max(0.0, rooms[bound]) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + own, bound  # torchrun's, on this host
+
+
+def memory_limits(root: Path, variables: Mapping[str, str]) -> dict[str, float]:
+    """Bytes still free under each limit on this process's host memory, by its name; `root`: where /proc and /sys/fs/cgroup are.
+
+    Limits of control groups count on the way from the process's own up to the highest that is visible, ulimit's by what is taken of
+    them, and Slurm's where no control group holds it.
+    """
+    found = {}
+    for name, folder in control_groups(root).items():
+        found |= {f"{file} of the control group {name}": room for file, room in _group_rooms(folder).items()}
+    asked = _slurm_bytes(variables)
+    taken = _statuses(root / "proc/self/status")
+    if asked and not found:
+        found["the memory asked of Slurm"] = asked - taken.get("VmRSS", 0)
+    for line in _lines(root / "proc/self/limits"):
+        for name, of, key in (("ulimit -v", "Max address space", "VmSize"), ("ulimit -d", "Max data size", "VmData")):
+            soft = line.removeprefix(of).split()[0] if line.startswith(of) else ""
+            if soft.isdigit():
+                found[name] = int(soft) - taken.get(key, 0)
+    return found
+
+
+def control_groups(root: Path) -> dict[str, Path]:
+    """Folders of this process's control groups that count memory, its own first, by their path; versions 1 and 2 (man 7 cgroups)."""
+    own = {}  # controller: path, as the kernel sees it; "" is version 2
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        own |= dict.fromkeys(controllers.split(","), path)
+    found = {}
+    for line in _lines(root / "proc/self/mountinfo"):
+        left, _, right = line.partition(" - ")
+        kind, options = right.split()[0], right.split()[-1].split(",")
+        controller = "memory" if kind == "cgroup" else ""
+        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and "memory" not in options) or controller not in own:
+            continue
+        top, mount = (Path(field.replace("\\040", " ")) for field in left.split()[3:5])
+        path = Path(own[controller])
+        inside = path.relative_to(top) if path.is_relative_to(top) else Path()  # in a container the path may be the host's
+        place = root / mount.relative_to("/")
+        for part in (inside, *inside.parents):
+            if (place / part).is_dir():
+                found[str(Path("/") / part)] = place / part
+    return found
+
+
+def _group_rooms(folder: Path) -> dict[str, float]:
+    """Bytes still free under each memory limit of one control group; pages of files that the kernel may drop count as free."""
+    statistics = {key: int(value) for key, value in (line.split()[:2] for line in _lines(folder / "memory.stat")) if value.isdigit()}
+    found = {}
+    for used, inactive, limits in (("memory.current", "inactive_file", ("memory.max", "memory.high")),
+                                   ("memory.usage_in_bytes", "total_inactive_file", ("memory.limit_in_bytes",))):
+        taken = _number(folder / used)
+        for limit in limits:
+            most = _number(folder / limit)
+            if most is not None and most < 2**60:  # version 1 writes "none" as the largest number of pages
+                found[limit] = most - max(0, (taken or 0) - statistics.get(inactive, 0))
+    return found
+
+
+def _slurm_bytes(variables: Mapping[str, str]) -> float:
+    """Host memory that a Slurm job was given on this node, in bytes; 0 for unknown, or for all of it."""
+    for name, times in (("SLURM_MEM_PER_NODE", None), ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
+                        ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE")):
+        given, count = variables.get(name, ""), variables.get(times, "1") if times else "1"
+        if given.isdigit() and count.isdigit() and int(given):
+            return int(given) * int(count) * 2**20
+    return 0
+
+
+def _statuses(file: Path) -> dict[str, int]:
+    """The sizes in a /proc status file, in bytes."""
+    parts = [line.split() for line in _lines(file)]
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in parts if len(words) == 3 and words[2] == "kB"}
+
+
+def _number(file: Path) -> int | None:
+    text = "".join(_lines(file)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _lines(file: Path) -> list[str]:
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        container = float("inf") if limit == "max" else int(limit) - used
-    except (OSError, ValueError):
-        container = float("inf")
-    return min(psutil.virtual_memory().available, container) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this host
+        return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
 
 
 def matmul_rate(device: str, dtype) -> float:

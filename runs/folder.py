@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import uuid
 from pathlib import Path
 
+from runs import disk
 from variants import file_name
 
 PROJECT = Path(__file__).resolve().parent.parent
 OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")  # of the project: an --out_dir there would move them away
 LOCK = ".lock"
 NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt"}  # what a run that failed in preflight leaves
+RESULTS = ("sae", "eval_results", "variant_report")  # folders that hold results, beside final_info.json
+HALF_WRITTEN = (".*.tmp", "sae/.*.tmp", "eval_results/*/.*.tmp", "variant_report/*/.*.tmp")
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file atomically: after a crash at any moment it is absent, old or new, never partial."""
+    """Write a file atomically: after a crash or a power cut at any moment it is absent, old or new, never partial.
+
+    OSError names the file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -32,9 +41,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # otherwise a power cut can leave the new name on an empty file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        disk.put(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise disk.named(error, path)  # noqa: B904  the same error
         raise
 
 
@@ -67,6 +79,49 @@ def _inside(name: str) -> str:
     return (file_name(name.removesuffix(ending)).lstrip(".-") or "file") + ending
 
 
+def write_info(out: Path, info: dict) -> None:
+    """run_info.json, with the hash of what it says; FileNotFoundError if the run's folder is no longer there."""
+    check_present(out)
+    _write_info(out, info)
+
+
+def _write_info(out: Path, info: dict) -> None:
+    write_json(out / "run_info.json", info | dict(sha256=_said(info)))
+
+
+def mark(out: Path, info: dict, status: str) -> None:
+    """Give run_info.json a status if that is possible at all; never raises an OSError.
+
+    On a full disk there is no room for another file: then the word alone is changed in the file that is there.
+    """
+    file = out / "run_info.json"
+    if not out.is_dir():  # taken away: it is not made anew for a word
+        return
+    try:
+        _write_info(out, info | dict(status=status))
+        return
+    except OSError:
+        pass
+    with contextlib.suppress(OSError), open(file, "r+b") as opened:
+        text = opened.read()
+        running, ended = b'"status": "running"', f'"status": "{status}"'.encode()
+        if running in text and len(ended) <= len(running):
+            opened.seek(text.index(running))
+            opened.write(ended.ljust(len(running)))
+
+
+def check_present(out: Path) -> None:
+    """FileNotFoundError, in words, if the folder of a run that goes on was deleted or moved: what is written now would be lost."""
+    if not (out / LOCK).exists():
+        raise FileNotFoundError("\n".join(disk.gone(out)))
+
+
+def _said(info: dict) -> str:
+    """Hash of what a run says of itself. The status is left out: `mark` may change it alone."""
+    said = json.dumps(_finite({k: v for k, v in info.items() if k not in ("status", "sha256")}), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()
+
+
 def _finite(value):
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
@@ -86,9 +141,9 @@ def next_free(base: str = "run_") -> str:
 def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
     """Make `out_dir` this process's own: ("new" | "resume" | "finished", lock), locked until released or the process ends.
 
-    The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so and
-    final_info.json is there, else "resume"; so is an unfinished one whose `training` fingerprint is the same. Any other content is moved
-    to `<out_dir>.previous-N`.
+    The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so, final_info.json
+    is there and no result was damaged since, else "resume"; so is an unfinished one whose `training` fingerprint is the same.
+    Any other content is moved to `<out_dir>.previous-N`.
     RuntimeError: another process has it. ValueError: not a place for a run. PermissionError: cannot be written.
     """
     folder = _allowed(Path(out_dir))
@@ -101,8 +156,17 @@ def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
 
 
 def left(out_dir: str | Path) -> dict:
-    """What an earlier run in the folder says of itself (its run_info.json), or {}."""
-    return _load(Path(out_dir) / "run_info.json")
+    """What an earlier run in the folder says of itself (its run_info.json), or {}; of a damaged one only whose run it is."""
+    info = _load(Path(out_dir) / "run_info.json")
+    if info.get("sha256", _said(info)) == _said(info):
+        return info
+    return dict(fingerprint=info.get("fingerprint"), status="damaged")
+
+
+def digests(out: Path) -> dict[str, str]:
+    """SHA-256 of the files that hold a run's results, by their path in its folder."""
+    files = [out / "final_info.json", *(p for name in RESULTS for p in sorted((out / name).rglob("*")) if p.is_file())]
+    return {str(file.relative_to(out).as_posix()): disk.digest(file) for file in files}
 
 
 def free_for_words(out_dir: str | Path) -> Path | None:
@@ -143,14 +207,19 @@ def _lock(folder: Path, out_dir):
 
 def _state(folder: Path, out_dir, fingerprint: str, training: str) -> str:
     try:
-        for leftover in folder.glob(".*.tmp"):  # of a process killed while writing; under the lock nobody writes them
-            leftover.unlink()
+        for leftover in [file for pattern in HALF_WRITTEN for file in folder.glob(pattern)]:
+            _remove(leftover)  # of a process killed while writing; under the lock nobody writes them
         if _content(folder):
-            info = _load(folder / "run_info.json")
+            info = left(folder)
             if info.get("fingerprint") == fingerprint:
-                return "finished" if info.get("status") == "finished" and _load(folder / "final_info.json") else "resume"
+                harmed = _harmed(folder, info)
+                if harmed:
+                    print(f"{out_dir}: damaged, and made again: {', '.join(harmed)}", flush=True)
+                return "finished" if info.get("status") == "finished" and not harmed else "resume"
             if training and info.get("training_fingerprint") == training and info.get("status") != "finished":
                 return "resume"  # trained alike: what has changed is measured of the SAEs anew
+            if not info or info.get("status") == "damaged":
+                _say_unreadable(folder, out_dir)
             if info.get("status") == "failed" and set(_content(folder)) <= NOTHING_BUT_WORDS:
                 for name in _content(folder):  # failed before it did anything: a typo a minute would leave a folder each
                     (folder / name).unlink()
@@ -159,6 +228,29 @@ def _state(folder: Path, out_dir, fingerprint: str, training: str) -> str:
     except OSError as error:
         raise _unwritable(out_dir, error) from None
     return "new"
+
+
+def _harmed(folder: Path, info: dict) -> list[str]:
+    """Files of a run that are not as it left them. What is missing was deleted by its user, but for final_info.json."""
+    if info.get("status") == "damaged":
+        return ["run_info.json"]
+    if info.get("status") != "finished":
+        return []
+    final = [] if _load(folder / "final_info.json") else ["final_info.json"]
+    files = {name: total for name, total in info.get("files", {}).items() if name not in final and (folder / name).is_file()}
+    return final + [name for name, total in files.items() if disk.digest(folder / name) != total]
+
+
+def _say_unreadable(folder: Path, out_dir) -> None:
+    if (folder / "run_info.json").exists():
+        print(f"{out_dir}: run_info.json is damaged (cut off or garbled), so it cannot be told whether this is the same run", flush=True)
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_dir():
+        shutil.rmtree(leftover)
+    else:
+        leftover.unlink()
 
 
 def _content(folder: Path) -> list[str]:
@@ -231,6 +323,9 @@ def _in_use(out_dir) -> RuntimeError:
     return RuntimeError(f"{out_dir} is in use by another running process\nwait for it to end, or give another --out_dir")
 
 
-def _unwritable(out_dir, error: OSError) -> PermissionError:
+def _unwritable(out_dir, error: OSError) -> OSError:
+    known = disk.explained(disk.named(error, out_dir), None)
+    if known:
+        return OSError("\n".join([f"cannot write to --out_dir {known[0]}", known[1].partition(";")[0]]))
     return PermissionError(f"cannot write to --out_dir {out_dir}: {error.strerror or error}\n"
                            "give a folder on a disk you can write to")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runs.folder import write_text
+from runs.folder import check_present, write_text
 from runs.voice import VOICE, duration, say
 
 GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no measurement, that is the core eval's
@@ -80,7 +80,8 @@ def say_rows(rows: list[dict], total_tokens: int) -> None:
 
 
 def write(out: Path, log: list[dict]) -> None:
-    """training_log.csv anew, whole or not at all."""
+    """training_log.csv anew, whole or not at all; FileNotFoundError if the run's folder is no longer there."""
+    check_present(out)
     if log:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(log[0]))

@@ -284,8 +284,10 @@ TEMPLATE = PASTED.replace("RETURN", "lambda loss: None").replace("warmup_steps=4
 EDITS = {
     "another return": ("lambda loss: None", "lambda loss: loss.item()"),
     "a term times zero": ("        self.optimizer.zero_grad()", "        loss = loss + 0.0 * z.norm()\n        self.optimizer.zero_grad()"),
-    "a detached term": ("        self.optimizer.zero_grad()", "        loss = loss + z.norm().detach()\n        self.optimizer.zero_grad()"),
-    "an unused parameter": ("        self.optimizer = Con", "        self.gate = nn.Parameter(t.randn(dict_size))\n        self.optimizer = Con"),
+    "a detached term": ("        self.optimizer.zero_grad()",
+                        "        loss = loss + z.norm().detach()\n        self.optimizer.zero_grad()"),
+    "an unused parameter": ("        self.optimizer = Con",
+                            "        self.gate = nn.Parameter(t.randn(dict_size))\n        self.optimizer = Con"),
     "an unused hyper-parameter": ("l1=0.01,", "l1=0.01, temperature=0.5,"),
     "a start beyond the run": ("        self.optimizer.zero_grad()",
                                "        loss = loss * (2 if step > 100_000 else 1)\n        self.optimizer.zero_grad()"),

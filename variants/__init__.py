@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 # modules of this package that are no variants
-SHARED = {"__init__", "base", "compat", "contexts", "copying", "imperative", "interchange", "ranks", "saving"}
+SHARED = {"__init__", "base", "compat", "contexts", "copying", "files", "imperative", "interchange", "ranks", "saving"}
 
 
 HELD: dict[str, bytes] = {}  # {path: text} of the files that a run read at its start: an edit meanwhile is the next run's

@@ -17,6 +17,8 @@ import functools
 import json
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +93,12 @@ def read(folder: Path) -> Found:
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(present(file).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = json.loads(present(file).read_text(encoding="utf-8"))
+    except ValueError as error:  # also for bytes that are no UTF-8
         raise ValueError(f"{file} is not JSON: {error}\nwas it cut off, or edited?") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__} and not an object of settings\nwas it cut off, or edited?")
+    return found
 
 
 def present(file: Path) -> Path:
@@ -103,10 +108,34 @@ def present(file: Path) -> Path:
     return file
 
 
+DIGEST = "weights_sha256"  # in the metadata of cfg.json, where this project wrote it
+AGAIN = "it was cut off or garbled: copy it again from where it came, or train that SAE again"
+
+
+def undamaged(file: Path, cfg: dict) -> Path:
+    """A file of weights that can be opened and has the bytes it was written with, as far as cfg.json says which; else ValueError."""
+    from safetensors import SafetensorError, safe_open
+
+    from evals.identity import file_digest
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{file} holds no readable weights: {str(error)[:120]}\n{AGAIN}") from None
+    expected = (cfg.get("metadata") or {}).get(DIGEST)
+    if expected and file_digest(file) != expected:
+        raise ValueError(f"{file} has other bytes than it was written with\n{AGAIN}")
+    return file
+
+
 def read_own(folder: Path, cfg: dict) -> Found:
     from safetensors.torch import load_file
 
-    file, code = present(folder / "state.safetensors"), present(folder / "variant.py")
+    file, code = undamaged(present(folder / "state.safetensors"), cfg), present(folder / "variant.py")
+    lacks = [key for key in ("init", "hyper", "scale") if key not in cfg]
+    if lacks or not {"d_in", "d_sae"} <= set(cfg["init"]):
+        raise ValueError(f"{folder / 'cfg.json'} lacks {', '.join(lacks) or 'd_in or d_sae in init'}\n{AGAIN}")
     # of equal files the project's own is run: beside the other there may lie an __init__.py
     same = [name for name in variants.names() if variants.path(name).read_bytes() == code.read_bytes()]
     return Found(same[0] if same else str(code), cfg["init"]["d_in"], cfg["init"]["d_sae"], cfg["hyper"], cfg["scale"],
@@ -252,7 +281,7 @@ def read_saelens(folder: Path, cfg: dict) -> Found:
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    file = present(folder / "sae_weights.safetensors")
+    file = undamaged(present(folder / "sae_weights.safetensors"), cfg)
     with safe_open(file, framework="pt") as tensors:
         names = set(tensors.keys())
         shape = tensors.get_slice("W_enc").get_shape() if "W_enc" in names else (cfg.get("d_in"), cfg.get("d_sae"))
@@ -407,9 +436,29 @@ def from_dictionary_learning(dict_class: str, state: dict[str, Tensor], config: 
     return variant, hyper, recentred(state, centred, variant != "jumprelu")
 
 
+def flipped(file: Path) -> str | None:
+    """The first record of torch's zip archive whose bytes do not have its CRC-32, which torch.load does not look at; else None."""
+    if not zipfile.is_zipfile(file):  # an older form, or cut off: opening it says so
+        return None
+    return _flipped(str(file), file.stat().st_size, file.stat().st_mtime_ns)
+
+
+@functools.cache
+def _flipped(file: str, *changes) -> str | None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError) as error:
+        return f"its index ({error})"
+
+
 def read_dictionary_learning(folder: Path) -> Found:
     config = read_json(folder / "config.json")
     trainer = config.get("trainer", config)
+
+    harmed = flipped(folder / "ae.pt")
+    if harmed:
+        raise ValueError(f"{folder / 'ae.pt'} has other bytes in {harmed} than it was written with\n{AGAIN}")
 
     def converted():
         # mapped, not read: of a folder of many only the one that is built takes memory
@@ -419,8 +468,13 @@ def read_dictionary_learning(folder: Path) -> Found:
     try:
         variant, hyper, state = converted()
         d_in, d_sae = state["W_enc"].shape
-    except pickle.UnpicklingError:
-        raise ValueError(f"{folder}: ae.pt holds more than tensors, and is not read for that reason\nsave ae.state_dict()") from None
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and zipfile.is_zipfile(folder / "ae.pt"):
+            raise ValueError(f"{folder}: ae.pt holds more than tensors, and is not read for that reason\nsave ae.state_dict()") from None
+        raise ValueError(f"{folder / 'ae.pt'} holds no readable weights\n{AGAIN}") from None
+    except (RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:  # torch's words for an archive that is cut off
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"{folder / 'ae.pt'} holds no readable weights: {reason}\n{AGAIN}") from None
     except KeyError as error:
         raise ValueError(f"{folder}: ae.pt lacks {error}\nwas it made by another class than {trainer.get('dict_class')}?") from None
     except ValueError as error:

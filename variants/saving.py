@@ -11,7 +11,6 @@ Own format (cfg.json with architecture "variant", state.safetensors, variant.py)
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 import variants
-from variants import base, imperative, interchange
+from variants import base, files, imperative, interchange
 from variants.copying import duplicate
 
 FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "variant.py"}  # what a saved SAE may consist of
@@ -50,9 +49,18 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
         (temporary / "variant.py").write_bytes(variants.text(source))
         own = dict(architecture="variant", variant=source.stem, init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale)
         (temporary / "cfg.json").write_text(json.dumps(cfg | own, indent=1), encoding="utf-8")
+    note_digest(temporary)
     if folder.exists():  # of an interrupted attempt of the same run
         shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    files.put(temporary, folder)
+
+
+def note_digest(folder: Path) -> None:
+    """Note in cfg.json the SHA-256 of the weights beside it: no format of weights says by itself that a bit was flipped."""
+    weights = next(folder.glob("*.safetensors"))
+    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    cfg["metadata"] = (cfg.get("metadata") or {}) | {interchange.DIGEST: files.digest(weights)}
+    (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
 
 
 def check_place(folder: Path) -> None:

@@ -11,6 +11,7 @@ import math
 import torch
 
 from variants import ranks
+from variants.files import size
 from variants.preflight.check import Findings, too_large
 
 PROCESS = {"cpu": 0.42e9, "cuda": 0.0}  # Python, torch, transformers, texts
@@ -55,11 +56,12 @@ def peak(parts: dict[str, float]) -> float:
 
 
 def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Findings], evals: bool, sharing: int, available: float,
-         matmul_rate: float) -> tuple[str, dict, str]:
+         matmul_rate: float, limit: str = "") -> tuple[str, dict, str]:
     """What a run with these settings needs of a rank's machine: in one line, as facts, and the problem where it does not fit, else "".
 
-    Memory `available` in bytes, `matmul_rate` in FLOP/s; `sharing`: ranks that share a batch. The facts also hold what follows
-    from it: `lm_batch_size`, rows of a language-model pass, and `shard`, whether SAEs are spread over the ranks.
+    Memory `available` in bytes, `limit` being what bounds it if not the machine itself, `matmul_rate` in FLOP/s; `sharing`: ranks that
+    share a batch. The facts also hold what follows from it: `lm_batch_size`, rows of a language-model pass, and `shard`, whether SAEs are
+    spread over the ranks.
     """
     largest, copies = max(findings, key=lambda f: f.parameter_bytes + f.step_peak_bytes), len(layers) * len(findings)
     itemsize, rows = getattr(torch, settings.dtype).itemsize, settings.lm_batch_size
@@ -85,9 +87,47 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
                  forecast_training_seconds=round(flops / matmul_rate / ACHIEVED[settings.device]))
     if peak(parts) <= available:
         return line, facts, ""
+    row = shape["d_model"] * itemsize
+    taken = dict(step=largest.step_peak_bytes, block=block * row, passes=lm_tokens * PASS_WIDTHS * row, saes=parts["saes"], lm=parts["lm"],
+                 process=parts["process"])
+    return line, facts, problem(settings, parts, taken, largest, available, dict(copies=copies, layers=len(layers), rows=rows), limit)
+
+
+def problem(settings, parts: dict[str, float], taken: dict[str, float], largest: Findings, available: float, counts: dict,
+            limit: str) -> str:
+    """What does not fit and what to do about it, by the part that takes most. `taken`: the bytes of each thing a setting decides."""
+    there = f"there are {size(available)}" + (f" (by {limit})" if limit else "")
     if peak(parts | dict(evals=0.0)) <= available:
-        return line, facts, (f"training fits, but the evals need {parts['evals'] / 1e9:.1f} GB beside the language model's and the SAEs' "
-                             f"{(parts['lm'] + parts['saes']) / 1e9:.1f} GB, and there are {available / 1e9:.1f} GB\n"
-                             "reduce --lm_batch_size or --d_sae, or train with --evals=none and evaluate with --init_from elsewhere")
-    room = int(available - peak(parts) + parts["saes"] / copies + largest.step_peak_bytes)
-    return line, facts, too_large(largest, room)
+        return (f"training fits, but the evals need {size(parts['evals'])} beside the language model's and the SAEs' "
+                f"{size(parts['lm'] + parts['saes'])}, and {there}\n"
+                "reduce --lm_batch_size or --d_sae, or train with --evals=none and evaluate with --init_from elsewhere")
+    dominant = max(taken, key=taken.get)
+    room = int(available - peak(parts | dict(evals=0.0)) + parts["saes"] / counts["copies"] + largest.step_peak_bytes)
+    if dominant == "step" and room > 0:
+        return too_large(largest, room)
+    rest = peak(parts | dict(evals=0.0)) - taken[dominant]
+    n, width = counts["layers"], f"{settings.context:,} tokens of context"
+    layers = f" × {n} layers" if n > 1 else ""
+    tokens = min(settings.block_tokens, settings.num_tokens)
+    what, advice = {
+        "block": (f"the block of activations (--block_tokens: {tokens:,} tokens{layers})", smaller_block(settings, taken, rest, available)),
+        "passes": (f"a pass of the language model (--lm_batch_size: {counts['rows']:,} rows of {width})",
+                   "reduce --lm_batch_size, or --context"),
+        "step": (f"a training step (--batch_size: {settings.batch_size:,} tokens)", "reduce --batch_size or --d_sae"),
+        "saes": (f"{counts['copies']} SAE{'s' * (counts['copies'] > 1)} with gradients and Adam's moments (--d_sae={settings.d_sae:,})",
+                 "reduce --d_sae" + (", or train fewer at once: --layers, --sweep" if counts["copies"] > 1 else "")),
+        "process": ("the process itself (Python, torch, texts)", "give it more memory: this is the least that a run needs"),
+        "lm": (f"the language model ({settings.model} in {settings.dtype})",
+               "choose a smaller --model" + (", or --dtype=bfloat16" if settings.dtype == "float32" else "")),
+    }[dominant]
+    return (f"{what} alone takes {size(taken[dominant])} of the {size(peak(parts | dict(evals=0.0)))} that training needs, and "
+            f"{there}\n{advice}")
+
+
+def smaller_block(settings, taken: dict[str, float], rest: float, available: float) -> str:
+    """How many tokens of a block would fit beside the rest, in steps of 1,024, where that is a batch at least."""
+    tokens = min(settings.block_tokens, settings.num_tokens)
+    fits = int(tokens * 0.9 * (available - rest) / taken["block"]) // 1024 * 1024
+    if fits < settings.batch_size:
+        return "reduce --block_tokens, then --batch_size"
+    return f"give --block_tokens={fits}, which would fit, or less"

@@ -159,10 +159,17 @@ def too_large(findings: Findings, limit_bytes: int) -> str | None:
     if need <= limit_bytes:
         return None
     n_bytes, shape, place = findings.largest
-    return (f"a tensor of shape {list(shape)} ({n_bytes / 2**30:.1f} GiB) at {place} is the largest; training needs "
-            f"{need / 2**30:.1f} GiB, {findings.step_peak_bytes / 2**30:.1f} GiB of it in a step; the machine has "
-            f"{limit_bytes / 2**30:.1f} GiB\n"
+    largest = f"a tensor of shape {list(shape)} ({in_units(n_bytes)}) at {place} is the largest; " if n_bytes else ""
+    return (f"{largest}training needs {in_units(need)}, {in_units(findings.step_peak_bytes)} of it in a step; the machine has "
+            f"{in_units(limit_bytes)}\n"
             "reduce --batch_size or --d_sae, or make that tensor smaller: a sample of rows, one chunk at a time, only the pairs needed")
+
+
+def in_units(n_bytes: float) -> str:
+    """Bytes in the binary unit that shows something; what is left of an overdrawn machine is nothing."""
+    n_bytes = max(0, n_bytes)
+    unit, power = next(((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if n_bytes >= 2**p / 10), ("KiB", 10))
+    return f"{n_bytes / 2**power:,.1f} {unit}"
 
 
 # ------------------------------------------------------------------------------------------------ the contract

@@ -1,0 +1,50 @@
+"""Files and folders that are whole or not there, also after a power cut. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes in the unit that shows something: 4 kB, 1.5 MB, 20.0 GB (powers of 1,000)."""
+    for unit, factor, digits in (("TB", 1e12, 1), ("GB", 1e9, 1), ("MB", 1e6, 1), ("kB", 1e3, 0)):
+        if abs(n_bytes) >= factor * (1 - 0.05 * (digits > 0)):
+            return f"{n_bytes / factor:,.{digits}f} {unit}"
+    return f"{n_bytes:,.0f} bytes"
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Give a written file or folder its name, so that after a power cut the name stands for the whole content or for the old one.
+
+    A file must be synced already; of a folder all files are here.
+    """
+    for file in (p for p in temporary.rglob("*") if p.is_file()) if temporary.is_dir() else ():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last; where a system cannot (Windows, some network disks), nothing is promised."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number)
+    except OSError:
+        pass
+    finally:
+        os.close(number)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            total.update(block)
+    return total.hexdigest()

@@ -380,7 +380,8 @@ def topical(seed, documents=60):
 
 def test_standard_errors_are_the_spread_over_new_texts(tmp_path, monkeypatch):
     """Fails if documents that span several rows do not count once: over texts drawn anew, each metric must vary as it says it does."""
-    sae, config = trained(TopK), {"n_eval_reconstruction_batches": 30, "n_eval_sparsity_variance_batches": 30, "reuse_reconstruction_rows": True}
+    sae = trained(TopK)
+    config = {"n_eval_reconstruction_batches": 30, "n_eval_sparsity_variance_batches": 30, "reuse_reconstruction_rows": True}
 
     def measured(seed, label=""):
         s = replace(setup(tmp_path, **config), texts=lambda: topical(seed), texts_digest=f"{seed}{label}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from evals import errors
 from evals.cache import digest
 
 BATCH, EPOCHS, PATIENCE, LEARNING_RATE = 250, 100, 10, 1e-2  # of the full linear probe, as SAEBench calls it
@@ -143,7 +144,7 @@ def validation_selected(train, test, rng: torch.Generator) -> tuple[float, int]:
 
 
 def standard_error(values_by_dataset: list[list[float]]) -> float | None:
-    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if there is one.
+    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if they are too few.
 
     √(n/(n−1)·Σ w²(a − mean)²) with w a class's weight in the mean. The two classes of a two-class data set are one problem
     seen from both sides and count as one. The spread over classes holds the noise of the finite test sets already, so no
@@ -157,8 +158,11 @@ def standard_error(values_by_dataset: list[list[float]]) -> float | None:
 
 
 def weighted_error(units: list[tuple[float, float]]) -> float | None:
-    """Standard error of Σ w·value over the units (w, value), which are the sample: √(n/(n−1)·Σ w²(value − mean)²); None if there is one."""
-    if len(units) < 2:
+    """Standard error of Σ w·value over the units (w, value), which are the sample; None if they are too few.
+
+    √(n/(n−1)·Σ w²(value − mean)²). A bootstrap of the units, each with its weight, has the same variance but for the n/(n−1).
+    """
+    if not errors.enough([w for w, _ in units]):
         return None
     mean = sum(w * a for w, a in units)
     return math.sqrt(len(units) / (len(units) - 1) * sum((w * (a - mean)) ** 2 for w, a in units))

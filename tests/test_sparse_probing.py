@@ -228,13 +228,14 @@ def test_result_is_averaged_by_data_set_and_paired_by_class(tmp_path):
 
 
 def test_standard_error_by_hand():
-    """Fails if the classes' unequal weights, n − 1, or the doubling in a two-class data set are left out."""
-    # weights 1/6, 1/6, 1/6 and 1/2 (the pair as one problem at .9)
-    got = probes.standard_error([[0.5, 0.7, 0.6], [0.8, 1.0]])
-    mean = (0.5 + 0.7 + 0.6) / 6 + 0.45
-    squares = ((0.5 - mean) ** 2 + (0.7 - mean) ** 2 + (0.6 - mean) ** 2) / 36 + (0.9 - mean) ** 2 / 4
-    assert got == pytest.approx(math.sqrt(4 / 3 * squares))
-    assert probes.standard_error([[0.5, 0.7]]) is None
+    """Fails if the classes' unequal weights, n − 1, or the doubling in a two-class data set are left out, or if four problems state one."""
+    # weights 1/9 six times and 1/3 (the pair as one problem at .9): worth 5.4 of equal weight
+    got = probes.standard_error([[0.5, 0.7, 0.6], [0.4, 0.6, 0.8], [0.8, 1.0]])
+    mean = (0.6 + 0.6 + 0.9) / 3
+    squares = sum((value - mean) ** 2 for value in (0.5, 0.7, 0.6, 0.4, 0.6, 0.8)) / 81 + (0.9 - mean) ** 2 / 9
+    assert got == pytest.approx(math.sqrt(7 / 6 * squares))
+    assert probes.standard_error([[0.5, 0.7]]) is None is probes.standard_error([[0.5, 0.7, 0.6, 0.9]])
+    assert probes.standard_error([[0.5, 0.7, 0.6], [0.4, 0.6, 0.8, 0.7], [0.2, 0.7, 0.6], [0.1, 0.6]]) is not None
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
@@ -261,7 +262,7 @@ def test_fixed_draw_is_shared_and_the_compatible_draw_is_not(tmp_path):
     result = sparse_probing.run(make_setup(tmp_path), {"identity": SimpleNamespace(encode=lambda x: x.float())})["identity"]
     for k in (1, 2):
         assert result.corrected[f"sae_top_{k}_test_accuracy_fixed_draw"] == result.corrected[f"llm_top_{k}_test_accuracy_fixed_draw"]
-    assert result.corrected["sae_top_1_minus_llm_top_1"] == 0.0 == result.stderrs["sae_top_1_minus_llm_top_1"]
+    assert result.corrected["sae_top_1_minus_llm_top_1"] == 0.0 and result.stderrs == {}  # of four classes
     assert result.metrics["sae"]["sae_top_2_test_accuracy"] != result.metrics["llm"]["llm_top_2_test_accuracy"]
 
 

@@ -180,6 +180,40 @@ def reference_full_probe(train, test, seed):
     return best
 
 
+def chaotic():
+    """(train, test) on two features of the scale of a residual stream, on which lbfgs in fp32 stops well before the optimum."""
+    g = torch.Generator().manual_seed(1)
+    label_M = torch.arange(1000) % 2
+    x_MF = torch.relu(torch.randn(1000, 2, generator=g) + 0.3 * label_M[:, None]) * torch.tensor([300.0, 0.02]) + torch.tensor([900.0, 5.0])
+    return (x_MF[:600], label_M[:600]), (x_MF[600:], label_M[600:])
+
+
+def test_a_corrected_probe_is_the_optimum_and_small_changes_do_not_move_it():
+    """Fails if the probe stops before its optimum, or in fp32: the gradient is 0 there, and 1e-7 in the input moves no accuracy."""
+    train, test = chaotic()
+    got = probes.converged_probe_accuracy(train, test, torch.tensor([0, 1]))
+    for seed in range(5):
+        noise = 1 + 1e-7 * torch.randn(1000, 2, generator=torch.Generator().manual_seed(seed))
+        moved = [(x_MF.double() * noise[: len(x_MF)], label_M) for x_MF, label_M in (train, test)]
+        assert probes.converged_probe_accuracy(*moved, torch.tensor([0, 1])) == got
+    # Newton's method written out
+    x_M3, y_M = torch.cat([train[0].double(), torch.ones(600, 1).double()], 1), train[1].double()
+    w_3, penalty_33 = torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 1.0, 0.0]).double())
+    for _ in range(100):
+        p_M = (x_M3 @ w_3).sigmoid()
+        w_3 = w_3 - torch.linalg.solve(x_M3.T @ (x_M3 * (p_M * (1 - p_M))[:, None]) + penalty_33, x_M3.T @ (p_M - y_M) + penalty_33 @ w_3)
+    test_M3 = torch.cat([test[0].double(), torch.ones(400, 1).double()], 1)
+    assert got == ((test_M3 @ w_3 > 0) == (test[1] == 1)).double().mean().item()
+
+
+def test_an_unconverged_probe_is_told(tmp_path, monkeypatch):
+    """Fails if a probe that did not converge enters a mean, or leaves its metric out without a word."""
+    monkeypatch.setattr(probes, "converged_probe_accuracy", lambda train, test, feature_k: math.nan if len(feature_k) == 2 else 0.5)
+    result = sparse_probing.run(make_setup(tmp_path), {"sae": random_sae(1)})["sae"]
+    assert result.corrected["sae_top_2_test_accuracy_fixed_draw"] is None and result.corrected["sae_top_1_test_accuracy_fixed_draw"] == 0.5
+    assert [p for p in result.problems if "did not converge" in p and p.endswith("no sae_top_2_test_accuracy_fixed_draw")]
+
+
 def test_full_probe_repeats_the_reference():
     """Fails for another initialisation, optimiser, batch size, order of random numbers or stopping rule than the protocol's."""
     train, test = hard_problem()

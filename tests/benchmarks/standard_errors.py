@@ -70,7 +70,8 @@ def compared(name: str, stderrs: dict[str, float], unit: str, drawn: dict[str, t
         spread = np.nanstd(values, ddof=1)
         if stated > 1e-12 or spread > 1e-12:  # a constant has neither
             ratio = stated / max(spread, 1e-300)
-            groups[re.sub(r"\d+", "n", metric).replace("llm", "sae"), n].append(ratio)
+            group = "all of a pass" if name == "core" else re.sub(r"(top|threshold)_\d+", r"\1_n", re.sub("dir[12]", "dirn", metric))
+            groups[group.replace("llm", "sae"), n].append(ratio)
             outside += [f"{name}.{metric} {ratio:.2f}"] if abs(ratio - 1) > BOUND else []
     for (group, n), ratios in groups.items():
         span = f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else f"{ratios[0]:.2f}"
@@ -224,6 +225,8 @@ def ravel(setup, sae) -> tuple:
 
     results, calls = captured(ravel, "_result", lambda: ravel.run(setup, {"sae": sae}))
     ((known, tasks, _, right, _),) = calls
+    if not tasks:
+        return {}, "entity", {}
     entity = {(k.kind, k.entity): i for i, k in enumerate(known)}
     names = list(entity)
     times_RE = times(np.random.default_rng(0), len(names))

@@ -60,14 +60,14 @@ def main() -> int:
 def compared(name: str, stderrs: dict[str, float], unit: str, drawn: dict[str, tuple[int, np.ndarray]]) -> list[str]:
     """Prints a line for each group of metrics and returns what lies outside the bound.
 
-    `drawn`: {metric: (number of units, its value in each draw)}.
+    `drawn`: {metric: (number of units, its value in each draw or, a number, the spread itself)}.
     """
     if not stderrs:
         print(f"| {name} | – | {unit} | fewer than 5 | none stated |", flush=True)
     groups, outside = defaultdict(list), []
     for metric, stated in stderrs.items():
         n, values = drawn[metric]
-        spread = np.nanstd(values, ddof=1)
+        spread = float(np.nanstd(values, ddof=1) if np.ndim(values) else values)
         if stated > 1e-12 or spread > 1e-12:  # a constant has neither
             ratio = stated / max(spread, 1e-300)
             group = "all of a pass" if name == "core" else re.sub(r"(top|threshold)_\d+", r"\1_n", re.sub("dir[12]", "dirn", metric))
@@ -227,23 +227,32 @@ def ravel(setup, sae) -> tuple:
     ((known, tasks, _, right, _),) = calls
     if not tasks:
         return {}, "entity", {}
-    entity = {(k.kind, k.entity): i for i, k in enumerate(known)}
-    names = list(entity)
-    times_RE = times(np.random.default_rng(0), len(names))
-    place = {key: i for i, key in enumerate(names)}
     weights, drawn = ravel.mean_weights([task.kind for task in tasks]), {}
+    of_base, of_source = (lambda pair, a=a: (known[pair[a]].kind, known[pair[a]].entity) for a in (0, 1))
     for which, suffix in enumerate(("", "_unseen_prompts")):
-        sides = defaultdict(lambda: np.zeros(DRAWS))
-        for weight, task, ok in zip(weights, tasks, right):
-            for side, pairs in ravel.counted(known, task, ok)[which].items():
-                base, source = (np.array([place[known[i].kind, known[i].entity] for i in column])
-                                for column in zip(*[(pair.base, pair.source) for pair, _ in pairs]))
-                kept = times_RE[:, base] * times_RE[:, source]  # a pair stands as often as both of its entities
-                sides[side] += weight * (kept @ np.array([float(o) for _, o in pairs])) / kept.sum(1)
-        for metric, value in (("cause_score", sides["cause_score"]), ("isolation_score", sides["isolation_score"]),
-                              ("disentanglement_score", (sides["cause_score"] + sides["isolation_score"]) / 2)):
-            drawn[metric + suffix] = len(names), value
-    return results["sae"].stderrs, "entity (of base and source)", drawn
+        found = [ravel.counted(known, task, ok)[which] for task, ok in zip(tasks, right)]
+        # both together draw a pair as often as both of its entities, which counts a pair's own chance three times (Owen 2007)
+        spreads = [ravel_spreads(weights, found, unit) for unit in (of_base, of_source, lambda pair: (of_base(pair), of_source(pair)))]
+        for metric in ("cause_score", "isolation_score", "disentanglement_score"):
+            base, source, both = (spread[metric] ** 2 for spread in spreads)
+            drawn[metric + suffix] = len({of_base(pair) for of in found for pairs in of.values() for pair, _ in pairs}), np.sqrt(
+                max(base + source - both, base, source))
+    return results["sae"].stderrs, "entity of base, of source", drawn
+
+
+def ravel_spreads(weights: list[float], found: list[dict], unit: Callable) -> dict[str, float]:
+    """Standard deviation of each score over draws of the units of the pairs."""
+    place = {}
+    for pairs in (pairs for of in found for pairs in of.values()):
+        for pair, _ in pairs:
+            place.setdefault(unit(pair), len(place))
+    times_RU, sides = times(np.random.default_rng(0), len(place)), defaultdict(lambda: np.zeros(DRAWS))
+    for weight, of in zip(weights, found):
+        for side, pairs in of.items():
+            kept = times_RU[:, [place[unit(pair)] for pair, _ in pairs]]
+            sides[side] += weight * (kept @ np.array([float(ok) for _, ok in pairs])) / kept.sum(1)
+    values = sides | {"disentanglement_score": (sides["cause_score"] + sides["isolation_score"]) / 2}
+    return {metric: value.std(ddof=1) for metric, value in values.items()}
 
 
 def autointerp(setup, sae) -> tuple:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evals import Result, first_letter, memory, pooling, probes
+from evals import Result, errors, first_letter, memory, pooling, probes
 from evals.first_letter import LETTERS, NoScore
 
 EVAL_TYPE_ID = "absorption_first_letter"
@@ -255,7 +255,7 @@ def _result(letters: list[dict], probe_f1: list[float], least: float, reason: st
         corrected={"num_letters": sum(value > least for value in probe_f1) if probe_f1 else None,
                    "mean_probe_f1": statistics.mean(probe_f1) if probe_f1 else None, "mean_k_sparse_f1": mean["k_sparse_f1"]},
         # over letters: their spread holds the noise of their finite number of words
-        stderrs={f"mean_{name}": value / len(letters) ** 0.5 for name, value in deviation.items() if value is not None},
+        stderrs={f"mean_{name}": value / len(letters) ** 0.5 for name, value in deviation.items() if errors.enough([1.0] * len(letters))},
         details=[{key: value for key, value in letter.items() if key not in ours} for letter in letters],
         unstructured={"probe_f1": dict(zip(LETTERS, probe_f1)),
                       "split_features": {letter["first_letter"]: {key: letter[key] for key in ours} for letter in letters}},

@@ -25,7 +25,7 @@ from functools import partial
 
 import torch
 
-from evals import Result, autointerp_data, judge, probes
+from evals import Result, autointerp_data, errors, judge, probes
 from evals.autointerp_data import Case, Window
 
 EVAL_TYPE_ID = "autointerp"
@@ -415,7 +415,8 @@ def _result(config: dict, verdicts: list[dict], problems: list[str], details: li
             "autointerp_random_windows_active": _mean([s["random windows active"] / config["n_random_ex_for_scoring"] for s in scored]),
         },
         stderrs={name: _deviation(values) / math.sqrt(len(values))  # over latents
-                 for name, values in (("autointerp_score", compatible), ("autointerp_score_checked", checked)) if len(values) > 1},
+                 for name, values in (("autointerp_score", compatible), ("autointerp_score_checked", checked))
+                 if errors.enough([1.0] * len(values))},
         details=details,
         unstructured={str(s["latent"]): s for s in scored},
         problems=problems,

@@ -8,8 +8,16 @@ x), and `mse_per_token` (its `mse` is divided by the number of tokens in a batch
 The language model's part does not depend on the SAE: tokens, residuals and final hidden states are cached or, where they
 are too large, streamed; both ways give the same batches. The clean and the SAE runs share the blocks up to the layer.
 
-Shapes: R rows of tokens (S of them in the reconstruction pass), B rows in a batch, T tokens in a row, D = d_model,
-F features of an SAE, V the vocabulary, N any number of tokens. x residuals, x_hat reconstructions, h final hidden states.
+Standard errors: documents are the sample. Texts are packed, so a document fills several rows and a row holds parts of several
+documents; tokens of one document are alike, and errors over rows were 1.3 to 1.5 times too small. Every sum is therefore kept by
+document, and each metric, a ratio of two sums, gets the error of a ratio clustered by document (evals/errors.py). Runs of rows
+that share a document would not do: nearly all rows hang together. Some dependence is left out: tokens see the end of the document
+before them in their row, and `explained_variance_legacy` and `mse` divide by a batch's own variance and size. `explained_variance` and
+`relative_reconstruction_bias`, means over batches, have no error; `r2` has one.
+
+Shapes: R rows of tokens (S of them in the reconstruction pass), B rows in a batch, T tokens in a row, D = d_model, C documents
+(in a batch or in all), F features of an SAE, V the vocabulary, N any number of tokens. x residuals, x_hat reconstructions, h final hidden
+states.
 """
 
 from __future__ import annotations
@@ -26,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evals import Result, Setup, memory, packing
+from evals import Result, Setup, errors, memory, packing
 
 EVAL_TYPE_ID = "core"
 
@@ -150,24 +158,29 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
     h_ablated_TD = _ablated(setup, plan)
     tallies = {name: Tally() for name in saes}
     rows_at_once = {name: _rows_at_once(sae, plan, lm.device) for name, sae in saes.items()}
-    x_sums = []  # Σ_t x of each row of the sparsity pass, [B, D]
+    x_sums, x_sums_of_documents = [], []  # Σ_t x in the sparsity pass, of each row [B, D] and of each document in a batch [C, D]
     for i, (tokens_BT, x_BTD, h_BTD) in _reported(setup, _clean_batches(setup, plan), plan, f"core: {len(saes)} SAE(s)"):
         used_BT = ~torch.isin(tokens_BT, torch.tensor(sorted(lm.special_ids), dtype=torch.int64, device=tokens_BT.device))
+        document_C, member_CN = _documents(plan, i, tokens_BT.device)
         if i in plan.sparsity:
-            x_sums.append((x_BTD.double() * used_BT[..., None]).sum(1).float())
+            used_x_BTD = x_BTD.double() * used_BT[..., None]
+            x_sums.append(used_x_BTD.sum(1).float())
+            x_sums_of_documents.append((member_CN @ used_x_BTD.flatten(0, 1)).float())
         h_saes = {}
         for name, sae in saes.items():
             x_hat_BTD, *features = _apply(setup, sae, x_BTD, used_BT, rows_at_once[name])
             tallies[name].broken += (~x_hat_BTD.isfinite().all(-1) & used_BT).sum()
             if i in plan.sparsity:
-                tallies[name].add_sparsity(i - plan.sparsity.start, x_BTD.float(), x_hat_BTD, used_BT, *features)
+                tallies[name].sparsity.documents.append(document_C)
+                tallies[name].add_sparsity(i - plan.sparsity.start, x_BTD.float(), x_hat_BTD, used_BT, member_CN, *features)
             if h_BTD is not None:
                 h_saes[name] = _finished(setup, _replaced(setup, x_BTD, x_hat_BTD, used_BT))
         if h_BTD is not None:
             for name, losses in _losses(setup, tokens_BT, h_BTD, h_ablated_TD, h_saes).items():
-                tallies[name].add_losses(losses, used_BT)
-    x_sum_RD = torch.cat(x_sums).cpu().double()
-    return {name: _result(setup, tallies[name], x_sum_RD, plan, sae) for name, sae in saes.items()}
+                tallies[name].losses.documents.append(document_C)
+                tallies[name].add_losses(losses, used_BT, member_CN)
+    x_sum_RD, x_sum_CD = (torch.cat(sums).cpu().double() for sums in (x_sums, x_sums_of_documents))
+    return {name: _result(setup, tallies[name], x_sum_RD, x_sum_CD, plan, sae) for name, sae in saes.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the language model's part
@@ -178,6 +191,7 @@ class Plan:
     """Which rows are measured how: the first `suffix_rows` go through the whole model, the batches `sparsity` up to the layer."""
 
     tokens_RT: Tensor
+    document_RT: Tensor  # the number of each token's document
     batch: int  # rows
     suffix_rows: int
     sparsity: range  # batches
@@ -191,15 +205,16 @@ def _plan(setup: Setup) -> Plan:
     start, wanted = _rows(config)
     sparsity = range(start // batch, start // batch + config["n_eval_sparsity_variance_batches"])
     depends_on = {"texts": setup.texts_digest, "rows": wanted, "context": context, "lm": lm.digest, "code": inspect.getsource(packing)}
-    tokens_RT = setup.cache.get("core-tokens", depends_on, lambda: {
-        "tokens_RT": packing.pack(setup.texts(), lm.tokenizer, context, lm.bos, wanted)})["tokens_RT"]
+    packed = setup.cache.get("core-tokens", depends_on, lambda: dict(zip(
+        ("tokens_RT", "document_RT"), packing.pack_numbered(setup.texts(), lm.tokenizer, context, lm.bos, wanted))))
+    tokens_RT = packed["tokens_RT"]
     rows = len(tokens_RT)
     if rows <= start:
         raise ValueError(f"core: the held-out texts fill {rows} rows of {context} tokens; the sparsity pass starts at row "
                          f"{start}\ngive more text, or lower n_eval_reconstruction_batches")
     problems = [f"the held-out texts fill only {rows} of the {wanted} rows asked for"] if rows < wanted else []
     dtype = lm.residual(tokens_RT[:1, :1].to(lm.device), setup.layer).dtype
-    return Plan(tokens_RT, batch, min(batch * n_suffix, rows), sparsity, dtype, problems)
+    return Plan(tokens_RT, packed["document_RT"], batch, min(batch * n_suffix, rows), sparsity, dtype, problems)
 
 
 def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -240,6 +255,12 @@ def _clean_run(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tenso
             raise ValueError(f"core: {setup.lm.name} gives NaN or infinite residuals at {setup.hook_name}\n"
                              "load the language model in float32 or bfloat16")
         yield tokens_BT, x_BTD, _finished(setup, x_BTD) if start < plan.suffix_rows else None
+
+
+def _documents(plan: Plan, i: int, device) -> tuple[Tensor, Tensor]:
+    """The numbers of the documents in batch i, [C], and which of its tokens are theirs, [C, B·T] of 0 and 1."""
+    document_C, member_N = plan.document_RT[i * plan.batch : (i + 1) * plan.batch].flatten().unique(return_inverse=True)
+    return document_C, F.one_hot(member_N, len(document_C)).T.double().to(device)
 
 
 def _finished(setup: Setup, x_BTD: Tensor) -> Tensor:
@@ -333,25 +354,55 @@ def _replaced(setup: Setup, x_BTD: Tensor, x_hat_BTD: Tensor, used_BT: Tensor) -
 
 
 @dataclass
-class Tally:
-    """Sums of one SAE by row of text, [B] in float64 per batch: enough for every metric and for errors clustered by row."""
+class Sums:
+    """Sums over tokens in float64 per batch: by row, [B], for the metrics; by document, [C, quantities], for their standard errors."""
 
-    losses: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    sparsity: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    rows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    of_documents: list[Tensor] = field(default_factory=list)
+    documents: list[Tensor] = field(default_factory=list)  # the numbers of the documents of each batch, [C]
+
+    def add(self, values: dict[str, tuple[Tensor, Tensor]], member_CN: Tensor) -> None:
+        """{name: (value of each token, whether it counts)}, [B, T] each. A token that does not count may be NaN: 0 · NaN is NaN."""
+        kept = {name: torch.where(used_BT, value_BT.double(), 0.0) for name, (value_BT, used_BT) in values.items()}
+        for name, value_BT in kept.items():
+            self.rows[name].append(value_BT.sum(1))
+        # a product, as a GPU adds up by index in no fixed order
+        self.of_documents.append(member_CN @ torch.stack([value_BT.flatten() for value_BT in kept.values()], dim=1))
+
+    def by_row(self) -> dict[str, Tensor]:
+        return {name: torch.cat(sums).cpu() for name, sums in self.rows.items()}
+
+    def by_document(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """{name: sum of each document, [C]}, of documents in any batch."""
+        sum_CQ = self.joined(torch.cat(self.of_documents).cpu())
+        return dict(zip(names, sum_CQ.unbind(1)))
+
+    def joined(self, parts: Tensor) -> Tensor:
+        """The parts of documents in all batches, one after the other, as sums of whole documents."""
+        document_C, place = torch.cat(self.documents).unique(return_inverse=True)
+        return parts.new_zeros(len(document_C), *parts.shape[1:]).index_add(0, place, parts)
+
+
+@dataclass
+class Tally:
+    """What is counted of one SAE."""
+
+    losses: Sums = field(default_factory=Sums)
+    sparsity: Sums = field(default_factory=Sums)
+    batches: list[Tensor] = field(default_factory=list)  # of the sparsity pass: its rows' batch, [B]
     fired_F: Tensor | int = 0  # tokens at which a feature fired
     rows_fired_F: Tensor | int = 0  # rows in which it did
     broken: Tensor | int = 0  # tokens whose reconstruction is not finite
 
-    def add_losses(self, losses: dict[str, Tensor], used_BT: Tensor) -> None:
+    def add_losses(self, losses: dict[str, Tensor], used_BT: Tensor, member_CN: Tensor) -> None:
         """Cross-entropy counts at source tokens that have a next one, KL at all unmasked tokens."""
         has_next_BT = used_BT.clone()
         has_next_BT[:, -1] = False
-        for name, value_BT in losses.items():
-            self.losses[name].append(_row_sums(value_BT, has_next_BT if name.startswith("ce_") else used_BT))
-        self.losses["ce_tokens"].append(has_next_BT.sum(1).double())
-        self.losses["kl_tokens"].append(used_BT.sum(1).double())
+        counts = {"ce": has_next_BT, "kl": used_BT}
+        values = {name: (value_BT, counts[name[:2]]) for name, value_BT in losses.items()}
+        self.losses.add(values | {f"{name}_tokens": (mask_BT, mask_BT) for name, mask_BT in counts.items()}, member_CN)
 
-    def add_sparsity(self, batch: int, x_BTD: Tensor, x_hat_BTD: Tensor, used_BT: Tensor,
+    def add_sparsity(self, batch: int, x_BTD: Tensor, x_hat_BTD: Tensor, used_BT: Tensor, member_CN: Tensor,
                      l0_BT: Tensor, l1_BT: Tensor, fired_BF: Tensor) -> None:
         """`mse` and `explained_variance_legacy` of a token depend on what else is in its batch, as in SAEBench."""
         n = used_BT.sum()
@@ -373,30 +424,26 @@ class Tally:
             "x_sq": x_BTD.square().sum(-1),
             "x_hat_sq": x_hat_BTD.square().sum(-1),
             "dot": dot_BT,
+            "tokens": used_BT,
         }
-        for name, value_BT in values.items():
-            self.sparsity[name].append(_row_sums(value_BT, used_BT))
-        self.sparsity["tokens"].append(used_BT.sum(1).double())
-        self.sparsity["batch"].append(torch.full_like(used_BT[:, 0], batch, dtype=torch.int64))
+        self.sparsity.add({name: (value_BT, used_BT) for name, value_BT in values.items()}, member_CN)
+        self.batches.append(torch.full_like(used_BT[:, 0], batch, dtype=torch.int64))
         self.fired_F = self.fired_F + fired_BF.sum(0)
         self.rows_fired_F = self.rows_fired_F + (fired_BF > 0).sum(0)
-
-
-def _row_sums(value_BT: Tensor, used_BT: Tensor) -> Tensor:
-    return torch.where(used_BT, value_BT.double(), 0.0).sum(1)  # not a product: 0 · NaN is NaN
 
 
 # ------------------------------------------------------------------------------------------------ from sums to metrics
 
 
-def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, plan: Plan, sae) -> Result:
+def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, x_sum_CD: Tensor, plan: Plan, sae) -> Result:
     # on the CPU: a GPU adds up by index in no fixed order
-    losses = {name: torch.cat(sums).cpu() for name, sums in tally.losses.items()}
-    sparsity = {name: torch.cat(sums).cpu() for name, sums in tally.sparsity.items()}
-    measured = {name: _ratio(*pair) for name, pair in (_loss_ratios(losses) | _sparsity_ratios(sparsity, x_sum_RD)).items()}
+    losses, sparsity = tally.losses.by_row(), tally.sparsity.by_row()
+    ratios = _loss_ratios(losses) | _sparsity_ratios(sparsity, x_sum_RD)
+    of_documents = _loss_ratios(tally.losses.by_document(losses)) | _sparsity_ratios(
+        tally.sparsity.by_document(sparsity), tally.sparsity.joined(x_sum_CD))
     columns, problems = _features(setup, tally, sparsity["tokens"].sum(), sae)
-    values = {name: value for name, (value, _) in measured.items()}
-    values |= _batch_metrics(sparsity, x_sum_RD.shape[1]) | _misc_metrics(columns)
+    values = {name: float(above_R.sum() / below_R.sum()) for name, (above_R, below_R) in ratios.items()}
+    values |= _batch_metrics(sparsity, torch.cat(tally.batches).cpu(), x_sum_RD.shape[1]) | _misc_metrics(columns)
     details = _details(columns)
     if broken := int(tally.broken):
         problems.append(f"the SAE's reconstruction is not finite at {broken} tokens: nothing can be measured")
@@ -413,22 +460,15 @@ def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, plan: Plan, sae) -> Re
     return Result(
         metrics={category: {name: values[name] for name in names} for category, names in CATEGORIES.items()},
         corrected={name: values[name] for name in ("r2", "mse_per_token")},
-        stderrs={name: error for name, (_, error) in measured.items() if values[name] is not None and math.isfinite(error)},
+        stderrs={name: error for name, (above_C, below_C) in of_documents.items()
+                 if values[name] is not None and (error := errors.of_ratio(above_C, below_C)) is not None},
         details=details,
         problems=plan.problems + problems,
     )
 
 
-def _ratio(above_R: Tensor, below_R: Tensor) -> tuple[float, float]:
-    """Σ above / Σ below and its standard error, with rows of text as clusters (delta method); a mean is a ratio to the counts."""
-    rows, total = len(above_R), below_R.sum()
-    ratio = above_R.sum() / total
-    spread = (above_R - ratio * below_R).square().sum() * (rows / (rows - 1) if rows > 1 else math.nan)
-    return float(ratio), float(spread.sqrt() / total.abs())
-
-
 def _loss_ratios(sums: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Metrics of the reconstruction pass as (numerator, denominator) by row."""
+    """Metrics of the reconstruction pass as (numerator, denominator) by row or document."""
     ce_n, kl_n = sums["ce_tokens"], sums["kl_tokens"]
     return {
         "kl_div_score": (sums["kl_ablated"] - sums["kl_sae"], sums["kl_ablated"]),
@@ -442,17 +482,17 @@ def _loss_ratios(sums: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _sparsity_ratios(sums: dict[str, Tensor], x_sum_RD: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Metrics of the sparsity pass as (numerator, denominator) by row."""
+    """Metrics of the sparsity pass as (numerator, denominator) by row or document."""
     means = ("explained_variance_legacy", "mse", "mse_per_token", "cossim", "l2_norm_in", "l2_norm_out", "l2_ratio", "l0", "l1")
     mean_D = x_sum_RD.sum(0) / sums["tokens"].sum()
     variance_R = sums["x_sq"] - 2 * x_sum_RD @ mean_D + sums["tokens"] * mean_D.square().sum()  # Σ_t ‖x − mean‖²
     return {name: (sums[name], sums["tokens"]) for name in means} | {"r2": (variance_R - sums["mse_per_token"], variance_R)}
 
 
-def _batch_metrics(sums: dict[str, Tensor], d_model: int) -> dict[str, float]:
+def _batch_metrics(sums: dict[str, Tensor], batch_R: Tensor, d_model: int) -> dict[str, float]:
     """SAEBench's two metrics that average over batches, whatever the number of tokens in each."""
-    n_batches = int(sums["batch"].max()) + 1
-    per_batch = {name: sums[name].new_zeros(n_batches).index_add(0, sums["batch"], sums[name])
+    n_batches = int(batch_R.max()) + 1
+    per_batch = {name: sums[name].new_zeros(n_batches).index_add(0, batch_R, sums[name])
                  for name in ("tokens", "x_sq", "mse_per_token", "x_hat_sq", "dot")}
     some = per_batch["tokens"] > 0  # a batch of special tokens only has no mean
     x_sq, r_sq = ((per_batch[name] / per_batch["tokens"])[some].mean() for name in ("x_sq", "mse_per_token"))

@@ -26,13 +26,19 @@ def pack(texts: Iterable[str | list[int]], tokenizer, context: int, bos: int, ro
     row is dropped.
     Raises TooLittleText if the texts do not fill one row.
     """
+    return pack_numbered(texts, tokenizer, context, bos, rows)[0]
+
+
+def pack_numbered(texts: Iterable[str | list[int]], tokenizer, context: int, bos: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """What `pack` gives, and the number of the document that each token belongs to, [R, T]; a BOS belongs to what it precedes."""
     if context < 2:
         raise ValueError(f"a row of {context} tokens has no room for text after its BOS\nset context_size to 2 or more")
     packed = list(islice(_rows(_documents(texts, tokenizer, bos), context, bos), rows))
     if not packed:
         raise TooLittleText(f"the texts hold fewer than the {context} tokens of one row\n"
                             "give more text, or set a smaller context_size")
-    return torch.tensor(packed, dtype=torch.int64)
+    tokens, documents = zip(*packed)
+    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(documents, dtype=torch.int64)
 
 
 def ids_of(documents: Iterable[str | list[int]], tokenizer, bos: int | None = None) -> list[list[int]]:
@@ -82,13 +88,17 @@ def _documents(texts: Iterable[str | list[int]], tokenizer, bos: int) -> Iterato
         yield from ids_of(batch, tokenizer, bos)
 
 
-def _rows(documents: Iterable[list[int]], context: int, bos: int) -> Iterator[list[int]]:
-    row = [bos]
-    for ids in documents:
+def _rows(documents: Iterable[list[int]], context: int, bos: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(tokens, the numbers of their documents) of each full row."""
+    row, of = [bos], []
+    for number, ids in enumerate(documents):
         if ids and len(row) > 1:  # at the start of a row the row's own BOS separates the documents
             ids = [bos, *ids]
         start = 0
         while (end := start + context - len(row)) <= len(ids):
-            yield row + ids[start:end]
-            row, start = [bos], end
+            of += [number] * (context - len(of))
+            yield row + ids[start:end], of
+            row, of, start = [bos], [], end
         row += ids[start:]
+        if len(row) > 1:  # else the BOS waits for the next document
+            of += [number] * (len(row) - len(of))

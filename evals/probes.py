@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from evals import errors
 from evals.cache import digest
 
 BATCH, EPOCHS, PATIENCE, LEARNING_RATE = 250, 100, 10, 1e-2  # of the full linear probe, as SAEBench calls it
@@ -70,19 +71,47 @@ def by_mean_difference(x_MF: Tensor, label_M: Tensor) -> Tensor:
 
 
 def sparse_probe_accuracy(train, test, feature_k: Tensor) -> float:
-    """Test accuracy of scikit-learn's logistic regression on the given features.
+    """Test accuracy of scikit-learn's logistic regression on the given features, as SAEBench fits it.
 
-    L2 penalty with C = 1, lbfgs, at most 1000 iterations, features not standardised, columns in the order of their numbers.
+    L2 penalty with C = 1, lbfgs, at most 1000 iterations, features not standardised, columns in the order of their numbers. In fp32
+    and on features of any scale lbfgs stops anywhere: a change of 1e-7 in the input moved a class from .545 to .505.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    (train_Mk, train_label_M), (test_Mk, test_label_M) = (
-        (x_MF[:, feature_k.sort().values].float().cpu().numpy(), label_M.cpu().numpy()) for x_MF, label_M in (train, test))
+    (train_Mk, train_label_M), (test_Mk, test_label_M) = _columns(feature_k, torch.float32, train, test)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 1000 iterations are the protocol, converged or not
         probe = LogisticRegression(C=1.0, max_iter=1000).fit(train_Mk, train_label_M)
     return float((probe.predict(test_Mk) == test_label_M).mean())
+
+
+def converged_probe_accuracy(train, test, feature_k: Tensor) -> float:
+    """Test accuracy of the same probe at its optimum, in fp64; NaN if no solver gets there.
+
+    The problem is strictly convex in the weights: what Newton's method, or lbfgs with as many steps as it takes, converges to is the one
+    solution, and a small change of the input makes a small change of it. Convergence is scikit-learn's own check.
+    """
+    from scipy.linalg import LinAlgWarning
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    (train_Mk, train_label_M), (test_Mk, test_label_M) = _columns(feature_k, torch.float64, train, test)
+    for solver, steps in (("newton-cholesky", 1000), ("lbfgs", 100_000)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", ConvergenceWarning)
+                warnings.simplefilter("error", LinAlgWarning)
+                probe = LogisticRegression(C=1.0, solver=solver, tol=1e-8, max_iter=steps).fit(train_Mk, train_label_M)
+            return float((probe.predict(test_Mk) == test_label_M).mean())
+        except (ConvergenceWarning, LinAlgWarning):  # a Hessian of nearly 0: the classes lie far apart
+            continue
+    return math.nan
+
+
+def _columns(feature_k: Tensor, dtype: torch.dtype, *sides) -> list[tuple]:
+    """The given features, in the order of their numbers, and the labels of each side, for scikit-learn."""
+    return [(x_MF[:, feature_k.sort().values].to(dtype).cpu().numpy(), label_M.cpu().numpy()) for x_MF, label_M in sides]
 
 
 class LinearProbe(NamedTuple):
@@ -143,7 +172,7 @@ def validation_selected(train, test, rng: torch.Generator) -> tuple[float, int]:
 
 
 def standard_error(values_by_dataset: list[list[float]]) -> float | None:
-    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if there is one.
+    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if they are too few.
 
     √(n/(n−1)·Σ w²(a − mean)²) with w a class's weight in the mean. The two classes of a two-class data set are one problem
     seen from both sides and count as one. The spread over classes holds the noise of the finite test sets already, so no
@@ -157,8 +186,11 @@ def standard_error(values_by_dataset: list[list[float]]) -> float | None:
 
 
 def weighted_error(units: list[tuple[float, float]]) -> float | None:
-    """Standard error of Σ w·value over the units (w, value), which are the sample: √(n/(n−1)·Σ w²(value − mean)²); None if there is one."""
-    if len(units) < 2:
+    """Standard error of Σ w·value over the units (w, value), which are the sample; None if they are too few.
+
+    √(n/(n−1)·Σ w²(value − mean)²). A bootstrap of the units, each with its weight, has the same variance but for the n/(n−1).
+    """
+    if not errors.enough([w for w, _ in units]):
         return None
     mean = sum(w * a for w, a in units)
     return math.sqrt(len(units) / (len(units) - 1) * sum((w * (a - mean)) ** 2 for w, a in units))

@@ -11,6 +11,8 @@ Pairs come from one random.Random per attribute, seeded by run seed and names, u
 Mask, temperature and loss are fp32 (SAEBench: temperature and loss in the LM's dtype). Corrected metrics beside the compatible ones:
   *_unseen_prompts   on test pairs neither of whose prompts stands in a training pair; a cause pair whose two first tokens
                      coincide is left out (SAEBench counts it as isolation)
+Standard errors: entities are the sample. The attributes are the protocol's own, three or six, and no sample; a test pair has two
+entities, its base's and its source's, and pairs that share one are not independent: clustered by both (evals/errors.py).
 
 Shapes: P prompts the LM completes right, U of them in pairs, N test pairs, b rows of a batch, T positions, D = d_model,
 F features, V vocabulary.
@@ -30,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from evals import Result, memory, pooling, probes, ravel_data
+from evals import Result, errors, memory, pooling, ravel_data
 from evals.cache import digest
 from evals.ravel_data import Known, Pair, Task, full_batches
 
@@ -184,7 +186,8 @@ def known_prompts(setup) -> tuple[list[Known], Counter]:
     tokens, remainders = _tokens(lm, [prompts[i].text for i in kept]), _tokens(lm, [prompts[i].remainder for i in kept])
     first = stored["first"].tolist()
     # the remainder's BOS stands for the entity's last token
-    known = [Known(prompts[i].kind, prompts[i].attribute, prompts[i].value, prompts[i].text, ids, len(ids) - len(rest), first[i])
+    known = [Known(prompts[i].kind, prompts[i].attribute, prompts[i].value, prompts[i].text, ids, len(ids) - len(rest), first[i],
+                   prompts[i].entity)
              for i, ids, rest in zip(kept, tokens, remainders)]
     return known, Counter((prompt.kind, prompt.attribute) for prompt in prompts)
 
@@ -341,33 +344,41 @@ def unfit(sae, entity_UD: Tensor, setup) -> int:
 # ------------------------------------------------------------------------------------------------ scores
 
 
-def scores(known: list[Known], task: Task, right: list[bool]) -> tuple[dict, dict]:
-    """{score: value} of one attribute as SAEBench counts and on unseen prompts, each with its numbers of pairs."""
+Counted = dict[str, list[tuple[Pair, bool]]]  # {side: its test pairs, and whether the completion was right}
+
+
+def counted(known: list[Known], task: Task, right: list[bool]) -> tuple[Counted, Counted]:
+    """The test pairs of one attribute by the side they count on: as SAEBench counts, and those of unseen prompts."""
     seen = {i for batch in task.train for pair in batch for i in (pair.base, pair.source)}
     compatible, corrected = {side: [] for side in SIDES}, {side: [] for side in SIDES}
     for pair, ok in zip(task.test, right):
         coincide = known[pair.base].first == known[pair.source].first
-        compatible[SIDES[not pair.cause or coincide]].append(ok)
+        compatible[SIDES[not pair.cause or coincide]].append((pair, ok))
         if not (pair.cause and coincide or pair.base in seen or pair.source in seen):
-            corrected[SIDES[not pair.cause]].append(ok)
-    return _means(compatible), _means(corrected)
+            corrected[SIDES[not pair.cause]].append((pair, ok))
+    return compatible, corrected
 
 
-def _means(sides: dict[str, list[bool]]) -> dict:
-    values = {side: sum(ok) / len(ok) if ok else None for side, ok in sides.items()}
+def scores(found: Counted) -> dict:
+    """{score: value} of one attribute, with its numbers of pairs."""
+    values = {side: sum(ok for _, ok in pairs) / len(pairs) if pairs else None for side, pairs in found.items()}
     both = None if None in values.values() else sum(values.values()) / 2
-    return {**values, "disentangle_score": both, "pairs": {side: len(ok) for side, ok in sides.items()}}
+    return {**values, "disentangle_score": both, "pairs": {side: len(pairs) for side, pairs in found.items()}}
 
 
 def _result(known: list[Known], tasks: list[Task], masks: list[Tensor], right: list[list[bool]], problems: list[str]) -> Result:
     """The Result of one SAE; without tasks nothing is scored."""
     names = {"disentanglement_score": "disentangle_score", "cause_score": "cause_score", "isolation_score": "isolation_score"}
-    per_task = [scores(known, task, ok) for task, ok in zip(tasks, right)]
+    pairs = [counted(known, task, ok) for task, ok in zip(tasks, right)]
+    per_task = [tuple(map(scores, sides)) for sides in pairs]
+    weights = mean_weights([task.kind for task in tasks])
     problems, summary, stderrs = list(problems), {}, {}
     for suffix, which in (("", 0), ("_unseen_prompts", 1)):
         for metric, key in names.items():
-            values = [(task.kind, found[which][key]) for task, found in zip(tasks, per_task)]
-            summary[metric + suffix], error = mean_and_error(values)
+            values = [found[which][key] for found in per_task]
+            measured = bool(values) and None not in values
+            summary[metric + suffix] = sum(w * value for w, value in zip(weights, values)) if measured else None
+            error = standard_error(known, weights, [found[which] for found in pairs], SUMS[key]) if measured else None
             stderrs |= {} if error is None else {metric + suffix: error}
         for task, found in zip(tasks, per_task):
             problems += [f"ravel: {task.kind}_{task.attribute} has no test pair for {side}{suffix}: no score"
@@ -380,13 +391,21 @@ def _result(known: list[Known], tasks: list[Task], masks: list[Tensor], right: l
                   {metric: value for metric, value in summary.items() if metric not in names}, stderrs, [], unstructured, problems)
 
 
-def mean_and_error(values: list[tuple[str, float | None]]) -> tuple[float | None, float | None]:
-    """Mean over kinds of entity of the mean over attributes, from (kind, value), and its standard error over attributes.
+SUMS = {side: (side,) for side in SIDES} | {"disentangle_score": SIDES}  # the sides that a score is the mean of
 
-    An attribute's spread holds the noise of its finite number of pairs.
-    """
-    if not values or None in [value for _, value in values]:
-        return None, None
-    per_kind = Counter(kind for kind, _ in values)
-    weighted = [(1 / len(per_kind) / per_kind[kind], value) for kind, value in values]
-    return sum(w * value for w, value in weighted), probes.weighted_error(weighted)
+
+def mean_weights(kinds: list[str]) -> list[float]:
+    """The weight of each attribute in the mean over kinds of entity of the mean over attributes."""
+    per_kind = Counter(kinds)
+    return [1 / len(per_kind) / per_kind[kind] for kind in kinds]
+
+
+def standard_error(known: list[Known], weights: list[float], found: list[Counted], sides: tuple[str, ...]) -> float | None:
+    """Standard error of Σ w · (mean over sides of the share of right pairs), clustered by the entities of base and source."""
+    influence, entities = [], []
+    for weight, of in zip(weights, found):
+        for pairs in (of[side] for side in sides):
+            mean = sum(ok for _, ok in pairs) / len(pairs)
+            influence += [weight / len(sides) * (ok - mean) / len(pairs) for _, ok in pairs]
+            entities += [tuple((known[i].kind, known[i].entity) for i in (pair.base, pair.source)) for pair, _ in pairs]
+    return errors.of_sum(torch.tensor(influence, dtype=torch.float64), *zip(*entities))

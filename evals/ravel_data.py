@@ -72,6 +72,7 @@ class Known(NamedTuple):
     tokens: list[int]  # BOS first
     position: int  # of the entity's last token
     first: int  # token the LM says next
+    entity: str
 
 
 class Pair(NamedTuple):

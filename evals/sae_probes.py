@@ -8,6 +8,7 @@ equal activations give its numbers to the last bit. The LM has the run's dtype (
   *_deduplicated         without the test prompts that stand in train; as that leaves the classes unequal, accuracy is their mean
   sae_top_1_minus_llm_*  difference of these, paired by data set
   duplicated_test_share  share of test prompts that stand in train
+Standard errors are over data sets, s/√n, from five on.
 Shapes: N rows of a data set, U distinct prompts, M rows of a split, D = d_model, F features, k of them selected.
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals import Result, memory, pooling, probes, sae_probes_data
+from evals import Result, errors, memory, pooling, probes, sae_probes_data
 
 EVAL_TYPE_ID = "sparse_probing_sae_probes"
 
@@ -320,12 +321,15 @@ def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: di
         per_set[dataset] = values
 
     def summary(metric: str) -> tuple[float | None, float | None]:
-        """Mean over data sets and its standard error, the data sets being the sample; None unless all of them could be scored."""
+        """Mean over data sets and its standard error, the data sets being the sample; None unless all of them could be scored.
+
+        A data set's own 100 to 4000 test rows vary, too: the spread between data sets holds that already.
+        """
         scored = sae if metric.startswith("sae") else llm
         found = [values[metric] for values in per_set.values() if metric in values]
         if not found or len(scored) < len(datasets):
             return None, None
-        return float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(len(found)) if len(found) > 1 else None
+        return float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(len(found)) if errors.enough([1.0] * len(found)) else None
 
     corrected = [f"{side}_test_{what}_deduplicated" for side in ("llm", *(f"sae_top_{k}" for k in ks)) for what in ("accuracy", "auc")]
     corrected += [f"sae_top_1_minus_llm_test_{what}_deduplicated" for what in ("accuracy", "auc")] if 1 in ks else []

@@ -11,19 +11,24 @@ Random numbers: a generator per run and probe, seeded by the run seed and these 
 Everything is fp32 (SAEBench: the LM's dtype). Corrected metrics, beside the compatible ones that repeat SAEBench:
   *_corrected    probes whose epoch is chosen on a fifth of the training rows, not on the test rows; no ablation at masked positions;
                  the direction with the larger denominator, which no tie makes missing; each run's score within −1 and 1
-Standard errors are over the runs.
+Standard errors: bootstrap over the test texts. The runs are the protocol's own, two or eight, and too few to be a sample: the spread
+between two was up to four times off. The test texts of each combination of labels are drawn anew, the same draw for both
+directions and every accuracy of a run, and the scores, the choice of a direction among them, computed again. Probes and
+the features they choose are held. A score whose denominator is small has a large error, as it should.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from evals import Result, concept_probes, pooling, scr_data
+from evals import Result, concept_probes, errors, pooling, scr_data
 from evals.concept_probes import Ablation, Texts
 
 EVAL_TYPE_ID = "scr"
@@ -109,6 +114,7 @@ N_NAMED = (2, 5, 10, 20, 50, 100, 500)  # the n that SAEBench's schema has keys 
 COMPATIBLE = [f"scr_{part}_threshold_{n}" for part in ("metric", "dir1", "dir2") for n in N_NAMED]
 CORRECTED = [f"scr_metric_threshold_{n}" for n in (10, 20)]
 NO_ROOM = 0.001  # a smaller denominator is none
+DRAWS = 500  # of the bootstrap: its own noise is 3 % of the error
 
 PROBES = {  # probe: the combinations of its positives and of its negatives
     "first": (("++", "+-"), ("-+", "--")),
@@ -151,19 +157,23 @@ def run(setup, saes: dict) -> dict[str, Result]:
     """Ablate every SAE's features for either attribute of every run; {SAE name: Result}."""
     problems: dict[str, list[str]] = {name: [] for name in saes}
     scores: dict = {name: {} for name in saes}  # SAE -> run -> metric -> number
+    drawn: dict = {name: {} for name in saes}  # SAE -> run -> the scores of every draw of the bootstrap
     accuracies: dict = {name: {} for name in saes}  # SAE -> run -> "compatible" | "corrected" -> direction -> accuracies
     try:
         sets = pooling.labelled(dataclasses.replace(setup, data=scr_data.Source(setup.data)))
     except ValueError as error:  # a combination has too few texts
-        return {name: _result({}, {}, {}, [f"scr: no score: {error}".replace("\n", "; ")]) for name in saes}
+        return {name: _result({}, {}, {}, {}, [f"scr: no score: {error}".replace("\n", "; ")]) for name in saes}
     for texts in concept_probes.pooled(setup, saes, "scr", sets, problems):
         found = concept_probes.trained(setup, texts.key, list(PROBES), functools.partial(_examples, texts.rows), texts.x_ND)
         for name in texts.features:
-            measured = {kind: _accuracies(setup, texts, ablation)
-                        for kind, ablation in concept_probes.ablations(found, texts, name, saes[name]).items()}
+            right = {kind: _right(setup, texts, ablation)
+                     for kind, ablation in concept_probes.ablations(found, texts, name, saes[name]).items()}
+            measured = {kind: {direction: _each(of, lambda right_M: right_M.float().mean().item())
+                               for direction, (_, of) in by_direction.items()} for kind, by_direction in right.items()}
             accuracies[name][texts.key] = measured
             scores[name][texts.key] = _scores(measured["compatible"], measured["corrected"])
-    return {name: _result(sets, scores[name], accuracies[name], problems[name]) for name in saes}
+            drawn[name][texts.key] = _drawn_scores(setup, texts, right)
+    return {name: _result(sets, scores[name], drawn[name], accuracies[name], problems[name]) for name in saes}
 
 
 def _labelled(rows: dict[str, Tensor], probe: str) -> tuple[Tensor, Tensor]:
@@ -185,21 +195,55 @@ def _examples(rows: dict, name: str, rng: torch.Generator) -> tuple:
     return tuple(drawn)
 
 
-def _accuracies(setup, texts: Texts, ablation: Ablation) -> dict[str, dict]:
-    """{direction: {"clean", "before", "after": {n: accuracy}}} on the test texts."""
+def _right(setup, texts: Texts, ablation: Ablation) -> dict[str, tuple[Tensor, dict]]:
+    """{direction: (its test texts row_M, {"clean", "before", "after": {n: …}})}: whether a probe is right about each, [M]."""
     names = list(PROBES)
     effect_PF = (ablation.effects([_labelled(texts.rows["train"], name) for name in names]) * ablation.dot_FP.T).abs()
-    measured = {}
+    found = {}
     for direction, (ablated, tested) in DIRECTIONS.items():
         row_M, label_M = _labelled(texts.rows["test"], tested)
         logit_MP, effect_F = ablation.logit_NP[row_M], effect_PF[names.index(ablated)]
-        after = {}
-        for n in (n for n in setup.config["n_values"] if n <= len(effect_F)):
-            changed_MP = ablation.logits(row_M, concept_probes.strongest(effect_F, n))
-            after[n] = concept_probes.accuracy(changed_MP[:, names.index("biased")], label_M)
-        measured[direction] = {"clean": concept_probes.accuracy(logit_MP[:, names.index(tested)], label_M),
-                               "before": concept_probes.accuracy(logit_MP[:, names.index("biased")], label_M), "after": after}
-    return measured
+        biased_M = {n: ablation.logits(row_M, concept_probes.strongest(effect_F, n))[:, names.index("biased")]
+                    for n in setup.config["n_values"] if n <= len(effect_F)}
+        logits = {"clean": logit_MP[:, names.index(tested)], "before": logit_MP[:, names.index("biased")], "after": biased_M}
+        found[direction] = row_M, _each(logits, functools.partial(_is_right, label_M))
+    return found
+
+
+def _is_right(label_M: Tensor, logit_M: Tensor) -> Tensor:
+    return (logit_M > 0) == (label_M == 1)
+
+
+def _share(times_RN: Tensor, row_M: Tensor, right_M: Tensor) -> list[float]:
+    """The accuracy of every draw, in which the texts stand so many times."""
+    return (times_RN[:, row_M] @ right_M.double() / len(row_M)).tolist()
+
+
+def _each(found: dict, of: Callable) -> dict:
+    """The same dictionary {"clean", "before", "after": {n: …}} with of(value) for every value."""
+    return {"clean": of(found["clean"]), "before": of(found["before"]), "after": {n: of(value) for n, value in found["after"].items()}}
+
+
+def _drawn_scores(setup, texts: Texts, right: dict) -> list[dict[str, float]]:
+    """The scores of a run from test texts drawn anew within each combination; [] if a combination has too few of them."""
+    mixed = len(texts.rows["test"]["+-"])
+    if not errors.enough([1.0] * mixed):
+        return []
+    rng = concept_probes.generator(setup, texts.key, "bootstrap")
+    times_RN = torch.zeros(DRAWS, len(texts.x_ND), dtype=torch.float64)
+    for row_m in (texts.rows["test"][sign][:mixed] for sign in scr_data.COMBINATIONS):
+        times_RN.scatter_add_(1, row_m[torch.randint(mixed, (DRAWS, mixed), generator=rng)], torch.ones(DRAWS, mixed).double())
+    shares = {kind: {direction: _each(of, functools.partial(_share, times_RN, row_M))
+                     for direction, (row_M, of) in by_direction.items()} for kind, by_direction in right.items()}
+    return [_scores(*({direction: _each(of, operator.itemgetter(draw)) for direction, of in shares[kind].items()}
+                      for kind in ("compatible", "corrected"))) for draw in range(DRAWS)]
+
+
+def _error(metric: str, drawn: dict[str, list[dict]]) -> float | None:
+    """Standard deviation over the draws of a metric's mean over the runs; None where half the draws, or more, have no value."""
+    draws = zip(*drawn.values())
+    values = [statistics.fmean(found) for runs in draws if (found := [scores[metric] for scores in runs if metric in scores])]
+    return statistics.stdev(values) if len(values) > DRAWS / 2 else None
 
 
 def _scores(compatible: dict, corrected: dict) -> dict[str, float]:
@@ -222,14 +266,14 @@ def _scores(compatible: dict, corrected: dict) -> dict[str, float]:
     return values
 
 
-def _result(sets: dict, scores: dict, accuracies: dict, problems: list[str]) -> Result:
+def _result(sets: dict, scores: dict, drawn: dict, accuracies: dict, problems: list[str]) -> Result:
     """The Result of one SAE: means over the runs; no number if a run of `sets` could not be measured."""
 
     def summary(metric: str) -> tuple[float | None, float | None]:
         values = [values[metric] for values in scores.values() if metric in values]
         if not values or len(scores) < len(sets):
             return None, None
-        return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return statistics.fmean(values), _error(metric, drawn)
 
     compatible = {metric: summary(metric) for metric in COMPATIBLE}
     corrected = {f"{metric}_corrected": summary(f"{metric}_corrected") for metric in CORRECTED}

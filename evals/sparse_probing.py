@@ -8,14 +8,17 @@ fitted only if their cache is empty, so an equal seed scores an SAE differently 
 probe has a generator seeded by run seed, data set, class and metric: negatives are still drawn anew for each probe and each k,
 in SAEBench's order, but nothing depends on the cache, on other SAEs or on the order of data sets.
 Pooling and probes are fp32 (SAEBench: the LM's dtype). Corrected metrics beside the compatible ones:
-  *_top_k_test_accuracy_fixed_draw     one draw of negatives per class, for LM channels and SAE features and every k
+  *_top_k_test_accuracy_fixed_draw     one draw of negatives per class, for LM channels and SAE features and every k; the probe
+                                       in fp64 at its optimum (SAEBench's lbfgs in fp32 stops before it, wherever rounding has it)
   *_val_selected_test_accuracy         full probe whose epoch is chosen on a fifth of the training rows, not on the test rows
   sae_top_1_minus_llm_top_1            difference of the fixed draws, paired by class
+Standard errors are over classes, those of all data sets alike, from five on (evals/probes.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -178,7 +181,7 @@ def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tup
         train, test = examples(name, probes.generator(setup.seed, dataset, name))
         ranked_F = probes.by_mean_difference(*train)
         for k in k_values:
-            values[f"{side}_top_{k}_test_accuracy_fixed_draw"] = probes.sparse_probe_accuracy(train, test, ranked_F[:k])
+            values[f"{side}_top_{k}_test_accuracy_fixed_draw"] = probes.converged_probe_accuracy(train, test, ranked_F[:k])
         rng = probes.generator(setup.seed, dataset, name, "epochs")
         values[f"{side}_val_selected_test_accuracy"] = probes.validation_selected(train, test, rng)[0]
         selected[name] = ranked_F[: max(k_values)].tolist()
@@ -223,6 +226,7 @@ def _llm_accuracies(setup, dataset: str, rows: dict, x_ND: Tensor) -> dict:
 def _result(k_values: list[int], llm: dict, sae: dict, selected: dict, problems: list[str]) -> Result:
     """The Result of one SAE from {data set: {metric: {class: accuracy}}} of the LM's channels and of its own features."""
     per_class = {dataset: llm[dataset] | sae[dataset] for dataset in llm}
+    problems = [*problems, *_without_unconverged(per_class)]
     for values in per_class.values():
         ours, theirs = (values.get(f"{side}_top_1_test_accuracy_fixed_draw") for side in ("sae", "llm"))
         if ours and theirs:
@@ -249,6 +253,17 @@ def _result(k_values: list[int], llm: dict, sae: dict, selected: dict, problems:
                       for dataset, values in per_class.items()},
         problems=problems,
     )
+
+
+def _without_unconverged(per_class: dict) -> list[str]:
+    """Takes out the metrics of a data set with a probe that did not converge (NaN); a line for each."""
+    lines = []
+    for dataset, values in per_class.items():
+        for metric, by_class in list(values.items()):
+            if stuck := [name for name, value in by_class.items() if math.isnan(value)]:
+                del values[metric]
+                lines.append(f"sparse_probing: {dataset}: the probe did not converge for {', '.join(stuck)}: no {metric}")
+    return lines
 
 
 def _summary(metric: str, per_class: dict) -> tuple[float | None, float | None]:

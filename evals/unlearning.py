@@ -18,7 +18,8 @@ groups is measured with the whole group of each chosen feature clamped, too (`�
 layer-2 features alone (`…_stage_1`), then with their layer-1 children where stage 1 left something to forget (`…_stage_2`).
 
 Random numbers: documents and rows are drawn with the run's seed as SAEBench draws them; bootstraps have generators of their own.
-Standard errors: bootstrap over questions and rows of text, the best setting held.
+Standard errors: bootstrap over questions and over documents, the best setting held. The rows of text that are mostly from one document
+are drawn together; none is stated from fewer than five documents or questions on a side.
 
 Shapes: N questions or rows of text, T tokens in a row, D = d_model, F features, S of them clamped by any setting, E edits,
 b rows of a batch, J jobs (a row under an edit).
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals import Result, memory, pooling, probes, unlearning_data
+from evals import Result, errors, memory, pooling, probes, unlearning_data
 
 EVAL_TYPE_ID = "unlearning"
 INSTRUCT = True
@@ -136,11 +137,13 @@ class Edit(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Token rows and how an edit's harm to them is told: harm(h_bTD, row numbers) -> harm_b, per weight_N; an unedited row has none."""
+    """Token rows and how an edit's harm to them is told: harm(h_bTD, row numbers) -> harm_b, per weight_N; an unedited row has none.
+    Rows of one cluster are drawn together in a bootstrap."""
 
     tokens_NT: Tensor
     length_N: Tensor
     weight_N: Tensor
+    cluster_N: Tensor
     harm: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -282,12 +285,12 @@ def _settings(config: dict) -> list[tuple[float, int, float]]:
 
 
 def _text_task(setup, material) -> Task:
-    def rows(tokens_NT: Tensor, ce_N: Tensor, count_N: Tensor) -> Rows:
+    def rows(tokens_NT: Tensor, ce_N: Tensor, count_N: Tensor, document_N: Tensor) -> Rows:
         def harm(h_bTD: Tensor, index_b: Tensor) -> Tensor:
             return unlearning_data.losses(setup.lm, h_bTD, tokens_NT[index_b])[0] - ce_N[index_b]
-        return Rows(tokens_NT, torch.full((len(tokens_NT),), tokens_NT.shape[1]), count_N, harm)
+        return Rows(tokens_NT, torch.full((len(tokens_NT),), tokens_NT.shape[1]), count_N, document_N, harm)
 
-    clean = {side: float(ce_N.sum() / count_N.sum()) for side, (_, ce_N, count_N) in material.measuring.items()}
+    clean = {side: float(ce_N.sum() / count_N.sum()) for side, (_, ce_N, count_N, _) in material.measuring.items()}
     forget, retain = (rows(*material.measuring[side]) for side in unlearning_data.SIDES)
     # ln V is the cross-entropy of a uniform guess, what chance is to a question
     return Task(forget, retain, SIDE_EFFECT * clean["retain"], LEAST_RISE, math.log(setup.lm.vocab_size) - clean["forget"])
@@ -299,7 +302,7 @@ def _question_task(setup, material) -> Task:
     def rows(tokens_NT: Tensor, length_N: Tensor, answer_N: Tensor) -> Rows:
         def harm(h_bTD: Tensor, index_b: Tensor) -> Tensor:  # 1: the answer is wrong now
             return (unlearning_data.answers(setup.lm, h_bTD, length_N[index_b], letters_A4) != answer_N[index_b]).double()
-        return Rows(tokens_NT, length_N, torch.ones(len(tokens_NT), dtype=torch.float64), harm)
+        return Rows(tokens_NT, length_N, torch.ones(len(tokens_NT), dtype=torch.float64), torch.arange(len(tokens_NT)), harm)
 
     forget, retain = (rows(*material.questions[side]) for side in unlearning_data.SIDES)
     return Task(forget, retain, SIDE_EFFECT, 1 / len(retain.weight_N), 1 - CHANCE)
@@ -414,9 +417,9 @@ def _result(setup, counts: dict, tasks: dict[str, Task], outcomes: dict[str, dic
     for kind, by_suffix in outcomes.items():
         for suffix, outcome in by_suffix.items():
             names = [name and name + suffix for name in NAMES[kind]]
-            harms, errors = summary(outcome, tasks[kind], probes.generator(setup.seed, "unlearning", kind, suffix))
+            harms, spreads = summary(outcome, tasks[kind], probes.generator(setup.seed, "unlearning", kind, suffix))
             values |= {name: harm for name, harm in zip(names, harms) if name}
-            stderrs |= {name: error for name, error in zip(names, errors) if name}
+            stderrs |= {name: spread for name, spread in zip(names, spreads) if name and spread is not None}
             listed[kind + suffix] = [
                 {"retain_threshold": threshold, "n_features": n, "multiplier": multiplier, "features": list(edit.features),
                  "forget": None if math.isnan(forget) else forget, "retain": retain, "best": e == outcome.best}
@@ -429,18 +432,29 @@ def _result(setup, counts: dict, tasks: dict[str, Task], outcomes: dict[str, dic
                   unstructured={"questions_right_of": counts, "settings": listed}, problems=problems)
 
 
-def summary(outcome: Outcome, task: Task, rng: torch.Generator) -> tuple[list[float], list[float]]:
-    """(forget harm, retain harm, their ratio) of the best edit and their standard errors: rows of both sides drawn anew 1000 times."""
+def summary(outcome: Outcome, task: Task, rng: torch.Generator) -> tuple[list[float], list[float | None]]:
+    """(forget harm, retain harm, their ratio) of the best edit and their standard errors: clusters of both sides drawn anew 1000 times.
+
+    A side with too few clusters has no error, nor has the ratio then.
+    """
     if outcome.best is None:
         return [0.0, 0.0, 0.0], []
 
-    def resampled(harm_N: Tensor, weight_N: Tensor) -> Tensor:
-        """Mean harm of the rows themselves and of each draw, [1 + draws]."""
-        index_RN = torch.randint(len(harm_N), (DRAWS, len(harm_N)), generator=rng)
-        index_RN = torch.cat([torch.arange(len(harm_N))[None], index_RN])
-        return harm_N[index_RN].sum(1) / weight_N[index_RN].sum(1)
+    def resampled(harm_N: Tensor, rows: Rows) -> tuple[Tensor, bool]:
+        """Mean harm of the rows themselves and of each draw, [1 + draws]; whether the draws are of enough clusters."""
+        sums_C = [clustered(value_N, rows.cluster_N) for value_N in (harm_N, rows.weight_N)]
+        index_RC = torch.randint(len(sums_C[0]), (DRAWS, len(sums_C[0])), generator=rng)
+        harm_R, weight_R = (sum_C[index_RC].sum(1) for sum_C in sums_C)
+        return torch.cat([harm_N.sum()[None] / rows.weight_N.sum(), harm_R / weight_R]), errors.enough(sums_C[1])
 
-    forget_R = resampled(outcome.forget_EN[outcome.best], task.forget.weight_N)
-    retain_R = resampled(outcome.retain_EN[outcome.best], task.retain.weight_N)
+    forget_R, forget_enough = resampled(outcome.forget_EN[outcome.best], task.forget)
+    retain_R, retain_enough = resampled(outcome.retain_EN[outcome.best], task.retain)
     harms = torch.stack([forget_R, retain_R, forget_R / retain_R.clamp_min(task.least_retain)])
-    return harms[:, 0].tolist(), harms[:, 1:].std(1).tolist()
+    enough = forget_enough, retain_enough, forget_enough and retain_enough
+    return harms[:, 0].tolist(), [spread if of else None for spread, of in zip(harms[:, 1:].std(1).tolist(), enough)]
+
+
+def clustered(value_N: Tensor, cluster_N: Tensor) -> Tensor:
+    """The sums of the clusters, [C]."""
+    number_C, place_N = cluster_N.unique(return_inverse=True)
+    return value_N.new_zeros(len(number_C)).index_add(0, place_N, value_N)

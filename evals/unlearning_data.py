@@ -67,7 +67,8 @@ class Material(NamedTuple):
 
 class Prepared(NamedTuple):
     """By side: rows to choose features on tokens_RT; rows to measure on (tokens_RT, cross-entropy summed over a row ce_R, tokens
-    that enter it count_R); questions right under all permutations (tokens_QT, length_Q, answer_Q); {subject: (right, asked)}."""
+    that enter it count_R, the document most of it is from document_R); questions right under all permutations (tokens_QT, length_Q,
+    answer_Q); {subject: (right, asked)}."""
 
     choosing: dict[str, Tensor]
     measuring: dict[str, tuple[Tensor, Tensor, Tensor]]
@@ -85,7 +86,7 @@ def prepared(setup) -> Prepared:
     stored = setup.cache.get("unlearning", depends_on, lambda: _make(setup))
     counts = {side: dict(zip(config[f"{side}_subjects"], map(tuple, stored[f"{side}.counts"].tolist()))) for side in SIDES}
     return Prepared({side: stored[f"{side}.choosing"] for side in SIDES},
-                    {side: tuple(stored[f"{side}.measuring.{part}"] for part in ("tokens", "ce", "count")) for side in SIDES},
+                    {side: tuple(stored[f"{side}.measuring.{part}"] for part in ("tokens", "ce", "count", "document")) for side in SIDES},
                     {side: tuple(stored[f"{side}.questions.{part}"] for part in ("tokens", "length", "answer")) for side in SIDES}, counts)
 
 
@@ -100,13 +101,14 @@ def _make(setup) -> dict[str, Tensor]:
         tokens_RT = rows_of(material.choosing[side], lm.tokenizer, config["seq_len"], lm.bos, eos)
         made[f"{side}.choosing"] = tokens_RT[torch.randperm(len(tokens_RT), generator=order)[:config["dataset_size"]]]
     for side in SIDES:
-        tokens_RT = rows_of(material.measuring[side], lm.tokenizer, config["text_len"], lm.bos, eos)
+        tokens_RT, document_R = numbered_rows(material.measuring[side], lm.tokenizer, config["text_len"], lm.bos, eos)
         draw = torch.randperm(len(tokens_RT), generator=probes.generator(setup.seed, "unlearning", side))[:config["text_rows"]]
         tokens_RT = tokens_RT[draw]
         parts = tokens_RT.split(config["mcq_batch_size"])
         sums = [_by_rows(setup, functools.partial(losses, lm), tokens_bT)
                 for tokens_bT in setup.track(parts, f"unlearning: {side} text", len(parts), "batches")]
-        made |= {f"{side}.measuring.tokens": tokens_RT, f"{side}.measuring.ce": torch.cat([ce_b for ce_b, _ in sums]),
+        made |= {f"{side}.measuring.tokens": tokens_RT, f"{side}.measuring.document": document_R[draw],
+                 f"{side}.measuring.ce": torch.cat([ce_b for ce_b, _ in sums]),
                  f"{side}.measuring.count": torch.cat([count_b for _, count_b in sums])}
     right = always_right(setup, [q for side in SIDES for q in material.questions[side]])
     for side in SIDES:
@@ -211,16 +213,22 @@ def rows_of(documents: list[str], tokenizer, length: int, bos: int, eos: int) ->
 
     (SAEBench tokenises the joined text in 20 pieces cut anywhere, which leaves a BOS and a broken word at 19 places.)
     """
-    joined = [bos]
-    for ids in tokenizer(documents, add_special_tokens=False)["input_ids"] if documents else []:
+    return numbered_rows(documents, tokenizer, length, bos, eos)[0]
+
+
+def numbered_rows(documents: list[str], tokenizer, length: int, bos: int, eos: int) -> tuple[Tensor, Tensor]:
+    """What `rows_of` gives, and the number of the document that most of each row is from, [R]."""
+    joined, of = [bos], [0]
+    for number, ids in enumerate(tokenizer(documents, add_special_tokens=False)["input_ids"] if documents else []):
         joined += [eos, *ids] if len(joined) > 1 else ids
+        of += [number] * (len(joined) - len(of))
     R = len(joined) // length
     if not R:
         raise ValueError(f"unlearning: {len(documents)} documents hold {len(joined)} tokens, a row needs {length}\n"
                          "give more text, or lower seq_len and text_len")
     tokens_RT = torch.tensor(joined[:R * length]).view(R, length)
     tokens_RT[:, 0] = bos
-    return tokens_RT
+    return tokens_RT, torch.tensor(of[:R * length]).view(R, length).mode(1).values
 
 
 def losses(lm, h_bTD: Tensor, tokens_bT: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -329,38 +331,85 @@ def test_too_little_text_says_what_to_do(tmp_path):
     assert all(core.requirements(config, {}) == [] for config in core.CONFIG.values())
 
 
-def test_standard_errors_agree_with_the_jackknife_over_rows(tmp_path):
-    """Fails if tokens are taken for independent, or the ratio's denominator for fixed (delete-one-row jackknife)."""
+def test_standard_errors_agree_with_the_jackknife_over_documents(tmp_path):
+    """Fails if tokens are taken for independent, or the ratio's denominator for fixed (delete-one-document jackknife)."""
     config = {"batch_size_prompts": 1, "n_eval_reconstruction_batches": 40, "n_eval_sparsity_variance_batches": 40,
               "reuse_reconstruction_rows": True}
     s, sae = setup(tmp_path, n_texts=200, **config), trained(TopK)
-    errors = core.run(s, {"a": sae})["a"].stderrs
-    tokens_RT = packing.pack(texts(200), s.lm.tokenizer, CONTEXT, BOS, 40)
+    stated = core.run(s, {"a": sae})["a"].stderrs
+    tokens_RT, document_RT = packing.pack_numbered(texts(200), s.lm.tokenizer, CONTEXT, BOS, 40)
 
-    per_row = []
-    for tokens_T in tokens_RT:
+    of = {}  # document: cross-entropies of the clean model and with the SAE, residuals, errors of reconstruction
+    for tokens_T, document_T in zip(tokens_RT, document_RT.tolist()):
         used = [int(t) not in s.lm.special_ids for t in tokens_T]
         logp = [full_run(s.lm, tokens_T), full_run(s.lm, tokens_T, lambda t, x, u=used: sae.decode(sae.encode(x)) if u[t] else x)]
-        sources = [t for t in range(CONTEXT - 1) if used[t]]
-        ce = [[-float(p[t, tokens_T[t + 1]]) for t in sources] for p in logp]
-        x_ND = s.lm.residual(tokens_T[None], 0)[0][torch.tensor(used)].double()
-        per_row.append((ce[0], ce[1], x_ND, x_ND - sae.decode(sae.encode(x_ND.float())).double()))
+        x_TD = s.lm.residual(tokens_T[None], 0)[0]
+        for t in (t for t in range(CONTEXT) if used[t]):
+            ce = [[-float(p[t, tokens_T[t + 1]])] if t < CONTEXT - 1 else [] for p in logp]
+            x_1D = x_TD[t : t + 1]
+            parts = *ce, [x_1D.double()], [x_1D.double() - sae.decode(sae.encode(x_1D)).double()]
+            of[document_T[t]] = tuple(a + b for a, b in zip(of.get(document_T[t], ([],) * 4), parts))
+    per_document = list(of.values())
+    n = len(per_document)
 
-    def score(rows):
-        clean, with_sae = (sum((row[i] for row in rows), []) for i in (0, 1))
+    def score(documents):
+        clean, with_sae = (sum((document[i] for document in documents), []) for i in (0, 1))
         uniform = math.log(VOCABULARY) * len(clean)
         return (uniform - sum(with_sae)) / (uniform - sum(clean))
 
     def jackknife(statistic):
-        left_out = [statistic(per_row[:i] + per_row[i + 1 :]) for i in range(40)]
-        centre = sum(left_out) / 40
-        return math.sqrt(39 / 40 * sum((value - centre) ** 2 for value in left_out))
+        left_out = [statistic(per_document[:i] + per_document[i + 1 :]) for i in range(n)]
+        centre = sum(left_out) / n
+        return math.sqrt((n - 1) / n * sum((value - centre) ** 2 for value in left_out))
 
-    assert errors["ce_loss_score"] == pytest.approx(jackknife(score), rel=0.1)
-    assert errors["r2"] == pytest.approx(
-        jackknife(lambda rows: r2(torch.cat([row[2] for row in rows]), torch.cat([row[3] for row in rows]))), rel=0.1)
-    mse = jackknife(lambda rows: float(torch.cat([row[3] for row in rows]).square().sum(1).mean()))
-    assert errors["mse_per_token"] == pytest.approx(mse, rel=0.05)
+    def stacked(documents, i):
+        return torch.cat([tensor for document in documents for tensor in document[i]])
+
+    assert stated["ce_loss_score"] == pytest.approx(jackknife(score), rel=0.1)
+    assert stated["r2"] == pytest.approx(jackknife(lambda docs: r2(stacked(docs, 2), stacked(docs, 3))), rel=0.1)
+    assert stated["mse_per_token"] == pytest.approx(jackknife(lambda docs: float(stacked(docs, 3).square().sum(1).mean())), rel=0.05)
+
+
+def topical(seed, documents=60):
+    """Documents of 10 to 70 words, each of three words of its own: about four rows, of tokens much alike."""
+    rng = random.Random(seed)
+    for _ in range(documents):
+        words = rng.sample(range(2, VOCABULARY), 3)
+        yield " ".join(str(rng.choice(words)) for _ in range(rng.randrange(10, 70)))
+
+
+def test_standard_errors_are_the_spread_over_new_texts(tmp_path, monkeypatch):
+    """Fails if documents that span several rows do not count once: over texts drawn anew, each metric must vary as it says it does."""
+    sae = trained(TopK)
+    config = {"n_eval_reconstruction_batches": 30, "n_eval_sparsity_variance_batches": 30, "reuse_reconstruction_rows": True}
+
+    def measured(seed, label=""):
+        s = replace(setup(tmp_path, **config), texts=lambda: topical(seed), texts_digest=f"{seed}{label}")
+        return core.run(s, {"a": sae})["a"]
+
+    results = [measured(seed) for seed in range(60)]
+    spread = {name: statistics.stdev(means(r)[name] for r in results) for name in results[0].stderrs}
+    del spread["ce_loss_with_ablation"], spread["l0"]  # ln V and k at every token
+    assert len(spread) == 15
+    for name, value in spread.items():
+        assert statistics.fmean(r.stderrs[name] for r in results) == pytest.approx(value, rel=0.3), name
+
+    def by_row(*arguments, packed=packing.pack_numbered):
+        tokens_RT, _ = packed(*arguments)
+        return tokens_RT, torch.arange(len(tokens_RT))[:, None].repeat(1, CONTEXT)
+
+    monkeypatch.setattr(packing, "pack_numbered", by_row)
+    of_rows = [measured(seed, "rows").stderrs for seed in range(5)]
+    assert all(statistics.fmean(stderrs[name] for stderrs in of_rows) < 0.7 * value for name, value in spread.items())
+
+
+def test_fewer_than_five_documents_state_no_error(tmp_path):
+    """Fails if an error is stated that four documents, or ten of which one is nearly all the text, have to carry."""
+    for documents, stated in ((["7 8 9 7 5 6 8 9"] * 4, False), (["7 8 9 7 5 6 8 9"] * 6, True), (["7 8"] * 9 + ["7 8 9 5 6 "] * 1, True),
+                              (["7 8"] * 9 + ["7 8 9 5 6 " * 40], False)):
+        s = replace(setup(tmp_path, reuse_reconstruction_rows=True, n_eval_reconstruction_batches=20, n_eval_sparsity_variance_batches=20),
+                    texts=lambda documents=documents: iter(documents), texts_digest=str(documents))
+        assert ("r2" in core.run(s, {"a": trained(TopK)})["a"].stderrs) == stated
 
 
 def test_packing_by_hand():
@@ -374,6 +423,7 @@ def test_packing_by_hand():
     # the separator before d takes the last place of its row; the row then starts with the one BOS every row has
     assert rows.tolist() == [[0, 11, 12, 0], [0, 13, 0, 14], [0, 15, 16, 17], [0, 18, 0, 19], [0, 20, 21, 0]][:4]
     assert packing.pack("abcdef", tokenizer, context=4, bos=0, rows=2).tolist() == rows[:2].tolist()
+    assert packing.pack_numbered("abcdef", tokenizer, 4, 0)[1].tolist() == [[0, 0, 0, 2], [2, 2, 3, 3], [3, 3, 3, 3], [3, 3, 4, 4]]
     with pytest.raises(ValueError, match="fewer than the 4 tokens"):
         packing.pack("ab", tokenizer, context=4, bos=0)
 

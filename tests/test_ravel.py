@@ -1,8 +1,8 @@
 """ravel against plain references written from the protocol, on fake language models with the documented interface."""
 
 import json
-import math
 import random
+import statistics
 import zipfile
 from types import SimpleNamespace
 
@@ -184,7 +184,7 @@ def test_entities_are_ranked_by_right_prompts():
 def test_pairs_repeat_the_reference_stream():
     """Fails if bases, sources, the two shuffles or the split are drawn in another way or order than the protocol's."""
     rng = random.Random(5)
-    known = [Known("k", "abc"[i % 3], f"v{rng.randrange(3)}", f"text {i}", [], 0, 0) for i in range(75)]
+    known = [Known("k", "abc"[i % 3], f"v{rng.randrange(3)}", f"text {i}", [], 0, 0, f"e{i}") for i in range(75)]
     numbers = {name: [i for i, prompt in enumerate(known) if prompt.attribute == name] for name in "abc"}
     for n in (10, 40):  # fewer and more than there are prompts of an attribute
         train, test = ravel_data.draw_pairs(known, numbers, "b", n, 0.7, random.Random(11))
@@ -278,7 +278,7 @@ def tangled(tmp_path, **settings):
     for (name, text), ids in zip(texts, tokens):
         position = next(i for i, token in enumerate(ids) if 2 <= token < 2 + ENTITIES)
         said = plain_completion(setup.lm, ids, position, None, 2)
-        known.append(Known("thing", name, " ".join(WORDS[i] for i in said), text, ids, position, said[0]))
+        known.append(Known("thing", name, " ".join(WORDS[i] for i in said), text, ids, position, said[0], text))
     rng = random.Random(1)
     tasks = [Task("thing", name, [[Pair(rng.randrange(96), rng.randrange(96), rng.random() < 0.5) for _ in range(4)] for _ in range(steps)],
                   [Pair(rng.randrange(96), rng.randrange(96), rng.random() < 0.5) for _ in range(12)])
@@ -372,23 +372,45 @@ def test_the_mask_of_the_planted_attribute(tmp_path):
 
 def test_scores_by_hand():
     """Fails if a cause pair whose first tokens coincide counts as cause, or if a prompt seen in training enters the corrected score."""
-    known = [Known("k", "a", "", "", [], 0, first) for first in (7, 7, 8, 9, 9, 8)]
+    known = [Known("k", "a", "", "", [], 0, first, "e") for first in (7, 7, 8, 9, 9, 8)]
     task = Task("k", "a", [[Pair(0, 2, True)]], [
         Pair(3, 5, True), Pair(3, 4, True), Pair(1, 3, True), Pair(3, 1, False), Pair(4, 2, False), Pair(0, 1, True)])
-    compatible, corrected = ravel.scores(known, task, [True, True, False, False, True, True])
+    compatible, corrected = map(ravel.scores, ravel.counted(known, task, [True, True, False, False, True, True]))
     assert compatible["cause_score"] == 1 / 2 and compatible["pairs"] == {"cause_score": 2, "isolation_score": 4}
     assert compatible["isolation_score"] == 3 / 4 and compatible["disentangle_score"] == 5 / 8
     assert corrected["cause_score"] == 1 / 2 and corrected["isolation_score"] == 0.0
     assert corrected["pairs"] == {"cause_score": 2, "isolation_score": 1}
 
 
-def test_mean_and_error_by_hand():
-    """Fails if attributes are pooled over kinds of entity, or if n − 1 or the weights are left out of the error."""
-    mean, error = ravel.mean_and_error([("city", 0.2), ("city", 0.6), ("winner", 0.7), ("winner", 0.9), ("winner", 0.5)])
-    assert mean == pytest.approx((0.4 + 0.7) / 2)
-    squares = (0.35**2 + 0.05**2) / 16 + (0.15**2 + 0.35**2 + 0.05**2) / 36
-    assert error == pytest.approx(math.sqrt(5 / 4 * squares))
-    assert ravel.mean_and_error([("city", 0.2), ("city", None)]) == (None, None)
+def test_a_mean_is_over_attributes_then_kinds():
+    """Fails if attributes are pooled over kinds of entity."""
+    weights = ravel.mean_weights(["city", "city", "winner", "winner", "winner"])
+    assert sum(w * v for w, v in zip(weights, (0.2, 0.6, 0.7, 0.9, 0.5))) == pytest.approx((0.4 + 0.7) / 2)
+
+
+def test_standard_errors_are_the_spread_over_new_entities():
+    """Fails if the attributes (two: no sample) or single pairs are taken for the sample: entities differ, and stand in several pairs."""
+    ENTITIES, PAIRS = 40, 120
+
+    def sample(seed):
+        """(prompts, {side: pairs and whether right}): a completion is right as base and source are easy; entities are new each time."""
+        rng = random.Random(seed)
+        easy = [rng.random() for _ in range(ENTITIES)]
+        known = [Known("k", "a", "", "", [], 0, 0, f"e{i}") for i in range(ENTITIES)]
+        found = []
+        for _ in range(2):
+            drawn = [Pair(rng.randrange(ENTITIES), rng.randrange(ENTITIES), i % 2 == 0) for i in range(PAIRS)]
+            right = [rng.random() < (easy[pair.base] + easy[pair.source]) / 2 for pair in drawn]
+            found.append({side: [(p, ok) for p, ok in zip(drawn, right) if p.cause == (side == "cause_score")] for side in ravel.SIDES})
+        return known, found
+
+    samples = [sample(seed) for seed in range(400)]
+    for key, sides in ravel.SUMS.items():
+        spread = statistics.stdev(statistics.fmean(ravel.scores(of)[key] for of in found) for _, found in samples)
+        stated = statistics.fmean(ravel.standard_error(known, [0.5, 0.5], found, sides) for known, found in samples[:60])
+        assert stated == pytest.approx(spread, rel=0.3), key
+    known, found = samples[0]
+    assert ravel.standard_error([k._replace(entity=str(i % 4)) for i, k in enumerate(known)], [0.5, 0.5], found, ravel.SIDES) is None
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):

@@ -244,16 +244,18 @@ def test_the_seed_splits_the_rows(tmp_path, monkeypatch):
 
 def test_means_and_errors_are_over_data_sets(tmp_path, monkeypatch):
     """Fails if rows are pooled, the difference is not paired, the error is not s/√n, or repeated prompts are miscounted."""
-    sets = {"a": marked(repeated=60), "b": marked(230, seed=1), "c": marked(236, seed=2)}
+    sets = {"a": marked(repeated=60)} | {name: marked(n, seed=i) for i, (name, n) in enumerate(dict(b=230, c=236, d=232, e=234).items(), 1)}
     sae = SimpleNamespace(encode=lambda x: torch.relu(x[:, 1:].float()))  # does not read MARK's direction
     result = sae_probes.run(make_setup(tmp_path, monkeypatch, sets), {"sae": sae})["sae"]
     per_set = [d["sae_top_2_test_auc"] for d in result.details]
-    assert [d["sae_metrics_by_k"][2]["test_auc"] for d in result.details] == per_set and len(set(per_set)) == 3
+    assert [d["sae_metrics_by_k"][2]["test_auc"] for d in result.details] == per_set and len(set(per_set)) > 3
     assert result.metrics["sae"]["sae_top_2_test_auc"] == pytest.approx(np.mean(per_set))
-    assert result.stderrs["sae_top_2_test_auc"] == pytest.approx(np.std(per_set, ddof=1) / math.sqrt(3))
+    assert result.stderrs["sae_top_2_test_auc"] == pytest.approx(np.std(per_set, ddof=1) / math.sqrt(5))
     difference = [v["sae_top_1_test_auc_deduplicated"] - v["llm_test_auc_deduplicated"] for v in result.unstructured.values()]
     assert result.corrected["sae_top_1_minus_llm_test_auc_deduplicated"] == pytest.approx(np.mean(difference))
-    assert result.stderrs["sae_top_1_minus_llm_test_auc_deduplicated"] == pytest.approx(np.std(difference, ddof=1) / math.sqrt(3))
+    assert result.stderrs["sae_top_1_minus_llm_test_auc_deduplicated"] == pytest.approx(np.std(difference, ddof=1) / math.sqrt(5))
+    del sets["e"]
+    assert sae_probes.run(make_setup(tmp_path, monkeypatch, sets), {"sae": sae})["sae"].stderrs == {}  # of four data sets
     shares = [v["duplicated_test_share"] for v in result.unstructured.values()]
     texts, part = [text for text, _ in sets["a"]], sae_probes.split(torch.arange(240), torch.arange(240) % 2, 0)
     trained = {texts[i] for i in part.train_M}

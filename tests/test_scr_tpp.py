@@ -224,7 +224,7 @@ def test_tpp_finds_features_of_single_classes(tmp_path):
     assert result.metrics["tpp_metrics"]["tpp_threshold_50_total_metric"] is None  # of 24 features
     by_hand = [result.unstructured["synthetic"][topic]["tpp_threshold_5_total_metric"] for topic in tiny.TOPICS]
     assert result.metrics["tpp_metrics"]["tpp_threshold_5_total_metric"] == pytest.approx(sum(by_hand) / 4)
-    assert result.stderrs["tpp_threshold_5_total_metric"] == pytest.approx(pd.Series(by_hand).sem())
+    assert result.stderrs == {}  # of four classes
 
 
 def test_scr_removes_a_planted_attribute(tmp_path, monkeypatch):
@@ -243,7 +243,35 @@ def test_scr_removes_a_planted_attribute(tmp_path, monkeypatch):
         assert measured["dir1"]["clean"] == 1.0 > 0.7 > measured["dir1"]["before"] and set(measured["dir1"]["after"].values()) == {1.0}
         assert measured["dir2"]["before"] > 0.9 and set(measured["dir2"]["after"].values()) == {1.0}
     assert result.metrics["scr_metrics"]["scr_metric_threshold_2"] == 1.0 == result.corrected["scr_metric_threshold_10_corrected"]
-    assert result.metrics["scr_metrics"]["scr_metric_threshold_100"] is None and not result.stderrs  # of 24 features; one run
+    assert result.metrics["scr_metrics"]["scr_metric_threshold_100"] is None  # of 24 features
+    assert result.stderrs["scr_metric_threshold_2"] == 0.0  # every text is right afterwards, whichever are drawn
+
+
+def test_scr_errors_are_the_spread_over_new_test_texts():
+    """Fails if the error is that between the runs (here equal, so none), or if numerator and denominator are not drawn together."""
+    setup, mixed = SimpleNamespace(seed=0, config={"n_values": [2]}), 20
+    rows = {"test": {sign: torch.arange(c * 30, c * 30 + (30 if sign in ("++", "--") else mixed))
+                     for c, sign in enumerate(scr_data.COMBINATIONS)}}
+    texts = concept_probes.Texts("run", rows, torch.zeros(120, 1), None, {})
+
+    def right(rng):
+        """Each text right before with .6, after with .75, by the attribute's own probe with .95; not independent of each other."""
+        def of(row_M):
+            luck_M = torch.rand(len(row_M), generator=rng)
+            return {"before": luck_M < 0.6, "after": {2: luck_M < 0.75}, "clean": (luck_M < 0.95)}
+        return {direction: (row_M, of(row_M)) for direction, (row_M, _) in
+                {d: scr._labelled(rows["test"], tested) for d, (_, tested) in scr.DIRECTIONS.items()}.items()}
+
+    def scored(right):
+        return scr._scores(*[{d: scr._each(of, lambda r: r.double().mean().item()) for d, (_, of) in right.items()}] * 2)
+
+    sampled = [right(torch.Generator().manual_seed(seed)) for seed in range(300)]
+    for metric in ("scr_dir1_threshold_2", "scr_metric_threshold_2", "scr_metric_threshold_2_corrected"):
+        spread = pd.Series([scored(one).get(metric) for one in sampled]).std()
+        drawn = [scr._drawn_scores(setup, texts, {"compatible": one, "corrected": one}) for one in sampled[:25]]
+        stated = [scr._error(metric, {"run": scores}) for scores in drawn]
+        assert pd.Series(stated).mean() == pytest.approx(spread, rel=0.3), metric
+    assert scr._drawn_scores(setup, texts._replace(rows={"test": {sign: r[:4] for sign, r in rows["test"].items()}}), sampled[0]) == []
 
 
 @pytest.mark.parametrize("module", [scr, tpp])

@@ -180,6 +180,40 @@ def reference_full_probe(train, test, seed):
     return best
 
 
+def chaotic():
+    """(train, test) on two features of the scale of a residual stream, on which lbfgs in fp32 stops well before the optimum."""
+    g = torch.Generator().manual_seed(1)
+    label_M = torch.arange(1000) % 2
+    x_MF = torch.relu(torch.randn(1000, 2, generator=g) + 0.3 * label_M[:, None]) * torch.tensor([300.0, 0.02]) + torch.tensor([900.0, 5.0])
+    return (x_MF[:600], label_M[:600]), (x_MF[600:], label_M[600:])
+
+
+def test_a_corrected_probe_is_the_optimum_and_small_changes_do_not_move_it():
+    """Fails if the probe stops before its optimum, or in fp32: the gradient is 0 there, and 1e-7 in the input moves no accuracy."""
+    train, test = chaotic()
+    got = probes.converged_probe_accuracy(train, test, torch.tensor([0, 1]))
+    for seed in range(5):
+        noise = 1 + 1e-7 * torch.randn(1000, 2, generator=torch.Generator().manual_seed(seed))
+        moved = [(x_MF.double() * noise[: len(x_MF)], label_M) for x_MF, label_M in (train, test)]
+        assert probes.converged_probe_accuracy(*moved, torch.tensor([0, 1])) == got
+    # Newton's method written out
+    x_M3, y_M = torch.cat([train[0].double(), torch.ones(600, 1).double()], 1), train[1].double()
+    w_3, penalty_33 = torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 1.0, 0.0]).double())
+    for _ in range(100):
+        p_M = (x_M3 @ w_3).sigmoid()
+        w_3 = w_3 - torch.linalg.solve(x_M3.T @ (x_M3 * (p_M * (1 - p_M))[:, None]) + penalty_33, x_M3.T @ (p_M - y_M) + penalty_33 @ w_3)
+    test_M3 = torch.cat([test[0].double(), torch.ones(400, 1).double()], 1)
+    assert got == ((test_M3 @ w_3 > 0) == (test[1] == 1)).double().mean().item()
+
+
+def test_an_unconverged_probe_is_told(tmp_path, monkeypatch):
+    """Fails if a probe that did not converge enters a mean, or leaves its metric out without a word."""
+    monkeypatch.setattr(probes, "converged_probe_accuracy", lambda train, test, feature_k: math.nan if len(feature_k) == 2 else 0.5)
+    result = sparse_probing.run(make_setup(tmp_path), {"sae": random_sae(1)})["sae"]
+    assert result.corrected["sae_top_2_test_accuracy_fixed_draw"] is None and result.corrected["sae_top_1_test_accuracy_fixed_draw"] == 0.5
+    assert [p for p in result.problems if "did not converge" in p and p.endswith("no sae_top_2_test_accuracy_fixed_draw")]
+
+
 def test_full_probe_repeats_the_reference():
     """Fails for another initialisation, optimiser, batch size, order of random numbers or stopping rule than the protocol's."""
     train, test = hard_problem()
@@ -228,13 +262,14 @@ def test_result_is_averaged_by_data_set_and_paired_by_class(tmp_path):
 
 
 def test_standard_error_by_hand():
-    """Fails if the classes' unequal weights, n − 1, or the doubling in a two-class data set are left out."""
-    # weights 1/6, 1/6, 1/6 and 1/2 (the pair as one problem at .9)
-    got = probes.standard_error([[0.5, 0.7, 0.6], [0.8, 1.0]])
-    mean = (0.5 + 0.7 + 0.6) / 6 + 0.45
-    squares = ((0.5 - mean) ** 2 + (0.7 - mean) ** 2 + (0.6 - mean) ** 2) / 36 + (0.9 - mean) ** 2 / 4
-    assert got == pytest.approx(math.sqrt(4 / 3 * squares))
-    assert probes.standard_error([[0.5, 0.7]]) is None
+    """Fails if the classes' unequal weights, n − 1, or the doubling in a two-class data set are left out, or if four problems state one."""
+    # weights 1/9 six times and 1/3 (the pair as one problem at .9): worth 5.4 of equal weight
+    got = probes.standard_error([[0.5, 0.7, 0.6], [0.4, 0.6, 0.8], [0.8, 1.0]])
+    mean = (0.6 + 0.6 + 0.9) / 3
+    squares = sum((value - mean) ** 2 for value in (0.5, 0.7, 0.6, 0.4, 0.6, 0.8)) / 81 + (0.9 - mean) ** 2 / 9
+    assert got == pytest.approx(math.sqrt(7 / 6 * squares))
+    assert probes.standard_error([[0.5, 0.7]]) is None is probes.standard_error([[0.5, 0.7, 0.6, 0.9]])
+    assert probes.standard_error([[0.5, 0.7, 0.6], [0.4, 0.6, 0.8, 0.7], [0.2, 0.7, 0.6], [0.1, 0.6]]) is not None
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
@@ -261,7 +296,7 @@ def test_fixed_draw_is_shared_and_the_compatible_draw_is_not(tmp_path):
     result = sparse_probing.run(make_setup(tmp_path), {"identity": SimpleNamespace(encode=lambda x: x.float())})["identity"]
     for k in (1, 2):
         assert result.corrected[f"sae_top_{k}_test_accuracy_fixed_draw"] == result.corrected[f"llm_top_{k}_test_accuracy_fixed_draw"]
-    assert result.corrected["sae_top_1_minus_llm_top_1"] == 0.0 == result.stderrs["sae_top_1_minus_llm_top_1"]
+    assert result.corrected["sae_top_1_minus_llm_top_1"] == 0.0 and result.stderrs == {}  # of four classes
     assert result.metrics["sae"]["sae_top_2_test_accuracy"] != result.metrics["llm"]["llm_top_2_test_accuracy"]
 
 

@@ -252,7 +252,7 @@ def test_edits_equal_a_slow_reference(tmp_path, monkeypatch):
         return (h_bTD[torch.arange(len(h_bTD)), length_N[index_b] - 1] @ direction_D - clean_N[index_b]).double()
 
     clean_N = lm.finish(lm.table_VD[tokens_NT], 0)[torch.arange(10), length_N - 1] @ direction_D
-    rows = Rows(tokens_NT, length_N, torch.ones(10), harm)
+    rows = Rows(tokens_NT, length_N, torch.ones(10), torch.arange(10), harm)
     got_EN = unlearning._harms(setup, "", rows, {"sae": sae}, {"sae": edits})["sae"]
     for edit, got_N in zip(edits, got_EN):
         for n in range(10):
@@ -278,7 +278,7 @@ def test_score_and_precision_by_hand(tmp_path, monkeypatch):
     result = unlearning.run(make_setup(tmp_path, monkeypatch, given), {"sae": sae_of(0, 2)})["sae"]
     assert score_of(result) == 0.75 and result.corrected["unlearning_precision"] == 0.75 / 0.25  # no retain question lost: counted as one
     assert result.unstructured["questions_right_of"] == {"forget": {"life": (4, 4)}, "retain": {"history": (4, 4)}}
-    assert 0.1 < result.stderrs["unlearning_score"] < 0.3  # √(.75 · .25 / 4) = .22
+    assert "unlearning_score" not in result.stderrs  # of four questions
     assert {*result.metrics["unlearning"], *result.corrected} <= set(declared("unlearning", "METRICS"))
     told = [(s["n_features"], s["features"], s["forget"], s["retain"], s["best"]) for s in result.unstructured["settings"]["questions"]]
     one, both = (1, [0], 0.75, 0.0, False), (2, [0, 1], None, 0.25, False)
@@ -298,14 +298,37 @@ def test_side_effects_are_allowed_up_to_the_bound(tmp_path, monkeypatch):
         return {name: harms[side][[edit.multiplier for edit in edits[name]]].double() for name in saes}
 
     monkeypatch.setattr(unlearning, "_harms", fake)
-    rows = Rows(None, None, torch.ones(4, dtype=torch.float64), None)
+    rows = Rows(None, None, torch.ones(4, dtype=torch.float64), torch.arange(4), None)
     for bound, best in ((0.0, 0), (0.25, 1), (0.49, 1), (0.5, 2)):
         task = Task(rows, rows, bound, 0.25, 0.75)
         outcome = unlearning.assess(None, "x", task, {"sae": None}, {"sae": {"": [Edit((1,), m) for m in range(3)]}})["sae"][""]
         assert outcome.best == best and tried.pop() == ("forget", list(range(best + 1)))
-        (forget, retain, precision), errors = unlearning.summary(outcome, task, torch.Generator().manual_seed(0))
+        (forget, retain, precision), spreads = unlearning.summary(outcome, task, torch.Generator().manual_seed(0))
         assert (forget, retain, precision) == ((0.25, 0.0, 1.0), (0.5, 0.25, 2.0), (1.0, 0.5, 2.0))[best]
-        assert errors[0] == pytest.approx(math.sqrt(forget * (1 - forget) / 4), abs=0.02)
+        assert spreads == [None] * 3  # of four rows
+
+
+def test_standard_errors_are_the_spread_over_new_documents():
+    """Fails if the rows of one document, which an edit harms alike, count as so many, or if a side with too few documents has an error."""
+    def sample(seed, each=3, documents=15):
+        g = torch.Generator().manual_seed(seed)
+        own, shared = (torch.randn(2, documents, n, generator=g).double() for n in (each, 1))
+        harm = (2 * shared + own + 5).flatten(1)
+        rows = Rows(None, None, torch.full((documents * each,), 10.0).double(), torch.arange(documents).repeat_interleave(each), None)
+        task = Task(rows, rows._replace(cluster_N=torch.arange(documents * each)), 1.0, 0.25, 0.75)
+        return unlearning.summary(unlearning.Outcome([], harm[1][None], harm[0][None], None, None, 0), task, g)
+
+    harms, spreads = zip(*(sample(seed) for seed in range(100)))
+    true, stated = torch.tensor(harms).std(0).tolist(), torch.tensor(spreads).mean(0).tolist()
+    assert stated[0] == pytest.approx(true[0], rel=0.3) and stated[1] < 0.7 * true[1]  # retain's rows pass for documents of their own
+    assert [spread is None for spread in sample(0, each=20, documents=4)[1]] == [True, False, True]
+
+
+def test_a_row_belongs_to_the_document_most_of_it_is_from():
+    """Fails if rows are numbered by their first token, or if separators shift the numbers."""
+    documents = ["A B", "A B C D bio past", "A B C", "A", "B bio"]  # BOS A B EOS | A B C D | bio past EOS A | B C EOS A | EOS B bio
+    rows_RT, document_R = unlearning_data.numbered_rows(documents, Tokenizer(), 4, BOS, EOS)
+    assert document_R.tolist() == [0, 1, 1, 2] and torch.equal(rows_RT, unlearning_data.rows_of(documents, Tokenizer(), 4, BOS, EOS))
 
 
 # The topic's word chooses the first feature, which no answer needs; what the answers need fires on the retain text as well.

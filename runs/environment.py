@@ -107,14 +107,6 @@ def _peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def memory_available(device: str) -> float:
-    """Bytes a run may use: of the GPU what other processes leave, or of the host within every limit set on this process.
-
-    On the host what the process holds already is in it, as it is in the forecast's `process`.
-    """
-    return memory_bound(device)[0]
-
-
 def memory_bound(device: str) -> tuple[float, str]:
     """(bytes a run may use, what sets that bound): "" for the machine itself, else the name of a limit."""
     import psutil

@@ -164,7 +164,7 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
     if settings.dataset and not settings.core_dataset:
         filled["core_dataset"] = settings.dataset
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    cache_dir = settings.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "sae_experiment")
+    cache_dir = settings.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sae_experiment")
     settings = dataclasses.replace(settings, profile=profile, device=device, cache_dir=str(cache_dir), **filled)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda, and torch finds no CUDA GPU here\nleave --device out, or install a CUDA build of torch")

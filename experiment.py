@@ -554,6 +554,7 @@ class Job:
     sae: base.SAE
     optimizer: torch.optim.Optimizer
     scale: float = 0.0  # √E‖x‖² of the raw activations; 0: not measured yet
+    notes: list[str] = dataclasses.field(default_factory=list)  # what makes its result doubtful, found while it was trained
 
     @property
     def attention(self) -> Optional[contexts.Attention]:
@@ -651,9 +652,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             clock.update(start=clock["block"], line=clock["block"], step=step)  # speed and eta are the SAE steps' own
             if step == 0:
                 begin(settings, jobs, block, fresh=not settings.init_from)
-                for layer in layers_of(settings):
-                    if line := language_model.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer):
-                        say(f"note: layer {layer}: {line}")
+                note_outliers(lm, jobs, block)
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, step):  # noqa: B020
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
@@ -709,6 +708,18 @@ def begin(settings: Settings, jobs: list[Job], block: dict[str, Tensor], fresh: 
         shard(settings, job)
 
 
+def note_outliers(lm: LanguageModel, jobs: list[Job], block: dict[str, Tensor]) -> None:
+    """Note with each SAE the tokens of its layer that hold most of E‖x‖², where a few do: its figures are then about those."""
+    for layer in {job.layer for job in jobs}:
+        line = language_model.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer)
+        if not line:
+            continue
+        say(f"note: layer {layer}: {line}")
+        for job in jobs:
+            if job.layer == layer:
+                job.notes = [line]
+
+
 def shard(settings: Settings, job: Job) -> None:
     """Spread an SAE over the ranks, if that was asked for or is needed, with an optimiser of its own."""
     if settings.shard and ranks.sharing() > 1:
@@ -751,6 +762,7 @@ def save_checkpoint(out: Path, jobs: list[Job], step: int, cursor: dict, log: li
     """All that a resume needs, in one file, by the first rank."""
     recent = {name: [(ranks.mean(x), {k: ranks.mean(v) for k, v in terms.items()}) for x, terms in rows] for name, rows in recent.items()}
     state = dict(step=step, cursor=cursor, log=log, recent=recent, rng=environment.random_state(),
+                 notes={job.name: job.notes for job in jobs},
                  saes={job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale))
                        for job in jobs})
     if not ranks.number():
@@ -771,7 +783,7 @@ def load_checkpoint(settings: Settings, out: Path, jobs: list[Job]) -> Optional[
             shard(settings, job)
         if state["step"] < count_steps(settings) or isinstance(job.sae, imperative.Imperative):  # whose trainer lies there
             ranks.load_optimizer(job.optimizer, saved["optimizer"])
-        job.scale = saved["scale"]
+        job.scale, job.notes = saved["scale"], state["notes"][job.name]
     environment.set_random_state(state["rng"])
     say(f"continuing from step {state['step']:,}")
     return state
@@ -894,8 +906,6 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         measured, stderrs, problems = stored.collected(out, chosen, job.name, crashed)
         if job.name in unreported:
             problems.append(f"the variant's own report failed: {type(unreported[job.name]).__name__}: {unreported[job.name]}")
-        if share := dense.get(interchange.suffix(job.name)):
-            problems.append(f"a dense code: {share:.0%} of its features were active on the average token of the preflight")
         config = dict(
             variant=variants.title(settings.variant), hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
             hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder), context=settings.context,
@@ -904,7 +914,9 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
             dataset=public_name(settings.dataset), core_dataset=public_name(settings.core_dataset), profile=settings.profile,
             evals={name: c | ({"outside": o} if (o := evals.outside(name)) else {}) for name, c in chosen.items()},
             **({"init_from": public_name(settings.init_from)} if settings.init_from else {}),
-            **({"revisions": network.pinned()} if network.pinned() else {}))
+            **({"revisions": network.pinned()} if network.pinned() else {}),
+            **({"dense": round(share, 3)} if (share := dense.get(interchange.suffix(job.name))) else {}),
+            **({"doubts": job.notes} if job.notes else {}))
         sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
                                   config=config, problems=problems)
     return sections

@@ -85,6 +85,9 @@ def warnings(run: Run, baseline: Run | None = None) -> list[str]:
         found.append(f"nearly dead SAE: only {alive:.1%} of its features ever fire")
     if l0 is not None and width and l0 > width / 10:
         found.append(f"not sparse: L0 = {number(l0)} is more than a tenth of its {width:,} features")
+    if run.config.get("dense"):
+        found.append(f"a dense code: {run.config['dense']:.0%} of its features are active on the average token; verdicts are marked")
+    found += run.config.get("doubts") or []
     found += _poor(run) + _off_target(run, l0)
     accuracies = {m: v for m, v in run.means.items() if v is not None and _is_accuracy(m)}
     chance = [m for m, v in accuracies.items() if v <= 0.5 + max(0.005, 2 * run.stderrs.get(m, 0.0))]
@@ -220,6 +223,7 @@ def judge(metric: str, run: Run, baseline: Run | None, direction: str) -> Judged
     if difference == 0:
         return Judged(0.0, "equal", "no")
     verdict = "" if not direction else "better" if (difference > 0) == (direction == "higher") else "worse"
+    verdict += " (dense)" if verdict and run.config.get("dense") else ""
     errors = [side.stderrs[metric] for side in (run, baseline) if side.stderrs.get(metric) is not None]
     beyond = "yes" if errors and abs(difference) > 2 * math.hypot(*errors) else "no"
     if not errors or (len(errors) == 1 and beyond == "yes"):  # one side's error is a lower bound: enough for a no, not for a yes
@@ -524,7 +528,7 @@ def _by_run(runs: list[Run], references: list[Run], saes: list[Run], known: dict
             mark = " " * judging
             if judging and not why and metric.partition(".")[0] not in settings:
                 judged = judge(metric, run, partner, known.get(metric, ""))
-                mark = {"yes": {"better": "+", "worse": "-"}.get(judged.verdict, " "), "?": "?"}.get(judged.beyond, " ")
+                mark = {"yes": {"better": "+", "worse": "-"}.get(judged.verdict.partition(" ")[0], " "), "?": "?"}.get(judged.beyond, " ")
             cells.append(number(run.means.get(metric)) + mark)
         rows.append((run, cells))
     if sweep:

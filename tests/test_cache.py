@@ -3,12 +3,11 @@
 import errno
 import os
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-from evals import cache, embedded, made, network, stored, tiny
+from evals import cache, embedded, made, network, tiny
 from tests.test_data import write_wheel
 
 
@@ -195,17 +194,3 @@ def test_kept_texts_that_are_damaged_are_made_again(tmp_path, capsys):
     assert len(calls) == 3 and capsys.readouterr().out.count("what is kept of k is damaged") == 2
     with pytest.raises(ZeroDivisionError):  # what goes wrong in the making is no damage
         network.kept(tmp_path, "k", {"n": 2}, lambda: 1 / 0)
-
-
-@pytest.mark.parametrize("file", ["result", "note"])
-def test_an_eval_s_result_that_is_cut_off_is_measured_again(tmp_path, file):
-    """Fails if half a file counts as done, or ends every later start."""
-    from evals import saebench
-
-    folder = tmp_path / "eval_results" / "core"
-    result = saebench.write(folder, saebench.Result({"group": {"m": 1.0}}), "core", {}, "layer_1", "v", {})
-    result.with_suffix(".depends_on").write_text('"hash"')
-    assert stored.is_done(tmp_path, "core", "layer_1", "hash") and not stored.is_done(tmp_path, "core", "layer_1", "other")
-    spoilt = result if file == "result" else result.with_suffix(".depends_on")
-    spoilt.write_bytes(Path(spoilt).read_bytes()[:-3])
-    assert not stored.is_done(tmp_path, "core", "layer_1", "hash")

@@ -132,7 +132,7 @@ def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
     assert run(cache, larger, texts, tmp_path / "run_1", evals="none") == 1
     out, err = capsys.readouterr()
     assert "note: the tokenizer has ids up to 400, the model embeds 400" in out
-    assert "FAILED in training: a text has the token id 400, and the model embeds 400 tokens" in err and "resize_token_embeddings" in err
+    assert "FAILED in preflight: a text has the token id 400" in err and "resize_token_embeddings" in err
 
     ids = tmp_path / "ids.jsonl"
     ids.write_text('{"ids": [0, 0, 0]}\n' * 100)

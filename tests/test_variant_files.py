@@ -1,13 +1,13 @@
 """The variant's file and the run: read once, named where Python cannot read it, its report apart from its training."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 import experiment
 import variants
+from runs import compare, reading
 
 TOPK = variants.path("topk").read_text(encoding="utf-8")
 REPORT = '''
@@ -121,10 +121,11 @@ def test_a_report_is_tried_before_anything_is_trained(run, tmp_path, report, wor
     assert status == 1 and "FAILED in preflight" in err and all(w in err for w in words), err
 
 
-def test_a_dense_code_is_marked_in_the_result(run, tmp_path):
+def test_a_dense_code_is_marked_in_result_and_verdict(run, tmp_path):
     """Fails if a run by --allow_dense cannot be told from a sparse one."""
     file = Path(__file__).parent / "fixtures/broken_variants/always_on.py"
     assert run("refused", f"--variant={file}")[0] == 1
-    assert run("run", f"--variant={file}", "--allow_dense")[0] == 0
-    assert any("a dense code: 100% of its features" in problem for problem in info(tmp_path / "run")["problems"])
-    shutil.rmtree(tmp_path / "run")
+    assert run("run", f"--variant={file}", "--allow_dense")[0] == 0 == run("sparse", "--variant=topk")[0]
+    assert info(tmp_path / "run")["config"]["dense"] == 1 and "dense" not in info(tmp_path / "sparse")["config"]
+    table = compare.compare(reading.read(tmp_path / "run"), reading.read(tmp_path / "sparse"), compare.directions())
+    assert "a dense code: 100% of its features" in table and " (dense)" in table

@@ -1001,7 +1001,7 @@ def phase(name: str, info: dict, out: Path):
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failed, 128 + signal interrupted."""
-    out, info, settings = None, dict(phase="settings", seconds={}), None
+    out, info, settings, lock = None, dict(phase="settings", seconds={}), None, None
     network.PINNED.clear()  # of an earlier run in this process
     variants.HELD.clear()
     try:
@@ -1069,6 +1069,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         return failure.report(error, info["phase"], out, variant, [settings.cache_dir] if settings else [])
     finally:
         VOICE.close()
+        if lock:
+            lock.release()  # here: an error that was kept may keep this frame
 
 
 if __name__ == "__main__":

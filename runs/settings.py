@@ -18,7 +18,7 @@ RANGES = {
     "lm_batch_size": (1, 2**20),
     "seed": (0, 2**32 - 1),  # what NumPy's and scikit-learn's generators take
     "log_lines": (1, 10**6),
-    "checkpoint_seconds": (0.0, 1e9),
+    "checkpoint_seconds": (0.0, math.inf),  # inf: at the end alone
     "activation_cache_gb": (0.0, 1e9),
 }
 MOST_BLOCKS = 10**6  # each is planned ahead

@@ -144,7 +144,7 @@ def test_a_damaged_result_or_its_note_is_no_result(tmp_path, harm):
     for victim in (".json", ".depends_on"):
         result = tmp_path / "eval_results/core/topk_layer_2_eval_results.json"
         runs.folder.write_json(result, {"x": list(range(100))})
-        stored.note(result, "abc")
+        runs.folder.write_json(result.with_suffix(".depends_on"), stored.note(result, "abc"))
         assert stored.is_done(tmp_path, "core", "layer_2", "abc") and not stored.is_done(tmp_path, "core", "layer_2", "abd")
         harm(result.with_suffix(victim))
         assert not stored.is_done(tmp_path, "core", "layer_2", "abc")
@@ -350,7 +350,7 @@ def test_no_limit_is_none(tmp_path):
      ["--block_tokens: 3,000,000,000 tokens", "384.0 GB of the 384.4 GB", "there are 20.0 GB", "which would fit"]),
     (["--context=100000", "--lm_batch_size=1000"], 2e10, ["--lm_batch_size: 1,000 rows of 100,000 tokens of context"]),
     (["--batch_size=4000", "--block_tokens=4000"], 1e9, ["0.9 GiB of it in a step", "reduce --batch_size"]),
-    (["--d_sae=1000000000"], 2e10, ["1 SAE with gradients", "reduce --d_sae"]),
+    (["--d_sae=60000000"], 2e10, ["1 SAE with gradients", "reduce --d_sae"]),
     ([], 4e8, ["the process itself"]),
 ])
 def test_a_forecast_names_what_takes_most(more, available, words):

@@ -1,12 +1,14 @@
 """The variants that differ from `standard` by their penalty or by a gate: standard_april, gated, p_anneal."""
 
+import json
+
 import pytest
 import torch
 
 import experiment
 import variants
 import variants.saving
-from variants import base, gated, p_anneal, standard_april
+from variants import base, gated, interchange, p_anneal, standard_april
 from variants.preflight import check
 
 NAMES = ["standard_april", "gated", "p_anneal"]
@@ -186,6 +188,9 @@ def test_a_gated_sae_without_its_gate_is_not_loaded(tmp_path):
     weights = load_file(tmp_path / "sae" / "sae_weights.safetensors")
     assert set(weights) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}
     save_file({k: v for k, v in weights.items() if k != "r_mag"}, tmp_path / "sae" / "sae_weights.safetensors")
+    cfg = json.loads((tmp_path / "sae/cfg.json").read_text())
+    del cfg["metadata"][interchange.DIGEST]  # as in a file of another library
+    (tmp_path / "sae/cfg.json").write_text(json.dumps(cfg))
     with pytest.raises(ValueError, match="r_mag"):
         variants.saving.load_sae(tmp_path / "sae")
 

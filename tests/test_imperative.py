@@ -144,7 +144,7 @@ def test_a_killed_trainer_ends_in_the_same_bytes(tmp_path):
     ("tensor_key", "state_dict()", ["a tensor of shape [24, 160] is no key", "names or numbers"]),
     ("zeros", "nn.init.zeros_", ["no feature ever fires: W_dec and W_enc start", "rows of unit norm"]),
     ("undefined_name", "einops_reduce", ["'einops_reduce' is not defined", "import or define einops_reduce"]),
-    ("missing_package", "import not_installed", ["No module named", "pip install not-installed-here"]),
+    ("missing_package", "not_installed_here import", ["No module named", "pip install not-installed-here"]),
     ("third_argument", "def update", ["wrong arguments", "needs a default"]),
     ("contexts_without_batch", "def update", ["cannot be given them", "activations, batch)"]),
     ("endless", "self.steps_done > 9", ["nothing came of it within 1 s", "a loop without an end"]),

@@ -567,7 +567,8 @@ def code(tree: ast.Module) -> str:
 def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:
     """Lines of the statements of `mine` that `theirs` does not have."""
     def statements(tree):
-        return [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt) and not hasattr(n, "body")]
+        found = [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt) and not hasattr(n, "body")]
+        return found + [(f"{n.name}({ast.unparse(n.args)})", n.lineno) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
 
     known = {text for text, _ in statements(theirs)}
     return sorted(line for text, line in statements(mine) if text not in known and not text.startswith(("'", '"')))

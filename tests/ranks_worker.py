@@ -12,6 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import experiment  # noqa: E402
 import variants  # noqa: E402
+from tests import OWN_VARIANTS
 from variants import base, ranks  # noqa: E402
 
 D, F, B, DEAD = 16, 192, 64, 40
@@ -23,7 +24,7 @@ def gradients(file: str) -> int:
     ranks.join("cpu")
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(1)).double() / D**0.5
     found = {}
-    for name in variants.names():
+    for name in OWN_VARIANTS:
         if not variants.load(name).SAE.data_parallel:
             continue
         for together in (False, True):

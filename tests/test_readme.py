@@ -13,6 +13,7 @@ import pytest
 import experiment
 import variants
 from runs import compare, seeds
+from tests import OWN_VARIANTS
 
 PROJECT = Path(experiment.__file__).parent
 READMES = sorted(path for path in PROJECT.rglob("README.md") if not any(part[0] == "." for part in path.relative_to(PROJECT).parts))
@@ -95,11 +96,11 @@ def test_a_flag_is_one(flags, place, monkeypatch):
     experiment.layers_of(settings)
     named = set(re.findall(r"(?:^|,)(\w+)=", f"{settings.hyper},{settings.sweep}"))
     if named and "my_weight" not in named:  # that is the README's own variant's: it is run below
-        knowing = [m for m in map(variants.load, variants.names()) if named <= set(variants.hyperparameters(m))]
+        knowing = [m for m in map(variants.load, OWN_VARIANTS) if named <= set(variants.hyperparameters(m))]
         assert experiment.hypers_of(settings, knowing[0])
 
 
-@pytest.mark.parametrize("name", [name for name in variants.names() if f"\n**`{name}`**" in (PROJECT / "README.md").read_text()])
+@pytest.mark.parametrize("name", [name for name in OWN_VARIANTS if f"\n**`{name}`**" in (PROJECT / "README.md").read_text()])
 def test_an_ablation_is_a_hyper_parameter(name):
     """Fails if a README offers an ablation by a name or value that the variant does not know."""
     part = (PROJECT / "README.md").read_text(encoding="utf-8").partition(f"\n**`{name}`**")[2].partition("\n\n")[0]

@@ -1,11 +1,17 @@
 """The shared mathematics of variants against dense references, and what is saved."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import experiment
 import variants
 import variants.saving
+from tests import OWN_VARIANTS
 from variants import base, standard, topk
 
 LATE = base.Progress(50, 100, 5000, 10_000)
@@ -140,7 +146,7 @@ def auxk_against_its_formula(device, every):
 
 
 @pytest.mark.parametrize("dead", [None, 0, 3])
-@pytest.mark.parametrize("name", [name for name in variants.names() if variants.load(name).SAE.data_parallel])
+@pytest.mark.parametrize("name", [name for name in OWN_VARIANTS if variants.load(name).SAE.data_parallel])
 def test_a_training_step_never_waits_for_the_device(name, dead):
     """Fails if a step reads a value back: the meta device has none to give. Covers loss, projection, clip, counters, theta."""
     with torch.device("meta"):
@@ -260,3 +266,17 @@ def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():
     z = trained.encode(x)
     assert torch.allclose(trained.decode(z), sae.decode(sae.encode(x / 4)) * 4, atol=1e-5)
     assert torch.allclose(trained.decode(z), z @ trained.W_dec + sae.b_dec * 4, atol=1e-5)
+
+
+def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_path):
+    """Fails if a further file in variants/, sound or broken, stops the collection of a test or becomes a case of one."""
+    project, beside = Path(__file__).parents[1], tmp_path / "project"
+    for part in ("evals", "runs", "tests", "variants"):
+        shutil.copytree(project / part, beside / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(project / "experiment.py", beside)
+    shutil.copy(project / "README.md", beside)
+    shutil.copy(beside / "variants/topk.py", beside / "variants/mine.py")
+    (beside / "variants/broken.py").write_text("import sys\nsys.exit(3)\n")
+    collected = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"], cwd=beside, text=True,
+                               capture_output=True, timeout=300)
+    assert collected.returncode == 0 and "mine]" not in collected.stdout and "broken]" not in collected.stdout, collected.stdout[-2000:]

@@ -39,6 +39,7 @@ ONLY_IF_NEEDED = {"wandb_name", "submodule_name"}
 # lengths in steps that suit long runs: (usual length, most as a share of the run)
 SHRUNK = {"warmup_steps": (1000, 0.05), "sparsity_warmup_steps": (5000, 0.1), "threshold_start_step": (1000, 0.05),
           "decay_start": (None, 0.8), "anneal_start": (15_000, 0.5)}
+MOST_ITEMS = 64  # tensors in a list or dict on the ae that are taken for its state
 GLANCE = 128  # tokens of each batch encoded once more, to see which features fire
 
 
@@ -289,15 +290,15 @@ class Imperative(base.SAE):
     def state_dict(self, *args, prefix: str = "", **kwargs):
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         for name, (_, _, value) in self._plain_state().items():
-            state[prefix + name] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+            state[prefix + name] = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=_dtype(value))
         return state
 
     def load_state_dict(self, state, strict: bool = True, assign: bool = False):
         formal = nn.Module.state_dict(self).keys()
         own = {name: tensor for name, tensor in state.items() if name not in formal and self.holder_of(name) is not None}
         result = super().load_state_dict({name: t for name, t in state.items() if name not in own}, strict, assign)
-        for name, tensor in own.items():
-            _put(self.holder_of(name), name.rpartition(".")[2], tensor)
+        for name in sorted(own, key=lambda name: (len(name), name)):  # a list's second entry before its tenth
+            _put(self.holder_of(name), name.rpartition(".")[2], own[name])
         return result
 
     def holder_of(self, name: str):
@@ -334,17 +335,26 @@ def looking(ae: nn.Module):
             module.training = training
 
 
+def _dtype(number) -> torch.dtype:
+    """The one that holds a Python number as it is."""
+    return {bool: torch.bool, int: torch.int64}.get(type(number), torch.float64)
+
+
 def _plain(ae: nn.Module, kind) -> Iterator[tuple]:
-    """(name, holder, key, value) of what is no parameter or buffer and of that kind: attributes, items of their lists and dicts."""
+    """(name, holder, key, value) of what is no parameter or buffer and of that kind: attributes, and tensors in lists and dicts.
+
+    A list that grows with every step is a history, and no state: one of more than MOST_ITEMS is left out.
+    """
     for prefix, module in ae.named_modules(prefix="ae"):
         for key, value in list(vars(module).items()):
             if key in MODULE_INTERNALS:
                 continue
             if isinstance(value, kind):
                 yield f"{prefix}.{key}", module, key, value
-            items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-            for item, inner in list(items):
-                if isinstance(inner, kind) and isinstance(item, (str, int)):
+            if kind is not Tensor or not isinstance(value, (dict, list)) or len(value) > MOST_ITEMS:
+                continue
+            for item, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                if isinstance(inner, Tensor) and isinstance(item, (str, int)):
                     yield f"{prefix}.{key}.{item}", value, item, inner
 
 

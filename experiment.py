@@ -904,6 +904,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         means |= {"training.final_loss": last["loss"], "training.steps": last["step"]} if log else {}
         means |= {f"variant.{k}": v for k, v in json.loads((out / "variant_report" / job.name / "numbers.json").read_bytes()).items()}
         measured, stderrs, problems = stored.collected(out, chosen, job.name, crashed)
+        problems += [compare.DOUBT + note for note in job.notes]
         if job.name in unreported:
             problems.append(f"the variant's own report failed: {type(unreported[job.name]).__name__}: {unreported[job.name]}")
         config = dict(
@@ -915,8 +916,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
             evals={name: c | ({"outside": o} if (o := evals.outside(name)) else {}) for name, c in chosen.items()},
             **({"init_from": public_name(settings.init_from)} if settings.init_from else {}),
             **({"revisions": network.pinned()} if network.pinned() else {}),
-            **({"dense": round(share, 3)} if (share := dense.get(interchange.suffix(job.name))) else {}),
-            **({"doubts": job.notes} if job.notes else {}))
+            **({"dense": round(share, 3)} if (share := dense.get(interchange.suffix(job.name))) else {}))
         sections[job.name] = dict(means=dict(sorted(means.items())) | dict(sorted(measured.items())), stderrs=dict(sorted(stderrs.items())),
                                   config=config, problems=problems)
     return sections

@@ -37,6 +37,7 @@ HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "
 HEADLINE_LINES = 13
 BY_RUN = ("core.l0", "core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1", "core.frac_alive", "core.explained_variance")
 WIDTH = 100  # columns of printed text
+DOUBT = "doubtful: "  # begins a problem of a run that concerns all its figures
 MARKS = "* by more than 2 standard errors, ? standard error unknown"
 BY_L0_METRICS, BY_L0_ROWS, BY_L0_NAME = 6, 36, 30  # of the table by L0: metrics and rows at most, characters of an SAE's name
 # final losses and their terms are sums of different things in different variants: no direction
@@ -87,7 +88,7 @@ def warnings(run: Run, baseline: Run | None = None) -> list[str]:
         found.append(f"not sparse: L0 = {number(l0)} is more than a tenth of its {width:,} features")
     if run.config.get("dense"):
         found.append(f"a dense code: {run.config['dense']:.0%} of its features are active on the average token; verdicts are marked")
-    found += run.config.get("doubts") or []
+    found += [problem.removeprefix(DOUBT) for problem in run.problems if problem.startswith(DOUBT)]
     found += _poor(run) + _off_target(run, l0)
     accuracies = {m: v for m, v in run.means.items() if v is not None and _is_accuracy(m)}
     chance = [m for m, v in accuracies.items() if v <= 0.5 + max(0.005, 2 * run.stderrs.get(m, 0.0))]

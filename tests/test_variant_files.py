@@ -7,6 +7,7 @@ import pytest
 
 import experiment
 import variants
+from evals import language_model
 from runs import compare, reading
 
 TOPK = variants.path("topk").read_text(encoding="utf-8")
@@ -83,7 +84,9 @@ def test_a_report_that_fails_costs_neither_training_nor_evals(run, tmp_path, mon
     """Fails if the run ends there, or its mending is taken for another training."""
     mine = tmp_path / "mine.py"
     mine.write_text(TOPK + REPORT.replace("FIRST", "1 / (2 - context.layer)"))  # the preflight's layer is 0
-    status, out, err = run("run", f"--variant={mine}")
+    with monkeypatch.context() as patched:
+        patched.setattr(language_model, "outliers", lambda *_: "few tokens hold it all")
+        status, out, err = run("run", f"--variant={mine}")
     assert status == 1 and "FAILED in report of layer_2: division by zero" in err and "mine.py:" in err
     broken = info(tmp_path / "run")
     assert "core.l0" in broken["means"] and any("own report failed" in problem for problem in broken["problems"])
@@ -93,7 +96,8 @@ def test_a_report_that_fails_costs_neither_training_nor_evals(run, tmp_path, mon
     status, out, err = run("run", f"--variant={mine}")
     assert status == 0 and "continuing from step" in out and "eval core" not in out, out + err
     mended = info(tmp_path / "run")
-    assert mended["means"] == broken["means"] | {"variant.width": 2} and mended["problems"] == []
+    assert mended["means"] == broken["means"] | {"variant.width": 2}
+    assert mended["problems"] == ["doubtful: few tokens hold it all"] and "warning: few tokens hold it all" in out
     assert (tmp_path / "run/variant.py").read_text() == mine.read_text()
     assert (tmp_path / "run/variant_report/layer_2/note.txt").read_text() == "text"
 

@@ -321,7 +321,8 @@ def preflight(settings: Settings, source) -> dict:
             total_steps=count_steps(settings), lr=settings.lr, seed=settings.seed, train_step=train_step,
             make_optimizer=make_optimizer, reference_files=check.references(settings.variant), against=settings.against,
             allow_identical=settings.allow_identical, allow_dense=settings.allow_dense,
-            accelerator=settings.device != "cpu", context=settings.context, room=(layers[0], shape["n_layers"] - 1 - layers[-1]))
+            accelerator=settings.device != "cpu", context=settings.context, room=(layers[0], shape["n_layers"] - 1 - layers[-1]),
+            told=dict(layer=layers[0], lm_name=settings.model))
         for note in findings[suffix].notes:
             say(f"note: {settings.variant}{suffix}: {note}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from runs.folder import check_present, write_text
 from runs.voice import VOICE, duration, say
+from variants.imperative import Imperative, looking
 
 GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no measurement, that is the core eval's
 
@@ -22,8 +23,9 @@ def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks: Callable[
     for job in jobs:
         if not recent[job.name]:
             continue
-        names = ["loss", *recent[job.name][0][1]]
-        values = torch.stack([torch.stack([loss, *terms.values()]).float() for loss, terms in recent[job.name]])
+        own = isinstance(job.sae, Imperative)  # whose other numbers may be counters, or means over nothing
+        names = ["loss"] if own else ["loss", *recent[job.name][0][1]]
+        values = torch.stack([torch.stack([loss, *terms.values()][:len(names)]).float() for loss, terms in recent[job.name]])
         values = mean_over_ranks(values).cpu()  # so that all of them stop
         bad = ~values.isfinite() | (values.abs() > 1e6)  # E‖x‖² = 1, so a loss starts near 1
         if bad.any():
@@ -54,20 +56,24 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
     rate = (step - clock["step"]) * batch_size / max(now - clock["start"], 1e-9)
     for job in jobs:
         x_BD = x_of_job[job.name][:GLANCE]
-        job.sae.eval()
-        z_BF = job.sae.encode(x_BD)
-        error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
-        job.sae.train()
+        with looking(job.sae):
+            z_BF = job.sae.encode(x_BD)
+            error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
         if hasattr(job.sae, "reshard"):
             job.sae.reshard()  # else all SAEs would be whole at once
         row = dict(sae=job.name, step=step, tokens=step * batch_size, loss=mean(loss for loss, _ in recent[job.name]))
-        row |= {k: mean(terms[k] for _, terms in recent[job.name]) for k in recent[job.name][0][1]}
+        row |= {_column(k): mean(terms[k] for _, terms in recent[job.name]) for k in recent[job.name][0][1]}
         row |= dict(l0=float((z_BF != 0).float().sum(-1).mean()), explained_variance=1 - float(error),
                     dead_share=float(job.sae.dead_features(progress).float().mean()), tokens_per_s=round(rate))
         found.append(row)
         recent[job.name].clear()
     clock.update(start=time.monotonic(), step=step)
     return found
+
+
+def _column(term: str) -> str:
+    """A term's column: one that has the name of a column of the log's own is told from it."""
+    return f"own_{term}" if term in ("sae", "step", "tokens", "loss", "l0", "explained_variance", "dead_share", "tokens_per_s") else term
 
 
 def say_rows(rows: list[dict], total_tokens: int) -> None:

@@ -244,13 +244,49 @@ def test_what_hangs_on_the_ae_is_saved_and_moved(x_SBD):
     sae = built(file)
     steps(sae, x_SBD)
     state = sae.state_dict()
-    assert state["ae.mask"].sum() == 160 and state["ae.means.0"].any() and 0 < state["ae.threshold"] < 0.02
+    assert state["ae.mask"].sum() == 160 and state["ae.means[0]"].any() and 0 < state["ae.threshold"] < 0.02
     again = built(file)
     again.load_state_dict(state)
     assert again.ae.threshold == pytest.approx(sae.ae.threshold) and isinstance(again.ae.threshold, float)
     assert torch.equal(again.encode(x_SBD[0]), sae.encode(x_SBD[0]))
     moved = again.to(torch.float64)
     assert moved.ae.mask.dtype == moved.ae.means[0].dtype == torch.float64
+
+
+def test_lists_dicts_and_changing_numbers_come_back_from_a_file(tmp_path):
+    """Fails if entries come back in the order of a file's names, under other keys, or as what stood there before."""
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "pasted.py"
+    file.write_text(PASTED.replace("RETURN", "None").replace("CustomSAE", "SAE").replace(  # a name that the runner uses, too
+        "        self.W_enc =",
+        "        self.offsets, self.shadow, self.theta, self.level, self.bound = [], {}, {}, 0, 0.0\n        self.W_enc ="))
+    sae, again = built(file), built(file)
+    sae.ae.offsets += [torch.full((3,), float(i)) for i in range(13)]
+    sae.ae.shadow["encoder.weight"] = torch.ones(2)
+    sae.ae.theta[7] = torch.ones(1)
+    sae.ae.level, sae.ae.bound = 0.1, torch.arange(4.0)
+    save_file({k: t.clone().contiguous() for k, t in sae.state_dict().items()}, tmp_path / "state.safetensors")
+    again.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert [float(t[0]) for t in again.ae.offsets] == list(range(13))
+    assert list(again.ae.shadow) == ["encoder.weight"] and list(again.ae.theta) == [7]
+    assert again.ae.level == 0.1 and torch.equal(again.ae.bound, torch.arange(4.0))
+
+
+def test_numbers_that_update_returns_are_no_losses(x_SBD):
+    """Fails if a counter or a mean over nothing ends the run, a column of the log is overwritten, or a loss that comes late is 0."""
+    from runs import training_log
+
+    sae = built(next(f for f in HABITS if f.stem == "plain_tensors"))
+    answers = iter([None, {"loss": 0.5, "tokens": 2e9, "dead": float("nan")}, {"tokens": 3e9}])
+    sae.trainer.update = lambda step, x: next(answers)
+    found = [experiment.train_step(sae, None, base.Batch(x_SBD[i]), base.Progress(i, 60, 0, 60)) for i in range(3)]
+    assert found[1][0] == 0.5 and found[1][1]["reconstruction"] == found[0][0] and found[2][0] == 3e9
+    job = experiment.Job("layer_2", 2, {}, sae, None)
+    recent = {"layer_2": [(torch.tensor(0.5), {"tokens": torch.tensor(2e9), "dead": torch.tensor(float("nan"))})]}
+    clock = dict(start=0.0, step=0)
+    row = training_log.rows([job], recent, {"layer_2": x_SBD[0]}, base.Progress(1, 60, 56, 60 * 56), 56, clock, 1, lambda t: t)[0]
+    assert row["tokens"] == 56 and row["own_tokens"] == 2e9 and row["loss"] == 0.5
 
 
 def test_looking_for_the_width_changes_nothing():

@@ -136,8 +136,10 @@ def load(name: str) -> ModuleType:
     if inspect.isclass(getattr(module, "SAE", None)) and issubclass(module.SAE, base.SAE):
         return module
     trainer = imperative.trainer_of(module, tree)
-    if trainer:
-        module.SAE = imperative.adapted(trainer)
+    if trainer:  # in a module of its own: the file may have a class SAE, which its trainer makes
+        beside = ModuleType(name)
+        beside.__dict__.update(vars(module), SAE=imperative.adapted(trainer))
+        return beside
     else:
         classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
         near = difflib.get_close_matches("SAE", classes, 1, 0)

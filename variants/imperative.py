@@ -14,6 +14,7 @@ import ast
 import copy
 import inspect
 import random
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ from variants.copying import duplicate
 
 # what the runner gives, under the names in use
 SUPPLIED = {
-    "d_in": ("activation_dim", "d_in", "input_dim"), "d_sae": ("dict_size", "d_sae", "n_features", "hidden_dim"),
+    "d_in": ("activation_dim", "d_in", "input_dim", "d_model", "act_size", "n_inputs"),
+    "d_sae": ("dict_size", "d_sae", "n_features", "hidden_dim", "n_latents", "num_latents", "latent_dim", "d_hidden", "num_features"),
     "steps": ("steps", "total_steps", "num_steps"), "lr": ("lr", "learning_rate"), "seed": ("seed",), "device": ("device",),
     "layer": ("layer", "hook_layer"), "lm_name": ("lm_name", "model_name"), "hook_name": ("hook_name",),
     "submodule_name": ("submodule_name",), "wandb_name": ("wandb_name", "run_name"),
@@ -159,13 +161,16 @@ class Imperative(base.SAE):
             raise AttributeError(f"{type(trainer).__name__} has no module called ae{has}\n"
                                  f"evals use trainer.ae.encode and trainer.ae.decode: set self.ae{f' = self.{near[0]}' if near else ''}")
         self.ae = trainer.ae
-        self.__dict__["_numbers_made"] = {name: value for name, *_, value in _plain(self.ae, PLAIN_NUMBERS)}
+        for method, given in (("encode", "x"), ("decode", "features")):
+            check_called(self.ae, method, given)
+        self.__dict__["_numbers_made"] = dict(_plain(self.ae, PLAIN_NUMBERS))
         self.__dict__["returned"] = None  # what encode returned besides one tensor, in words
         width = self._width()
         self.register_buffer("tokens_since_fired", torch.zeros(width, dtype=torch.int64, device=setting["device"]))
         self._fired_F = None
         self._takes_batch = takes_batch(trainer.update)
         self._names: list[str] | None = None  # of the numbers update returned first; later steps give the same ones
+        self.__dict__["_last"] = {}
 
     def __deepcopy__(self, memo):
         """A copy to look at: its own ae, the same trainer."""
@@ -187,8 +192,7 @@ class Imperative(base.SAE):
 
     def _features(self, ae: nn.Module, x_ND: Tensor) -> Tensor:
         """What `ae.encode` returns; of several tensors the first that has the features' shape."""
-        dtype = next((p.dtype for p in ae.parameters()), torch.float32)
-        found = ae.encode(x_ND.to(dtype))
+        found = ae.encode(x_ND.to(dtype_of(ae)))
         if isinstance(found, Tensor):
             return found
         parts = list(found.values()) if isinstance(found, dict) else list(getattr(found, "__dict__", {}).values())
@@ -199,8 +203,7 @@ class Imperative(base.SAE):
         fitting = [part for part in wide if part.shape[1] == width] or [part for part in wide if part.shape[1] != self.d_in]
         what = f"{len(parts)} values" if parts else f"a {type(found).__name__}"
         if not fitting:
-            code = type(ae).encode.__code__
-            raise TypeError(f"{Path(code.co_filename).name}:{code.co_firstlineno}: ae.encode returned {what}: evals need one tensor of "
+            raise TypeError(f"{place_of(ae.encode)}: ae.encode returned {what}: evals need one tensor of "
                             "features [tokens, number of features]\n"
                             "return the features alone; what update needs besides, give behind a keyword: encode(x, return_gate=False)")
         self.__dict__["returned"] = f"{what}, of which the first of shape [tokens, {fitting[0].shape[1]}] is taken as the features"
@@ -213,8 +216,7 @@ class Imperative(base.SAE):
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstruction (..., D) of features (..., F)."""
-        dtype = next((p.dtype for p in self.ae.parameters()), torch.float32)
-        return self.ae.decode(z.reshape(-1, z.shape[-1]).to(dtype)).reshape(*z.shape[:-1], -1)
+        return self.ae.decode(z.reshape(-1, z.shape[-1]).to(dtype_of(self.ae))).reshape(*z.shape[:-1], -1)
 
     @property
     def decoder(self) -> Tensor:
@@ -251,16 +253,16 @@ class Imperative(base.SAE):
             if z_NF.shape[-1] != len(self.tokens_since_fired):
                 self.tokens_since_fired = self.tokens_since_fired.new_zeros(z_NF.shape[-1])
             self.note_fired(z_NF)
-            terms = _returned(out)
-            if not terms:
-                terms = {"reconstruction": base.reconstruction_loss(x_ND - self.decode(z_NF))}
+            terms = _returned(out) or {"reconstruction": base.reconstruction_loss(x_ND - self.decode(z_NF))}
         self.count_step(len(batch.x))
         terms = {k: torch.as_tensor(v).detach().reshape(()).to(batch.x.device, torch.float32) for k, v in terms.items()}
-        self._names = self._names or list(terms)
-        missing = next(iter(terms.values()))
-        terms = {k: terms.get(k, torch.zeros_like(missing)) for k in self._names}
         loss = terms.pop("loss", None)
-        return (next(iter(terms.values())) if loss is None else loss), terms
+        loss = next(iter(terms.values())) if loss is None else loss
+        if self._names is None:
+            self._names = list(terms)
+        # the log has the columns of the first step: what a later one leaves out stays as it was
+        self.__dict__["_last"] = {name: terms.get(name, self._last.get(name, loss)) for name in self._names}
+        return loss, dict(self._last)
 
     @property
     def default_lr(self) -> float:
@@ -280,17 +282,16 @@ class Imperative(base.SAE):
 
     # -- what hangs on the ae besides parameters and buffers: masks, running statistics, thresholds
 
-    def _plain_state(self) -> dict[str, tuple]:
-        """{name: (holder, key, value)} of the ae's plain tensors, and of the plain numbers that training has changed."""
-        tensors = {name: place for name, *place in _plain(self.ae, Tensor)}
-        numbers = {name: (holder, key, value) for name, holder, key, value in _plain(self.ae, PLAIN_NUMBERS)
+    def _plain_state(self) -> dict[str, Tensor]:
+        """The ae's plain tensors, and the plain numbers that training has changed, by their names in a state dict."""
+        numbers = {name: torch.tensor(value, dtype=_dtype(value)) for name, value in _plain(self.ae, PLAIN_NUMBERS)
                    if self._numbers_made.get(name) != value}
-        return tensors | numbers
+        return {name: value.detach() for name, value in _plain(self.ae, Tensor)} | numbers
 
     def state_dict(self, *args, prefix: str = "", **kwargs):
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for name, (_, _, value) in self._plain_state().items():
-            state[prefix + name] = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=_dtype(value))
+        for name, tensor in self._plain_state().items():
+            state[prefix + name] = tensor
         return state
 
     def load_state_dict(self, state, strict: bool = True, assign: bool = False):
@@ -298,24 +299,47 @@ class Imperative(base.SAE):
         own = {name: tensor for name, tensor in state.items() if name not in formal and self.holder_of(name) is not None}
         result = super().load_state_dict({name: t for name, t in state.items() if name not in own}, strict, assign)
         for name in sorted(own, key=lambda name: (len(name), name)):  # a list's second entry before its tenth
-            _put(self.holder_of(name), name.rpartition(".")[2], own[name])
+            _put(self.holder_of(name), *PLACE.match(name).group(2, 3), own[name])
         return result
 
-    def holder_of(self, name: str):
-        """What a plain tensor or number of that name hangs on: a module of the ae, or a list or dict there; None if on none."""
-        here = self
-        for part in name.split(".")[:-1]:
-            if isinstance(here, (list, dict)):
-                here = _item(here, part)
-            else:
-                here = getattr(here, part, None)
-        return here if name.startswith("ae.") else None
+    def holder_of(self, name: str) -> nn.Module | None:
+        """The module of the ae on which a plain tensor or number of that name hangs; None if it is no such name."""
+        place = PLACE.match(name)
+        return dict(self.named_modules()).get(place[1]) if place else None
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        for _, holder, key, value in _plain(self.ae, Tensor):
-            _put(holder, key, fn(value.detach()))
+        for name, value in list(_plain(self.ae, Tensor)):
+            _put(self.holder_of(name), *PLACE.match(name).group(2, 3), fn(value.detach()))
         return self
+
+
+def check_called(ae: nn.Module, method: str, given: str) -> None:
+    """The ae's encode and decode can be called as the evals call them. AttributeError, TypeError."""
+    function = getattr(ae, method, None)
+    if not callable(function):
+        raise AttributeError(f"{type(ae).__name__} has no method {method}\n"
+                             "evals need ae.encode(x) -> features [tokens, number of features] and ae.decode(features) -> x_hat")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in, or made by a compiler: what it takes is seen when it is called
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(f"{place_of(function)}: ae.{method}{signature} is called as ae.{method}({given}): {error}\n"
+                        "give its other arguments a default") from None
+
+
+def place_of(function) -> str:
+    """`file.py:line` of a function's own definition, behind its decorators."""
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}" if code else "ae"
+
+
+def dtype_of(ae: nn.Module) -> torch.dtype:
+    """The dtype in which an ae computes: of its first parameter that is no counter."""
+    return next((p.dtype for p in ae.parameters() if p.is_floating_point()), torch.float32)
 
 
 def takes_batch(update) -> bool:
@@ -340,8 +364,12 @@ def _dtype(number) -> torch.dtype:
     return {bool: torch.bool, int: torch.int64}.get(type(number), torch.float64)
 
 
-def _plain(ae: nn.Module, kind) -> Iterator[tuple]:
-    """(name, holder, key, value) of what is no parameter or buffer and of that kind: attributes, and tensors in lists and dicts.
+# a plain tensor's name in a state dict: the module, its attribute, and in brackets the entry of a list or dict there
+PLACE = re.compile(r"(ae(?:\.[^\[]+)?)\.([^.\[]+)(?:\[(.*)\])?$", re.S)
+
+
+def _plain(ae: nn.Module, kind) -> Iterator[tuple[str, object]]:
+    """(name, value) of what is no parameter or buffer and of that kind: attributes, and tensors in lists and dicts.
 
     A list that grows with every step is a history, and no state: one of more than MOST_ITEMS is left out.
     """
@@ -350,33 +378,27 @@ def _plain(ae: nn.Module, kind) -> Iterator[tuple]:
             if key in MODULE_INTERNALS:
                 continue
             if isinstance(value, kind):
-                yield f"{prefix}.{key}", module, key, value
+                yield f"{prefix}.{key}", value
             if kind is not Tensor or not isinstance(value, (dict, list)) or len(value) > MOST_ITEMS:
                 continue
             for item, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
                 if isinstance(inner, Tensor) and isinstance(item, (str, int)):
-                    yield f"{prefix}.{key}.{item}", value, item, inner
+                    yield f"{prefix}.{key}[{item}]", inner
 
 
-def _item(holder, key: str):
-    """The entry of a list or dict by the name it has in a state dict."""
-    if isinstance(holder, dict):
-        return next((value for k, value in holder.items() if str(k) == key), None)
-    return holder[int(key)] if key.isdigit() and int(key) < len(holder) else None
-
-
-def _put(holder, key, tensor: Tensor) -> None:
-    """Put a plain tensor back; a number where a number stands."""
-    there = getattr(holder, key, None) if isinstance(holder, nn.Module) else _item(holder, str(key))
-    value = type(there)(tensor.item()) if isinstance(there, PLAIN_NUMBERS) else tensor.clone()
-    if isinstance(holder, nn.Module):
-        setattr(holder, key, value)
-    elif isinstance(holder, dict):
-        holder[next((k for k in holder if str(k) == str(key)), key)] = value
-    elif int(key) < len(holder):
-        holder[int(key)] = value
+def _put(module: nn.Module, attribute: str, item: str | None, tensor: Tensor) -> None:
+    """Put a plain tensor back where it hung; a number where a number stands."""
+    there = getattr(module, attribute, None)
+    if item is None:
+        number = tensor.ndim == 0 and isinstance(there, PLAIN_NUMBERS)
+        setattr(module, attribute, tensor.item() if number else tensor.clone())
+    elif isinstance(there, dict):
+        by_number = item.isdigit() and all(isinstance(key, int) for key in there)
+        there[int(item) if by_number else item] = tensor.clone()
     else:
-        holder.append(value)
+        entries = there if isinstance(there, list) else []
+        entries[int(item):int(item) + 1] = [tensor.clone()]
+        setattr(module, attribute, entries)
 
 
 def _returned(out) -> dict:

@@ -12,6 +12,7 @@ factors) is folded into the weights; what no weights can express is refused. D =
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import json
@@ -44,6 +45,7 @@ class Found:
     metadata: dict  # model_name, hook_name, layer (the residual stream after this block); None where the file does not say
     load: Callable[[], dict[str, Tensor]]  # the state dict, in the variant's names and shapes
     place: str = ""  # for messages
+    setting: dict = dataclasses.field(default_factory=dict)  # what its trainer was told of the run (variants.build)
 
 
 # ------------------------------------------------------------------------------------------------ what lies where
@@ -139,7 +141,7 @@ def read_own(folder: Path, cfg: dict) -> Found:
     # of equal files the project's own is run: beside the other there may lie an __init__.py
     same = [name for name in variants.names() if variants.path(name).read_bytes() == code.read_bytes()]
     return Found(same[0] if same else str(code), cfg["init"]["d_in"], cfg["init"]["d_sae"], cfg["hyper"], cfg["scale"],
-                 metadata_of(cfg), lambda: load_file(file), str(folder))
+                 metadata_of(cfg), lambda: load_file(file), str(folder), cfg["init"].get("setting") or {})
 
 
 def check_trusted(found: Found) -> None:
@@ -184,7 +186,7 @@ def build(found: Found, trust_code: bool = False) -> base.SAE:
     module = variants.load(found.variant)
     known = variants.hyperparameters(module)  # a foreign file may carry those of an older form of the variant
     hyper = found.hyper if own else {k: v for k, v in found.hyper.items() if k in known}
-    sae = variants.build(module, found.d_in, found.d_sae, hyper)
+    sae = variants.build(module, found.d_in, found.d_sae, hyper, found.setting)
     state = fill(sae, found)
     if not own and not unedited(sae, found.variant, hyper, state):
         raise ValueError(f"{found.place}: variants/{found.variant}.py gives these weights other features than they were trained to give\n"

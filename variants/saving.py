@@ -47,7 +47,9 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
         state = {name: tensor.clone().contiguous() for name, tensor in trained.sae.state_dict().items()}
         save_file(state, temporary / "state.safetensors")
         (temporary / "variant.py").write_bytes(variants.text(source))
-        own = dict(architecture="variant", variant=source.stem, init=dict(d_in=sae.d_in, d_sae=sae.d_sae), hyper=hyper, scale=scale)
+        told = {key: value for key, value in getattr(sae, "setting", {}).items() if key != "device"}
+        init = dict(d_in=sae.d_in, d_sae=sae.d_sae, setting=told)
+        own = dict(architecture="variant", variant=source.stem, init=init, hyper=hyper, scale=scale)
         (temporary / "cfg.json").write_text(json.dumps(cfg | own, indent=1), encoding="utf-8")
     note_digest(temporary)
     if folder.exists():  # of an interrupted attempt of the same run

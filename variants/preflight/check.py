@@ -78,13 +78,15 @@ class Findings:
 
 def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total_steps: int, lr: float | None, seed: int,
         train_step: Callable, make_optimizer: Callable, reference_files: Iterable = (), against: str = "", allow_identical: bool = False,
-        allow_dense: bool = False, accelerator: bool = False, context: int | None = None, room: tuple[int, int] = (0, 0)) -> Findings:
+        allow_dense: bool = False, accelerator: bool = False, context: int | None = None, room: tuple[int, int] = (0, 0),
+        told: dict | None = None) -> Findings:
     """Check a variant, by name or path, for training at the given real sizes; raises on the first thing that is wrong.
 
     `train_step(sae, optimizer, batch, progress, lr)` and `make_optimizer(sae, lr)` are the training loop's. `reference_files`
     are variants from which this one must differ in effect, unless `allow_identical`; `against` is another, of which it is said how far
     this one gets from it. A code that is not sparse is refused unless `allow_dense`. With `accelerator` the memory forecast is for a GPU,
-    where shared functions take other paths. `context`: tokens per row; `room`: layers below and above the SAE's.
+    where shared functions take other paths. `context`: tokens per row; `room`: layers below and above the SAE's;
+    `told`: what a trainer is told of the run besides (layer, lm_name).
     """
     if total_steps < 1:
         raise ValueError(f"{total_steps} training steps: there are fewer tokens than one batch of {batch_size}\n"
@@ -92,13 +94,16 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
     if lr is not None and not lr > 0:
         raise ValueError(f"the learning rate is {lr}: nothing would be trained\nset --lr to a positive number, such as 3e-4")
     v = read(name, hyper)
-    setting = imperative.SETTING | dict(steps=max(total_steps, STEPS), schedule=STEPS, lr=Plan.learning_rate, seed=seed)
+    setting = imperative.SETTING | (told or {}) | dict(steps=max(total_steps, STEPS), schedule=STEPS, lr=Plan.learning_rate, seed=seed)
     v = dataclasses.replace(v, setting=setting)
     check_signatures(v)
     with random_state(seed), one_thread():
         sae, sizes = smallest(v, d_sae)
         check_needs(v, sae, batch_size, context, room)
         plan = make_plan(sizes, batch_size, total_steps, seed, train_step, make_optimizer)
+        if v.is_trainer and total_steps < STEPS:  # a length that is a share of the steps may come to 0
+            short = dataclasses.replace(v, setting=setting | dict(steps=total_steps, schedule=total_steps))
+            next(train(short, initialised(short, sizes, plan), plan))
         sae = initialised(v, sizes, plan)
         check_decoder(v, sae)
         evidence = Evidence()
@@ -421,6 +426,7 @@ def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
     """encode on [B, D] gives a tensor [B, F], the same each time, and changes nothing; returns it."""
     probe, line = duplicate(sae).eval(), defined(v, "encode")
     with attempting(v, "in encode on [tokens, d_in]", plan.sizes):
+        probe.encode(plan.x_BD), probe.decoder  # once before: what follows from the weights may be stale after a step  # noqa: B018
         state = {k: t.clone() for k, t in probe.state_dict().items()}
         z_BF = probe.encode(plan.x_BD)
     if not isinstance(z_BF, Tensor):
@@ -486,7 +492,7 @@ def check_saved(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[str
     reseed(plan.seed + 1)
     fresh = build(v, plan.sizes)
     try:
-        fresh.load_state_dict({k: t.clone() for k, t in sae.state_dict().items()})
+        fresh.load_state_dict({k: t.clone() for k, t in sorted(sae.state_dict().items())})  # in a file's order
     except RuntimeError as error:
         fail(v, defined(v, "__init__"), f"a saved SAE does not load: {' '.join(str(error).split())[:200]}",
              "create every parameter and buffer in __init__, with its final shape")

@@ -19,6 +19,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
+import variants
 from variants import imperative
 from variants.preflight.memory import Sizes
 
@@ -165,6 +166,8 @@ def advice_for(error: BaseException, sizes: Sizes | None, trainer: bool) -> str:
         return f"install the package (pip install {package.replace('_', '-')}), or take the import out"
     if isinstance(error, ImportError):
         return "check the name and the package's version, or take the import out"
+    if isinstance(error, ZeroDivisionError):
+        return "a count or a length in steps came to 0 here: max(1, …)"
     if isinstance(error, UnboundLocalError):
         return "give it a value on every path that leads there"
     if isinstance(error, NameError):
@@ -196,7 +199,8 @@ def nearest(error: BaseException) -> str | None:
 def attempting(v: Variant, doing: str, sizes: Sizes | None = None, line: int | Callable[[], int | None] | None = None):
     """Run the variant's own code, for SECONDS at most; what it raises gets its place and some advice."""
     try:
-        with limited(SECONDS, doing):
+        compiles = b"torch.compile" in variants.text(v.file)  # which takes its time in the first step
+        with limited(SECONDS * (10 if compiles else 1), doing):
             yield
     except (Exception, SystemExit, TooSlow) as error:
         line = line() if callable(line) and not where(error, v.file) else line

@@ -814,6 +814,8 @@ def tried_report(settings: Settings, sae: base.SAE, hyper: dict) -> tuple[dict, 
     given = Settings(profile="tiny", variant=settings.variant, seed=settings.seed, device="cpu", cache_dir=settings.cache_dir)
     tiny, _ = resolve(given)
     layer = max([0, *(-offset for offset in sae.attention_layers)])
+    if max([layer, *(layer + offset for offset in sae.attention_layers)]) >= models.SHAPES[tiny.model]["n_layers"]:
+        return {}, {}  # it looks further than that model is deep
     with VOICE.muted():
         source = make_source(tiny)
         lm = load_language_model(dataclasses.replace(tiny, layers=str(layer)))

@@ -571,13 +571,18 @@ def code(tree: ast.Module) -> str:
 
 
 def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:
-    """Lines of the statements of `mine` that `theirs` does not have."""
+    """Lines of the statements of `mine` that `theirs` does not have; where there is none, of the functions with other arguments."""
     def statements(tree):
-        found = [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt) and not hasattr(n, "body")]
-        return found + [(f"{n.name}({ast.unparse(n.args)})", n.lineno) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        return [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt) and not hasattr(n, "body")]
 
-    known = {text for text, _ in statements(theirs)}
-    return sorted(line for text, line in statements(mine) if text not in known and not text.startswith(("'", '"')))
+    def headers(tree):
+        return [(f"{n.name}({ast.unparse(n.args)})", n.lineno) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+
+    def new(parts) -> list[int]:
+        known = {text for text, _ in parts(theirs)}
+        return sorted(line for text, line in parts(mine) if text not in known and not text.startswith(("'", '"')))
+
+    return new(statements) or new(headers)
 
 
 def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, against: str = "") -> list[str]:

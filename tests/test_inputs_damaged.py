@@ -65,7 +65,7 @@ def test_a_tokenizer_that_does_not_know_the_texts_is_refused(tmp_path):
 
 def test_a_checkpoint_is_pointed_to_only_where_there_is_one(tmp_path, monkeypatch):
     """Fails if a loss that is no number sends the user to a file that is not there, or passes over one that is."""
-    job, recent = SimpleNamespace(name="layer_1"), {"layer_1": [(torch.tensor(float("nan")), {})]}
+    job, recent = SimpleNamespace(name="layer_1", sae=None), {"layer_1": [(torch.tensor(float("nan")), {})]}
     with open(tmp_path / "log.txt", "w") as log:
         monkeypatch.setattr(VOICE, "log", log)
         for there in (False, True):

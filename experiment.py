@@ -329,6 +329,8 @@ def preflight(settings: Settings, source) -> dict:
     facts = dict(model=settings.model, instruct_model=language_model.instruct_sibling(settings.model), profile=settings.profile,
                  source=source.kind, device=settings.device)
     facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > check.ALWAYS_ON}
+    for name in json.loads(settings.eval_config or "{}").keys() - chosen.keys():
+        say(f"note: --eval_config: {name} is not among --evals: its settings change nothing")
     for name, config in chosen.items():
         problems = evals.load(name).requirements(config, facts)
         if problems:

@@ -154,7 +154,7 @@ def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
             raise ValueError(f"{what}\nchoose from: {', '.join(known)}; or all, or none, alone")
         if picked.count(name) > 1:
             raise ValueError(f"--evals names {name} twice\nname each eval once")
-    given, configs = parsed(overrides, picked, known), {}
+    given, configs = parsed(overrides, known), {}
     for name in picked:
         defaults = declared(name, "CONFIG")
         check(name, given.get(name, {}), profile, defaults, declared(name, "RANGES") or {}, declared(name, "RECORDED") or ())

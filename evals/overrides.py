@@ -16,8 +16,8 @@ COUNT, NUMBER = (1, 10**9), (0.0, 1e9)  # no eval of a thousand million of anyth
 EXAMPLE = """write for example --eval_config '{"core": {"batch_size_prompts": 8}}'"""
 
 
-def parsed(text: str, picked: list[str], known: list[str]) -> dict[str, dict]:
-    """{eval: {setting: value}} of the JSON text; ValueError for another shape, or an eval that is not `picked`."""
+def parsed(text: str, known: list[str]) -> dict[str, dict]:
+    """{eval: {setting: value}} of the JSON text; ValueError for another shape, or an eval that there is not."""
     try:
         given = json.loads(text or "{}", object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
@@ -30,11 +30,6 @@ def parsed(text: str, picked: list[str], known: list[str]) -> dict[str, dict]:
             near = difflib.get_close_matches(name, known, 1, 0)[0]
             raise ValueError(
                 f"--eval_config: no eval named {name!r}; the nearest is {near!r}\nchoose from: {', '.join(known)}"
-            )
-        if name not in picked:
-            raise ValueError(
-                f"--eval_config: {name} is not among --evals ({', '.join(picked) or 'none'})\n"
-                f"add {name} there, or take it out of --eval_config"
             )
         if not isinstance(settings, dict):
             raise ValueError(f"--eval_config: {name} is {shown(settings)}, not an object of settings\n{EXAMPLE}")

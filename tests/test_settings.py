@@ -75,7 +75,6 @@ WRONG = [
     (["--eval_config=[1]"], "--eval_config is [1], not an object"),
     (['--eval_config={"core": null}'], "core is null"),
     (['--eval_config={"coree": {}}'], "no eval named 'coree'; the nearest is 'core'"),
-    (['--eval_config={"ravel": {}}'], "ravel is not among --evals"),
     (['--eval_config={"core": {"context_size": 8, "context_size": 9}}'], "'context_size' is given twice"),
     (
         ['--eval_config={"core": {"dataset": "../../etc/passwd"}}'],
@@ -286,3 +285,10 @@ def test_figures_that_tell_of_a_failed_training_are_warned_of(means, config, wor
 def test_healthy_figures_are_not_warned_of(means, config):
     """Fails if a sound run is called doubtful."""
     assert compare.warnings(recorded("run", means, **config)) == []
+
+
+def test_settings_of_an_eval_that_is_not_chosen_are_said_to_change_nothing(tmp_path, capsys):
+    """Fails if a run is refused for them, or they are ignored in silence."""
+    assert experiment.main(["--profile=tiny", "--num_tokens=1024", "--evals=none", '--eval_config={"core": {"batch_size_prompts": 4}}',
+                            "--device=cpu", f"--cache_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'run'}"]) == 0
+    assert "note: --eval_config: core is not among --evals" in capsys.readouterr().out

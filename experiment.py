@@ -47,11 +47,11 @@ import variants.saving  # noqa: E402
 from evals import inputs, language_model, models, network, packing  # noqa: E402
 from evals.identity import files_digest  # noqa: E402
 from evals.language_model import LanguageModel  # noqa: E402
-from runs import checkpoint, compare, disk, environment, failure, reading, report, training_log  # noqa: E402
+from runs import checkpoint, compare, environment, failure, reading, report, training_log  # noqa: E402
 from runs import settings as checks  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
-from variants import base, contexts, imperative, interchange, ranks  # noqa: E402
+from variants import base, contexts, files, imperative, interchange, ranks  # noqa: E402
 from variants.copying import duplicate  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent
@@ -349,7 +349,7 @@ def preflight(settings: Settings, source) -> dict:
               (settings.out_dir, 4 * facts["forecast_bytes"]["saes"], "--out_dir"), (network.cache_folder(), 1.02 * fetched, "HF_HOME")]
     for folder, size, name in wanted:
         if (free := environment.disk_free(folder)) < size:
-            raise OSError(f"{folder}: {disk.size(free)} free, the run writes up to {disk.size(size)}\n"
+            raise OSError(f"{folder}: {files.size(free)} free, the run writes up to {files.size(size)}\n"
                           f"free some space, or name another folder with {name}")
     for name in chosen:  # last: by now nothing else is wrong
         for wheel in evals.wheels(name, source.kind):
@@ -358,16 +358,17 @@ def preflight(settings: Settings, source) -> dict:
         suffix, hyper = next(iter(hypers.items()))
         check.check_report(settings.variant, hyper, 32, settings.d_sae, lambda sae: tried_report(settings, sae, hyper), seed=settings.seed,
                            train_step=train_step, make_optimizer=make_optimizer)
-    if source.dataset or source.core_dataset:  # texts of the user's own
+    own_texts, own_model = source.dataset or source.core_dataset, settings.model not in models.SHAPES
+    if own_texts or own_model:
         tokenizer = models.tokenizer(settings.model, settings.cache_dir, settings.data_dir)
+    if own_texts:
         if (most := max(tokenizer.get_vocab().values(), default=0)) >= shape.get("vocabulary", math.inf):
             say(f"note: the tokenizer has ids up to {most:,}, the model embeds {shape['vocabulary']:,}: a text with another ends the run")
         source.look(shape.get("vocabulary", len(tokenizer)))
         for note in inputs.check_held_out(source, tokenizer, chosen):
             say(f"note: {note}")
-    if settings.model not in models.SHAPES:
-        inputs.check_tokenizer(source, models.tokenizer(settings.model, settings.cache_dir, settings.data_dir), settings.model,
-                               shape["vocabulary"])
+    if own_model:
+        inputs.check_tokenizer(source, tokenizer, settings.model, shape["vocabulary"])
     for name in chosen if source.kind == "hub" else ():
         evals.read_ahead(name, chosen[name], source, settings.seed)
     return facts

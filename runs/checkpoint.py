@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from runs import disk
+from variants import files
 
 NAME, PREVIOUS, DAMAGED, TEMPORARY = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt", ".checkpoint.pt.tmp"
 PARTS = {"step", "cursor", "log", "recent", "rng", "saes"}
@@ -37,7 +38,7 @@ def write(out: Path, state: dict) -> None:
         raise
     if (out / NAME).exists():
         os.replace(out / NAME, out / PREVIOUS)
-    disk.put(temporary, out / NAME)
+    files.put(temporary, out / NAME)
 
 
 def mend(out: Path, say: Callable[[str], None]) -> None:
@@ -64,7 +65,7 @@ def damage(file: Path) -> str:
             return f"damaged: other bytes in {record} than were written"
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError):
-        return f"cut off or garbled: no whole archive in its {disk.size(file.stat().st_size)}"
+        return f"cut off or garbled: no whole archive in its {files.size(file.stat().st_size)}"
     except OSError as error:
         return f"the disk does not give it: {error.strerror or error}"
     except (RuntimeError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError) as error:

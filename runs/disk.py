@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after a power cut; and what is wrong with a disk, in words. Standard library only."""
+"""What is wrong with a disk, in words."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from variants.files import digest, put, size, sync_folder
-
-__all__ = ["code_of", "digest", "explained", "gone", "named", "put", "reasons", "size", "sync_folder"]
+from variants.files import size
 
 TEXTS = {  # libraries in C++ and Rust give no errno but these words
     "No space left on device": errno.ENOSPC, "os error 28": errno.ENOSPC, "disk is full": errno.ENOSPC, "disk full": errno.ENOSPC,

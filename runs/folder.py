@@ -17,6 +17,7 @@ from pathlib import Path
 
 from runs import disk
 from variants import file_name
+from variants.files import digest, put
 
 PROJECT = Path(__file__).resolve().parent.parent
 OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")  # of the project: an --out_dir there would move them away
@@ -41,7 +42,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # otherwise a power cut can leave the new name on an empty file
-        disk.put(temporary, path)
+        put(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -166,7 +167,7 @@ def left(out_dir: str | Path) -> dict:
 def digests(out: Path) -> dict[str, str]:
     """SHA-256 of the files that hold a run's results, by their path in its folder."""
     files = [out / "final_info.json", *(p for name in RESULTS for p in sorted((out / name).rglob("*")) if p.is_file())]
-    return {str(file.relative_to(out).as_posix()): disk.digest(file) for file in files}
+    return {str(file.relative_to(out).as_posix()): digest(file) for file in files}
 
 
 def free_for_words(out_dir: str | Path) -> Path | None:
@@ -238,7 +239,7 @@ def _harmed(folder: Path, info: dict) -> list[str]:
         return []
     final = [] if _load(folder / "final_info.json") else ["final_info.json"]
     files = {name: total for name, total in info.get("files", {}).items() if name not in final and (folder / name).is_file()}
-    return final + [name for name, total in files.items() if disk.digest(folder / name) != total]
+    return final + [name for name, total in files.items() if digest(folder / name) != total]
 
 
 def _say_unreadable(folder: Path, out_dir) -> None:

@@ -21,7 +21,7 @@ import variants.saving
 from evals import stored
 from runs import checkpoint, disk, environment, failure, voice
 from tests.test_experiment import PROJECT, cache, command, reference, signals  # noqa: F401  fixtures
-from variants import interchange
+from variants import files, interchange
 from variants.preflight import budget
 from variants.preflight.check import Findings
 
@@ -240,7 +240,7 @@ def test_a_library_s_own_error_is_traced_to_the_disk(tmp_path):
         assert "no file entry (inode) left" in disk.explained(OSError(errno.ENOSPC, "x"), tmp_path)[0]
     finally:
         disk.room = original
-    assert [disk.size(n) for n in (0, 999, 4096, 538_900, 999_999, 2.06e9)] == [
+    assert [files.size(n) for n in (0, 999, 4096, 538_900, 999_999, 2.06e9)] == [
         "0 bytes", "999 bytes", "4 kB", "539 kB", "1.0 MB", "2.1 GB"]
 
 

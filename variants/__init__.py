@@ -102,9 +102,13 @@ def _imported(pending: list[Path], tree_of) -> list[Path]:
 
 def training_sources(name: str) -> dict[str, str]:
     """{file name: code} of what decides a variant's training: its sources without what only its `report` needs, comments and docstrings."""
-    shared = [Path(__file__).parent / f"{shared}.py" for shared in sorted(SHARED)]
-    return {file.name: ast.dump(_without_report(parsed(file)))
-            for file in _imported([path(name).resolve(), *shared], lambda file: _without_report(parsed(file)))}
+    shared, trees = [Path(__file__).parent / f"{shared}.py" for shared in sorted(SHARED)], {}
+
+    def tree_of(file: Path) -> ast.Module:
+        trees[file] = _without_report(parsed(file))
+        return trees[file]
+
+    return {file.name: ast.dump(trees[file]) for file in _imported([path(name).resolve(), *shared], tree_of)}
 
 
 def _without_report(tree: ast.Module) -> ast.Module:

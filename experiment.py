@@ -43,16 +43,20 @@ import evals  # noqa: E402
 import evals.cache  # noqa: E402
 import runs.folder  # noqa: E402
 import variants  # noqa: E402
-import variants.saving  # noqa: E402
-from evals import inputs, language_model, models, network, packing  # noqa: E402
-from evals.identity import files_digest  # noqa: E402
-from evals.language_model import LanguageModel  # noqa: E402
+import variants.kit.saving  # noqa: E402
+from evals.common import settings as eval_settings  # noqa: E402
+from evals.model import language_model, places  # noqa: E402
+from evals.model.language_model import LanguageModel  # noqa: E402
+from evals.storage import network  # noqa: E402
+from evals.storage.identity import files_digest  # noqa: E402
+from evals.texts import inputs, packing  # noqa: E402
 from runs import checkpoint, compare, environment, failure, reading, report, training_log  # noqa: E402
 from runs import settings as checks  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
-from variants import base, contexts, files, imperative, interchange, ranks  # noqa: E402
-from variants.copying import duplicate  # noqa: E402
+from variants import base  # noqa: E402
+from variants.kit import contexts, files, imperative, interchange, ranks  # noqa: E402
+from variants.kit.copying import duplicate  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -106,14 +110,14 @@ PROFILES = {
     "gemma": dict(model="google/gemma-2-2b", layers="12", dataset="monology/pile-uncopyrighted",
                   core_dataset="Skylion007/openwebtext", context=128, num_tokens=5_000_000, passes=1, block_tokens=2**19,
                   d_sae=16384, batch_size=2048, lm_batch_size=64, evals="core,sparse_probing", dtype="bfloat16"),
-    "embedded": dict(model=models.EMBEDDED, layers="9", dataset="embedded", core_dataset="embedded", context=128,
+    "embedded": dict(model=places.EMBEDDED, layers="9", dataset="embedded", core_dataset="embedded", context=128,
                      num_tokens=160_000, passes=1, block_tokens=2**18, d_sae=2304, batch_size=1024, lr=3e-3, lm_batch_size=8,
                      evals="core,sparse_probing", dtype="float32"),
-    "tiny": dict(model=models.TINY, layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384, passes=1,
+    "tiny": dict(model=places.TINY, layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384, passes=1,
                  block_tokens=4096, d_sae=128, batch_size=256, lr=3e-3, lm_batch_size=32, evals="core,sparse_probing",
                  dtype="float32"),
 }
-BUILT_IN = {models.EMBEDDED, models.TINY, "embedded", "tiny"}
+BUILT_IN = {places.EMBEDDED, places.TINY, "embedded", "tiny"}
 # ~ is the home folder in these
 PATHS = ("out_dir", "variant", "against", "init_from", "model", "dataset", "core_dataset", "cache_dir", "data_dir")
 NEVER_EMPTY = {*PATHS, "layers", "evals", "text_field"}  # given an empty value, a script's variable was not set
@@ -189,7 +193,7 @@ def choose_profile(settings: Settings) -> tuple[str, str]:
         return "embedded", "no CUDA GPU here, so the built-in SmolLM2-135M (--profile gemma asks for Gemma-2-2B)"
     name = settings.model or PROFILES["gemma"]["model"]
     try:
-        models.known_identity(name, settings.cache_dir, settings.data_dir)
+        places.known_identity(name, settings.cache_dir, settings.data_dir)
     except PermissionError as error:
         return "embedded", f"{error}".splitlines()[0] + ", so the built-in SmolLM2-135M"
     return "gemma", "a CUDA GPU and access to the weights"
@@ -197,10 +201,10 @@ def choose_profile(settings: Settings) -> tuple[str, str]:
 
 def make_source(settings: Settings):
     """Where this run's texts come from."""
-    from evals import data
+    from evals.texts.source import Source
 
     own = {name: None if name in BUILT_IN else name for name in (settings.dataset, settings.core_dataset)}
-    return data.Source("hub" if settings.profile == "gemma" else settings.profile, own[settings.dataset], own[settings.core_dataset],
+    return Source("hub" if settings.profile == "gemma" else settings.profile, own[settings.dataset], own[settings.core_dataset],
                        settings.text_field, Path(settings.cache_dir), Path(settings.data_dir) if settings.data_dir else None)
 
 
@@ -211,7 +215,7 @@ def layers_of(settings: Settings) -> list[int]:
 
 def evals_of(settings: Settings) -> dict[str, dict]:
     """The chosen evals and their resolved settings."""
-    return evals.choose(settings.evals, settings.profile, settings.eval_config)
+    return eval_settings.choose(settings.evals, settings.profile, settings.eval_config)
 
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
@@ -241,7 +245,7 @@ def models_of(settings: Settings) -> dict[str, str]:
 
 def inputs_of(settings: Settings) -> dict[str, str]:
     """What the run reads, by content. OSError for what cannot be had."""
-    found = {what: models.known_identity(name, settings.cache_dir, settings.data_dir) for what, name in models_of(settings).items()}
+    found = {what: places.known_identity(name, settings.cache_dir, settings.data_dir) for what, name in models_of(settings).items()}
     found |= inputs.identities(make_source(settings), evals_of(settings))
     if settings.init_from and (files := interchange.files(settings.init_from)):
         found["init_from"] = files_digest(files, settings.init_from)
@@ -267,13 +271,14 @@ def fingerprints(settings: Settings, read: dict[str, str]) -> tuple[str, str]:
     kept["variant"] = variants.path(settings.variant).name
     for name in ("model", "dataset", "core_dataset", "init_from"):  # a path is no content: that is in `read`
         kept[name] = "a path" if kept[name] and os.path.exists(kept[name]) else kept[name]
-    code = {file.name: variants.text(file).hex() for file in variants.sources(settings.variant)}
-    own = [PROJECT / "experiment.py", *(PROJECT / "evals").glob("*.py")]
-    whole = evals.cache.digest([kept, read, files_digest(own), code, torch.__version__])
-    for_training = [file for file in own if not file.stem.startswith(tuple(evals.names()))]
+    code = {variants.label(file): variants.text(file).hex() for file in variants.sources(settings.variant)}
+    own = [PROJECT / "experiment.py", *(PROJECT / "evals").rglob("*.py")]
+    whole = evals.cache.digest([kept, read, files_digest(own, PROJECT), code, torch.__version__])
+    measuring = {file for name in evals.names() for file in evals.files(name)}
+    for_training = [file for file in own if file not in measuring]
     kept = {k: v for k, v in kept.items() if k not in NOT_IN_TRAINING}
     given = {what: digest for what, digest in read.items() if what in ("model", "train texts", "init_from")}
-    training = evals.cache.digest([kept, given, files_digest(for_training), variants.training_sources(settings.variant), torch.__version__])
+    training = evals.cache.digest([kept, given, files_digest(for_training, PROJECT), variants.training_sources(settings.variant), torch.__version__])
     return whole, training
 
 
@@ -296,7 +301,7 @@ def recognised(settings: Settings) -> tuple[dict[str, str], str, str]:
 
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the machine and the forecast."""
-    from evals import embedded
+    from evals.texts import embedded
     from variants.preflight import budget, check, trial
 
     chosen, layers = evals_of(settings), layers_of(settings)
@@ -305,7 +310,7 @@ def preflight(settings: Settings, source) -> dict:
     if settings.batch_size % sharing:
         raise ValueError(f"--batch_size={settings.batch_size} cannot be shared equally by {sharing} processes\n"
                          f"give a multiple of {sharing}")
-    shape = models.shape(settings.model, getattr(torch, settings.dtype).itemsize, settings.cache_dir, settings.data_dir)
+    shape = places.shape(settings.model, getattr(torch, settings.dtype).itemsize, settings.cache_dir, settings.data_dir)
     if not 0 <= layers[0] <= layers[-1] < shape["n_layers"]:
         raise ValueError(f"--layers={settings.layers}: {settings.model} has blocks 0 to {shape['n_layers'] - 1}\nchoose among those")
     inputs.check_positions(settings.model, shape["positions"], settings.context, chosen)
@@ -344,7 +349,7 @@ def preflight(settings: Settings, source) -> dict:
     if problem:
         raise MemoryError(problem)
     facts |= plan
-    fetched = sum(map(models.disk_needed, models_of(settings).values()))
+    fetched = sum(map(places.disk_needed, models_of(settings).values()))
     wanted = [(settings.cache_dir, 2e9 if settings.profile == "embedded" else 5e7, "--cache_dir"),
               (settings.out_dir, 4 * facts["forecast_bytes"]["saes"], "--out_dir"), (network.cache_folder(), 1.02 * fetched, "HF_HOME")]
     for folder, size, name in wanted:
@@ -358,9 +363,9 @@ def preflight(settings: Settings, source) -> dict:
         suffix, hyper = next(iter(hypers.items()))
         check.check_report(settings.variant, hyper, 32, settings.d_sae, lambda sae: tried_report(settings, sae, hyper), seed=settings.seed,
                            train_step=train_step, make_optimizer=make_optimizer)
-    own_texts, own_model = source.dataset or source.core_dataset, settings.model not in models.SHAPES
+    own_texts, own_model = source.dataset or source.core_dataset, settings.model not in places.SHAPES
     if own_texts or own_model:
-        tokenizer = models.tokenizer(settings.model, settings.cache_dir, settings.data_dir)
+        tokenizer = places.tokenizer(settings.model, settings.cache_dir, settings.data_dir)
     if own_texts:
         if (most := max(tokenizer.get_vocab().values(), default=0)) >= shape.get("vocabulary", math.inf):
             say(f"note: the tokenizer has ids up to {most:,}, the model embeds {shape['vocabulary']:,}: a text with another ends the run")
@@ -379,7 +384,7 @@ def preflight(settings: Settings, source) -> dict:
 
 def load_language_model(settings: Settings) -> LanguageModel:
     """The profile's model, or any causal LM of transformers by hub name or local folder; tried before anything is built on it."""
-    where = models.location(settings.model, settings.cache_dir, settings.data_dir)
+    where = places.location(settings.model, settings.cache_dir, settings.data_dir)
     lm = language_model.load(where, settings.model, getattr(torch, settings.dtype), settings.device)
     language_model.trial(lm, layers_of(settings))
     return lm
@@ -460,7 +465,7 @@ class TokenStream:
 def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream, cache, first: int, wanted: list[contexts.Attention]):
     """Yield (b, block) from block `first` on, on the training device, residuals in the language model's dtype.
 
-    A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention (variants/contexts.py).
+    A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention (variants/kit/contexts.py).
     What the model gave is kept in the shared cache, for other variants on the same data. The next block is tokenised in the background.
     Of several ranks each passes its share of the rows, and keeps it where they train together, else gives it to the first.
     """
@@ -817,7 +822,7 @@ def tried_report(settings: Settings, sae: base.SAE, hyper: dict) -> tuple[dict, 
     given = Settings(profile="tiny", variant=settings.variant, seed=settings.seed, device="cpu", cache_dir=settings.cache_dir)
     tiny, _ = resolve(given)
     layer = max([0, *(-offset for offset in sae.attention_layers)])
-    if max([layer, *(layer + offset for offset in sae.attention_layers)]) >= models.SHAPES[tiny.model]["n_layers"]:
+    if max([layer, *(layer + offset for offset in sae.attention_layers)]) >= places.SHAPES[tiny.model]["n_layers"]:
         return {}, {}  # it looks further than that model is deep
     with VOICE.muted():
         source = make_source(tiny)
@@ -853,9 +858,9 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     A result is kept by the hash of what it depends on (weights, model, data, eval settings, code): continuing after a
     crash, or with one eval more, repeats none. Several ranks deal them out; the first retries what failed elsewhere.
     """
-    from evals import saebench, stored
+    from evals.common import saebench, stored
 
-    code, variant = files_digest((PROJECT / "evals").glob("*.py")), variants.title(settings.variant)
+    code, variant = files_digest((PROJECT / "evals").rglob("*.py"), PROJECT), variants.title(settings.variant)
     chosen, crashed = evals_of(settings), {}
     for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
         trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
@@ -900,7 +905,7 @@ def hook_name(layer: int) -> str:
 def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict, unreported: dict,
             dense: dict[str, float]) -> dict:
     """final_info.json: one section per SAE, deterministic, made for `diff`. `dense`: by suffix, the share of features always active."""
-    from evals import stored
+    from evals.common import stored
 
     module, chosen = variants.load(settings.variant), evals_of(settings)
     sections = {}
@@ -930,7 +935,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
 
 def boards_of(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache) -> list[dict]:
     """The report's feature dashboards; without held-out text it is written without them."""
-    from evals.dashboards import dashboards
+    from evals.common.dashboards import dashboards
 
     try:
         return [dict(board, sae=job.name) for job in jobs for board in dashboards(
@@ -973,7 +978,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         for job in own:
             metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer), context_size=settings.context,
                             prepend_bos=True, dataset_path=public_name(settings.dataset))
-            variants.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
+            variants.kit.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
     with phase("report", info, out):
         unreported = reported(settings, lm, own, source, out)
     with phase("evals", info, out):

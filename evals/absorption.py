@@ -2,7 +2,7 @@
 
 Per letter: the few SAE features that tell it best ("split features"); on test words that a probe on the LM finds, how much of the
 activation along the probe direction comes from others instead. Mean over letters whose probe has an F1 above min_GT_probe_f1; no score
-if there are fewer than min_feats_for_eval. evals/first_letter.py holds words, prompts and probes: what the LM gives is computed once,
+if there are fewer than min_feats_for_eval. evals/common/first_letter.py holds words, prompts and probes: what the LM gives is computed once,
 second prompts included (SAEBench draws and runs them anew for every SAE).
 
 The seed decides the split, the prompts and the probes' initialisation (SAEBench ignores its seed, so it has no reproducible number to
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evals import Result, errors, first_letter, memory, pooling, probes
-from evals.first_letter import LETTERS, NoScore
+from evals import Result
+from evals.common import errors, first_letter, pooling, probes
+from evals.common.first_letter import LETTERS, NoScore
+from evals.model import memory
 
 EVAL_TYPE_ID = "absorption_first_letter"
 

@@ -10,7 +10,7 @@ are too large, streamed; both ways give the same batches. The clean and the SAE 
 
 Standard errors: documents are the sample. Texts are packed, so a document fills several rows and a row holds parts of several
 documents; tokens of one document are alike, and errors over rows were 1.3 to 1.5 times too small. Every sum is therefore kept by
-document, and each metric, a ratio of two sums, gets the error of a ratio clustered by document (evals/errors.py). Runs of rows
+document, and each metric, a ratio of two sums, gets the error of a ratio clustered by document (evals/common/errors.py). Runs of rows
 that share a document would not do: nearly all rows hang together. Some dependence is left out: tokens see the end of the document
 before them in their row, and `explained_variance_legacy` and `mse` divide by a batch's own variance and size. `explained_variance` and
 `relative_reconstruction_bias`, means over batches, have no error; `r2` has one.
@@ -34,7 +34,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evals import Result, Setup, errors, memory, packing
+from evals import Result, Setup
+from evals.common import errors
+from evals.model import memory
+from evals.texts import packing
 
 EVAL_TYPE_ID = "core"
 

@@ -12,7 +12,7 @@ Pooling and probes are fp32 (SAEBench: the LM's dtype). Corrected metrics beside
                                        in fp64 at its optimum (SAEBench's lbfgs in fp32 stops before it, wherever rounding has it)
   *_val_selected_test_accuracy         full probe whose epoch is chosen on a fifth of the training rows, not on the test rows
   sae_top_1_minus_llm_top_1            difference of the fixed draws, paired by class
-Standard errors are over classes, those of all data sets alike, from five on (evals/probes.py).
+Standard errors are over classes, those of all data sets alike, from five on (evals/common/probes.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evals import Result, memory, pooling, probes
+from evals import Result
+from evals.common import pooling, probes
+from evals.model import memory
 
 EVAL_TYPE_ID = "sparse_probing"
 
@@ -114,7 +116,7 @@ K_NAMED = (1, 2, 5, 10, 20, 50, 100)  # the k that SAEBench's schema has a key f
 
 def repositories(config: dict, source) -> list[str]:
     """The hub data sets it reads in the gemma profile."""
-    from evals import hub
+    from evals.texts import hub
 
     return hub.repositories(config)
 

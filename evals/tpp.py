@@ -18,8 +18,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from evals import Result, concept_probes, pooling, probes
-from evals.concept_probes import Ablation, Texts
+from evals import Result
+from evals.common import concept_probes, pooling, probes
+from evals.common.concept_probes import Ablation, Texts
 
 EVAL_TYPE_ID = "tpp"
 
@@ -108,7 +109,7 @@ CORRECTED = [f"tpp_threshold_{n}_total_metric" for n in (10, 20)]
 
 def repositories(config: dict, source) -> list[str]:
     """The hub data sets it reads in the gemma profile."""
-    from evals import hub
+    from evals.texts import hub
 
     return hub.repositories(config)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from runs import disk
-from variants import files
+from variants.kit import files
 
 NAME, PREVIOUS, DAMAGED, TEMPORARY = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt", ".checkpoint.pt.tmp"
 PARTS = {"step", "cursor", "log", "recent", "rng", "saes"}

@@ -1,7 +1,7 @@
 """Compare recorded runs with a baseline and with each other: python -m runs.compare run_1 run_2 … [--baseline NAME_OR_PATH].
 
 A difference counts where it exceeds twice the combined standard error √(se_a² + se_b²); "?" where that is not known:
-an eval states no standard error from fewer than five sampling units (evals/errors.py), so nothing counts as beyond it there.
+an eval states no standard error from fewer than five sampling units (evals/common/errors.py), so nothing counts as beyond it there.
 Where the baseline has SAEs on both sides of a run's L0, the run is compared with what lies between them at its own L0.
 Runs of another model, layer or hook are shown but not compared, nor are evals that ran with other settings.
 """

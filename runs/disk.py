@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from variants.files import size
+from variants.kit.files import size
 
 TEXTS = {  # libraries in C++ and Rust give no errno but these words
     "No space left on device": errno.ENOSPC, "os error 28": errno.ENOSPC, "disk is full": errno.ENOSPC, "disk full": errno.ENOSPC,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runs import disk
 from variants import file_name
-from variants.files import digest, put
+from variants.kit.files import digest, put
 
 PROJECT = Path(__file__).resolve().parent.parent
 OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")  # of the project: an --out_dir there would move them away

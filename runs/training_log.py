@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runs.folder import check_present, write_text
 from runs.voice import VOICE, duration, say
-from variants.imperative import Imperative, looking
+from variants.kit.imperative import Imperative, looking
 
 GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no measurement, that is the core eval's
 

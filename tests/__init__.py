@@ -3,4 +3,6 @@
 import json
 from pathlib import Path
 
-OWN_VARIANTS = sorted(json.loads((Path(__file__).parent / "fixtures/golden.json").read_text(encoding="utf-8")))
+PROJECT = Path(__file__).resolve().parents[1]
+FIXTURES = PROJECT / "tests/fixtures"
+OWN_VARIANTS = sorted(json.loads((FIXTURES / "golden.json").read_text(encoding="utf-8")))

@@ -13,7 +13,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import experiment  # noqa: E402
 import variants  # noqa: E402
 from tests import OWN_VARIANTS
-from variants import base, ranks  # noqa: E402
+from variants import base  # noqa: E402
+from variants.kit import ranks  # noqa: E402
 
 D, F, B, DEAD = 16, 192, 64, 40
 

@@ -1,6 +1,6 @@
 """SAE variants, one file each; `load` turns a name or a path into the module, with clear words where that fails.
 
-A variant has one of two forms: a class `SAE` (variants/base.py), or a trainer with `.ae` and `.update` (variants/imperative.py).
+A variant has one of two forms: a class `SAE` (variants/base.py), or a trainer with `.ae` and `.update` (variants/kit/imperative.py).
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-# modules of this package that are no variants
-SHARED = {"__init__", "base", "compat", "contexts", "copying", "files", "imperative", "interchange", "ranks", "saving"}
-
-
+FOLDER = Path(__file__).resolve().parent
 HELD: dict[str, bytes] = {}  # {path: text} of the files that a run read at its start: an edit meanwhile is the next run's
 
 
 def names() -> list[str]:
-    """Names of the variants in this folder."""
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in SHARED and p.stem[0] not in "._")
+    """Names of the variants: all that stands directly in this folder but the contract, base.py."""
+    return sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "base" and file.stem[0] not in "._")
 
 
 def path(name: str) -> Path:
@@ -36,8 +33,8 @@ def path(name: str) -> Path:
     if name.endswith(".py"):
         found = Path(name)
     else:
-        found = Path(__file__).parent / f"{name}.py"
-        if name in SHARED or not found.exists():
+        found = FOLDER / f"{name}.py"
+        if name == "base" or name[:1] == "_" or not found.exists():
             near = difflib.get_close_matches(name, names(), 1, 0)
             raise FileNotFoundError(f"no variant named {name!r}; the nearest is {near[0]!r}\n"
                                     f"choose one of {', '.join(names())}, or write variants/{name}.py")
@@ -83,17 +80,27 @@ def hold(name: str) -> None:
 
 def sources(name: str) -> list[Path]:
     """The files a variant's result depends on: its own, what it imports of this package, and what variants share."""
-    return _imported([path(name).resolve(), *(Path(__file__).parent / f"{shared}.py" for shared in sorted(SHARED))], parsed)
+    return _imported([path(name).resolve(), *_shared()], parsed)
+
+
+def _shared() -> list[Path]:
+    """What all variants are made with: this module, the contract and its kit."""
+    return [FOLDER / "__init__.py", FOLDER / "base.py", *sorted((FOLDER / "kit").glob("*.py"))]
+
+
+def label(file: Path) -> str:
+    """How a source is named in a record: by its place in this package, one from elsewhere by its name."""
+    return file.relative_to(FOLDER).as_posix() if file.is_relative_to(FOLDER) else file.name
 
 
 def _imported(pending: list[Path], tree_of) -> list[Path]:
     """The files, and those of this package that their trees import, directly or not."""
-    folder, found = Path(__file__).parent, set(pending)
+    found = set(pending)
     while pending:
         for node in ast.walk(tree_of(pending.pop())):
             module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             named = module + [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            places = {place / f"{n.rpartition('.')[2]}.py" for n in named for place in (folder, folder / "research")}
+            places = {place / f"{n.rpartition('.')[2]}.py" for n in named for place in (FOLDER, FOLDER / "research")}
             new = {place for place in places if place.exists()} - found
             found |= new
             pending += new
@@ -101,14 +108,14 @@ def _imported(pending: list[Path], tree_of) -> list[Path]:
 
 
 def training_sources(name: str) -> dict[str, str]:
-    """{file name: code} of what decides a variant's training: its sources without what only its `report` needs, comments and docstrings."""
-    shared, trees = [Path(__file__).parent / f"{shared}.py" for shared in sorted(SHARED)], {}
+    """{label: code} of what decides a variant's training: its sources without what only its `report` needs, comments and docstrings."""
+    trees: dict[Path, ast.Module] = {}
 
     def tree_of(file: Path) -> ast.Module:
         trees[file] = _without_report(parsed(file))
         return trees[file]
 
-    return {file.name: ast.dump(trees[file]) for file in _imported([path(name).resolve(), *shared], tree_of)}
+    return {label(file): ast.dump(trees[file]) for file in _imported([path(name).resolve(), *_shared()], tree_of)}
 
 
 def _without_report(tree: ast.Module) -> ast.Module:
@@ -126,7 +133,8 @@ def load(name: str) -> ModuleType:
 
     Raises SyntaxError or ImportError as Python does, AttributeError where there is neither `SAE` nor a trainer.
     """
-    from variants import base, imperative
+    from variants import base
+    from variants.kit import imperative
 
     file = path(name)
     name = f"variants.{file.stem}"
@@ -164,7 +172,7 @@ def package_of(file: Path) -> str:
 
 def hyperparameters(module: ModuleType) -> dict[str, object]:
     """Names and defaults of a variant's hyper-parameters: the keyword arguments of its SAE or trainer."""
-    from variants import imperative
+    from variants.kit import imperative
 
     if issubclass(module.SAE, imperative.Imperative):
         return imperative.hyperparameters(module.SAE.trainer_class)
@@ -202,7 +210,7 @@ def parse_hyper(module: ModuleType, text: str, flag: str = "--hyper") -> dict[st
 
 def annotation(module: ModuleType, key: str) -> str:
     """What the variant's author wrote of the kind of a hyper-parameter, "" for nothing."""
-    from variants import imperative
+    from variants.kit import imperative
 
     trainer = issubclass(module.SAE, imperative.Imperative)
     parameters = inspect.signature(module.SAE.trainer_class if trainer else module.SAE.__init__).parameters
@@ -286,7 +294,7 @@ def build(module: ModuleType, d_in: int, d_sae: int, hyper: dict[str, object], s
 
     `setting` is what trainers are told of the run: steps, lr (or None), seed, device, layer, lm_name.
     """
-    from variants import imperative
+    from variants.kit import imperative
 
     if issubclass(module.SAE, imperative.Imperative):
         return module.SAE(d_in, d_sae, imperative.SETTING | (setting or {}), **hyper)

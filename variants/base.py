@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variants import ranks
+from variants.kit import ranks
 
 # ------------------------------------------------------------------------------------------------ what a variant receives
 
@@ -85,7 +85,7 @@ class Batch:
 class Context:
     """What a variant's `report` may look at, after training."""
 
-    lm: object  # evals.language_model.LanguageModel: tokenizer, d_model, …
+    lm: object  # evals.model.language_model.LanguageModel: tokenizer, d_model, …
     layer: int
     trained: TrainedSAE  # the SAE as evals see it: raw activations, unit decoder rows
     seed: int
@@ -192,7 +192,7 @@ class SAE(nn.Module):
         return None
 
     def holder_of(self, name: str):
-        """What holds an entry of the state dict that is no parameter or buffer; only trainers have such (variants/imperative.py)."""
+        """What holds an entry of the state dict that is no parameter or buffer; only trainers have such (variants/kit/imperative.py)."""
         return None
 
     # -- dead features

@@ -12,7 +12,8 @@ its way several times: at D = 576 and F = 2304, 156 steps end within 3 % of L0 1
 import torch
 from torch import nn
 
-from variants import base, ranks
+from variants import base
+from variants.kit import ranks
 
 
 class JumpReLU(torch.autograd.Function):

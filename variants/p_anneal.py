@@ -12,7 +12,8 @@ Initialisation and optimiser of the standard SAE: rows of norm .1, W_enc = W_dec
 import torch
 from torch.nn import functional as F
 
-from variants import base, ranks
+from variants import base
+from variants.kit import ranks
 
 MOVES = 10
 EPSILON = 1e-6  # see above

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import experiment
-from evals import packing, tiny
+from evals.texts import packing, tiny
 from tests import architectures
 
 CONFIG = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 4, "n_eval_sparsity_variance_batches": 4}}

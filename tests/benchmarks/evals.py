@@ -22,6 +22,7 @@ import torch
 import evals
 import experiment
 from evals.cache import Cache
+from evals.common.settings import choose
 from variants import base, topk
 
 OURS = ("core", "sparse_probing", "tpp", "scr", "absorption", "sae_probes", "unlearning", "ravel")
@@ -47,7 +48,7 @@ def main() -> None:
     header = ("1 SAE, first", "again", f"{args.saes} SAEs, first", "again", *("SAEBench, 1", "another") * args.saebench)
     print(" " * 16 + "".join(f"{title:>{width}}" for title, width in zip(header, WIDTHS)))
     for name in args.evals.split(","):
-        config, row = evals.choose(name, "embedded", "")[name], []
+        config, row = choose(name, "embedded", "")[name], []
         for chosen in (dict(list(saes.items())[:1]), saes):
             with tempfile.TemporaryDirectory() as folder:
                 setup = experiment.make_setup(settings, lm, layer, config, source, Cache(Path(folder), 20))
@@ -104,7 +105,7 @@ def reference_core(setup, sae, folder) -> None:
     from sae_bench.evals.core import main
     from sae_bench.evals.core.eval_config import CoreEvalConfig
 
-    from evals import packing
+    from evals.texts import packing
 
     config = setup.config
     batch, batches = config["batch_size_prompts"], (config["n_eval_reconstruction_batches"], config["n_eval_sparsity_variance_batches"])
@@ -157,15 +158,15 @@ def reference_tpp(setup, sae, folder) -> None:
 def reference_scr(setup, sae, folder) -> None:
     from sae_bench.evals.scr_and_tpp import main
 
-    from evals import scr_data
+    from evals.scr import pairs
 
     def six_sets(of: dict, split: str) -> dict[str, list[str]]:
-        pp, pn, np, nn = (of[sign][split] for sign in scr_data.COMBINATIONS)  # first attribute: profession, second: gender
+        pp, pn, np, nn = (of[sign][split] for sign in pairs.COMBINATIONS)  # first attribute: profession, second: gender
         half = len(pn)
         return {"male / female": pp[:half] + np, "female_data_only": pn + nn[:half], "professor / nurse": pp[:half] + pn,
                 "nurse_data_only": np + nn[:half], "male_professor / female_nurse": pp, "female_nurse_data_only": nn}
 
-    for name, of in scr_data.Source(setup.data).probing(setup.config).items():
+    for name, of in pairs.Source(setup.data).probing(setup.config).items():
         main.dataset_creation.get_train_test_data = lambda *rest, of=of: (six_sets(of, "train"), six_sets(of, "test"))
         main.COLUMN2_VALS_LOOKUP[name] = ("a", "b")
         main.run_eval_single_dataset(name, scr_and_tpp(setup, True), theirs(sae, setup), setup.lm.bridge, setup.layer,

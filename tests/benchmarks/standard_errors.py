@@ -25,6 +25,7 @@ import torch
 import evals
 import experiment
 from evals.cache import Cache
+from evals.common.settings import choose
 from tests.benchmarks.evals import trained
 
 ALL = ("core", "sparse_probing", "tpp", "scr", "absorption", "sae_probes", "unlearning", "ravel", "autointerp")
@@ -49,7 +50,7 @@ def main() -> int:
         wanted = experiment.language_model.instruct_sibling(lm.name) if evals.declared(name, "INSTRUCT") else lm.name
         asked = lm if wanted == lm.name else experiment.load_language_model(dataclasses.replace(settings, model=wanted))
         with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, OPENAI_API_KEY="none"):
-            config = evals.choose(name, args.profile, "")[name]
+            config = choose(name, args.profile, "")[name]
             setup = experiment.make_setup(settings, asked, layer, config, source, Cache(Path(folder), 20))
             setup = dataclasses.replace(setup, say=lambda line: None, track=lambda items, *rest: items)
             outside += compared(name, *CHECKS[name](setup, sae))
@@ -145,7 +146,8 @@ def of_classes(name: str) -> Callable:
 
 
 def scr(setup, sae) -> tuple:
-    from evals import scr, scr_data
+    from evals import scr
+    from evals.scr import pairs as scr_pairs
 
     results, calls = captured(scr, "_drawn_scores", lambda: scr.run(setup, {"sae": sae}))
     rng, scored = np.random.default_rng(0), []
@@ -153,7 +155,7 @@ def scr(setup, sae) -> tuple:
         of_draw = []
         for _setup, texts, right in calls:
             test = {sign: rows[: len(texts.rows["test"]["+-"])] for sign, rows in texts.rows["test"].items()}
-            kept = np.concatenate([rng.choice(test[sign].numpy(), len(test[sign])) for sign in scr_data.COMBINATIONS])
+            kept = np.concatenate([rng.choice(test[sign].numpy(), len(test[sign])) for sign in scr_pairs.COMBINATIONS])
             shares = []
             for kind in ("compatible", "corrected"):
                 shares.append({})

@@ -64,8 +64,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 import experiment
-from evals import data, language_model, models
 from evals.cache import Cache
+from evals.model import language_model
+from evals.model import places as model_places
+from evals.texts.source import Listed
 from runs import environment
 
 BLOCKS = 3  # measured, after the warm-up
@@ -168,8 +170,8 @@ def load(args):
     if args.model in experiment.PROFILES:
         return lm, experiment.make_source(settings)
     lm.tokenizer = RandomIds(lm.vocab_size, lm.bos)
-    texts = data.Listed([str(i) for i in range(2**20)])
-    return lm, SimpleNamespace(documents=lambda split, state=None: data.Listed(texts.texts, state), digest=lambda split: "random")
+    texts = Listed([str(i) for i in range(2**20)])
+    return lm, SimpleNamespace(documents=lambda split, state=None: Listed(texts.texts, state), digest=lambda split: "random")
 
 
 class RandomIds:
@@ -202,7 +204,7 @@ def lm_flop(config, blocks: int, context: int) -> float:
     """FLOP a token of a pass through so many blocks."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return blocks * (2 * models.sizes(config, "", 1)["block_parameters"] + 2 * heads * head_dim * (context + 1))
+    return blocks * (2 * model_places.sizes(config, "", 1)["block_parameters"] + 2 * heads * head_dim * (context + 1))
 
 
 def sae_flop(d_in: int, width: int) -> float:

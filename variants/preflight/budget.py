@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from variants import ranks
-from variants.files import size
+from variants.kit import ranks
+from variants.kit.files import size
 from variants.preflight.check import Findings, too_large
 
 PROCESS = {"cpu": 0.42e9, "cuda": 0.0}  # Python, torch, transformers, texts

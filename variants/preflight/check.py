@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import variants
-from variants import base, imperative
-from variants.copying import duplicate
+from variants import base
+from variants.kit import imperative
+from variants.kit.copying import duplicate
 from variants.preflight import memory
 from variants.preflight.memory import Sizes
 from variants.preflight.messages import (

@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from variants import imperative
+from variants.kit import imperative
 
 AFFORDABLE = 32 * 2**20  # bytes of a step after which a size is not doubled further
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")  # results the host must have to go on

@@ -20,7 +20,7 @@ from types import ModuleType
 from torch import Tensor, nn
 
 import variants
-from variants import imperative
+from variants.kit import imperative
 from variants.preflight.memory import Sizes
 
 

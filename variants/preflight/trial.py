@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import variants
-from variants import base, contexts, imperative
-from variants.copying import duplicate
+from variants import base
+from variants.kit import contexts, imperative
+from variants.kit.copying import duplicate
 from variants.preflight import memory
 from variants.preflight.memory import Sizes
 from variants.preflight.messages import (

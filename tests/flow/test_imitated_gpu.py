@@ -1,0 +1,149 @@
+"""What only shows off the CPU: devices that do not mix, steps that wait, memory that ends; on a GPU imitated in host memory."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests import imitated_gpu
+from tests.flow.test_experiment import PROJECT, wait_for
+
+pytestmark = [pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has real GPUs: tests/flow/test_cuda.py"),
+              pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")]
+
+EVALS = "core,sparse_probing,absorption,tpp,scr,ravel,unlearning,sae_probes"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    try:
+        return imitated_gpu.build()
+    except subprocess.CalledProcessError as error:
+        if "CI" in os.environ:
+            pytest.fail(error.stderr)
+        pytest.skip(f"not with torch {torch.__version__}: {error.stderr[:300]}")
+
+
+def on_gpu(*command, **environment):
+    return subprocess.Popen([sys.executable, "-m", "tests.imitated_gpu", *map(str, command)], cwd=PROJECT, text=True,
+                            env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def ended(process) -> str:
+    said = process.communicate(timeout=500)[0]
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def tiny(out, cache, *more):
+    return ["experiment.py", "--profile=tiny", f"--out_dir={out}", f"--cache_dir={cache}", *more]
+
+
+def means(out) -> dict:
+    (section,) = json.loads((out / "final_info.json").read_text()).values()
+    return {name: value for name, value in section["means"].items() if value is not None}
+
+
+REFUSED = """
+import torch
+x, host = torch.ones(3, 3, device="cuda"), torch.ones(3, 3)
+for what in (lambda: x + host, lambda: torch.cat([x, host]), lambda: x.index_select(0, torch.zeros(1).long()), lambda: host[x > 0],
+             lambda: x.numpy(), lambda: torch.randperm(3, generator=torch.Generator(), device="cuda"),
+             lambda: torch.empty(2 * 10**9, device="cuda")):
+    try:
+        raise SystemExit(f"done: {what()}")
+    except (RuntimeError, TypeError):  # torch.OutOfMemoryError is one
+        pass
+assert torch.equal((x + torch.tensor(1.0))[torch.tensor([0])].cpu(), 2 * host[:1])  # these may mix
+torch.cuda.set_sync_debug_mode("error")
+y = (x @ x).topk(2).values.sum() * torch.tensor(5.0)
+for what in (y.item, y.cpu, lambda: x[x > 0], lambda: x.nonzero(), lambda: torch.tensor(1.0, device="cuda"), lambda: bool(y > 0)):
+    try:
+        raise SystemExit(f"did not wait: {what()}")
+    except RuntimeError:
+        pass
+"""
+
+
+def test_the_imitation_refuses_what_a_gpu_refuses(tmp_path):
+    """Fails if a mistake would pass unseen here."""
+    (tmp_path / "refused.py").write_text(REFUSED)
+    ended(on_gpu(tmp_path / "refused.py", IMITATED_GPU_BYTES="1e9"))
+
+
+def test_steps_on_a_gpu(tmp_path):
+    """Fails if a variant mixes devices, learns something else in bf16, waits for the device in a step, or dies of a step's memory."""
+    tests = ("every_variant_learns_on_a_gpu_what_it_learns_on_the_cpu", "no_step_waits_for_the_gpu",
+             "a_step_without_memory_goes_on_in_parts",
+             "wide_saes_have_the_gradients_of_dense_products")
+    script = tmp_path / "steps.py"
+    script.write_text("import sys\nsys.path.insert(0, '.')\nfrom tests.flow import test_cuda\nfrom tests.variants import test_variants\n"
+                      + "".join(f"test_cuda.test_{name}()\n" for name in tests)
+                      + "for every in (13, 5, 2):\n    test_variants.auxk_against_its_formula('cuda', every)\n")
+    ended(on_gpu(script))
+
+
+def test_the_benchmarks_run_on_a_gpu(tmp_path):
+    """Fails if what measures training there does not: events, memory, Gemma-2-2B's shape, sparse against dense."""
+    script = tmp_path / "benchmarks.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, ".")
+import torch
+torch.cuda.get_device_name = lambda *args: "H200"  # whose rates are not measured, which would take minutes here
+from tests.benchmarks import sparse, training
+training.main(["--layers=0,1", "--tokens=384", "--context=32", "--lm_batch_size=4", "--batch_size=64", "--run_tokens=20000", "--saes=2",
+               "--n_layers=2", "--widths=256", "--growth", "--cache_dir={tmp_path}"])
+sys.argv = ["sparse", "--d_in=64", "--widths=512", "--ks=8", "--batch_size=64", "--steps=2"]
+sparse.main()
+""")
+    said = ended(on_gpu(script))
+    assert "gemma-2-2b-shape: d_model 2304, bfloat16" in said and "| 256 | 2 | 2 |" in said and "| 512 | 8 |" in said, said
+
+
+def test_evals_give_the_same_on_a_gpu(tmp_path):
+    """Fails if an eval mixes devices, draws from a generator of the device, or takes another path there that gives other results."""
+    subprocess.run([sys.executable, *tiny(tmp_path / "sae", tmp_path, "--evals=none", "--device=cpu")], cwd=PROJECT, check=True)
+    evaluate = [f"--init_from={tmp_path / 'sae'}", "--num_tokens=0", f"--evals={EVALS}", "--activation_cache_gb=0"]
+    ended(on_gpu(*tiny(tmp_path / "gpu", tmp_path, *evaluate)))
+    subprocess.run([sys.executable, *tiny(tmp_path / "cpu", tmp_path, *evaluate, "--device=cpu")], cwd=PROJECT, check=True)
+    here, there = means(tmp_path / "cpu"), means(tmp_path / "gpu")
+    assert len(here) > 80 and there == pytest.approx(here, rel=1e-5)
+
+
+def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
+    """Fails if a checkpoint does not bring everything back to the device: a bf16 model, a sweep, two layers."""
+    def run(name, *more):
+        return on_gpu(*tiny(tmp_path / name, tmp_path, "--num_tokens=100000", "--variant=batch_topk", "--sweep=k=4,8", "--layers=1,2",
+                            "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none", "--checkpoint_seconds=0.1", *more))
+
+    whole, killed = run("whole"), run("killed")
+    wait_for(tmp_path / "killed/checkpoint.pt", killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed/final_info.json").exists(), "it ended before it could be killed"
+    assert "continuing from step" in ended(run("killed"))
+    ended(whole)
+    found, expected = (json.loads((tmp_path / name / "final_info.json").read_text()) for name in ("killed", "whole"))
+    assert len(expected) == 4
+    for name, section in expected.items():
+        assert found[name]["means"] == pytest.approx(section["means"], rel=1e-5), name
+
+
+def test_a_run_ends_well_with_less_memory_than_it_was_promised(tmp_path):
+    """Fails if running out of memory in the language model, a step or an eval ends a run or changes its result."""
+    def run(name, **environment):
+        return ended(on_gpu(*tiny(tmp_path / name, tmp_path, "--activation_cache_gb=0", "--evals=core,sparse_probing", "--num_tokens=65536",
+                                  "--block_tokens=65536", "--lm_batch_size=2048", "--d_sae=4096", "--batch_size=4096",
+                                  '--eval_config={"core": {"batch_size_prompts": 512}}'), **environment))
+
+    assert "out of GPU memory" not in run("enough")
+    said = run("little", IMITATED_GPU_LEFT="90e6")
+    for part in ("a language-model batch of 1024 rows", "each batch in 2 parts", "in the features: going on", "in the logits: going on"):
+        assert part in said, said[-3000:]
+    assert means(tmp_path / "little") == pytest.approx(means(tmp_path / "enough"), rel=0.05, abs=0.05)

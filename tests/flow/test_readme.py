@@ -1,0 +1,132 @@
+"""Every example of every README runs: commands, flags, hyper-parameters and files of code."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import experiment
+import variants
+from runs import compare, seeds
+from tests import OWN_VARIANTS, PROJECT
+
+READMES = sorted(path for path in PROJECT.rglob("README.md") if not any(part[0] == "." for part in path.relative_to(PROJECT).parts))
+TINY = ["--num_tokens=4096", "--device=cpu", "--evals=core"]
+# what runs elsewhere, or is another program's: (pattern of a command, the file that runs it)
+ELSEWHERE = (("pip install", ".ci/run"), ("python -m pytest", ".ci/run"), ("torchrun", "tests/flow/test_ranks.py"),
+             ("diff ", "tests/flow/test_experiment.py"), ("python -m tests.imitated_gpu", "tests/flow/test_imitated_gpu.py"),
+             ("openai-community/gpt2", "tests/flow/test_real_path.py"), ("hf auth", "tests/evals/test_hub.py"))
+OTHER_PROGRAMS = {"--max-restarts", "--nproc_per_node", "--markdown", "--csv", "--all", "--baseline", "--no-deps", "--peers", "--growth",
+                  "--saes", "--n_layers", "--threads", "--cpu_seconds", "--widths", "--steps", "--help"}
+
+
+def spans(text: str) -> list[str]:
+    """What stands in backticks, and the lines of indented and fenced blocks."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    rest = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S)
+    lines = [line for block in fenced for line in block.splitlines()] + re.findall(r"^    (\S.*)$", rest, re.M)
+    return [span.strip() for span in lines + re.findall(r"`([^`\n]+)`", rest)]
+
+
+def found(pattern: str) -> list[str]:
+    shown = [readme for readme in READMES if readme.parent != PROJECT / "tests"]  # which lists what is refused
+    everything = [span for readme in shown for span in spans(readme.read_text(encoding="utf-8"))]
+    return sorted({re.sub(r"\s+#.*$", "", span) for span in everything if re.match(pattern, span)})
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with run_1 to run_3, as the examples speak of them, and mine.py, the README's own variant."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "mine.py").write_text(python_blocks()[0])
+    for seed in (1, 2, 3):
+        assert experiment.main(["--profile=tiny", *TINY, f"--seed={seed}", f"--cache_dir={folder / 'cache'}",
+                                f"--out_dir={folder / f'run_{seed}'}"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", found(r"(python|torchrun|pip|diff) "))
+def test_a_command_runs(command, place, monkeypatch, capsys):
+    """Fails if a README shows a command that is refused, or that nothing runs."""
+    elsewhere = [file for pattern, file in ELSEWHERE if pattern in command]
+    if elsewhere:
+        assert (PROJECT / elsewhere[0]).is_file()
+        return
+    words = shlex.split(re.sub(r"\[|\]|…", "", command))
+    if words[1] == "-m" and words[2].startswith("tests."):
+        assert '__name__ == "__main__"' in Path(importlib.import_module(words[2]).__file__).read_text(encoding="utf-8")
+        return
+    monkeypatch.chdir(place)
+    if words[1] == "-m":
+        program = {"runs.compare": compare.main, "runs.seeds": seeds.main}[words[2]]
+        runs = [word if word.startswith("run_") else "run_1" for word in words[3:] if word[0] != "-"]
+        assert program([*(word for word in words[3:] if word[0] == "-"), *(runs or ["run_1"])]) == 0
+        return
+    if "--help" in words:
+        with pytest.raises(SystemExit) as left:
+            experiment.main(words[2:])
+        assert left.value.code == 0
+        return
+    words = [word.replace("--variant=mine", "--variant=mine.py").replace("--out_dir=run_", "--out_dir=again_") for word in words[2:]]
+    more = [] if any(word.startswith("--num_tokens") for word in words) else TINY
+    assert experiment.main(["--profile=tiny", f"--cache_dir={place / 'cache'}", *more, *words]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", found(r"--\w"))
+def test_a_flag_is_one(flags, place, monkeypatch):
+    """Fails if a README names a flag that there is not, or a value that it does not take."""
+    words = shlex.split(flags.replace("[", "").replace("]", ""))
+    if words[0].partition("=")[0] in OTHER_PROGRAMS:
+        return
+    if "…" in flags or "NAME" in flags or (len(words) == 1 and "=" not in flags):
+        assert words[0].partition("=")[0].lstrip("-") in experiment.Settings.__dataclass_fields__
+        return
+    monkeypatch.chdir(place)
+    settings, _ = experiment.resolve(experiment.parse_settings(["--profile=tiny", "--device=cpu", *words]))
+    experiment.evals_of(settings)
+    experiment.layers_of(settings)
+    named = set(re.findall(r"(?:^|,)(\w+)=", f"{settings.hyper},{settings.sweep}"))
+    if named and "my_weight" not in named:  # that is the README's own variant's: it is run below
+        knowing = [m for m in map(variants.load, OWN_VARIANTS) if named <= set(variants.hyperparameters(m))]
+        assert experiment.hypers_of(settings, knowing[0])
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_VARIANTS if f"\n**`{name}`**" in (PROJECT / "README.md").read_text()])
+def test_an_ablation_is_a_hyper_parameter(name):
+    """Fails if a README offers an ablation by a name or value that the variant does not know."""
+    part = (PROJECT / "README.md").read_text(encoding="utf-8").partition(f"\n**`{name}`**")[2].partition("\n\n")[0]
+    offered = [item.removeprefix("--hyper ") for item in re.findall(r"`((?:--hyper )?\w+=[^`]+)`", part)]
+    module = variants.load(name)
+    assert offered and {item.partition("=")[0] for item in offered} <= variants.hyperparameters(module).keys()
+    for item in offered:
+        variants.parse_hyper(module, "" if "…" in item else item)
+
+
+def test_the_files_of_code_run(place, monkeypatch, capsys):
+    """Fails if the README's own variants, or the one line for a trainer of dictionary_learning, cannot be run as they stand."""
+    example, contexts, library = python_blocks()
+    monkeypatch.chdir(place)
+    given = ["--profile=tiny", *TINY, f"--cache_dir={place / 'cache'}"]
+    assert experiment.main([*given, "--variant=mine.py", "--hyper=k=64,my_weight=0.1", "--out_dir=example"]) == 0
+    (place / "contexts.py").write_text("from variants import topk\n\n\n" + contexts)
+    assert experiment.main([*given, "--variant=contexts.py", "--allow_identical", "--out_dir=contexts"]) == 0
+
+    for name, attribute in (("nnsight", "LanguageModel"), ("wandb", "init")):  # which it imports for other purposes
+        module = types.ModuleType(name)
+        setattr(module, attribute, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    pytest.importorskip("dictionary_learning")
+    line, _, flags = library.partition("#")
+    (place / "theirs.py").write_text(line)
+    flags = flags.replace("--variant=mine", "--variant=theirs.py").split()
+    assert experiment.main([*given, *flags, "--out_dir=theirs"]) == 0, capsys.readouterr().err
+    assert json.loads((place / "theirs/final_info.json").read_text())["layer_2"]["config"]["hyper"]["k"] == 64

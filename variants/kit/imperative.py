@@ -1,0 +1,569 @@
+"""The imperative form of a variant: a trainer class with `.ae` and `.update(step, activations)`, as in dictionary_learning.
+
+The class is the one called `Trainer`, or else the only class of the file with an `update` method; of several, the one that derives from
+SAETrainer, or that has `.ae`. Of the keywords it accepts it is given the sizes, steps, seed, device, layer and model name, and the
+learning rate if one is set; all others are its hyper-parameters. `update` gets x [B, D] with E‖x‖² = 1 and returns nothing, the loss,
+or a dict of numbers; `.ae` has encode(x [N, D]) -> [N, F] and decode. What else hangs on `.ae`, tensors and numbers, is part of its
+state. The class may declare `needs_contexts` and `attention_layers` (its update then names an argument `batch`) and define `report` and
+`feature_groups` as variants/base.py describes them.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import random
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from variants import base
+from variants.kit import compat
+from variants.kit.copying import duplicate
+
+# what the runner gives, under the names in use
+SUPPLIED = {
+    "d_in": ("activation_dim", "d_in", "input_dim", "d_model", "act_size", "n_inputs"),
+    "d_sae": ("dict_size", "d_sae", "n_features", "hidden_dim", "n_latents", "num_latents", "latent_dim", "d_hidden", "num_features"),
+    "steps": ("steps", "total_steps", "num_steps"), "lr": ("lr", "learning_rate"), "seed": ("seed",), "device": ("device",),
+    "layer": ("layer", "hook_layer"), "lm_name": ("lm_name", "model_name"), "hook_name": ("hook_name",),
+    "submodule_name": ("submodule_name",), "wandb_name": ("wandb_name", "run_name"),
+}
+SETTING = dict(steps=10_000, lr=None, seed=0, device="cpu", layer=0, lm_name="")  # for an SAE that is only to be read back
+ONLY_IF_NEEDED = {"wandb_name", "submodule_name"}
+# lengths in steps that suit long runs: (usual length, most as a share of the run)
+SHRUNK = {"warmup_steps": (1000, 0.05), "sparsity_warmup_steps": (5000, 0.1), "threshold_start_step": (1000, 0.05),
+          "decay_start": (None, 0.8), "anneal_start": (15_000, 0.5)}
+MOST_ITEMS = 64  # tensors in a list or dict on the ae that are taken for its state
+GLANCE = 128  # tokens of each batch encoded once more, to see which features fire
+
+
+# ------------------------------------------------------------------------------------------------ finding and calling the class
+
+
+def lent(tree: ast.Module) -> dict:
+    """Names of compat that a file with a trainer uses; what it imports or defines itself comes later and replaces them."""
+    classes = [c for c in ast.walk(tree) if isinstance(c, ast.ClassDef)]
+    if not any(c.name == "Trainer" or any(isinstance(f, ast.FunctionDef) and f.name == "update" for f in c.body) for c in classes):
+        return {}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return {name: getattr(compat, name) for name in compat.__all__ if name in used}
+
+
+def trainer_of(module: ModuleType, tree: ast.Module) -> type | None:
+    """The trainer class of a module, or None if it has none. AttributeError if it has several and none is called Trainer."""
+    file = Path(module.__file__).name
+    if inspect.isclass(getattr(module, "Trainer", None)):
+        if not callable(getattr(module.Trainer, "update", None)):
+            methods = [n for n, f in vars(module.Trainer).items() if callable(f) and n[0] != "_"]
+            raise AttributeError(f"the class Trainer in {file} has no method update; it has {', '.join(methods) or 'none'}\n"
+                                 "write def update(self, step, activations): one training step on activations [B, d_in]")
+        return module.Trainer
+    having = [c for c in vars(module).values() if inspect.isclass(c) and callable(getattr(c, "update", None))
+              and not issubclass(c, (dict, set))]
+    own = [c for c in having if c.__module__ == module.__name__] or having
+    found = list(dict.fromkeys(c for c in own if not any(other is not c and issubclass(other, c) for other in own)))
+    definitions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    for is_trainer in (_derives_from_trainer, lambda c: _has_ae(c, definitions)):  # a helper may have an update, too
+        if len(found) > 1:
+            found = [c for c in found if is_trainer(c)] or found
+    if len(found) > 1:
+        places = [f"{c.__name__} in line {definitions[c.__name__].lineno}" if c.__name__ in definitions else c.__name__ for c in found]
+        raise AttributeError(f"{file} defines {len(found)} classes with an update method ({', '.join(places)})\n"
+                             f"call the one to run Trainer, or add a line: Trainer = {found[-1].__name__}")
+    return found[0] if found else None
+
+
+def _derives_from_trainer(c: type) -> bool:
+    return any(ancestor.__name__ == "SAETrainer" for ancestor in c.__mro__[1:])
+
+
+def _has_ae(c: type, definitions: dict[str, ast.ClassDef]) -> bool:
+    """Whether the class, or one that it derives from, has an `ae`: as a member, or assigned to self in a method."""
+    methods = [definitions[ancestor.__name__] for ancestor in c.__mro__ if ancestor.__name__ in definitions]
+    stored = (node for method in methods for node in ast.walk(method) if isinstance(node, ast.Attribute))
+    return hasattr(c, "ae") or any(node.attr == "ae" and isinstance(node.ctx, ast.Store) for node in stored)
+
+
+def adapted(trainer_class: type) -> type[Imperative]:
+    """The SAE class that runs a trainer class."""
+    declared = {name: getattr(trainer_class, name) for name in ("needs_contexts", "attention_layers", "attention_threshold")
+                if hasattr(trainer_class, name)}
+    return type("SAE", (Imperative,), {"trainer_class": trainer_class, "__module__": trainer_class.__module__, **declared})
+
+
+def parameters_of(trainer_class: type) -> dict[str, inspect.Parameter]:
+    """The named parameters of the trainer's __init__."""
+    return {n: p for n, p in inspect.signature(trainer_class).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def hyperparameters(trainer_class: type) -> dict[str, object]:
+    """Names and defaults of what the user may set with --hyper; inspect.Parameter.empty where there is no default."""
+    given = {alias for aliases in SUPPLIED.values() for alias in aliases}
+    plain = (bool, int, float, str, type(None), list, tuple, dict)
+    return {n: p.default for n, p in parameters_of(trainer_class).items()
+            if n not in given and (p.default is p.empty or isinstance(p.default, plain))}
+
+
+def keywords(trainer_class: type, d_in: int, d_sae: int, setting: dict, hyper: dict) -> dict:
+    """What the trainer is constructed with; TypeError names what it needs and nobody gives."""
+    values = dict(d_in=d_in, d_sae=d_sae, hook_name=f"blocks.{setting['layer']}.hook_resid_post", wandb_name=trainer_class.__name__,
+                  submodule_name=f"resid_post_layer_{setting['layer']}", **setting)
+    accepted, given, missing = parameters_of(trainer_class), {}, []
+    length = setting.get("schedule", setting["steps"])  # the preflight's few steps see schedules at their end
+    for name, parameter in accepted.items():
+        key = next((key for key, aliases in SUPPLIED.items() if name in aliases), None)
+        needed = parameter.default is parameter.empty
+        if name in hyper:
+            given[name] = hyper[name]
+        elif key == "lr":  # the trainer's own unless the user or the profile sets one
+            if values["lr"] is not None or needed:
+                given[name] = values["lr"] or base.SAE.default_lr
+        elif key and (needed or key not in ONLY_IF_NEEDED):
+            given[name] = values[key]
+        elif name in SHRUNK:
+            usual, share = SHRUNK[name]
+            wanted = usual if needed or parameter.default is None else parameter.default
+            if wanted is None or (isinstance(wanted, int) and wanted > share * length):
+                given[name] = max(1, int(share * length))  # many divide by it
+        elif needed:
+            missing.append(name)
+    if missing:
+        raise TypeError(f"{trainer_class.__name__} needs {', '.join(missing)}, which nobody gives\n"
+                        f"--hyper {','.join(f'{m}=…' for m in missing)}, or write a default")
+    return given
+
+
+# ------------------------------------------------------------------------------------------------ the SAE that training and evals see
+
+
+class Imperative(base.SAE):
+    """A trainer's `.ae` under the contract of base.SAE: any leading dimensions, one feature tensor, a decoder [F, D]."""
+
+    trainer_class: type
+    attention_threshold = None
+
+    def __init__(self, d_in: int, d_sae: int, setting: dict, **hyper):
+        nn.Module.__init__(self)
+        self.d_in, self.d_sae, self.setting = d_in, d_sae, setting
+        trainer = self.trainer_class(**keywords(self.trainer_class, d_in, d_sae, setting, hyper))
+        self.__dict__["trainer"] = trainer  # past nn.Module: some trainers are modules themselves
+        if not isinstance(getattr(trainer, "ae", None), nn.Module):
+            near = [n for n, value in vars(trainer).items() if isinstance(value, nn.Module)]
+            has = f"; it has {', '.join(near)}" if near else ""
+            raise AttributeError(f"{type(trainer).__name__} has no module called ae{has}\n"
+                                 f"evals use trainer.ae.encode and trainer.ae.decode: set self.ae{f' = self.{near[0]}' if near else ''}")
+        self.ae = trainer.ae
+        for method, given in (("encode", "x"), ("decode", "features")):
+            check_called(self.ae, method, given)
+        self.__dict__["_numbers_made"] = dict(_plain(self.ae, PLAIN_NUMBERS))
+        self.__dict__["returned"] = None  # what encode returned besides one tensor, in words
+        width = self._width()
+        self.register_buffer("tokens_since_fired", torch.zeros(width, dtype=torch.int64, device=setting["device"]))
+        self._fired_F = None
+        self._takes_batch = takes_batch(trainer.update)
+        self._names: list[str] | None = None  # of the numbers update returned first; later steps give the same ones
+        self.__dict__["_last"] = {}
+
+    def __deepcopy__(self, memo):
+        """A copy to look at: its own ae, the same trainer."""
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        memo[id(self.trainer)] = self.trainer
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    @torch.no_grad()
+    def _width(self) -> int:
+        """Number of features: of a copy of the ae, in eval mode, on rows like a batch's, so that looking changes nothing."""
+        generator = torch.Generator().manual_seed(0)
+        x_ND = nn.functional.normalize(torch.randn(GLANCE, self.d_in, generator=generator), dim=1).to(self.setting["device"])
+        probe, devices = duplicate(self.ae, but=(self.trainer,)), [x_ND.device] if x_ND.is_cuda else []
+        with torch.random.fork_rng(devices), looking(probe):
+            return self._features(probe, x_ND).shape[-1]
+
+    def _features(self, ae: nn.Module, x_ND: Tensor) -> Tensor:
+        """What `ae.encode` returns; of several tensors the first that has the features' shape."""
+        found = ae.encode(x_ND.to(dtype_of(ae)))
+        if isinstance(found, Tensor):
+            return found
+        parts = list(found.values()) if isinstance(found, dict) else list(getattr(found, "__dict__", {}).values())
+        parts = list(found) if isinstance(found, (tuple, list)) else parts
+        wide = [part for part in parts if isinstance(part, Tensor) and part.ndim == 2 and len(part) == len(x_ND)]
+        counters = self._buffers.get("tokens_since_fired")
+        width = self.d_sae if counters is None else len(counters)
+        fitting = [part for part in wide if part.shape[1] == width] or [part for part in wide if part.shape[1] != self.d_in]
+        what = f"{len(parts)} values" if parts else f"a {type(found).__name__}"
+        if not fitting:
+            raise TypeError(f"{place_of(ae.encode)}: ae.encode returned {what}: evals need one tensor of "
+                            "features [tokens, number of features]\n"
+                            "return the features alone; what update needs besides, give behind a keyword: encode(x, return_gate=False)")
+        self.__dict__["returned"] = f"{what}, of which the first of shape [tokens, {fitting[0].shape[1]}] is taken as the features"
+        return fitting[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features (..., F) of x (..., D); the trainer's ae gets [N, D]."""
+        z = self._features(self.ae, x.reshape(-1, x.shape[-1]))
+        return z.reshape(*x.shape[:-1], z.shape[-1])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction (..., D) of features (..., F)."""
+        return self.ae.decode(z.reshape(-1, z.shape[-1]).to(dtype_of(self.ae))).reshape(*z.shape[:-1], -1)
+
+    @property
+    def decoder(self) -> Tensor:
+        """[F, D]: the ae's own matrix where four of its rows agree with what decode does, else decode applied to each feature."""
+        with looking(self.ae):
+            return self._decoder()
+
+    @torch.no_grad()
+    def _decoder(self) -> Tensor:
+        F, device = len(self.tokens_since_fired), self.tokens_since_fired.device
+        rows = torch.linspace(0, F - 1, 4, device=device).long()
+
+        def decoded(index: Tensor) -> Tensor:
+            one_NF = torch.zeros(len(index), F, device=device).scatter(1, index[:, None], 1.0)
+            return self.decode(one_NF) - self.decode(torch.zeros(1, F, device=device))
+
+        some = decoded(rows)
+        linear, near = getattr(getattr(self.ae, "decoder", None), "weight", None), 1e-4 * float(some.abs().max())
+        for W in (getattr(self.ae, "W_dec", None), linear):
+            for W_FD in (W, W.T) if isinstance(W, Tensor) and W.ndim == 2 else ():
+                if W_FD.shape == (F, some.shape[1]) and torch.allclose(W_FD[rows].to(some), some, 1e-3, near):
+                    return W_FD
+        return torch.cat([decoded(part) for part in torch.arange(F, device=device).split(512)])
+
+    def update(self, batch: base.Batch, progress: base.Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """The trainer's own step; returns its loss and numbers. Where it gives no loss: ‖x − x_hat‖² of some tokens after the step."""
+        named = {"batch": batch} if self._takes_batch else {}
+        out = self.trainer.update(progress.step, batch.x, **named)
+        if self.trainer.ae is not self.ae:  # replaced by a wider one, say
+            self.ae = self.trainer.ae
+        x_ND = batch.x[:GLANCE]
+        with torch.no_grad(), looking(self.ae):
+            z_NF = self.encode(x_ND)
+            if z_NF.shape[-1] != len(self.tokens_since_fired):
+                self.tokens_since_fired = self.tokens_since_fired.new_zeros(z_NF.shape[-1])
+            self.note_fired(z_NF)
+            terms = _returned(out) or {"reconstruction": base.reconstruction_loss(x_ND - self.decode(z_NF))}
+        self.count_step(len(batch.x))
+        terms = {k: torch.as_tensor(v).detach().reshape(()).to(batch.x.device, torch.float32) for k, v in terms.items()}
+        loss = terms.pop("loss", None)
+        loss = next(iter(terms.values())) if loss is None else loss
+        if self._names is None:
+            self._names = list(terms)
+        # the log has the columns of the first step: what a later one leaves out stays as it was
+        self.__dict__["_last"] = {name: terms.get(name, self._last.get(name, loss)) for name in self._names}
+        return loss, dict(self._last)
+
+    @property
+    def default_lr(self) -> float:
+        """The learning rate the trainer chose."""
+        return next((float(lr) for lr in (getattr(self.trainer, n, None) for n in SUPPLIED["lr"]) if lr is not None), base.SAE.default_lr)
+
+    def report(self, context: dict):
+        """What the trainer reports, and the numbers it names for logging."""
+        own, logged = (getattr(self.trainer, name, None) for name in ("report", "get_logging_parameters"))
+        numbers, files = own(context) if callable(own) else ({}, {})
+        logged = {name: float(value) for name, value in _numbers(logged()).items()} if callable(logged) else {}
+        return {**logged, **numbers}, files
+
+    def feature_groups(self):
+        own = getattr(self.trainer, "feature_groups", None)
+        return own() if callable(own) else None
+
+    # -- what hangs on the ae besides parameters and buffers: masks, running statistics, thresholds
+
+    def _plain_state(self) -> dict[str, Tensor]:
+        """The ae's plain tensors, and the plain numbers that training has changed, by their names in a state dict."""
+        numbers = {name: torch.tensor(value, dtype=_dtype(value)) for name, value in _plain(self.ae, PLAIN_NUMBERS)
+                   if self._numbers_made.get(name) != value}
+        return {name: value.detach() for name, value in _plain(self.ae, Tensor)} | numbers
+
+    def state_dict(self, *args, prefix: str = "", **kwargs):
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name, tensor in self._plain_state().items():
+            state[prefix + name] = tensor
+        return state
+
+    def load_state_dict(self, state, strict: bool = True, assign: bool = False):
+        formal = nn.Module.state_dict(self).keys()
+        own = {name: tensor for name, tensor in state.items() if name not in formal and self.holder_of(name) is not None}
+        result = super().load_state_dict({name: t for name, t in state.items() if name not in own}, strict, assign)
+        for name in sorted(own, key=lambda name: (len(name), name)):  # a list's second entry before its tenth
+            _put(self.holder_of(name), *PLACE.match(name).group(2, 3), own[name])
+        return result
+
+    def holder_of(self, name: str) -> nn.Module | None:
+        """The module of the ae on which a plain tensor or number of that name hangs; None if it is no such name."""
+        place = PLACE.match(name)
+        return dict(self.named_modules()).get(place[1]) if place else None
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for name, value in list(_plain(self.ae, Tensor)):
+            _put(self.holder_of(name), *PLACE.match(name).group(2, 3), fn(value.detach()))
+        return self
+
+
+def check_called(ae: nn.Module, method: str, given: str) -> None:
+    """The ae's encode and decode can be called as the evals call them. AttributeError, TypeError."""
+    function = getattr(ae, method, None)
+    if not callable(function):
+        raise AttributeError(f"{type(ae).__name__} has no method {method}\n"
+                             "evals need ae.encode(x) -> features [tokens, number of features] and ae.decode(features) -> x_hat")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in, or made by a compiler: what it takes is seen when it is called
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(f"{place_of(function)}: ae.{method}{signature} is called as ae.{method}({given}): {error}\n"
+                        "give its other arguments a default") from None
+
+
+def place_of(function) -> str:
+    """`file.py:line` of a function's own definition, behind its decorators."""
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}" if code else "ae"
+
+
+def dtype_of(ae: nn.Module) -> torch.dtype:
+    """The dtype in which an ae computes: of its first parameter that is no counter."""
+    return next((p.dtype for p in ae.parameters() if p.is_floating_point()), torch.float32)
+
+
+def takes_batch(update) -> bool:
+    """Whether a trainer's update asks for the whole batch: by the argument's name alone, behind step and activations."""
+    return "batch" in list(inspect.signature(update).parameters)[2:]
+
+
+@contextmanager
+def looking(ae: nn.Module):
+    """The ae in eval mode within; each of its modules gets its own mode back."""
+    modes = {module: module.training for module in ae.modules()}
+    ae.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _dtype(number) -> torch.dtype:
+    """The one that holds a Python number as it is."""
+    return {bool: torch.bool, int: torch.int64}.get(type(number), torch.float64)
+
+
+# a plain tensor's name in a state dict: the module, its attribute, and in brackets the entry of a list or dict there
+PLACE = re.compile(r"(ae(?:\.[^\[]+)?)\.([^.\[]+)(?:\[(.*)\])?$", re.S)
+
+
+def _plain(ae: nn.Module, kind) -> Iterator[tuple[str, object]]:
+    """(name, value) of what is no parameter or buffer and of that kind: attributes, and tensors in lists and dicts.
+
+    A list that grows with every step is a history, and no state: one of more than MOST_ITEMS is left out.
+    """
+    for prefix, module in ae.named_modules(prefix="ae"):
+        for key, value in list(vars(module).items()):
+            if key in MODULE_INTERNALS:
+                continue
+            if isinstance(value, kind):
+                yield f"{prefix}.{key}", value
+            if kind is not Tensor or not isinstance(value, (dict, list)) or len(value) > MOST_ITEMS:
+                continue
+            for item, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                if isinstance(inner, Tensor) and isinstance(item, (str, int)):
+                    yield f"{prefix}.{key}[{item}]", inner
+
+
+def _put(module: nn.Module, attribute: str, item: str | None, tensor: Tensor) -> None:
+    """Put a plain tensor back where it hung; a number where a number stands."""
+    there = getattr(module, attribute, None)
+    if item is None:
+        number = tensor.ndim == 0 and isinstance(there, PLAIN_NUMBERS)
+        setattr(module, attribute, tensor.item() if number else tensor.clone())
+    elif isinstance(there, dict):
+        by_number = item.isdigit() and all(isinstance(key, int) for key in there)
+        there[int(item) if by_number else item] = tensor.clone()
+    else:
+        entries = there if isinstance(there, list) else []
+        entries[int(item):int(item) + 1] = [tensor.clone()]
+        setattr(module, attribute, entries)
+
+
+def _returned(out) -> dict:
+    """The numbers that update returned: of a tuple its first number as the loss, and those of the dicts in it."""
+    if isinstance(out, dict):
+        return _numbers(out)
+    if not isinstance(out, tuple):
+        return _numbers({"loss": out})
+    numbers = [part for part in out if _numbers({"": part})]
+    named = {key: value for part in out if isinstance(part, dict) for key, value in _numbers(part).items()}
+    return {"loss": numbers[0], **named} if numbers else named
+
+
+def _numbers(given: dict) -> dict:
+    """Those entries that are single numbers."""
+    return {str(k): v for k, v in given.items()
+            if isinstance(v, (bool, int, float, np.number)) or (isinstance(v, Tensor) and v.numel() == 1)}
+
+
+# ------------------------------------------------------------------------------------------------ all a resume needs
+
+
+class TrainerState:
+    """Everything that hangs on a trainer, as one state dict: it takes the optimiser's place in a checkpoint."""
+
+    def __init__(self, sae: Imperative):
+        self.sae = sae
+
+    def state_dict(self) -> dict:
+        return captured(vars(self.sae.trainer)) | {"__names__": self.sae._names}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sae._names = state.pop("__names__")
+        with torch.no_grad():
+            restored(vars(self.sae.trainer), state)
+
+
+PLAIN = (bool, int, float, str, type(None))
+PLAIN_NUMBERS = (bool, int, float)
+
+
+def captured(value, depth: int = 0):
+    """Tensors, numbers, containers, modules, optimisers, schedulers as plain containers of tensors and numbers; `Skip` for the rest."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy()) if value.dtype != object else Skip
+    if isinstance(value, GENERATORS):
+        return _generator_state(value)
+    if isinstance(value, nn.Module):
+        own = {k: v for k, v in vars(value).items() if k not in MODULE_INTERNALS}
+        below = {name: m for name, m in value.named_modules() if name}
+        below = {n: captured({k: v for k, v in vars(m).items() if k not in MODULE_INTERNALS}, depth + 1) for n, m in below.items()}
+        return dict(state=dict(value.state_dict()), own=captured(own, depth + 1), modules=below)
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        # the counters of an optimiser written in the file are not in its state dict
+        own = {k: v for k, v in vars(value).items() if isinstance(v, PLAIN)} if _of_the_file(value) else {}
+        return dict(state=captured(value.state_dict(), depth + 1), own=own)
+    if depth > 8:
+        return Skip
+    if isinstance(value, dict):
+        keys = (*PLAIN, tuple)
+        return {k: c for k, v in value.items() if isinstance(k, keys) and (c := captured(v, depth + 1)) is not Skip}
+    if isinstance(value, (list, tuple, deque, set)):
+        items = [captured(v, depth + 1) for v in value]
+        return Skip if any(i is Skip for i in items) else items
+    if _of_the_file(value) and hasattr(value, "__dict__"):  # a helper class
+        return captured(vars(value), depth + 1)
+    return Skip
+
+
+def tensors_of(value, name: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """Every tensor that hangs on a trainer, by its path: in modules, containers, optimisers."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, nn.Module) and depth:
+        parts = {**dict(value.named_parameters()), **dict(value.named_buffers())}
+    elif isinstance(value, torch.optim.Optimizer):
+        name, parts = f"optimiser.{name}", dict(enumerate(value.state.values()))
+    elif isinstance(value, dict):
+        parts = value
+    elif isinstance(value, (list, tuple, deque)):
+        parts = dict(enumerate(value))
+    else:
+        parts = vars(value) if depth == 0 else {}
+    return {k: t for key, part in parts.items() if depth < 6 for k, t in tensors_of(part, f"{name}.{key}".lstrip("."), depth + 1).items()}
+
+
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+
+
+def _generator_state(generator):
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return list(generator.getstate())
+    state = generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state(legacy=False)
+    return captured(state)
+
+
+def _set_generator_state(generator, state) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        generator.setstate((state[0], tuple(state[1]), state[2]))
+    else:
+        plain = {k: {n: v.numpy() if isinstance(v, Tensor) else v for n, v in part.items()} if isinstance(part, dict) else part
+                 for k, part in state.items()}
+        if isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = plain
+        else:
+            generator.set_state(plain)
+
+
+def _of_the_file(value) -> bool:
+    """Whether an object's class is the variant's own."""
+    return type(value).__module__.startswith("variants.")
+
+
+class Skip:
+    """What cannot be captured: functions, configurations, foreign objects. It is as the trainer's __init__ made it."""
+
+
+MODULE_INTERNALS = set(vars(nn.Module()))
+
+
+def restored(here, saved):
+    """Put `saved` back into `here`, in place where tensors and containers allow it, so that aliases stay aliases; returns the value."""
+    if isinstance(here, Tensor) and isinstance(saved, Tensor):
+        if here.shape == saved.shape and here.dtype == saved.dtype:
+            return here.copy_(saved)
+        return saved.clone()
+    if isinstance(here, np.ndarray) and isinstance(saved, Tensor):
+        return saved.cpu().numpy().copy()
+    if isinstance(here, GENERATORS):
+        _set_generator_state(here, saved)
+        return here
+    if isinstance(here, nn.Module):
+        restored(vars(here), saved["own"])
+        for name, module in here.named_modules():
+            if name in saved["modules"]:
+                restored(vars(module), saved["modules"][name])
+        here.load_state_dict(saved["state"])
+        return here
+    if hasattr(here, "state_dict") and hasattr(here, "load_state_dict"):
+        here.load_state_dict(saved["state"])
+        vars(here).update(saved["own"])
+        return here
+    if isinstance(saved, dict) and isinstance(here, dict):
+        for key, value in saved.items():
+            here[key] = restored(here[key], value) if key in here else value
+        return here
+    if isinstance(saved, list) and isinstance(here, set):
+        return set(saved)
+    if isinstance(saved, list) and isinstance(here, (list, tuple, deque)):
+        items = [restored(h, s) for h, s in zip(here, saved)] if len(here) == len(saved) else saved
+        if isinstance(here, deque):
+            return deque(items, here.maxlen)
+        return type(here)(*items) if hasattr(here, "_fields") else type(here)(items)
+    if isinstance(saved, dict) and hasattr(here, "__dict__"):
+        restored(vars(here), saved)
+        return here
+    return saved

@@ -15,14 +15,17 @@ import variants
 from runs import compare, seeds
 from tests import OWN_VARIANTS, PROJECT
 
-READMES = sorted(path for path in PROJECT.rglob("README.md") if not any(part[0] == "." for part in path.relative_to(PROJECT).parts))
+READMES = sorted(path for path in PROJECT.rglob("README.md") if not any(part[0] == "."
+                                                                        for part in path.relative_to(PROJECT).parts))
 TINY = ["--num_tokens=4096", "--device=cpu", "--evals=core"]
 # what runs elsewhere, or is another program's: (pattern of a command, the file that runs it)
 ELSEWHERE = (("pip install", ".ci/run"), ("python -m pytest", ".ci/run"), ("torchrun", "tests/flow/test_ranks.py"),
-             ("diff ", "tests/flow/test_experiment.py"), ("python -m tests.imitated_gpu", "tests/flow/test_imitated_gpu.py"),
+             ("diff ", "tests/flow/test_experiment.py"), ("python -m tests.imitated_gpu",
+                                                          "tests/flow/test_imitated_gpu.py"),
              ("openai-community/gpt2", "tests/flow/test_real_path.py"), ("hf auth", "tests/evals/test_hub.py"))
-OTHER_PROGRAMS = {"--max-restarts", "--nproc_per_node", "--markdown", "--csv", "--all", "--baseline", "--no-deps", "--peers", "--growth",
-                  "--saes", "--n_layers", "--threads", "--cpu_seconds", "--widths", "--steps", "--help"}
+OTHER_PROGRAMS = {"--max-restarts", "--nproc_per_node", "--markdown", "--csv", "--all", "--baseline", "--no-deps",
+                  "--peers", "--growth", "--saes", "--n_layers", "--threads", "--cpu_seconds", "--widths", "--steps",
+                  "--help"}
 
 
 def spans(text: str) -> list[str]:
@@ -76,9 +79,11 @@ def test_a_command_runs(command, place, monkeypatch, capsys):
             experiment.main(words[2:])
         assert left.value.code == 0
         return
-    words = [word.replace("--variant=mine", "--variant=mine.py").replace("--out_dir=run_", "--out_dir=again_") for word in words[2:]]
+    words = [word.replace("--variant=mine", "--variant=mine.py").replace("--out_dir=run_", "--out_dir=again_")
+             for word in words[2:]]
     more = [] if any(word.startswith("--num_tokens") for word in words) else TINY
-    assert experiment.main(["--profile=tiny", f"--cache_dir={place / 'cache'}", *more, *words]) == 0, capsys.readouterr().err
+    assert experiment.main(["--profile=tiny", f"--cache_dir={place / 'cache'}", *more,
+                            *words]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", found(r"--\w"))
@@ -100,7 +105,8 @@ def test_a_flag_is_one(flags, place, monkeypatch):
         assert experiment.hypers_of(settings, knowing[0])
 
 
-@pytest.mark.parametrize("name", [name for name in OWN_VARIANTS if f"\n**`{name}`**" in (PROJECT / "README.md").read_text()])
+@pytest.mark.parametrize("name", [name for name in OWN_VARIANTS
+                                  if f"\n**`{name}`**" in (PROJECT / "README.md").read_text()])
 def test_an_ablation_is_a_hyper_parameter(name):
     """Fails if a README offers an ablation by a name or value that the variant does not know."""
     part = (PROJECT / "README.md").read_text(encoding="utf-8").partition(f"\n**`{name}`**")[2].partition("\n\n")[0]
@@ -112,7 +118,9 @@ def test_an_ablation_is_a_hyper_parameter(name):
 
 
 def test_the_files_of_code_run(place, monkeypatch, capsys):
-    """Fails if the README's own variants, or the one line for a trainer of dictionary_learning, cannot be run as they stand."""
+    """Fails if the README's own variants, or the one line for a trainer of dictionary_learning,
+    cannot be run as they stand.
+    """
     example, contexts, library = python_blocks()
     monkeypatch.chdir(place)
     given = ["--profile=tiny", *TINY, f"--cache_dir={place / 'cache'}"]

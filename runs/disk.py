@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from runs import environment
 from variants.kit.files import size
 
 TEXTS = {  # libraries in C++ and Rust give no errno but these words
@@ -111,6 +112,14 @@ def room(place: Path) -> tuple[Path, int | None, int | None]:
     except (AttributeError, OSError):
         return there, free, None
     return there, free, found.f_favail if found.f_files else None  # some file systems make entries as they need them
+
+
+def check_room(folder: str | Path, wanted: float, name: str) -> None:
+    """OSError where the disk of a folder has less than the `wanted` bytes free; `name` is what names another folder."""
+    free = environment.disk_free(folder)
+    if free < wanted:
+        raise OSError(f"{folder}: {size(free)} free, the run writes up to {size(wanted)}\n"
+                      f"free some space, or name another folder with {name}")
 
 
 def file_size_limit() -> int | None:

@@ -1,22 +1,76 @@
-"""How a run fails: a few last lines on stderr, which is all the workflow's client shows,
-and the whole story in files.
-"""
+"""How a run fails: a few last lines on stderr, all that the workflow's client shows, and the whole story in files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+import variants
 from runs import disk, folder
+from runs.interrupts import Interrupts
+from variants.kit import ranks
 
 PROJECT = Path(__file__).resolve().parent.parent
 ADVICE = {"OutOfMemoryError": "use a smaller --batch_size, --d_sae or --lm_batch_size",
           "MemoryError": "use a smaller --batch_size, --d_sae or --lm_batch_size"}
+
+
+@dataclass
+class Known:
+    """What is known of a run, as it becomes known: what its last words are made of."""
+
+    info: dict = field(default_factory=lambda: dict(phase="settings", seconds={}))  # run_info.json
+    settings: Any = None  # resolved
+    out: Optional[Path] = None  # the run's folder, from where it is this run's
+    interrupts: Optional[Interrupts] = None
+    lock: Any = None  # on the folder, held to the end
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self.lock:
+            self.lock.release()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder records this run."""
+        return self.out is not None and "status" in self.info
+
+
+def interrupted(stop: KeyboardInterrupt, known: Known) -> int:
+    """Say where a signal met the run, and mark its folder; returns the exit status, 128 + signal."""
+    if not ranks.number():
+        if known.begun:
+            folder.mark(known.out, known.info, "interrupted")
+        place = inside(stop, known.settings)
+        print(f"interrupted in {known.info['phase']}{place}: the same command continues", file=sys.stderr, flush=True)
+    ranks.leave()
+    return 128 + (known.interrupts.signal if known.interrupts else signal.SIGINT)
+
+
+def ended(error: BaseException, known: Known) -> int:
+    """Say in a few lines what ended the run, and mark its folder; returns the exit status, 1."""
+    phase = known.info["phase"]
+    if ranks.number():  # the first rank's folder is not this one's to write in
+        return report(error, f"{phase}, rank {ranks.number()}", None, None)
+    if known.out is None and phase == "preflight":
+        # an input that cannot be had: said where the run would have been, if that is free
+        known.out, known.info["status"] = folder.free_for_words(known.settings.out_dir), "failed"
+    if known.begun:
+        folder.mark(known.out, known.info, "failed")
+    if not known.settings:
+        return report(error, phase, known.out, None)
+    try:
+        variant = variants.path(known.settings.variant)
+    except (OSError, ValueError):  # that is the failure
+        variant = None
+    return report(error, phase, known.out, variant, [known.settings.cache_dir])
 
 
 def report(error: BaseException, phase: str, out: Optional[Path], variant: Optional[Path],
@@ -24,21 +78,23 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
     """Say on stderr, in under 1,200 characters, what failed, where in the user's own file and what to do; returns 1.
 
     Into the run folder `out`, where there is one and it can be written to, go error.json and, at the end of log.txt,
-    the traceback. Whatever fails in here itself, the first error is said. `places`: other folders that the run writes
-    to.
+    the traceback. Whatever fails in here itself, the first error is said. `places`: other folders it writes to.
     """
     kind = type(error).__name__
     what, advice = words(error, out, places)
     where = ""
     with contextlib.suppress(Exception):  # a variant's file that is gone, a traceback through what is no file
         where = place(error, variant)
-    lines = [f"FAILED in {phase}: {what or kind}"[:600], *([f"at {where}"] if where and where not in what else []),
-             kind + (f"; to do: {advice}"[:400] if advice else "")]
+    lines = [f"FAILED in {phase}: {what or kind}"[:600]]
+    if where and where not in what:
+        lines.append(f"at {where}")
+    to_do = f"; to do: {advice}"[:400] if advice else ""
+    lines.append(kind + to_do)
     if out and out.is_dir():
         details = dict(phase=phase, type=kind, message=what, where=where, advice=advice)
         lines.append(kept(error, out, details))
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is closed, full or None
-        print("\n".join(line for line in lines if line), file=sys.stderr, flush=True)
+        print("\n".join(lines), file=sys.stderr, flush=True)
     return 1
 
 
@@ -49,12 +105,14 @@ def words(error: BaseException, out: Optional[Path], places: Sequence[str | Path
         if known:
             return known
     if isinstance(error, SystemExit):
-        return (f"the run was ended from inside, by sys.exit({'' if error.code is None else repr(error.code)})",
-                "take out what calls sys.exit(), exit() or a command line's parser: a variant's file is imported, not "
-                "run")
+        code = "" if error.code is None else repr(error.code)
+        return (f"the run was ended from inside, by sys.exit({code})",
+                "take out what calls sys.exit(), exit() or a command line's parser: a variant's file is imported, "
+                "not run")
     what, _, advice = str(error).partition("\n")
     if "onnection" in what and "peer" in what:  # gloo's words; NCCL's processes are ended by torchrun
-        return "another process of this run ended", "see what it said; the same command continues from the last checkpoint"
+        return ("another process of this run ended",
+                "see what it said; the same command continues from the last checkpoint")
     return what, advice or ADVICE.get(type(error).__name__, "")
 
 
@@ -75,24 +133,26 @@ def kept(error: BaseException, out: Path, details: dict) -> str:
 
 def place(error: BaseException, variant: Optional[Path]) -> str:
     """file:line of the user's variant where the traceback passes through it, else of the last frame in this project."""
-    from variants.preflight import check
+    from variants.preflight import messages
 
-    if variant and (where := check.where(error, variant)):
+    where = messages.where(error, variant) if variant else ""
+    if where:
         return where
     if disk.code_of(error)[0] not in (None, errno.ENOENT):  # the disk's fault, no line's
         return ""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(PROJECT)]
     # a message with advice is this project's own: the line that raised it helps nobody
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames and "\n" not in str(error) else ""
+    if not frames or "\n" in str(error):
+        return ""
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
 
 
 def inside(stop: BaseException, settings) -> str:
     """`, at mine.py:12`, where an interrupt came while the user's variant was at work; else nothing."""
-    import variants
-    from variants.preflight import check
+    from variants.preflight import messages
 
     try:
-        where = check.where(stop, variants.path(settings.variant))
+        where = messages.where(stop, variants.path(settings.variant))
     except (AttributeError, OSError):  # no settings yet, no such file
         return ""
     return f", at {where}" if where else ""

@@ -1,7 +1,8 @@
-"""What a setting may be: ranges of numbers and mistakes of a command line, said before anything is read."""
+"""The command line and what a setting may be: a mistake is said in one line, before anything is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -37,6 +38,19 @@ def check_numbers(values: dict[str, object]) -> None:
             raise ValueError(f"--{name}={value} {wrong}")
 
 
+def check_sizes(settings) -> None:
+    """ValueError where the numbers of a run, each in its range, leave nothing to train, or more than can be planned."""
+    tokens, block, batch = settings.num_tokens, settings.block_tokens, settings.batch_size
+    if tokens == 0 and not settings.init_from:
+        raise ValueError("--num_tokens=0 is below 1\ngive a larger number, or name an SAE to evaluate: --init_from")
+    if tokens > MOST_BLOCKS * block:
+        raise ValueError(f"--num_tokens={tokens} in blocks of --block_tokens={block} are more than {MOST_BLOCKS:,} "
+                         "blocks\ngive larger blocks, or fewer tokens")
+    if min(tokens or batch, block) < batch:
+        raise ValueError(f"--num_tokens={tokens} and --block_tokens={block} must each hold at least one batch of "
+                         f"{batch} tokens: the run would train 0 steps\ngive more tokens, or a smaller --batch_size")
+
+
 def rows_per_pass(text: str) -> int | str:
     """What --lm_batch_size says: a whole number above 0, or "auto"."""
     if text != "auto" and not re.fullmatch(r"0*[1-9][0-9]{0,18}", text):
@@ -59,6 +73,28 @@ def block_numbers(text: str) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ the command line
+
+
+def parse(argv: list[str], kind: type, description: str, never_empty: set[str]) -> tuple[object, list[str]]:
+    """Settings of the dataclass `kind` from a command line, and notes on it.
+
+    ValueError in one line for an unknown flag, which names the nearest valid one, or for a value that is none.
+    """
+    from simple_parsing import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str):
+            raise ValueError(f"{message}\nsee python experiment.py --help")
+
+    flags = {field.name: field.type in (bool, "bool") for field in dataclasses.fields(kind)}
+    parser = Parser(description=description, add_option_string_dash_variants=False, allow_abbrev=False)
+    parser.add_arguments(kind, dest="settings")
+    notes = check_arguments(argv, flags, never_empty)
+    parsed, strange = parser.parse_known_args(argv)
+    if strange:
+        place = argv.index(strange[0]) if strange[0] in argv else 0
+        raise unknown(strange[0], argv[place - 1] if place else None, list(flags))
+    return parsed.settings, notes
 
 
 def check_arguments(argv: list[str], flags: dict[str, bool], never_empty: set[str]) -> list[str]:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from runs.clock import Clock
 from runs.folder import check_present, write_text
 from runs.voice import VOICE, duration, say
 from variants.kit.imperative import Imperative, looking
 
+OWN = ("sae", "step", "tokens", "loss", "l0", "explained_variance", "dead_share", "tokens_per_s")  # the log's columns
+NOT_MEANS = ("sae", "step", "loss", "tokens_per_s", "l0", "explained_variance")  # not measured, or by evals better
 GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no measurement, that is the core eval's
 
 
 def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> None:
-    """Stop at the first loss that is not finite or has exploded, naming the step and the term.
-    Reads the device once per job.
-    """
+    """Stop at the first loss that is not finite or has exploded, naming step and term. Reads the device once a job."""
     for job in jobs:
         if not recent[job.name]:
             continue
@@ -47,9 +47,10 @@ def _last_good() -> str:
 
 
 @torch.no_grad()
-def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_size: int, clock: dict, step: int,
+def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_size: int, clock: Clock, step: int,
          mean_over_ranks: Callable[[Tensor], Tensor]) -> list[dict]:
-    """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share.
+    """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share, speed.
+
     Measuring changes no SAE.
     """
     check_finite(jobs, recent, step, mean_over_ranks)
@@ -57,8 +58,7 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
     def mean(tensors) -> float:
         return float(mean_over_ranks(torch.stack([t.double() for t in tensors]).mean()))
 
-    now, found = time.monotonic(), []
-    rate = (step - clock["step"]) * batch_size / max(now - clock["start"], 1e-9)
+    found, rate = [], clock.rate(step, batch_size)
     for job in jobs:
         x_BD = x_of_job[job.name][:GLANCE]
         with looking(job.sae):
@@ -72,24 +72,32 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
                     dead_share=float(job.sae.dead_features(progress).float().mean()), tokens_per_s=round(rate))
         found.append(row)
         recent[job.name].clear()
-    clock.update(start=time.monotonic(), step=step)
+    clock.count_rate(step)
     return found
 
 
 def _column(term: str) -> str:
     """A term's column: one that has the name of a column of the log's own is told from it."""
-    return f"own_{term}" if term in ("sae", "step", "tokens", "loss", "l0", "explained_variance", "dead_share",
-                                     "tokens_per_s") else term
+    return f"own_{term}" if term in OWN else term
+
+
+def last_means(log: list[dict], name: str) -> dict[str, float]:
+    """What final_info.json says of an SAE's training, from its last row of the log; {} where nothing was trained."""
+    if not log:
+        return {}
+    last = next(row for row in reversed(log) if row["sae"] == name)
+    means = {f"training.{column}": value for column, value in last.items() if column not in NOT_MEANS}
+    return means | {"training.final_loss": last["loss"], "training.steps": last["step"]}
 
 
 def say_rows(rows: list[dict], total_tokens: int) -> None:
     """The rows of one interval, a line each."""
     for row in rows:
         left = (total_tokens - row["tokens"]) / max(row["tokens_per_s"], 1)
-        say(f"tokens {row['tokens'] / 1e6:7.3f}M  loss {row['loss']:.4f}  L0 {row['l0']:6.1f}  EV "
-            f"{row['explained_variance']:.3f}  dead {row['dead_share']:.1%}  {row['tokens_per_s'] / 1e3:.1f}k tok/s  "
-            f"eta {duration(left)}"
-            + f"  {row['sae']}" * (len(rows) > 1))
+        name = f"  {row['sae']}" if len(rows) > 1 else ""
+        say(f"tokens {row['tokens'] / 1e6:7.3f}M  loss {row['loss']:.4f}  L0 {row['l0']:6.1f}  "
+            f"EV {row['explained_variance']:.3f}  dead {row['dead_share']:.1%}  "
+            f"{row['tokens_per_s'] / 1e3:.1f}k tok/s  eta {duration(left)}{name}")
 
 
 def write(out: Path, log: list[dict]) -> None:

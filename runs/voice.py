@@ -49,8 +49,8 @@ def steady() -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
         errors = "replace" if number == 1 else "backslashreplace"
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=number == 2
-                                            or raw.isatty()))
+        by_line = number == 2 or raw.isatty()
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line))
 
 
 def is_terminal(stream) -> bool:
@@ -141,6 +141,9 @@ say, track = VOICE.say, VOICE.track
 
 
 def duration(seconds: float) -> str:
+    """Seconds as one reads them: 45s, 3m05s, 2h10m."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

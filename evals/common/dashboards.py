@@ -4,14 +4,26 @@ tokens their direction promotes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from evals import Setup
 from evals.model import memory
+from evals.storage import network
 from evals.texts import packing
 
 ROWS, CONTEXT = 32, 128  # held-out text looked at: 4096 tokens
 FEATURES, CONTEXTS, WINDOW, LOGITS = 12, 4, 10, 6
+
+
+def boards(looked_at: dict[str, tuple[Setup, object]], say: Callable[[str], None]) -> list[dict]:
+    """The dashboards of several SAEs {name: (setup, TrainedSAE)}, each with its `sae`; none, said, without text."""
+    try:
+        return [dict(board, sae=name) for name, asked in looked_at.items() for board in dashboards(*asked)]
+    except (packing.TooLittleText, OSError) as error:
+        say(f"report: no feature dashboards: {network.first_line(error)}")
+        return []
 
 
 def dashboards(setup: Setup, sae) -> list[dict]:

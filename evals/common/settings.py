@@ -137,3 +137,19 @@ def shown(value) -> str:
     """A value as JSON writes it, without its end where it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def check_requirements(chosen: dict[str, dict], overrides: str, facts: dict) -> list[str]:
+    """Notes on settings that change nothing; ValueError for an eval that cannot run with its settings here.
+
+    `facts`: what is known before a weight is read (see evals/__init__.py).
+    """
+    for name, config in chosen.items():
+        problems = evals.load(name).requirements(config, facts)
+        if problems:
+            what, _, advice = problems[0].partition("\n")
+            others = ",".join(other for other in chosen if other != name) or "none"
+            raise ValueError(f"the eval {name} cannot run: {what.removeprefix(f'{name}: ')}\n"
+                             + (advice or f"leave it out: --evals {others}"))
+    unused = json.loads(overrides or "{}").keys() - chosen.keys()
+    return [f"--eval_config: {name} is not among --evals: its settings change nothing" for name in unused]

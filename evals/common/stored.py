@@ -13,6 +13,7 @@ from typing import Optional
 import torch
 from torch import nn
 
+from evals import Result, declared
 from evals.common import saebench
 from evals.storage.identity import file_digest
 
@@ -20,6 +21,12 @@ from evals.storage.identity import file_digest
 def path(out: Path, name: str, sae: str) -> Optional[Path]:
     """The result file of the eval `name` for one SAE in the run folder `out`, if it was written."""
     return next((out / "eval_results" / name).glob(f"*_{sae}_eval_results.json"), None)
+
+
+def write(out: Path, name: str, sae: str, result: Result, eval_config: dict, sae_config: dict) -> Path:
+    """Write one SAE's result of the eval `name` into the run folder `out`, in SAEBench's form; returns the file."""
+    return saebench.write(out / "eval_results" / name, result, declared(name, "EVAL_TYPE_ID"), eval_config, sae,
+                          sae_config["architecture"], sae_config)
 
 
 def note(result: Path, depends_on: str) -> dict[str, str]:

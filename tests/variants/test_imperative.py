@@ -302,6 +302,7 @@ def test_numbers_that_update_returns_are_no_losses(x_SBD):
     or a loss that comes late is 0.
     """
     from runs import training_log
+    from runs.clock import Clock
 
     sae = built(next(f for f in HABITS if f.stem == "plain_tensors"))
     answers = iter([None, {"loss": 0.5, "tokens": 2e9, "dead": float("nan")}, {"tokens": 3e9}])
@@ -310,8 +311,7 @@ def test_numbers_that_update_returns_are_no_losses(x_SBD):
     assert found[1][0] == 0.5 and found[1][1]["reconstruction"] == found[0][0] and found[2][0] == 3e9
     job = experiment.Job("layer_2", 2, {}, sae, None)
     recent = {"layer_2": [(torch.tensor(0.5), {"tokens": torch.tensor(2e9), "dead": torch.tensor(float("nan"))})]}
-    clock = dict(start=0.0, step=0)
-    row = training_log.rows([job], recent, {"layer_2": x_SBD[0]}, base.Progress(1, 60, 56, 60 * 56), 56, clock, 1,
+    row = training_log.rows([job], recent, {"layer_2": x_SBD[0]}, base.Progress(1, 60, 56, 60 * 56), 56, Clock(), 1,
                             lambda t: t)[0]
     assert row["tokens"] == 56 and row["own_tokens"] == 2e9 and row["loss"] == 0.5
 

@@ -305,3 +305,13 @@ def described(value) -> str:
     if isinstance(value, tuple):
         return f"a tuple ({', '.join(type(item).__name__ for item in value)})"
     return f"a {type(value).__name__}"
+
+
+def hold(name: str) -> None:
+    """Read a variant's files once for the whole run; the error names the line of one that Python cannot read."""
+    try:
+        variants.hold(name)
+    except FileNotFoundError:
+        raise
+    except (SyntaxError, OSError) as error:
+        raise explained(error, variants.path(name), "when it is read") from error

@@ -1,0 +1,79 @@
+"""The language model over the rows of a training block: as many rows at once as a GPU holds.
+
+Shapes: R rows, T tokens in a row, N tokens that are wanted, D = d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from evals.model.language_model import not_finite
+
+
+def collect(lm, rows_RT: Tensor, index_N: Tensor, layers: list[int], wanted: list, batch: int, say: Callable,
+            track: Callable, label: str) -> dict[str, Tensor]:
+    """What a block holds of the positions index_N (flat, ascending) of its rows, on the model's device.
+
+    x_<layer> [N, D] in the model's dtype, tokens_N, place_N, what is `wanted` of attention (its `layers` and `keep`),
+    and bos_share: the share of E‖x‖² that BOS positions would have had. FloatingPointError for what is not finite.
+    """
+    T = rows_RT.shape[1]
+    out = {layer: torch.empty(len(index_N), lm.d_model, dtype=lm.dtype, device=lm.device) for layer in layers}
+    attention = {w: [] for w in wanted}
+    attending = sorted({layer for w in wanted for layer in w.layers})
+    rows_dev_RT, index_dev_N = rows_RT.to(lm.device), index_N.to(lm.device)  # once: each copy waits for the device
+    norm_bos = torch.zeros((), dtype=torch.float64, device=lm.device)
+    for start, stop, kept, patterns in passes(lm, rows_dev_RT, layers, attending, batch, say, track, label):
+        low, high = torch.searchsorted(index_N, torch.tensor([start * T, stop * T])).tolist()
+        inside = index_dev_N[low:high] - start * T
+        for layer in layers:
+            out[layer][low:high] = kept[layer].flatten(0, 1).index_select(0, inside)
+        for w in wanted:
+            attention[w].append(w.keep(patterns, index_N[low:high] - start * T, low))
+        norm_bos += kept[layers[0]][:, 0].double().pow(2).sum()
+    tokens_N = rows_RT.flatten()[index_N]
+    # in parts: a copy in fp64 would be the run's peak
+    squares = {layer: sum(part.double().pow(2).sum() for part in x_ND.split(2**14)) for layer, x_ND in out.items()}
+    for layer, square in squares.items():
+        if not square.isfinite():
+            raise not_finite(lm, layer, out[layer], tokens_N)
+    block = {f"x_{layer}": x_ND for layer, x_ND in out.items()}
+    block["bos_share"] = norm_bos / (norm_bos + squares[layers[0]])
+    block |= dict(tokens_N=tokens_N, place_N=index_N.int())
+    return block | {name: tensor for w in wanted for name, tensor in w.named(attention[w]).items()}
+
+
+def passes(lm, rows_RT: Tensor, layers: list[int], attending: list[int], batch: int, say: Callable[[str], None],
+           track: Callable, label: str) -> Iterator[tuple[int, int, dict[int, Tensor], dict[int, Tensor]]]:
+    """Yield (start, stop, {layer: residuals [r, T, D]}, {layer: attention pattern}) of `batch` rows at a time.
+
+    `attending`: the layers whose attention is wanted. Where the memory of a GPU runs out the batch is halved, which is
+    said and holds to the end; torch.OutOfMemoryError for a single row.
+    """
+    R, T = rows_RT.shape
+    done = 0
+
+    def spans() -> Iterator[tuple[int, int]]:
+        while done < R:
+            yield done, min(done + batch, R)
+
+    for start, stop in track(spans(), label, R * T, "tok", lambda span: (span[1] - span[0]) * T):
+        tokens_rT, kept, patterns = rows_RT[start:stop].long(), None, {}
+        try:
+            if attending:
+                kept, patterns = lm.residuals_and_attention(tokens_rT, layers, attending)
+            else:
+                kept = lm.training_residuals(tokens_rT, layers, batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        if kept is None:  # here, where the traceback no longer holds the tensors of the attempt
+            batch = batch // 2
+            say(f"out of GPU memory: going on with a language-model batch of {batch} rows")
+            torch.cuda.empty_cache()
+            continue
+        done = stop
+        yield start, stop, kept, patterns

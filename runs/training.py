@@ -1,0 +1,78 @@
+"""Where a training stands: rows of its log now and then, its checkpoint, and the way back from there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runs import checkpoint, environment, training_log
+from runs.clock import Clock
+from runs.voice import say
+from variants.base import Batch, Progress
+from variants.kit import ranks
+from variants.kit.imperative import Imperative
+
+
+@dataclass
+class Training:
+    """Where training stands."""
+
+    step: int  # steps that are done
+    log: list[dict]  # rows of training_log.csv
+    recent: dict[str, list]  # (loss, terms) of each SAE since the last of them, on the device
+    cursor: dict | None = None  # where the token stream goes on
+    clock: Clock = field(default_factory=Clock)
+
+
+def note(out: Path, jobs: list, batch_of_job: dict[str, Batch], progress: Progress, now: Training) -> None:
+    """Rows of the log on what passed since the last; now and then on the screen and the disk, too."""
+    x_of_job = {name: batch.x for name, batch in batch_of_job.items()}
+    batch_size = progress.total_tokens // progress.total_steps
+    now.log += training_log.rows(jobs, now.recent, x_of_job, progress, batch_size, now.clock, now.step, ranks.mean)
+    if now.clock.may_say() or now.step == progress.total_steps:
+        now.clock.said = time.monotonic()
+        if not ranks.number():
+            training_log.write(out, now.log)
+        training_log.say_rows(now.log[-len(jobs):], progress.total_tokens)
+
+
+def save(out: Path, jobs: list, now: Training, cursors: dict[int, dict], b: int) -> None:
+    """All that a resume in block b needs, in one file, by the first rank. `cursors`: the token stream's, by block."""
+    begun = time.monotonic()
+    # the stream lags where blocks came from the cache: the nearest cursor before is as good
+    cursor = cursors[max(block for block in cursors if block <= b)]
+    recent = {name: [(ranks.mean(x), {k: ranks.mean(v) for k, v in terms.items()}) for x, terms in rows]
+              for name, rows in now.recent.items()}
+    saes = {job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale))
+            for job in jobs}
+    state = dict(step=now.step, cursor=cursor, log=now.log, recent=recent, rng=environment.random_state(),
+                 notes={job.name: job.notes for job in jobs}, saes=saes)
+    if not ranks.number():
+        training_log.write(out, now.log)
+        checkpoint.write(out, state)
+    now.clock.has_saved(begun)
+
+
+def begun(out: Path, jobs: list, total_steps: int, view: bool, spread: Callable) -> Training:
+    """Training at its first step, or where the last checkpoint in `out` left it: jobs and random state are put back.
+
+    Whatever the number of ranks was. `spread` shares an SAE out among the ranks, where that is asked for; the file is
+    then read as a `view`, part by part.
+    """
+    state = checkpoint.read(out, next(jobs[0].sae.parameters()).device, view)
+    if not state:
+        return Training(0, [], {job.name: [] for job in jobs})
+    ended = state["step"] == total_steps
+    for job in jobs:
+        saved = checkpoint.part(state, job.name, out)  # taken out: else it stays to the end of training
+        checkpoint.fit(job.sae.load_state_dict, saved["sae"], out)
+        if state["step"] > 0 and not ended:  # before the first step the SAEs are still to be initialised
+            spread(job)
+        if not ended or isinstance(job.sae, Imperative):  # whose trainer lies there
+            ranks.load_optimizer(job.optimizer, saved["optimizer"])
+        job.scale, job.notes = saved["scale"], state["notes"][job.name]
+    environment.set_random_state(state["rng"])
+    say(f"continuing from step {state['step']:,}")
+    return Training(state["step"], state["log"], state["recent"], state["cursor"])

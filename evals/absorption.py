@@ -1,17 +1,22 @@
-"""Absorption: does a feature for "begins with S" stay silent on some words because other features took its part (SAEBench 0.6.0)?
+"""Absorption: does a feature for "begins with S" stay silent on some words because other features took its part
+(SAEBench 0.6.0)?
 
-Per letter: the few SAE features that tell it best ("split features"); on test words that a probe on the LM finds, how much of the
-activation along the probe direction comes from others instead. Mean over letters whose probe has an F1 above min_GT_probe_f1; no score
-if there are fewer than min_feats_for_eval. evals/common/first_letter.py holds words, prompts and probes: what the LM gives is computed once,
-second prompts included (SAEBench draws and runs them anew for every SAE).
+Per letter: the few SAE features that tell it best ("split features"); on test words that a probe on the LM finds, how
+much of the activation along the probe direction comes from others instead. Mean over letters whose probe has an F1
+above min_GT_probe_f1; no score if there are fewer than min_feats_for_eval. evals/common/first_letter.py holds words,
+prompts and probes: what the LM gives is computed once, second prompts included (SAEBench draws and runs them anew for
+every SAE).
 
-The seed decides the split, the prompts and the probes' initialisation (SAEBench ignores its seed, so it has no reproducible number to
-agree with; on equal activations and an equal generator the numbers are the same). All is fp32. Beside SAEBench's metrics:
+The seed decides the split, the prompts and the probes' initialisation (SAEBench ignores its seed, so it has no
+reproducible number to agree with; on equal activations and an equal generator the numbers are the same). All is fp32.
+Beside SAEBench's metrics:
   num_letters         how many letters the scores are the mean of, and the sample of the standard errors
   mean_probe_f1       of the probes on the LM, over all 26 letters
-  mean_k_sparse_f1    of the split features on test words, over those letters: an SAE without letter features absorbs nothing either
+  mean_k_sparse_f1    of the split features on test words, over those letters: an SAE without letter features absorbs
+                      nothing either
 
-Shapes: N words, n words of one letter, L letters, D = d_model, F features, C columns for the k-sparse probes, b rows of a batch.
+Shapes: N words, n words of one letter, L letters, D = d_model, F features, C columns for the k-sparse probes, b rows of
+a batch.
 """
 
 from __future__ import annotations
@@ -44,8 +49,9 @@ METRICS = {
     "mean_k_sparse_f1": "higher",
 }
 
-NOTE = ("An SAE without features for first letters absorbs nothing: read the absorption scores beside mean_k_sparse_f1, which tells how "
-        "well the features taken for a letter's own find its words. With words_per_prompt above 1, prompts are longer than SAEBench's.")
+NOTE = ("An SAE without features for first letters absorbs nothing: read the absorption scores beside "
+        "mean_k_sparse_f1, which tells how well the features taken for a letter's own find its words. With "
+        "words_per_prompt above 1, prompts are longer than SAEBench's.")
 
 RANGES = {"max_icl_examples": (0, 1000), "min_GT_probe_f1": (0.0, 1.0), "f1_jump_threshold": (0.0, 1.0)}
 
@@ -97,7 +103,8 @@ FRACTION_COSINE = 0.1  # least cosine of those that take a part
 ABSORBERS = 3  # most features that take a part
 SHARE = 0.4  # least share of the word's activation along the probe that they give
 
-KEPT_BYTES = 2**33  # features of all train words are kept if they take no more (16k features of Gemma's words: 7.3 GB), else encoded again
+# features of all train words are kept if they take no more (16k features of Gemma's words: 7.3 GB), else encoded again
+KEPT_BYTES = 2**33
 
 
 def requirements(config: dict, facts) -> list[str]:
@@ -121,7 +128,8 @@ def run(setup, saes: dict) -> dict[str, Result]:
         probe_f1 = found["f1_L"].tolist()
         good = [letter for letter, value in enumerate(probe_f1) if value > least]
         if len(good) < needed:
-            raise NoScore(f"only {len(good)} of {len(LETTERS)} letters have a probe with F1 > {least}, the protocol needs {needed}")
+            raise NoScore(f"only {len(good)} of {len(LETTERS)} letters have a probe with F1 > {least}, the protocol "
+                          f"needs {needed}")
     except NoScore as reason:
         return {name: _result([], probe_f1, least, str(reason)) for name in saes}
     results = {}
@@ -135,7 +143,9 @@ def run(setup, saes: dict) -> dict[str, Result]:
 
 
 def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict]:
-    """SAEBench's details of every letter in `good` for one SAE, with its split features and their F1; NoScore for a broken SAE."""
+    """SAEBench's details of every letter in `good` for one SAE, with its split features and their F1;
+    NoScore for a broken SAE.
+    """
     config, device = setup.config, setup.lm.device
     batch = config["k_sparse_probe_batch_size"]
 
@@ -148,10 +158,12 @@ def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict
     rows_of = _features(setup, encode, found["train_x"].to(device), batch)
     W_LF, _ = memory.undivided(setup, "the letters' probes", lambda: first_letter.fit_letters(
         rows_of, found["train_letter"], rows_of(torch.arange(1)).shape[1], batch, config["k_sparse_probe_num_epochs"],
-        config["k_sparse_probe_l1_decay"], 1e-6, probes.generator(setup.seed, "first letter", "SAE"), device), "k_sparse_probe_batch_size")
+        config["k_sparse_probe_l1_decay"], 1e-6, probes.generator(setup.seed, "first letter", "SAE"), device),
+                               "k_sparse_probe_batch_size")
     # by signed weight: only a feature that speaks for the letter can be the letter's
     ranked_Lk = W_LF[good].argsort(dim=1, descending=True, stable=True)[:, :config["max_k_value"]]
-    train_NC, test_NC = (torch.cat([encode(x)[:, ranked_Lk.flatten()].cpu() for x in found[f"{side}_x"].split(batch)]).numpy()
+    train_NC, test_NC = (torch.cat([encode(x)[:, ranked_Lk.flatten()].cpu()
+                                    for x in found[f"{side}_x"].split(batch)]).numpy()
                          for side in ("train", "test"))
 
     W_dec_FD = sae.W_dec.to(device)
@@ -159,7 +171,8 @@ def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict
     for i, letter in enumerate(good):
         columns = slice(i * ranked_Lk.shape[1], (i + 1) * ranked_Lk.shape[1])
         k, k_f1 = split_features(train_NC[:, columns], found["train_letter"].numpy() == letter,
-                                 test_NC[:, columns], found["test_letter"].numpy() == letter, config["f1_jump_threshold"])
+                                 test_NC[:, columns], found["test_letter"].numpy() == letter,
+                                 config["f1_jump_threshold"])
         main = ranked_Lk[i, :k]
         direction_D = functional.normalize(found["probe_LD"][letter], dim=0).to(device)
         x_nD = found["second_x"][found["second_letter"] == letter].to(device).float()
@@ -177,14 +190,17 @@ def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict
     return details
 
 
-def _of_words(encode: Callable, cosine_F: Tensor, direction_D: Tensor, main: Tensor, x_nD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _of_words(encode: Callable, cosine_F: Tensor, direction_D: Tensor, main: Tensor,
+              x_nD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each word: the fraction absorbed, whether one feature took all of it, whether any feature fires."""
     z_nF = encode(x_nD)
     return *absorbed(z_nF, cosine_F, x_nD @ direction_D, main), (z_nF != 0).any(1)
 
 
 def _features(setup, encode: Callable[[Tensor], Tensor], x_ND: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
-    """Row numbers -> features z_bF of these words: encoded once if KEPT_BYTES and the GPU allow, else whenever they are asked for."""
+    """Row numbers -> features z_bF of these words:
+    encoded once if KEPT_BYTES and the GPU allow, else whenever they are asked for.
+    """
     width = encode(x_ND[:1]).shape[1]
     if len(x_ND) * width * 4 > KEPT_BYTES:
         return lambda index: encode(x_ND[index])
@@ -201,9 +217,11 @@ def _features(setup, encode: Callable[[Tensor], Tensor], x_ND: Tensor, batch: in
 @probes.one_thread()
 def split_features(train_NC: np.ndarray, train_true_N: np.ndarray, test_NC: np.ndarray, test_true_N: np.ndarray,
                    jump: float) -> tuple[int, float]:
-    """(k, F1 on the test words): as many of the columns, from the left, as each raise the F1 by more than `jump`; at least one.
+    """(k, F1 on the test words): as many of the columns, from the left, as each raise the F1 by more than `jump`; at
+    least one.
 
-    Logistic regression with balanced classes on k columns; SAEBench also fits the k behind the first that fails, for nothing.
+    Logistic regression with balanced classes on k columns; SAEBench also fits the k behind the first that fails, for
+    nothing.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -221,8 +239,9 @@ def split_features(train_NC: np.ndarray, train_true_N: np.ndarray, test_NC: np.n
 def absorbed(z_nF: Tensor, cosine_F: Tensor, along_n: Tensor, main: Tensor) -> tuple[Tensor, Tensor]:
     """Of each word: the fraction absorbed (fp64) and whether one feature took all of it (bool).
 
-    z_nF: features; cosine_F: of their decoder rows with the probe direction; along_n: the activation along it; main: numbers of the
-    letter's own features. A word whose activation does not point along the probe has neither (SAEBench divides by it).
+    z_nF: features; cosine_F: of their decoder rows with the probe direction; along_n: the activation along it; main:
+    numbers of the letter's own features. A word whose activation does not point along the probe has neither (SAEBench
+    divides by it).
     """
     projected_nF = z_nF * cosine_F
     own_n = projected_nF[:, main].sum(1).double()
@@ -243,7 +262,9 @@ def absorbed(z_nF: Tensor, cosine_F: Tensor, along_n: Tensor, main: Tensor) -> t
 
 
 def _result(letters: list[dict], probe_f1: list[float], least: float, reason: str = "") -> Result:
-    """The Result from the letters' details and the F1 of the 26 probes on the LM; without letters no scores, for the `reason`."""
+    """The Result from the letters' details and the F1 of the 26 probes on the LM;
+    without letters no scores, for the `reason`.
+    """
     columns = {"absorption_fraction_score": [letter["mean_absorption_fraction"] for letter in letters],
                "full_absorption_score": [letter["full_absorption_rate"] for letter in letters],
                "num_split_features": [letter["num_split_features"] for letter in letters],
@@ -253,13 +274,17 @@ def _result(letters: list[dict], probe_f1: list[float], least: float, reason: st
     compatible = [name for name in columns if name != "k_sparse_f1"]
     ours = ("k_sparse_f1", "split_features")
     return Result(
-        metrics={"mean": {f"mean_{name}": mean[name] for name in compatible} | {f"std_dev_{name}": deviation[name] for name in compatible}},
+        metrics={"mean": {f"mean_{name}": mean[name] for name in compatible}
+                 | {f"std_dev_{name}": deviation[name] for name in compatible}},
         corrected={"num_letters": sum(value > least for value in probe_f1) if probe_f1 else None,
-                   "mean_probe_f1": statistics.mean(probe_f1) if probe_f1 else None, "mean_k_sparse_f1": mean["k_sparse_f1"]},
+                   "mean_probe_f1": statistics.mean(probe_f1) if probe_f1 else None,
+                   "mean_k_sparse_f1": mean["k_sparse_f1"]},
         # over letters: their spread holds the noise of their finite number of words
-        stderrs={f"mean_{name}": value / len(letters) ** 0.5 for name, value in deviation.items() if errors.enough([1.0] * len(letters))},
+        stderrs={f"mean_{name}": value / len(letters) ** 0.5 for name, value in deviation.items()
+                 if errors.enough([1.0] * len(letters))},
         details=[{key: value for key, value in letter.items() if key not in ours} for letter in letters],
         unstructured={"probe_f1": dict(zip(LETTERS, probe_f1)),
-                      "split_features": {letter["first_letter"]: {key: letter[key] for key in ours} for letter in letters}},
+                      "split_features": {letter["first_letter"]: {key: letter[key] for key in ours}
+                                         for letter in letters}},
         problems=[f"{reason}: no mean_absorption_fraction_score, no mean_full_absorption_score"] if reason else [],
     )

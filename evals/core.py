@@ -1,23 +1,25 @@
 """SAEBench's `core`: what the language model loses when its residual stream is replaced by the SAE's reconstruction.
 
-Protocol and metric names: SAEBench 0.6.0. Two passes over packed held-out text: *reconstruction* (cross-entropy and KL of
-the clean model, the model with the SAE and the zero-ablated model) and *sparsity* (everything else). Ours, beside
-SAEBench's: `r2`, the coefficient of determination (its `explained_variance` squares the mean of x² in place of the mean of
-x), and `mse_per_token` (its `mse` is divided by the number of tokens in a batch once more).
+Protocol and metric names: SAEBench 0.6.0. Two passes over packed held-out text: *reconstruction* (cross-entropy and KL
+of the clean model, the model with the SAE and the zero-ablated model) and *sparsity* (everything else). Ours, beside
+SAEBench's: `r2`, the coefficient of determination (its `explained_variance` squares the mean of x² in place of the mean
+of x), and `mse_per_token` (its `mse` is divided by the number of tokens in a batch once more).
 
-The language model's part does not depend on the SAE: tokens, residuals and final hidden states are cached or, where they
-are too large, streamed; both ways give the same batches. The clean and the SAE runs share the blocks up to the layer.
+The language model's part does not depend on the SAE: tokens, residuals and final hidden states are cached or, where
+they are too large, streamed; both ways give the same batches. The clean and the SAE runs share the blocks up to the
+layer.
 
-Standard errors: documents are the sample. Texts are packed, so a document fills several rows and a row holds parts of several
-documents; tokens of one document are alike, and errors over rows were 1.3 to 1.5 times too small. Every sum is therefore kept by
-document, and each metric, a ratio of two sums, gets the error of a ratio clustered by document (evals/common/errors.py). Runs of rows
-that share a document would not do: nearly all rows hang together. Some dependence is left out: tokens see the end of the document
-before them in their row, and `explained_variance_legacy` and `mse` divide by a batch's own variance and size. `explained_variance` and
-`relative_reconstruction_bias`, means over batches, have no error; `r2` has one.
+Standard errors: documents are the sample. Texts are packed, so a document fills several rows and a row holds parts of
+several documents; tokens of one document are alike, and errors over rows were 1.3 to 1.5 times too small. Every sum is
+therefore kept by document, and each metric, a ratio of two sums, gets the error of a ratio clustered by document
+(evals/common/errors.py). Runs of rows that share a document would not do: nearly all rows hang together. Some
+dependence is left out: tokens see the end of the document before them in their row, and `explained_variance_legacy` and
+`mse` divide by a batch's own variance and size. `explained_variance` and `relative_reconstruction_bias`, means over
+batches, have no error; `r2` has one.
 
-Shapes: R rows of tokens (S of them in the reconstruction pass), B rows in a batch, T tokens in a row, D = d_model, C documents
-(in a batch or in all), F features of an SAE, V the vocabulary, N any number of tokens. x residuals, x_hat reconstructions, h final hidden
-states.
+Shapes: R rows of tokens (S of them in the reconstruction pass), B rows in a batch, T tokens in a row, D = d_model, C
+documents (in a batch or in all), F features of an SAE, V the vocabulary, N any number of tokens. x residuals, x_hat
+reconstructions, h final hidden states.
 """
 
 from __future__ import annotations
@@ -114,14 +116,16 @@ CONFIG = {
 
 CATEGORIES = {  # SAEBench's, and what they hold
     "model_behavior_preservation": ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
-    "model_performance_preservation": ("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"),
+    "model_performance_preservation": ("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae",
+                                       "ce_loss_without_sae"),
     "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "mse", "cossim"),
     "shrinkage": ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
     "sparsity": ("l0", "l1"),
     "token_stats": ("total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"),
     "misc_metrics": (
-        "freq_over_1_percent", "freq_over_10_percent", "normalized_freq_over_1_percent", "normalized_freq_over_10_percent",
-        "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim", "frac_alive",
+        "freq_over_1_percent", "freq_over_10_percent", "normalized_freq_over_1_percent",
+        "normalized_freq_over_10_percent", "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim",
+        "frac_alive",
     ),
 }
 
@@ -161,9 +165,12 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
     h_ablated_TD = _ablated(setup, plan)
     tallies = {name: Tally() for name in saes}
     rows_at_once = {name: _rows_at_once(sae, plan, lm.device) for name, sae in saes.items()}
-    x_sums, x_sums_of_documents = [], []  # Σ_t x in the sparsity pass, of each row [B, D] and of each document in a batch [C, D]
-    for i, (tokens_BT, x_BTD, h_BTD) in _reported(setup, _clean_batches(setup, plan), plan, f"core: {len(saes)} SAE(s)"):
-        used_BT = ~torch.isin(tokens_BT, torch.tensor(sorted(lm.special_ids), dtype=torch.int64, device=tokens_BT.device))
+    # Σ_t x in the sparsity pass, of each row [B, D] and of each document in a batch [C, D]
+    x_sums, x_sums_of_documents = [], []
+    for i, (tokens_BT, x_BTD, h_BTD) in _reported(setup, _clean_batches(setup, plan), plan,
+                                                  f"core: {len(saes)} SAE(s)"):
+        used_BT = ~torch.isin(tokens_BT, torch.tensor(sorted(lm.special_ids), dtype=torch.int64,
+                                                      device=tokens_BT.device))
         document_C, member_CN = _documents(plan, i, tokens_BT.device)
         if i in plan.sparsity:
             used_x_BTD = x_BTD.double() * used_BT[..., None]
@@ -175,7 +182,8 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
             tallies[name].broken += (~x_hat_BTD.isfinite().all(-1) & used_BT).sum()
             if i in plan.sparsity:
                 tallies[name].sparsity.documents.append(document_C)
-                tallies[name].add_sparsity(i - plan.sparsity.start, x_BTD.float(), x_hat_BTD, used_BT, member_CN, *features)
+                tallies[name].add_sparsity(i - plan.sparsity.start, x_BTD.float(), x_hat_BTD, used_BT, member_CN,
+                                           *features)
             if h_BTD is not None:
                 h_saes[name] = _finished(setup, _replaced(setup, x_BTD, x_hat_BTD, used_BT))
         if h_BTD is not None:
@@ -186,12 +194,14 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
     return {name: _result(setup, tallies[name], x_sum_RD, x_sum_CD, plan, sae) for name, sae in saes.items()}
 
 
-# ------------------------------------------------------------------------------------------------ the language model's part
+# -------------------------------------------------------------------------------------------- the language model's part
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows are measured how: the first `suffix_rows` go through the whole model, the batches `sparsity` up to the layer."""
+    """Which rows are measured how: the first `suffix_rows` go through the whole model,
+    the batches `sparsity` up to the layer.
+    """
 
     tokens_RT: Tensor
     document_RT: Tensor  # the number of each token's document
@@ -207,14 +217,15 @@ def _plan(setup: Setup) -> Plan:
     batch, context, n_suffix = config["batch_size_prompts"], config["context_size"], config["n_eval_reconstruction_batches"]
     start, wanted = _rows(config)
     sparsity = range(start // batch, start // batch + config["n_eval_sparsity_variance_batches"])
-    depends_on = {"texts": setup.texts_digest, "rows": wanted, "context": context, "lm": lm.digest, "code": inspect.getsource(packing)}
+    depends_on = {"texts": setup.texts_digest, "rows": wanted, "context": context, "lm": lm.digest,
+                  "code": inspect.getsource(packing)}
     packed = setup.cache.get("core-tokens", depends_on, lambda: dict(zip(
         ("tokens_RT", "document_RT"), packing.pack_numbered(setup.texts(), lm.tokenizer, context, lm.bos, wanted))))
     tokens_RT = packed["tokens_RT"]
     rows = len(tokens_RT)
     if rows <= start:
-        raise ValueError(f"core: the held-out texts fill {rows} rows of {context} tokens; the sparsity pass starts at row "
-                         f"{start}\ngive more text, or lower n_eval_reconstruction_batches")
+        raise ValueError(f"core: the held-out texts fill {rows} rows of {context} tokens; the sparsity pass starts at "
+                         f"row {start}\ngive more text, or lower n_eval_reconstruction_batches")
     problems = [f"the held-out texts fill only {rows} of the {wanted} rows asked for"] if rows < wanted else []
     dtype = lm.residual(tokens_RT[:1, :1].to(lm.device), setup.layer).dtype
     return Plan(tokens_RT, packed["document_RT"], batch, min(batch * n_suffix, rows), sparsity, dtype, problems)
@@ -226,7 +237,8 @@ def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, T
     shapes = {"x_RTD": (*tokens_RT.shape, lm.d_model), "h_STD": (plan.suffix_rows, tokens_RT.shape[1], lm.d_final)}
     depends_on = {
         "model": lm.digest, "layer": setup.layer, "dtype": str(plan.dtype), "device": torch.device(lm.device).type,
-        "tokens": hashlib.sha256(tokens_RT.numpy().tobytes()).hexdigest(), "batch": plan.batch, "suffix_rows": plan.suffix_rows,
+        "tokens": hashlib.sha256(tokens_RT.numpy().tobytes()).hexdigest(), "batch": plan.batch,
+        "suffix_rows": plan.suffix_rows,
         "code": inspect.getsource(_clean_run),
     }
     n_bytes = plan.dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
@@ -268,7 +280,8 @@ def _documents(plan: Plan, i: int, device) -> tuple[Tensor, Tensor]:
 
 def _finished(setup: Setup, x_BTD: Tensor) -> Tensor:
     """The final hidden states [B, T, D] that follow from the residuals."""
-    return memory.by_rows(setup, "the language model", lambda x_RTD: setup.lm.finish(x_RTD, setup.layer), x_BTD, each=x_BTD.shape[1])
+    return memory.by_rows(setup, "the language model", lambda x_RTD: setup.lm.finish(x_RTD, setup.layer), x_BTD,
+                          each=x_BTD.shape[1])
 
 
 def _ablated(setup: Setup, plan: Plan) -> Tensor | None:
@@ -282,16 +295,18 @@ def _ablated(setup: Setup, plan: Plan) -> Tensor | None:
     return setup.lm.finish(zeros_1TD, setup.layer)[0]
 
 
-def _losses(setup: Setup, tokens_BT: Tensor, h_BTD: Tensor, h_ablated_TD: Tensor | None, h_saes: dict[str, Tensor]) -> dict[str, dict]:
+def _losses(setup: Setup, tokens_BT: Tensor, h_BTD: Tensor, h_ablated_TD: Tensor | None,
+            h_saes: dict[str, Tensor]) -> dict[str, dict]:
     """For each SAE {"ce_clean", "ce_ablated", "kl_ablated", "ce_sae", "kl_sae"}: [B, T], nats per token.
 
-    ce is of the next token (meaningless at the last position), kl is KL(p_clean ‖ p_new). The logits exist for a few tokens
-    at a time, the clean ones once for all SAEs.
+    ce is of the next token (meaningless at the last position), kl is KL(p_clean ‖ p_new). The logits exist for a few
+    tokens at a time, the clean ones once for all SAEs.
     """
     lm, target_N1 = setup.lm, tokens_BT.roll(-1, dims=1).reshape(-1, 1)
     ablated = [] if h_ablated_TD is None else [h_ablated_TD.expand_as(h_BTD)]
     h_ND, *new_ND = (h.flatten(0, 1) for h in (h_BTD, *ablated, *h_saes.values()))
-    tokens_at_once = max(1, _budget(LOGIT_BYTES, lm.device) // (5 * 4 * lm.vocab_size))  # five fp32 tensors live at once
+    # five fp32 tensors live at once
+    tokens_at_once = max(1, _budget(LOGIT_BYTES, lm.device) // (5 * 4 * lm.vocab_size))
 
     def compared(target_N1: Tensor, h_ND: Tensor, *new_ND: Tensor) -> tuple[Tensor, ...]:
         logp_NV = lm.unembed(h_ND).float().log_softmax(-1)
@@ -300,12 +315,14 @@ def _losses(setup: Setup, tokens_BT: Tensor, h_BTD: Tensor, h_ablated_TD: Tensor
         if h_ablated_TD is None:  # equal logits: CE = ln V, KL = ln V − H(p)
             ce_ablated_N = torch.full_like(ce_clean_N, math.log(lm.vocab_size))
             uniform = ce_ablated_N, ce_ablated_N + torch.linalg.vecdot(p_NV, logp_NV)
-        return ce_clean_N, *uniform, *(value_N for h in new_ND for value_N in _compared(lm.unembed(h), target_N1, logp_NV, p_NV))
+        return ce_clean_N, *uniform, *(value_N for h in new_ND
+                                       for value_N in _compared(lm.unembed(h), target_N1, logp_NV, p_NV))
 
     values = memory.by_rows(setup, "the logits", compared, target_N1, h_ND, *new_ND, most=tokens_at_once)
     columns = [value_N.view_as(tokens_BT) for value_N in values]
     shared = dict(zip(("ce_clean", "ce_ablated", "kl_ablated"), columns))
-    return {name: shared | {"ce_sae": ce_BT, "kl_sae": kl_BT} for name, ce_BT, kl_BT in zip(h_saes, columns[3::2], columns[4::2])}
+    return {name: shared | {"ce_sae": ce_BT, "kl_sae": kl_BT}
+            for name, ce_BT, kl_BT in zip(h_saes, columns[3::2], columns[4::2])}
 
 
 def _compared(logits_NV: Tensor, target_N1: Tensor, logp_NV: Tensor, p_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,7 +357,9 @@ def _rows_at_once(sae, plan: Plan, device) -> int:
 
 
 def _apply(setup: Setup, sae, x_BTD: Tensor, used_BT: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_hat_BTD, L0 and L1 of each token [B, T], unmasked firings of each feature [B, F]; `rows` rows of features at a time."""
+    """x_hat_BTD, L0 and L1 of each token [B, T], unmasked firings of each feature [B, F];
+    `rows` rows of features at a time.
+    """
     def applied(x_RTD: Tensor, used_RT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z_RTF = sae.encode(x_RTD)
         fired_RF = ((z_RTF > 0) & used_RT[..., None]).sum(1)
@@ -358,14 +377,18 @@ def _replaced(setup: Setup, x_BTD: Tensor, x_hat_BTD: Tensor, used_BT: Tensor) -
 
 @dataclass
 class Sums:
-    """Sums over tokens in float64 per batch: by row, [B], for the metrics; by document, [C, quantities], for their standard errors."""
+    """Sums over tokens in float64 per batch: by row, [B], for the metrics;
+    by document, [C, quantities], for their standard errors.
+    """
 
     rows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     of_documents: list[Tensor] = field(default_factory=list)
     documents: list[Tensor] = field(default_factory=list)  # the numbers of the documents of each batch, [C]
 
     def add(self, values: dict[str, tuple[Tensor, Tensor]], member_CN: Tensor) -> None:
-        """{name: (value of each token, whether it counts)}, [B, T] each. A token that does not count may be NaN: 0 · NaN is NaN."""
+        """{name: (value of each token, whether it counts)}, [B, T] each. A token that does not count may be NaN:
+        0 · NaN is NaN.
+        """
         kept = {name: torch.where(used_BT, value_BT.double(), 0.0) for name, (value_BT, used_BT) in values.items()}
         for name, value_BT in kept.items():
             self.rows[name].append(value_BT.sum(1))
@@ -486,10 +509,12 @@ def _loss_ratios(sums: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _sparsity_ratios(sums: dict[str, Tensor], x_sum_RD: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Metrics of the sparsity pass as (numerator, denominator) by row or document."""
-    means = ("explained_variance_legacy", "mse", "mse_per_token", "cossim", "l2_norm_in", "l2_norm_out", "l2_ratio", "l0", "l1")
+    means = ("explained_variance_legacy", "mse", "mse_per_token", "cossim", "l2_norm_in", "l2_norm_out", "l2_ratio",
+             "l0", "l1")
     mean_D = x_sum_RD.sum(0) / sums["tokens"].sum()
     variance_R = sums["x_sq"] - 2 * x_sum_RD @ mean_D + sums["tokens"] * mean_D.square().sum()  # Σ_t ‖x − mean‖²
-    return {name: (sums[name], sums["tokens"]) for name in means} | {"r2": (variance_R - sums["mse_per_token"], variance_R)}
+    return {name: (sums[name], sums["tokens"])
+            for name in means} | {"r2": (variance_R - sums["mse_per_token"], variance_R)}
 
 
 def _batch_metrics(sums: dict[str, Tensor], batch_R: Tensor, d_model: int) -> dict[str, float]:
@@ -536,7 +561,8 @@ def _max_cosine(setup: Setup, W_FD: Tensor) -> Tensor:
         cosine_CF.diagonal(own.start).fill_(-math.inf)
         return cosine_CF.amax(1)
 
-    return memory.by_rows(setup, "the cosines of features", largest, rows_FD, range(len(rows_FD)), most=1024, each=len(rows_FD))
+    return memory.by_rows(setup, "the cosines of features", largest, rows_FD, range(len(rows_FD)), most=1024,
+                          each=len(rows_FD))
 
 
 def _misc_metrics(columns: dict[str, Tensor | None]) -> dict[str, float | None]:
@@ -557,6 +583,8 @@ def _misc_metrics(columns: dict[str, Tensor | None]) -> dict[str, float | None]:
 def _details(columns: dict[str, Tensor | None]) -> list[dict]:
     """One row per feature, rounded as SAEBench rounds."""
     n_features = len(columns["feature_density"])
-    lists = {name: [None] * n_features if column_F is None else column_F.double().tolist() for name, column_F in columns.items()}
-    rounded = {name: [round(v, 10) if v is not None and math.isfinite(v) else None for v in lists[name]] for name in lists}
+    lists = {name: [None] * n_features if column_F is None else column_F.double().tolist()
+             for name, column_F in columns.items()}
+    rounded = {name: [round(v, 10) if v is not None and math.isfinite(v) else None for v in lists[name]]
+               for name in lists}
     return [{"index": i} | {name: column[i] for name, column in rounded.items()} for i in range(n_features)]

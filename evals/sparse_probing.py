@@ -1,16 +1,19 @@
-"""Sparse probing: how well do a few SAE features tell a labelled class from the rest (SAEBench 0.6.0, `sparse_probing`)?
+"""Sparse probing: how well do a few SAE features tell a labelled class from the rest (SAEBench 0.6.0,
+`sparse_probing`)?
 
-Per class a balanced one-against-rest problem on pooled features; k features by mean difference, logistic regression on them,
-test accuracy; the same on LM channels; mean over classes, then over data sets.
+Per class a balanced one-against-rest problem on pooled features; k features by mean difference, logistic regression on
+them, test accuracy; the same on LM channels; mean over classes, then over data sets.
 
 The random numbers differ from SAEBench on purpose. There one stream runs through all probes of an SAE and LM probes are
-fitted only if their cache is empty, so an equal seed scores an SAE differently on the first run and the second. Here each
-probe has a generator seeded by run seed, data set, class and metric: negatives are still drawn anew for each probe and each k,
-in SAEBench's order, but nothing depends on the cache, on other SAEs or on the order of data sets.
+fitted only if their cache is empty, so an equal seed scores an SAE differently on the first run and the second. Here
+each probe has a generator seeded by run seed, data set, class and metric: negatives are still drawn anew for each probe
+and each k, in SAEBench's order, but nothing depends on the cache, on other SAEs or on the order of data sets.
 Pooling and probes are fp32 (SAEBench: the LM's dtype). Corrected metrics beside the compatible ones:
-  *_top_k_test_accuracy_fixed_draw     one draw of negatives per class, for LM channels and SAE features and every k; the probe
-                                       in fp64 at its optimum (SAEBench's lbfgs in fp32 stops before it, wherever rounding has it)
-  *_val_selected_test_accuracy         full probe whose epoch is chosen on a fifth of the training rows, not on the test rows
+  *_top_k_test_accuracy_fixed_draw     one draw of negatives per class, for LM channels and SAE features and every k;
+                                       the probe in fp64 at its optimum (SAEBench's lbfgs in fp32 stops before it,
+                                       wherever rounding has it)
+  *_val_selected_test_accuracy         full probe whose epoch is chosen on a fifth of the training rows, not on the test
+                                       rows
   sae_top_1_minus_llm_top_1            difference of the fixed draws, paired by class
 Standard errors are over classes, those of all data sets alike, from five on (evals/common/probes.py).
 """
@@ -148,27 +151,32 @@ def run(setup, saes: dict) -> dict[str, Result]:
             bad = int((~x_NF.isfinite()).any(1).sum())
             if bad:  # scikit-learn would raise on them, after the whole of training
                 what = "LM activations" if name is None else "features"
-                problems[name].append(f"sparse_probing: {dataset}: NaN or inf in the {what} of {bad} of {len(tokens_NT)} texts")
+                problems[name].append(f"sparse_probing: {dataset}: NaN or inf in the {what} of {bad} of "
+                                      f"{len(tokens_NT)} texts")
                 accuracies[name][dataset] = {}
             elif name is None:
                 accuracies[name][dataset] = _llm_accuracies(setup, dataset, rows, x_NF)
             else:
                 accuracies[name][dataset], selected[name][dataset] = memory.undivided(
-                    setup, "the probes", partial(_accuracies, setup, "sae", dataset, rows, x_NF), "probe_train_set_size")
+                    setup, "the probes", partial(_accuracies, setup, "sae", dataset, rows, x_NF),
+                    "probe_train_set_size")
     return {name: _result(setup.config["k_values"], accuracies[None], accuracies[name], selected[name],
                           problems[None] + problems[name]) for name in saes}
 
 
 @probes.one_thread()
 def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tuple[dict, dict]:
-    """Test accuracies {metric: {class: accuracy}} and the features of the largest k in the fixed draw {class: numbers}."""
+    """Test accuracies {metric: {class: accuracy}} and the features of the largest k in the fixed draw {class:
+    numbers}.
+    """
     x_NF, k_values = _placed(setup, x_NF), setup.config["k_values"]
     accuracies: dict[str, dict[str, float]] = {}
     selected: dict[str, list[int]] = {}
 
     def examples(name: str, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         drawn = (probes.draw(rows[split], name, rng) for split in ("train", "test"))
-        return [(x_NF[row_M.to(x_NF.device)].to(setup.lm.device), label_M.to(setup.lm.device)) for row_M, label_M in drawn]
+        return [(x_NF[row_M.to(x_NF.device)].to(setup.lm.device), label_M.to(setup.lm.device))
+                for row_M, label_M in drawn]
 
     for name in rows["train"]:
         values = {}
@@ -193,7 +201,9 @@ def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tup
 
 
 def _placed(setup, x_NF: Tensor) -> Tensor:
-    """The features of all texts on the LM's device, or in host memory, from where each probe takes its rows, if they do not fit there."""
+    """The features of all texts on the LM's device, or in host memory, from where each probe takes its rows,
+    if they do not fit there.
+    """
     what = "the features of all texts"
     if what not in setup.fits:
         try:
@@ -219,14 +229,17 @@ def _llm_accuracies(setup, dataset: str, rows: dict, x_ND: Tensor) -> dict:
 
     def make() -> dict[str, Tensor]:
         accuracies, _ = _accuracies(setup, "llm", dataset, rows, x_ND)
-        return {metric: torch.tensor(list(values.values()), dtype=torch.float64) for metric, values in accuracies.items()}
+        return {metric: torch.tensor(list(values.values()), dtype=torch.float64)
+                for metric, values in accuracies.items()}
 
     stored = setup.cache.get("sparse_probing_llm", depends_on, make)
     return {metric: dict(zip(rows["train"], stored[metric].tolist())) for metric in sorted(stored)}
 
 
 def _result(k_values: list[int], llm: dict, sae: dict, selected: dict, problems: list[str]) -> Result:
-    """The Result of one SAE from {data set: {metric: {class: accuracy}}} of the LM's channels and of its own features."""
+    """The Result of one SAE from {data set: {metric: {class:
+    accuracy}}} of the LM's channels and of its own features.
+    """
     per_class = {dataset: llm[dataset] | sae[dataset] for dataset in llm}
     problems = [*problems, *_without_unconverged(per_class)]
     for values in per_class.values():
@@ -234,7 +247,8 @@ def _result(k_values: list[int], llm: dict, sae: dict, selected: dict, problems:
         if ours and theirs:
             values["sae_top_1_minus_llm_top_1"] = {name: ours[name] - theirs[name] for name in ours}
 
-    compatible = {side: [f"{side}_test_accuracy", *(f"{side}_top_{k}_test_accuracy" for k in K_NAMED)] for side in ("llm", "sae")}
+    compatible = {side: [f"{side}_test_accuracy", *(f"{side}_top_{k}_test_accuracy" for k in K_NAMED)]
+                  for side in ("llm", "sae")}
     corrected = [f"{side}_val_selected_test_accuracy" for side in compatible]
     corrected += [f"{side}_top_{k}_test_accuracy_fixed_draw" for side in compatible for k in k_values]
     corrected += ["sae_top_1_minus_llm_top_1"] if 1 in k_values else []
@@ -264,12 +278,15 @@ def _without_unconverged(per_class: dict) -> list[str]:
         for metric, by_class in list(values.items()):
             if stuck := [name for name, value in by_class.items() if math.isnan(value)]:
                 del values[metric]
-                lines.append(f"sparse_probing: {dataset}: the probe did not converge for {', '.join(stuck)}: no {metric}")
+                lines.append(f"sparse_probing: {dataset}: the probe did not converge for {', '.join(stuck)}: no "
+                             f"{metric}")
     return lines
 
 
 def _summary(metric: str, per_class: dict) -> tuple[float | None, float | None]:
-    """Mean over data sets of the mean over classes, and its standard error; None where a data set has no such metric."""
+    """Mean over data sets of the mean over classes, and its standard error;
+    None where a data set has no such metric.
+    """
     if not all(metric in values for values in per_class.values()):
         return None, None
     values = [list(values[metric].values()) for values in per_class.values()]

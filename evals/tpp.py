@@ -1,15 +1,18 @@
-"""Targeted probe perturbation: does ablating the features of one class hurt that class's probe and no other (SAEBench 0.6.0, `tpp`)?
+"""Targeted probe perturbation: does ablating the features of one class hurt that class's probe and no other (SAEBench
+0.6.0, `tpp`)?
 
 A linear probe on pooled LM activations for each class against the others; a feature's effect on it is
-max(0, mean over positives − mean over negatives)·(W_dec[f]·w). Ablating the n features with the largest effects on class c costs
-its probe `intended` test accuracy and the other classes' probes `unintended` on average; the score is the difference, averaged
-over classes, then over data sets. The texts are sparse_probing's.
+max(0, mean over positives − mean over negatives)·(W_dec[f]·w). Ablating the n features with the largest effects on
+class c costs its probe `intended` test accuracy and the other classes' probes `unintended` on average; the score is the
+difference, averaged over classes, then over data sets. The texts are sparse_probing's.
 
-Random numbers: a generator per data set, class and moment, seeded by the run seed and these names. As in SAEBench negatives are
-drawn anew for each probe, effect and accuracy, but here the draws are the same for every SAE and do not depend on the cache.
-Everything is fp32 (SAEBench: the LM's dtype). Corrected metrics, beside the compatible ones that repeat SAEBench:
-  *_corrected    one draw of negatives per class throughout; probes whose epoch is chosen on a fifth of the training rows, not on
-                 the test rows; no ablation at masked positions; features of negative or no effect are never ablated
+Random numbers: a generator per data set, class and moment, seeded by the run seed and these names. As in SAEBench
+negatives are drawn anew for each probe, effect and accuracy, but here the draws are the same for every SAE and do not
+depend on the cache. Everything is fp32 (SAEBench: the LM's dtype). Corrected metrics, beside the compatible ones that
+repeat SAEBench:
+  *_corrected    one draw of negatives per class throughout; probes whose epoch is chosen on a fifth of the training
+                 rows, not on the test rows; no ablation at masked positions; features of negative or no effect are
+                 never ablated
 Standard errors are over classes, as in sparse_probing.
 """
 
@@ -50,15 +53,16 @@ METRICS = {
     "tpp_threshold_20_total_metric_corrected": "higher",
 }
 
-NOTE = ("TPP is not a reliable measure of SAE quality: an audit of SAEBench (Chanin 2026, arXiv 2605.18229) finds that it fails at its "
-        "usual settings and advises against it. Drawing other negatives alone moves it by ±.004, and SAEBench's own acceptance test "
-        "allows .04 between two runs of one SAE: read smaller differences as none.")
+NOTE = ("TPP is not a reliable measure of SAE quality: an audit of SAEBench (Chanin 2026, arXiv 2605.18229) finds that "
+        "it fails at its usual settings and advises against it. Drawing other negatives alone moves it by ±.004, and "
+        "SAEBench's own acceptance test allows .04 between two runs of one SAE: read smaller differences as none.")
 
 # half of each set is of a class
 RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000),
           "probe_lr": (1e-9, 1e3)}
 
-# names and sizes are those of sparse_probing, whose texts and cached LM activations these are; SAEBench: train_set_size, ...
+# names and sizes are those of sparse_probing, whose texts and cached LM activations these are; SAEBench:
+# train_set_size, ...
 CONFIG = {
     "gemma": {
         "dataset_names": ["LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"],
@@ -128,7 +132,8 @@ def requirements(config: dict, facts) -> list[str]:
 def run(setup, saes: dict) -> dict[str, Result]:
     """Ablate every SAE's features for each class of every data set; {SAE name: Result}."""
     problems: dict[str, list[str]] = {name: [] for name in saes}
-    scores: dict = {name: {} for name in saes}  # SAE -> data set -> "compatible" | "corrected" -> metric -> class -> number
+    # SAE -> data set -> "compatible" | "corrected" -> metric -> class -> number
+    scores: dict = {name: {} for name in saes}
     try:
         sets = pooling.labelled(setup)
     except ValueError as error:  # a class has too few texts
@@ -138,7 +143,8 @@ def run(setup, saes: dict) -> dict[str, Result]:
         found = concept_probes.trained(setup, texts.key, list(texts.rows["train"]), examples, texts.x_ND)
         for name in texts.features:
             ablations = concept_probes.ablations(found, texts, name, saes[name])
-            scores[name][texts.key] = {kind: _scores(setup, kind, texts, examples, ablation) for kind, ablation in ablations.items()}
+            scores[name][texts.key] = {kind: _scores(setup, kind, texts, examples, ablation)
+                                       for kind, ablation in ablations.items()}
     return {name: _result(sets, scores[name], problems[name]) for name in saes}
 
 
@@ -153,7 +159,8 @@ def _scores(setup, kind: str, texts: Texts, examples: Callable, ablation: Ablati
 
     def draw(name: str, *moment):
         """The draws of a class: anew for each moment, or the one that the corrected probes were trained on."""
-        return examples(name, concept_probes.generator(setup, texts.key, name, *(moment if kind == "compatible" else ["corrected"])))
+        return examples(name, concept_probes.generator(setup, texts.key, name,
+                                                       *(moment if kind == "compatible" else ["corrected"])))
 
     contrast_PF = ablation.effects([draw(name, "effects")[0] for name in names])
     effect_PF = contrast_PF.clamp_min(0) * ablation.dot_FP.T
@@ -190,14 +197,17 @@ def _result(sets: dict, scores: dict, problems: list[str]) -> Result:
 
     compatible = {metric: summary("compatible", metric, sets) for metric in COMPATIBLE}
     corrected = {f"{metric}_corrected": summary("corrected", metric, sets) for metric in CORRECTED}
-    changes = [value for by_kind in scores.values() for by_class in by_kind["corrected"].values() for value in by_class.values()]
+    changes = [value for by_kind in scores.values() for by_class in by_kind["corrected"].values()
+               for value in by_class.values()]
     if changes and not any(changes):
-        problems = [*problems, "tpp: ablating features changes no accuracy (a dead SAE: its features do not depend on the text)"]
+        problems = [*problems, "tpp: ablating features changes no accuracy (a dead SAE: its features do not depend on "
+                               "the text)"]
     return Result(
         metrics={"tpp_metrics": {metric: mean for metric, (mean, _) in compatible.items()}},
         corrected={metric: mean for metric, (mean, _) in corrected.items()},
         stderrs={metric: error for metric, (_, error) in (compatible | corrected).items() if error is not None},
-        details=[{"dataset_name": f"{dataset}_tpp_results"} | {m: summary("compatible", m, [dataset])[0] for m in COMPATIBLE}
+        details=[{"dataset_name": f"{dataset}_tpp_results"} | {m: summary("compatible", m, [dataset])[0]
+                                                               for m in COMPATIBLE}
                  for dataset in sets],
         unstructured={dataset: _by_class(by_kind) for dataset, by_kind in scores.items()},
         problems=problems,

@@ -1,1 +1,3 @@
-"""What is known about recorded runs: reading them in every shape there has been, comparing, reporting, their folders."""
+"""What is known about recorded runs: reading them in every shape there has been, comparing, reporting,
+their folders.
+"""

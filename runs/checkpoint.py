@@ -1,8 +1,9 @@
 """The file that holds all a resume needs, while a run trains, and the one before it.
 
-A checkpoint is a zip archive, and torch gives every record of it a CRC-32 as it writes, which torch.load does not look at (a flipped
-bit loads as another weight). `mend` does, at 2 to 3 GB/s, before a run continues; at writing it costs nothing more.
-Disk: two checkpoints, three while one is written or where one was damaged; each 3 times the bytes of the parameters with Adam.
+A checkpoint is a zip archive, and torch gives every record of it a CRC-32 as it writes, which torch.load does not look
+at (a flipped bit loads as another weight). `mend` does, at 2 to 3 GB/s, before a run continues; at writing it costs
+nothing more. Disk: two checkpoints, three while one is written or where one was damaged; each 3 times the bytes of the
+parameters with Adam.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def write(out: Path, state: dict) -> None:
 
 
 def mend(out: Path, say: Callable[[str], None]) -> None:
-    """Leave a sound checkpoint.pt, or none: one that is damaged is put aside and said, and the one before takes its place."""
+    """Leave a sound checkpoint.pt, or none: one that is damaged is put aside and said,
+    and the one before takes its place.
+    """
     for name in (NAME, PREVIOUS):
         file = out / name
         if not file.exists():
@@ -57,7 +60,9 @@ def mend(out: Path, say: Callable[[str], None]) -> None:
 
 
 def damage(file: Path) -> str:
-    """What is wrong with a checkpoint, in a few words, or "". RuntimeError or MemoryError where it is the memory that lacks."""
+    """What is wrong with a checkpoint, in a few words, or "".
+    RuntimeError or MemoryError where it is the memory that lacks.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             record = archive.testzip()
@@ -77,7 +82,9 @@ def damage(file: Path) -> str:
 
 
 def part(state: dict, name: str, out: Path) -> dict:
-    """What a checkpoint holds of one SAE, taken out of it; ValueError, which names the file, if it holds none of that name."""
+    """What a checkpoint holds of one SAE, taken out of it;
+    ValueError, which names the file, if it holds none of that name.
+    """
     if name not in state["saes"]:
         raise ValueError(f"{out.name}/{NAME} holds {', '.join(state['saes']) or 'no SAE'} and not {name}\n{BEGIN_ANEW}")
     return state["saes"].pop(name)
@@ -103,7 +110,9 @@ def remove(out: Path) -> None:
 
 
 def read(out: Path, device: torch.device | str, view: bool) -> dict | None:
-    """The state, on `device`, or as a `view` of the file, of which only the recent losses are moved there; None if there is no file."""
+    """The state, on `device`, or as a `view` of the file, of which only the recent losses are moved there;
+    None if there is no file.
+    """
     file = out / NAME
     if not file.exists():
         return None

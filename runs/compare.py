@@ -1,9 +1,11 @@
-"""Compare recorded runs with a baseline and with each other: python -m runs.compare run_1 run_2 … [--baseline NAME_OR_PATH].
+"""Compare recorded runs with a baseline and with each other: python -m runs.compare run_1 run_2 … [--baseline
+NAME_OR_PATH].
 
 A difference counts where it exceeds twice the combined standard error √(se_a² + se_b²); "?" where that is not known:
-an eval states no standard error from fewer than five sampling units (evals/common/errors.py), so nothing counts as beyond it there.
-Where the baseline has SAEs on both sides of a run's L0, the run is compared with what lies between them at its own L0.
-Runs of another model, layer or hook are shown but not compared, nor are evals that ran with other settings.
+an eval states no standard error from fewer than five sampling units (evals/common/errors.py), so nothing counts as
+beyond it there. Where the baseline has SAEs on both sides of a run's L0, the run is compared with what lies between
+them at its own L0. Runs of another model, layer or hook are shown but not compared, nor are evals that ran with other
+settings.
 """
 
 from __future__ import annotations
@@ -35,17 +37,21 @@ HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "
             "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "text_unlearning_precision",
             "disentanglement_score")
 HEADLINE_LINES = 13
-BY_RUN = ("core.l0", "core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1", "core.frac_alive", "core.explained_variance")
+BY_RUN = ("core.l0", "core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1", "core.frac_alive",
+          "core.explained_variance")
 WIDTH = 100  # columns of printed text
 DOUBT = "doubtful: "  # begins a problem of a run that concerns all its figures
 MARKS = "* by more than 2 standard errors, ? standard error unknown"
-BY_L0_METRICS, BY_L0_ROWS, BY_L0_NAME = 6, 36, 30  # of the table by L0: metrics and rows at most, characters of an SAE's name
+# of the table by L0: metrics and rows at most, characters of an SAE's name
+BY_L0_METRICS, BY_L0_ROWS, BY_L0_NAME = 6, 36, 30
 # final losses and their terms are sums of different things in different variants: no direction
 TRAINING = {"training.final_loss": "", "training.l0": "", "training.explained_variance": "higher",
             "training.dead_share": "lower", "training.frac_alive": "higher"}
 IDENTITY = ("model", "layer", "hook_name")
-SHOWN = {"variant": (), "hyper": (), "d_sae": (), "context": ("context_size", "context_length"), "dataset": (), "keep_bos": (),
-         "dtype": (), "num_tokens": ("tokens",), "passes": (), "batch_size": (), "lr": (), "seed": ()}  # {key: its former names}
+SHOWN = {"variant": (), "hyper": (), "d_sae": (), "context": ("context_size", "context_length"), "dataset": (),
+         "keep_bos": (),
+         # {key: its former names}
+         "dtype": (), "num_tokens": ("tokens",), "passes": (), "batch_size": (), "lr": (), "seed": ()}
 ACCURACY = re.compile(r"\.sae_(top_\d+_|val_selected_)?test_accuracy")
 # settings of an eval that do not change what it measures; a seed's effect is what the standard error is about
 NO_MATTER = re.compile(r"verbose|llm_batch_size|sae_batch_size|lower_vram_usage|device|model_name|(random_)?seed|compute_.*")
@@ -55,7 +61,8 @@ COUNTED = re.compile(r"frac_alive$|freq_over_|dead_share$")
 LM_ONLY = re.compile(r"\.llm_|with_ablation$|ce_loss_without_sae$|l2_norm_in$|total_tokens|mean_probe_f1$|num_letters$|"
                      r"duplicated_test_share$|^training\.(steps?|tokens)$")
 
-# what no SAE's figure can be: {leaf of a metric: (least, most)}; the CE loss score alone can, and says then that ablation is no worse
+# what no SAE's figure can be: {leaf of a metric: (least, most)}; the CE loss score alone can, and says then that
+# ablation is no worse
 BOUNDS = {"r2": (-math.inf, 1), "explained_variance": (-math.inf, 1), "cossim": (-1, 1), "frac_alive": (0, 1)}
 TOP_K = ("topk", "batch_topk", "matryoshka_batch_topk")  # variants whose k is the L0 that is asked for
 
@@ -63,7 +70,9 @@ TOP_K = ("topk", "batch_topk", "matryoshka_batch_topk")  # variants whose k is t
 
 
 def directions() -> dict[str, str]:
-    """{metric: "higher" | "lower" | ""} of every eval's declared metrics and of training's; what is missing has no direction."""
+    """{metric: "higher" | "lower" | ""} of every eval's declared metrics and of training's;
+    what is missing has no direction.
+    """
     known = dict(TRAINING)
     for name in evals.names():
         known |= {f"{name}.{metric}": way for metric, way in (evals.declared(name, "METRICS") or {}).items()}
@@ -77,7 +86,9 @@ def baseline_for(config: dict, name: str = "standard") -> Path | None:
 
 
 def warnings(run: Run, baseline: Run | None = None) -> list[str]:
-    """What makes a run's figures doubtful, one line each; with a baseline also what looks like the baseline's own figures."""
+    """What makes a run's figures doubtful, one line each;
+    with a baseline also what looks like the baseline's own figures.
+    """
     found, l0, width = [], _leaf(run, "l0"), run.config.get("d_sae")
     alive = _leaf(run, "frac_alive")
     if l0 == 0 or alive == 0:
@@ -87,30 +98,35 @@ def warnings(run: Run, baseline: Run | None = None) -> list[str]:
     if l0 is not None and width and l0 > width / 10:
         found.append(f"not sparse: L0 = {number(l0)} is more than a tenth of its {width:,} features")
     if run.config.get("dense"):
-        found.append(f"a dense code: {run.config['dense']:.0%} of its features are active on the average token; verdicts are marked")
+        found.append(f"a dense code: {run.config['dense']:.0%} of its features are active on the average token; "
+                     "verdicts are marked")
     found += [problem.removeprefix(DOUBT) for problem in run.problems if problem.startswith(DOUBT)]
     found += _poor(run) + _off_target(run, l0)
     accuracies = {m: v for m, v in run.means.items() if v is not None and _is_accuracy(m)}
     chance = [m for m, v in accuracies.items() if v <= 0.5 + max(0.005, 2 * run.stderrs.get(m, 0.0))]
     if chance:
-        found.append(f"probing at chance (.5) in {len(chance)} of {len(accuracies)} accuracies of the SAE: {_listing(chance)}")
+        found.append(f"probing at chance (.5) in {len(chance)} of {len(accuracies)} accuracies of the SAE: "
+                     f"{_listing(chance)}")
     steps = run.config.get("steps", run.means.get("training.steps"))
     tokens = _get(run.config, "num_tokens")
     if run.config.get("init_from"):  # trained elsewhere; how, its own record says
         pass
     elif steps == 0:
         found.append("untrained: 0 training steps")
-    elif steps is None and isinstance(tokens, (int, float)) and tokens <= 0:  # SAEBench's custom SAEs say -100000 even if trained
+    # SAEBench's custom SAEs say -100000 even if trained
+    elif steps is None and isinstance(tokens, (int, float)) and tokens <= 0:
         found.append(f"no sign of training: {tokens} training tokens and no number of steps")
     for key, places in run.config.get("disagree", {}).items():
         by_value = defaultdict(list)
         for where, value in places.items():
             by_value[value].append(where)
-        found.append(f"metadata disagree on the {key}: " + ", ".join(f"{v} ({', '.join(w)})" for v, w in by_value.items()))
+        found.append(f"metadata disagree on the {key}: " + ", ".join(f"{v} ({', '.join(w)})"
+                                                                     for v, w in by_value.items()))
     if baseline is not None and baseline.path != run.path:
         same, of = _identical(run, baseline)
         if len(same) == of > 1:
-            found.append(f"all {of} SAE metrics equal those of {baseline.name} to the last digit: the change had no effect")
+            found.append(f"all {of} SAE metrics equal those of {baseline.name} to the last digit: the change had no "
+                         "effect")
         elif same:
             found.append(f"equal to {baseline.name} to the last digit: {_listing(same)}")
     return found
@@ -122,12 +138,14 @@ def _poor(run: Run) -> list[str]:
     if r2 is not None and r2 < 0:
         found.append(f"R² = {number(r2)} is below 0: the mean activation reconstructs better than the SAE")
     if score is not None and score < 0:
-        found.append(f"CE loss score = {number(score)} is below 0: the model predicts worse with the SAE than with zeros in its place")
+        found.append(f"CE loss score = {number(score)} is below 0: the model predicts worse with the SAE than with "
+                     "zeros in its place")
     room = 2 * run.stderrs.get("core.ce_loss_score", 0.0)
     if score is not None and score > 1 + room:
         found.append(f"CE loss score = {number(score)} is above 1: the model predicts better with the SAE than without")
     for metric, value in run.means.items():
-        least, most = (0, 1) if _is_accuracy(metric) else BOUNDS.get(metric.removeprefix("core."), (-math.inf, math.inf))
+        least, most = (0, 1) if _is_accuracy(metric) else BOUNDS.get(metric.removeprefix("core."),
+                                                                     (-math.inf, math.inf))
         if value is not None and not least - 1e-6 <= value <= most + 1e-6:
             found.append(f"impossible: {metric} = {number(value)} lies outside {least} to {most}")
     return found
@@ -144,13 +162,17 @@ def _off_target(run: Run, l0: float | None) -> list[str]:
 
 
 def _identical(run: Run, other: Run) -> tuple[list[str], int]:
-    """Metrics of the SAE with equal values that can hardly be equal by chance, and the number of those both sides have."""
+    """Metrics of the SAE with equal values that can hardly be equal by chance,
+    and the number of those both sides have.
+    """
     both = [m for m, v in run.means.items() if _telling(m, v) and other.means.get(m) is not None]
     return [m for m in both if run.means[m] == other.means[m]], len(both)
 
 
 def _telling(metric: str, value: float | None) -> bool:
-    """Whether equality would tell anything: of the SAE, no count, and with more than the 8 significant bits of a bfloat16."""
+    """Whether equality would tell anything: of the SAE, no count,
+    and with more than the 8 significant bits of a bfloat16.
+    """
     return isinstance(value, float) and not _by_nature(metric) and not (math.frexp(value)[0] * 256).is_integer()
 
 
@@ -199,8 +221,11 @@ def stored_baselines(runs: Iterable[Run] | dict, asked: str | None = None) -> li
 
 
 def _with_frontier(path: Path) -> list[Run]:
-    """The runs of a file, or of a folder's final_info.json and, where a baseline has one, its frontier.json beside it."""
-    return [run for file in (path, path / "frontier.json") if file == path or file.is_file() for run in read(file).values()]
+    """The runs of a file, or of a folder's final_info.json and, where a baseline has one,
+    its frontier.json beside it.
+    """
+    return [run for file in (path, path / "frontier.json") if file == path or file.is_file()
+            for run in read(file).values()]
 
 
 # ------------------------------------------------------------------------------------------------ judging
@@ -208,7 +233,9 @@ def _with_frontier(path: Path) -> list[Run]:
 
 @dataclass(frozen=True)
 class Judged:
-    """One metric of one run against the baseline's: `verdict` better, worse, equal or ""; `beyond` two standard errors."""
+    """One metric of one run against the baseline's: `verdict` better, worse, equal or "";
+    `beyond` two standard errors.
+    """
 
     difference: float | None = None
     verdict: str = ""
@@ -227,13 +254,16 @@ def judge(metric: str, run: Run, baseline: Run | None, direction: str) -> Judged
     verdict += " (dense)" if verdict and run.config.get("dense") else ""
     errors = [side.stderrs[metric] for side in (run, baseline) if side.stderrs.get(metric) is not None]
     beyond = "yes" if errors and abs(difference) > 2 * math.hypot(*errors) else "no"
-    if not errors or (len(errors) == 1 and beyond == "yes"):  # one side's error is a lower bound: enough for a no, not for a yes
+    # one side's error is a lower bound: enough for a no, not for a yes
+    if not errors or (len(errors) == 1 and beyond == "yes"):
         beyond = "?"
     return Judged(difference, verdict, beyond)
 
 
 def identity(config: dict) -> tuple:
-    """Model, layer and hook: runs that agree in them can be compared. The hook follows from the layer where it is not given."""
+    """Model, layer and hook: runs that agree in them can be compared.
+    The hook follows from the layer where it is not given.
+    """
     hook = config.get("hook_name") or f"blocks.{config.get('layer')}.hook_resid_post"
     return slug(config.get("model", "")), config.get("layer"), hook
 
@@ -280,9 +310,11 @@ class Table:
 
 def tables(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None, directions: dict[str, str],
            everything: bool = False) -> list[Table]:
-    """One table per model, layer and hook: by metric for up to three runs, else one row per run; a sweep is sorted by L0.
+    """One table per model, layer and hook: by metric for up to three runs, else one row per run; a sweep is sorted by
+    L0.
 
-    Where the baseline has SAEs around the L0 of a run, it is judged at equal L0: of several runs per metric one row per run.
+    Where the baseline has SAEs around the L0 of a run, it is judged at equal L0: of several runs per metric one row per
+    run.
     """
     built = []
     for compared, references, above in _groups(_listed(runs), _listed(baseline)):
@@ -299,7 +331,9 @@ def tables(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None, di
 
 
 def families(runs: Iterable[Run]) -> list[list[Run]]:
-    """The runs of one variant that differ in hyper-parameters and seed alone belong together; each without a known variant is alone."""
+    """The runs of one variant that differ in hyper-parameters and seed alone belong together;
+    each without a known variant is alone.
+    """
     found: list[list[Run]] = []
     for run in runs:
         family = next((f for f in found if _related(run, f[0])), None)
@@ -309,18 +343,22 @@ def families(runs: Iterable[Run]) -> list[list[Run]]:
 
 def _related(a: Run, b: Run) -> bool:
     same = (_get(a.config, key) == _get(b.config, key) for key in SHOWN if key not in ("hyper", "seed"))
-    return bool(a.config.get("variant")) and all(same) and identity(a.config) == identity(b.config) and obstacles(a, b) == ([], {})
+    return (bool(a.config.get("variant")) and all(same) and identity(a.config) == identity(b.config)
+            and obstacles(a, b) == ([], {}))
 
 
 def frontier_for(runs: list[Run], references: list[Run]) -> list[Run]:
     """The family of references, of at least two L0, around the L0 of the most runs; [] if there is none."""
     same = [r for r in references if (_leaf(r, "l0") or 0) > 0 and identity(r.config) == identity(runs[0].config)]
     several = [saes for saes in families(same) if len({_leaf(sae, "l0") for sae in saes}) > 1]
-    return max(several, key=lambda saes: sum(frontier.at(_leaf(run, "l0"), saes) is not None for run in runs), default=[])
+    return max(several, key=lambda saes: sum(frontier.at(_leaf(run, "l0"), saes) is not None for run in runs),
+               default=[])
 
 
 def _groups(runs: list[Run], stored: list[Run]) -> list[tuple[list[Run], list[Run], list[str]]]:
-    """(runs to compare, what with, lines to say) per model, layer and hook. Without any baseline the first run stands for it."""
+    """(runs to compare, what with, lines to say) per model, layer and hook.
+    Without any baseline the first run stands for it.
+    """
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         groups[identity(run.config)].append(run)
@@ -333,8 +371,10 @@ def _groups(runs: list[Run], stored: list[Run]) -> list[tuple[list[Run], list[Ru
             found.append((members, references, []))
         else:
             first = [run for run in members if run.path == members[0].path]
-            found.append((others, first, [f"no stored baseline for {key[0] or 'this model'}: {file_label(first[0].path)} stands for it",
-                                          *(f"warning: {run.name}: {line}" for run in first for line in warnings(run))]))
+            found.append((others, first, [f"no stored baseline for {key[0] or 'this model'}: "
+                                          f"{file_label(first[0].path)} stands for it",
+                                          *(f"warning: {run.name}: {line}" for run in first
+                                            for line in warnings(run))]))
     return found
 
 
@@ -371,7 +411,8 @@ def _by_metric(runs: list[Run], references: list[Run], saes: list[Run], known: d
 
     header = ["metric", *(["baseline"] if len(distinct) == 1 else [p.name for p in distinct])]
     for run, block in zip(runs, blocked):
-        header += [run.name, *([] if block else ["difference", "verdict"] if several else ["difference", "verdict", "> 2 SE"])]
+        header += [run.name, *([] if block else ["difference", "verdict"] if several
+                               else ["difference", "verdict", "> 2 SE"])]
     names = _ordered({m for run in (*runs, *distinct) for m, v in run.means.items() if v is not None})
     shown = names if everything else _headlines([m for m in names if any(run.means.get(m) is not None for run in runs)])
     rows = []
@@ -408,7 +449,8 @@ def _completed(partner: Run | None, near: Run | None) -> Run | None:
         return partner or near
     ran = {metric.partition(".")[0] for metric in partner.means}
     evals_of_both = near.config.get("evals", {}) | partner.config.get("evals", {})
-    lacking = {m: v for m, v in near.means.items() if m.partition(".")[0] not in ran and m.partition(".")[0] in evals_of_both}
+    lacking = {m: v for m, v in near.means.items() if m.partition(".")[0] not in ran
+               and m.partition(".")[0] in evals_of_both}
     stderrs = {m: near.stderrs[m] for m in lacking if m in near.stderrs}
     config = partner.config | {"evals": evals_of_both}
     return replace(partner, means=partner.means | lacking, stderrs=partner.stderrs | stderrs, config=config)
@@ -437,7 +479,8 @@ def _described(partner: Run) -> str:
 
 
 def _without(partner: Interpolated) -> str:
-    names = sorted({m.partition(".")[0] for m in partner.means} - {m.partition(".")[0] for m in partner.between[0].means})
+    names = sorted({m.partition(".")[0] for m in partner.means} - {m.partition(".")[0]
+                                                                   for m in partner.between[0].means})
     return f"; without ~ ({', '.join(names)}) at the nearest SAE's own L0" if names else ""
 
 
@@ -460,7 +503,8 @@ def _range(saes: list[Run]) -> str:
     return "L0 {} to {}".format(*map(number, frontier.ends(saes)))
 
 
-def _by_l0(runs: list[Run], references: list[Run], saes: list[Run], known: dict[str, str], above: list[str], everything: bool) -> Table:
+def _by_l0(runs: list[Run], references: list[Run], saes: list[Run], known: dict[str, str], above: list[str],
+           everything: bool) -> Table:
     named = sorted(zip(_names(runs), runs), key=lambda pair: (_leaf(pair[1], "l0") is None, _leaf(pair[1], "l0")))
     names, runs = [re.sub(r"\blayer_\d+\.", "", name) for name, _ in named], [run for _, run in named]
     partners = [frontier.at(_leaf(run, "l0"), saes) for run in runs]
@@ -477,17 +521,21 @@ def _by_l0(runs: list[Run], references: list[Run], saes: list[Run], known: dict[
                 judged = Judged(None, "–")
             ours, l0 = run.means.get(metric), _leaf(run, "l0")
             difference = "" if judged.difference is None else signed(judged.difference, ours, partner.means[metric])
-            rows.append([title, _cut(name), number(l0), _theirs(partner, metric), number(ours), difference, _verdict(judged)])
+            rows.append([title, _cut(name), number(l0), _theirs(partner, metric), number(ours), difference,
+                         _verdict(judged)])
             title = ""
     differs = [[f"differs: {found}"] if (found := _differences(run, saes[0], but="hyper")) else [] for run in runs]
-    above = [*above, f"baseline: {saes[0].config['variant']}, {len(saes)} SAEs of {_range(saes)} ({_where(saes[0].path)})",
+    above = [*above, f"baseline: {saes[0].config['variant']}, {len(saes)} SAEs of {_range(saes)} "
+                     f"({_where(saes[0].path)})",
              f"the frontier of layer {runs[0].config.get('layer')}, the baseline at each SAE's own L0",
              *_about(names, runs, blocked, [_partner(run, references) for run in runs], differs)]
-    between = any(p and _between(p, metric) for p in partners for metric in shown if p and p.means.get(metric) is not None)
+    between = any(p and _between(p, metric) for p in partners for metric in shown if p
+                  and p.means.get(metric) is not None)
     below = ["~ between the baseline's two SAEs of the next L0, linear in log L0"] if between else []
     below += [f"– outside the baseline's {_range(saes)}"] if None in partners else []
     hidden = [f"{len(directed) - len(shown)} more metrics with --all"] if len(directed) > len(shown) else []
-    return Table(above, ["metric", "SAE", "L0", "baseline", "run", "difference", "verdict"], rows, [*below, MARKS, *hidden], 2)
+    return Table(above, ["metric", "SAE", "L0", "baseline", "run", "difference", "verdict"], rows,
+                 [*below, MARKS, *hidden], 2)
 
 
 def _cut(name: str) -> str:
@@ -502,7 +550,8 @@ def _headline(runs: list[Run]) -> list[str]:
     return sorted(_ordered(measured), key=lambda m: BY_RUN.index(_brief(m)) if _brief(m) in BY_RUN else len(BY_RUN))
 
 
-def _about(names: list[str], runs: list[Run], blocked: list[tuple], nearest: list[Run | None], more: list[list[str]]) -> list[str]:
+def _about(names: list[str], runs: list[Run], blocked: list[tuple], nearest: list[Run | None],
+           more: list[list[str]]) -> list[str]:
     """Lines above a table of many SAEs: what is not compared and why, more, and warnings; ten of them at most."""
     reasons = [[*(f"not compared: {reason}" for reason in (*why, *(f"{k} ({v})" for k, v in settings.items()))), *own]
                for (why, settings), own in zip(blocked, more)]
@@ -512,7 +561,8 @@ def _about(names: list[str], runs: list[Run], blocked: list[tuple], nearest: lis
     return lines
 
 
-def _by_run(runs: list[Run], references: list[Run], saes: list[Run], known: dict[str, str], above: list[str], sweep: bool) -> Table:
+def _by_run(runs: list[Run], references: list[Run], saes: list[Run], known: dict[str, str], above: list[str],
+            sweep: bool) -> Table:
     nearest = [_partner(run, references) for run in runs]
     partners = [frontier.at(_leaf(run, "l0"), saes) for run in runs] if saes else nearest
     names, known_paths = _names(runs), {run.path for run in runs}
@@ -521,7 +571,8 @@ def _by_run(runs: list[Run], references: list[Run], saes: list[Run], known: dict
     metrics = _headline(runs)
     rows = []
     for reference in (r for r in references if r.path not in known_paths):
-        rows.append((reference, [f"{reference.name} (baseline)", *(number(reference.means.get(m)) + " " * judging for m in metrics)]))
+        rows.append((reference, [f"{reference.name} (baseline)", *(number(reference.means.get(m)) + " " * judging
+                                                                   for m in metrics)]))
     blocked = [obstacles(run, near) if near else ([], {}) for run, near in zip(runs, nearest)]
     for name, run, partner, (why, settings) in zip(names, runs, partners, blocked):
         cells = [name]
@@ -529,12 +580,14 @@ def _by_run(runs: list[Run], references: list[Run], saes: list[Run], known: dict
             mark = " " * judging
             if judging and not why and metric.partition(".")[0] not in settings:
                 judged = judge(metric, run, partner, known.get(metric, ""))
-                mark = {"yes": {"better": "+", "worse": "-"}.get(judged.verdict.partition(" ")[0], " "), "?": "?"}.get(judged.beyond, " ")
+                mark = {"yes": {"better": "+", "worse": "-"}.get(judged.verdict.partition(" ")[0], " "),
+                        "?": "?"}.get(judged.beyond, " ")
             cells.append(number(run.means.get(metric)) + mark)
         rows.append((run, cells))
     if sweep:
         rows.sort(key=lambda row: (_leaf(row[0], "l0") is None, _leaf(row[0], "l0")))
-    outside = [[f"not compared: outside the baseline's {_range(saes)}"] if saes and partner is None else [] for partner in partners]
+    outside = [[f"not compared: outside the baseline's {_range(saes)}"] if saes and partner is None else []
+               for partner in partners]
     above = [*above, *(f"baseline: {_where(path)}" for path in dict.fromkeys(r.path for r in references)),
              *["the frontier, by L0"] * sweep, *_about(names, runs, blocked, nearest, outside)]
     table = [["SAE", *(_brief(m).rpartition(".")[2] + " " * judging for m in metrics)], *(cells for _, cells in rows)]
@@ -542,7 +595,8 @@ def _by_run(runs: list[Run], references: list[Run], saes: list[Run], known: dict
     fitting = max(2, sum(sum(widths[: i + 1]) - 2 <= WIDTH for i in range(len(widths))))
     header, *rows = [cells[:fitting] for cells in table]
     below = ["+ better, - worse, by more than 2 standard errors; ? standard error unknown"] if judging else []
-    below += ["compared at equal L0: with what lies between the baseline's two SAEs around it"] if judging and saes else []
+    below += (["compared at equal L0: with what lies between the baseline's two SAEs around it"] if judging and saes
+              else [])
     return Table(above, header, rows, below)
 
 
@@ -562,7 +616,8 @@ def _collected(names: list[str], lines: list[list[str]]) -> list[str]:
     for name, own in zip(names, lines):
         for line in own:
             about[line].append(name)
-    return [f"{line} — {f'all {len(names)}' if len(found) == len(names) > 3 else _listing(found)}" for line, found in about.items()]
+    return [f"{line} — {f'all {len(names)}' if len(found) == len(names) > 3 else _listing(found)}"
+            for line, found in about.items()]
 
 
 def _noted(runs: list[Run], partners: list[Run | None]) -> list[str]:
@@ -586,16 +641,20 @@ def all_warnings(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | No
 
 def _differences(run: Run, baseline: Run, but: str = "") -> str:
     pairs = ((key, _get(run.config, key), _get(baseline.config, key)) for key in SHOWN if key != but)
-    return ", ".join(f"{key} {_short(a)} / {_short(b)}" for key, a, b in pairs if a is not None and b is not None and a != b)
+    return ", ".join(f"{key} {_short(a)} / {_short(b)}" for key, a, b in pairs if a is not None and b is not None
+                     and a != b)
 
 
 def _ordered(metrics: Iterable[str]) -> list[str]:
-    """Headline metrics in their order, then the variant's own, the rest by name, and last what says nothing about the SAE."""
+    """Headline metrics in their order, then the variant's own, the rest by name,
+    and last what says nothing about the SAE.
+    """
     rank = {name: i for i, name in enumerate(HEADLINE)}
 
     def key(metric):
         other = 98 if metric.startswith("variant.") else 100 if LM_ONLY.search(metric) else 99
-        return rank.get(metric.rpartition(".")[2], other), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", metric)]
+        return rank.get(metric.rpartition(".")[2], other), [int(p) if p.isdigit() else p
+                                                            for p in re.split(r"(\d+)", metric)]
 
     return sorted(metrics, key=key)
 
@@ -660,8 +719,8 @@ def as_markdown(table: Table) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     rule = row([":--" if i < table.left or name == "verdict" else "--:" for i, name in enumerate(table.header)])
-    parts = ["\n".join(f"- {line}" for line in table.above), "\n".join([row(table.header), rule, *map(row, table.rows)]),
-             "\n".join(table.below)]
+    parts = ["\n".join(f"- {line}" for line in table.above),
+             "\n".join([row(table.header), rule, *map(row, table.rows)]), "\n".join(table.below)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -669,20 +728,22 @@ def _csv(runs: list[Run], baseline: list[Run], known: dict[str, str]) -> str:
     """Every metric of every run in full precision, one line each."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "model", "layer", "metric", "value", "stderr", "baseline", "baseline_value", "baseline_stderr",
-                     "difference", "direction", "verdict", "beyond_2_se", "l0", "baseline_l0"])
+    writer.writerow(["run", "model", "layer", "metric", "value", "stderr", "baseline", "baseline_value",
+                     "baseline_stderr", "difference", "direction", "verdict", "beyond_2_se", "l0", "baseline_l0"])
     for compared, references, _ in _groups(runs, baseline):
         saes = frontier_for(compared, references)
         for run in compared if baseline else (*references, *compared):
             partner = frontier.at(_leaf(run, "l0"), saes) or _partner(run, references)
             why, settings = obstacles(run, partner) if partner else ([], {})
             of_run = run.name, run.config.get("model"), run.config.get("layer")
-            l0s = ["" if l0 is None else str(l0) for l0 in (_leaf(run, "l0"), partner and _leaf(partner, "l0"))]  # made text once
+            # made text once
+            l0s = ["" if l0 is None else str(l0) for l0 in (_leaf(run, "l0"), partner and _leaf(partner, "l0"))]
             for metric, value in run.means.items():
                 judged = judge(metric, run, partner, known.get(metric, ""))
                 if judged.difference is not None and (why or metric.partition(".")[0] in settings):
                     judged = Judged(None, "not compared")
-                theirs = [partner.name, partner.means.get(metric), partner.stderrs.get(metric)] if partner else [None] * 3
+                theirs = [partner.name, partner.means.get(metric),
+                          partner.stderrs.get(metric)] if partner else [None] * 3
                 writer.writerow([*of_run, metric, value, run.stderrs.get(metric), *theirs, judged.difference,
                                  known.get(metric, ""), judged.verdict, judged.beyond, *l0s])
     return out.getvalue().rstrip("\n")
@@ -695,7 +756,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command; 0 if something was compared, 1 with one line on stderr if not."""
     try:
         return _main(sys.argv[1:] if argv is None else argv)
-    except BrokenPipeError:  # the reader, head for one, has gone: nothing to say, not even when Python flushes at its end
+    # the reader, head for one, has gone: nothing to say, not even when Python flushes at its end
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:

@@ -12,11 +12,15 @@ from pathlib import Path
 from variants.kit.files import size
 
 TEXTS = {  # libraries in C++ and Rust give no errno but these words
-    "No space left on device": errno.ENOSPC, "os error 28": errno.ENOSPC, "disk is full": errno.ENOSPC, "disk full": errno.ENOSPC,
-    "Disk quota exceeded": errno.EDQUOT, "os error 122": errno.EDQUOT, "File too large": errno.EFBIG, "os error 27": errno.EFBIG,
-    "Read-only file system": errno.EROFS, "os error 30": errno.EROFS, "Input/output error": errno.EIO, "os error 5)": errno.EIO,
+    "No space left on device": errno.ENOSPC, "os error 28": errno.ENOSPC, "disk is full": errno.ENOSPC,
+    "disk full": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT, "os error 122": errno.EDQUOT, "File too large": errno.EFBIG,
+    "os error 27": errno.EFBIG,
+    "Read-only file system": errno.EROFS, "os error 30": errno.EROFS, "Input/output error": errno.EIO,
+    "os error 5)": errno.EIO,
     "Stale file handle": errno.ESTALE, "Too many open files": errno.EMFILE}
-HALF_WRITTEN = r"inline_container\.cc|PytorchStreamWriter failed writing"  # torch's words where a write fails for any of these reasons
+# torch's words where a write fails for any of these reasons
+HALF_WRITTEN = r"inline_container\.cc|PytorchStreamWriter failed writing"
 
 # ------------------------------------------------------------------------------------------------ writing
 
@@ -54,10 +58,13 @@ def code_of(error: BaseException) -> tuple[int | None, str | None]:
     return (0, None) if half else (None, None)
 
 
-def explained(error: BaseException, folder: str | Path | None, places: Sequence[str | Path] = ()) -> tuple[str, str] | None:
-    """(what is wrong, what to do) of a failure of a disk, with the place and what is free there; None of any other failure.
+def explained(error: BaseException, folder: str | Path | None,
+              places: Sequence[str | Path] = ()) -> tuple[str, str] | None:
+    """(what is wrong, what to do) of a failure of a disk, with the place and what is free there; None of any other
+    failure.
 
-    `folder` is where the run writes, `places` are others; of an error that names no file it is the one with the least room.
+    `folder` is where the run writes, `places` are others; of an error that names no file it is the one with the least
+    room.
     """
     code, file = code_of(error)
     if code is None:
@@ -90,7 +97,9 @@ def gone(folder: str | Path) -> tuple[str, str]:
 
 
 def room(place: Path) -> tuple[Path, int | None, int | None]:
-    """The nearest folder that exists, and free bytes and free file entries of its disk; None where the system does not say."""
+    """The nearest folder that exists, and free bytes and free file entries of its disk;
+    None where the system does not say.
+    """
     place = place.absolute()
     there = next((p for p in (place, *place.parents) if p.is_dir()), Path("/"))
     try:
@@ -117,11 +126,16 @@ def file_size_limit() -> int | None:
 FREE_SOME = "free some space, or name a folder on another disk"
 WORDS = {  # errno: what is wrong, what to do
     errno.ENOSPC: ("no space left on the disk", FREE_SOME),
-    errno.EDQUOT: ("the disk quota is used up", "free some space (quota -s shows yours), or name a folder on another disk"),
-    errno.EFBIG: ("a file grew beyond what this disk allows", "raise the limit (ulimit -f unlimited), or name a folder on another disk"),
-    errno.EROFS: ("the file system is read-only, or has become so after an error", "name a folder on a disk that can be written to"),
-    errno.EIO: ("the disk gave an input/output error", "check the disk (dmesg names it), or name a folder on another one"),
-    errno.ESTALE: ("the network disk has lost the folder (stale file handle)", "mount it again, or name a folder on another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space (quota -s shows yours), or name a folder on another "
+                                                "disk"),
+    errno.EFBIG: ("a file grew beyond what this disk allows", "raise the limit (ulimit -f unlimited), or name a folder "
+                                                              "on another disk"),
+    errno.EROFS: ("the file system is read-only, or has become so after an error",
+                  "name a folder on a disk that can be written to"),
+    errno.EIO: ("the disk gave an input/output error", "check the disk (dmesg names it), or name a folder on another "
+                                                       "one"),
+    errno.ESTALE: ("the network disk has lost the folder (stale file handle)",
+                   "mount it again, or name a folder on another disk"),
     errno.EMFILE: ("this process has too many files open (ulimit -n)", "raise the limit: ulimit -n 4096"),
     errno.ENFILE: ("this machine has too many files open", "end what holds them"),
     errno.ENOENT: ("a file is not there", ""),

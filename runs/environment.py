@@ -12,7 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "numpy", "scikit-learn", "safetensors", "tokenizers")
+PACKAGES = ("torch", "transformers", "transformer_lens", "sae_lens", "datasets", "numpy", "scikit-learn", "safetensors",
+            "tokenizers")
 
 
 def public_name(name: str) -> str:
@@ -37,7 +38,8 @@ def random_state() -> dict:
 
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-                numpy=[name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss], python=list(random.getstate()))
+                numpy=[name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss],
+                python=list(random.getstate()))
 
 
 def set_random_state(state: dict) -> None:
@@ -67,10 +69,14 @@ def versions() -> dict[str, str | None]:
 
 def git_commit() -> str | None:
     """Commit of the project, with "+changes" where the work tree differs from it; None outside a checkout."""
-    here = Path(__file__).parent
+    def told(*args: str) -> str:
+        command = ["git", *args]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5,
+                              check=True).stdout.strip()
+
     try:
-        run = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout  # noqa: E731
-        return run("rev-parse", "HEAD").strip() + ("+changes" if run("status", "--porcelain", "--untracked-files=no").strip() else "")
+        changed = told("status", "--porcelain", "--untracked-files=no")
+        return told("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -79,7 +85,8 @@ def hardware(device: str) -> dict:
     """Processor, cores, memory and GPU."""
     import torch
 
-    facts = dict(machine=platform.machine(), system=platform.system(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
+    facts = dict(machine=platform.machine(), system=platform.system(), cores=os.cpu_count(),
+                 threads=torch.get_num_threads(), device=device)
     if device == "cuda":
         facts |= dict(gpu=torch.cuda.get_device_name(), gpu_gb=round(torch.cuda.mem_get_info()[1] / 1e9, 1))
     return facts
@@ -113,7 +120,8 @@ def memory_bound(device: str) -> tuple[float, str]:
     import torch
 
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(), ""  # the second is free as well, and this process's
+        # the second is free as well, and this process's
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(), ""
     rooms = {"": psutil.virtual_memory().available, **memory_limits(Path("/"), os.environ)}
     bound = min(rooms, key=rooms.get)
     held = psutil.Process().memory_info()
@@ -122,10 +130,11 @@ def memory_bound(device: str) -> tuple[float, str]:
 
 
 def memory_limits(root: Path, variables: Mapping[str, str]) -> dict[str, float]:
-    """Bytes still free under each limit on this process's host memory, by its name; `root`: where /proc and /sys/fs/cgroup are.
+    """Bytes still free under each limit on this process's host memory, by its name; `root`: where /proc and
+    /sys/fs/cgroup are.
 
-    Limits of control groups count on the way from the process's own up to the highest that is visible, ulimit's by what is taken of
-    them, and Slurm's where no control group holds it.
+    Limits of control groups count on the way from the process's own up to the highest that is visible, ulimit's by what
+    is taken of them, and Slurm's where no control group holds it.
     """
     found = {}
     for name, folder in control_groups(root).items():
@@ -143,7 +152,9 @@ def memory_limits(root: Path, variables: Mapping[str, str]) -> dict[str, float]:
 
 
 def control_groups(root: Path) -> dict[str, Path]:
-    """Folders of this process's control groups that count memory, its own first, by their path; versions 1 and 2 (man 7 cgroups)."""
+    """Folders of this process's control groups that count memory, its own first, by their path;
+    versions 1 and 2 (man 7 cgroups).
+    """
     own = {}  # controller: path, as the kernel sees it; "" is version 2
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -157,7 +168,8 @@ def control_groups(root: Path) -> dict[str, Path]:
             continue
         top, mount = (Path(field.replace("\\040", " ")) for field in left.split()[3:5])
         path = Path(own[controller])
-        inside = path.relative_to(top) if path.is_relative_to(top) else Path()  # in a container the path may be the host's
+        # in a container the path may be the host's
+        inside = path.relative_to(top) if path.is_relative_to(top) else Path()
         place = root / mount.relative_to("/")
         for part in (inside, *inside.parents):
             if (place / part).is_dir():
@@ -166,8 +178,11 @@ def control_groups(root: Path) -> dict[str, Path]:
 
 
 def _group_rooms(folder: Path) -> dict[str, float]:
-    """Bytes still free under each memory limit of one control group; pages of files that the kernel may drop count as free."""
-    statistics = {key: int(value) for key, value in (line.split()[:2] for line in _lines(folder / "memory.stat")) if value.isdigit()}
+    """Bytes still free under each memory limit of one control group;
+    pages of files that the kernel may drop count as free.
+    """
+    statistics = {key: int(value) for key, value in (line.split()[:2] for line in _lines(folder / "memory.stat"))
+                  if value.isdigit()}
     found = {}
     for used, inactive, limits in (("memory.current", "inactive_file", ("memory.max", "memory.high")),
                                    ("memory.usage_in_bytes", "total_inactive_file", ("memory.limit_in_bytes",))):
@@ -208,7 +223,9 @@ def _lines(file: Path) -> list[str]:
 
 
 def matmul_rate(device: str, dtype) -> float:
-    """Floating-point operations per second of a product like those of the models, from a fifth of a second of trying."""
+    """Floating-point operations per second of a product like those of the models,
+    from a fifth of a second of trying.
+    """
     import torch
 
     a, b = (torch.ones(1024, 1024 if device == "cpu" else 8192, device=device, dtype=dtype) for _ in range(2))

@@ -1,4 +1,6 @@
-"""How a run fails: a few last lines on stderr, which is all the workflow's client shows, and the whole story in files."""
+"""How a run fails: a few last lines on stderr, which is all the workflow's client shows,
+and the whole story in files.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,13 @@ ADVICE = {"OutOfMemoryError": "use a smaller --batch_size, --d_sae or --lm_batch
           "MemoryError": "use a smaller --batch_size, --d_sae or --lm_batch_size"}
 
 
-def report(error: BaseException, phase: str, out: Optional[Path], variant: Optional[Path], places: Sequence[str | Path] = ()) -> int:
+def report(error: BaseException, phase: str, out: Optional[Path], variant: Optional[Path],
+           places: Sequence[str | Path] = ()) -> int:
     """Say on stderr, in under 1,200 characters, what failed, where in the user's own file and what to do; returns 1.
 
-    Into the run folder `out`, where there is one and it can be written to, go error.json and, at the end of log.txt, the traceback.
-    Whatever fails in here itself, the first error is said. `places`: other folders that the run writes to.
+    Into the run folder `out`, where there is one and it can be written to, go error.json and, at the end of log.txt,
+    the traceback. Whatever fails in here itself, the first error is said. `places`: other folders that the run writes
+    to.
     """
     kind = type(error).__name__
     what, advice = words(error, out, places)
@@ -46,7 +50,8 @@ def words(error: BaseException, out: Optional[Path], places: Sequence[str | Path
             return known
     if isinstance(error, SystemExit):
         return (f"the run was ended from inside, by sys.exit({'' if error.code is None else repr(error.code)})",
-                "take out what calls sys.exit(), exit() or a command line's parser: a variant's file is imported, not run")
+                "take out what calls sys.exit(), exit() or a command line's parser: a variant's file is imported, not "
+                "run")
     what, _, advice = str(error).partition("\n")
     if "onnection" in what and "peer" in what:  # gloo's words; NCCL's processes are ended by torchrun
         return "another process of this run ended", "see what it said; the same command continues from the last checkpoint"

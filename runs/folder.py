@@ -20,7 +20,8 @@ from variants import file_name
 from variants.kit.files import digest, put
 
 PROJECT = Path(__file__).resolve().parent.parent
-OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")  # of the project: an --out_dir there would move them away
+# of the project: an --out_dir there would move them away
+OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")
 LOCK = ".lock"
 NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt"}  # what a run that failed in preflight leaves
 RESULTS = ("sae", "eval_results", "variant_report")  # folders that hold results, beside final_info.json
@@ -64,7 +65,8 @@ def write_json(path: str | Path, value) -> None:
 def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes | str]) -> None:
     """What a variant reports of itself: numbers.json and its own files, all inside `folder`, whatever it calls them.
 
-    A name keeps its folders; what leads out of `folder`, or is no name of a file, is replaced, see `variants.file_name`.
+    A name keeps its folders; what leads out of `folder`, or is no name of a file, is replaced, see
+    `variants.file_name`.
     """
     for file, content in files.items():
         (write_bytes if isinstance(content, bytes) else write_text)(folder / _inside(str(file)), content)
@@ -72,7 +74,9 @@ def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes
 
 
 def _inside(name: str) -> str:
-    """The name where it is a file's below some folder; else one that is, with the same ending, so that a picture stays one."""
+    """The name where it is a file's below some folder;
+    else one that is, with the same ending, so that a picture stays one.
+    """
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
     if parts and "/".join(parts) == name and all(file_name(part) == part for part in parts):
         return name
@@ -112,14 +116,17 @@ def mark(out: Path, info: dict, status: str) -> None:
 
 
 def check_present(out: Path) -> None:
-    """FileNotFoundError, in words, if the folder of a run that goes on was deleted or moved: what is written now would be lost."""
+    """FileNotFoundError, in words, if the folder of a run that goes on was deleted or moved:
+    what is written now would be lost.
+    """
     if not (out / LOCK).exists():
         raise FileNotFoundError("\n".join(disk.gone(out)))
 
 
 def _said(info: dict) -> str:
     """Hash of what a run says of itself. The status is left out: `mark` may change it alone."""
-    said = json.dumps(_finite({k: v for k, v in info.items() if k not in ("status", "sha256")}), sort_keys=True, ensure_ascii=False)
+    said = json.dumps(_finite({k: v for k, v in info.items() if k not in ("status", "sha256")}), sort_keys=True,
+                      ensure_ascii=False)
     return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()
 
 
@@ -140,11 +147,12 @@ def next_free(base: str = "run_") -> str:
 
 
 def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
-    """Make `out_dir` this process's own: ("new" | "resume" | "finished", lock), locked until released or the process ends.
+    """Make `out_dir` this process's own: ("new" | "resume" | "finished", lock), locked until released or the process
+    ends.
 
-    The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so, final_info.json
-    is there and no result was damaged since, else "resume"; so is an unfinished one whose `training` fingerprint is the same.
-    Any other content is moved to `<out_dir>.previous-N`.
+    The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so,
+    final_info.json is there and no result was damaged since, else "resume"; so is an unfinished one whose `training`
+    fingerprint is the same. Any other content is moved to `<out_dir>.previous-N`.
     RuntimeError: another process has it. ValueError: not a place for a run. PermissionError: cannot be written.
     """
     folder = _allowed(Path(out_dir))
@@ -157,7 +165,9 @@ def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
 
 
 def left(out_dir: str | Path) -> dict:
-    """What an earlier run in the folder says of itself (its run_info.json), or {}; of a damaged one only whose run it is."""
+    """What an earlier run in the folder says of itself (its run_info.json), or {};
+    of a damaged one only whose run it is.
+    """
     info = _load(Path(out_dir) / "run_info.json")
     if info.get("sha256", _said(info)) == _said(info):
         return info
@@ -171,7 +181,9 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def free_for_words(out_dir: str | Path) -> Path | None:
-    """The folder, made, where nothing but the words of failed runs lies in it; else None: another run is not to be disturbed."""
+    """The folder, made, where nothing but the words of failed runs lies in it; else None:
+    another run is not to be disturbed.
+    """
     try:
         folder = _allowed(Path(out_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +193,9 @@ def free_for_words(out_dir: str | Path) -> Path | None:
 
 
 def _lock(folder: Path, out_dir):
-    """Make the folder and lock it. Its present owner may be moving it aside meanwhile, so that a path is gone or another's."""
+    """Make the folder and lock it. Its present owner may be moving it aside meanwhile,
+    so that a path is gone or another's.
+    """
     import filelock
 
     path = folder / LOCK
@@ -222,7 +236,8 @@ def _state(folder: Path, out_dir, fingerprint: str, training: str) -> str:
             if not info or info.get("status") == "damaged":
                 _say_unreadable(folder, out_dir)
             if info.get("status") == "failed" and set(_content(folder)) <= NOTHING_BUT_WORDS:
-                for name in _content(folder):  # failed before it did anything: a typo a minute would leave a folder each
+                # failed before it did anything: a typo a minute would leave a folder each
+                for name in _content(folder):
                     (folder / name).unlink()
                 return "new"
             _move_away(folder, out_dir)
@@ -238,13 +253,15 @@ def _harmed(folder: Path, info: dict) -> list[str]:
     if info.get("status") != "finished":
         return []
     final = [] if _load(folder / "final_info.json") else ["final_info.json"]
-    files = {name: total for name, total in info.get("files", {}).items() if name not in final and (folder / name).is_file()}
+    files = {name: total for name, total in info.get("files", {}).items() if name not in final
+             and (folder / name).is_file()}
     return final + [name for name, total in files.items() if digest(folder / name) != total]
 
 
 def _say_unreadable(folder: Path, out_dir) -> None:
     if (folder / "run_info.json").exists():
-        print(f"{out_dir}: run_info.json is damaged (cut off or garbled), so it cannot be told whether this is the same run", flush=True)
+        print(f"{out_dir}: run_info.json is damaged (cut off or garbled), so it cannot be told whether this is the "
+              "same run", flush=True)
 
 
 def _remove(leftover: Path) -> None:
@@ -270,9 +287,9 @@ def _move_away(folder: Path, out_dir) -> None:
     """Rename the locked folder as a whole and put an empty one, with the same lock file, in its place.
 
     The rename is atomic, so a kill never splits a run between two folders. The lock file is linked back and not made
-    anew: a process that opened it before the rename still finds it held. One that made a folder and a lock of its own in
-    between makes the link fail, and has won. The moved folder keeps its link: an open() that is on its way into it must
-    find the lock that is held, and not make one.
+    anew: a process that opened it before the rename still finds it held. One that made a folder and a lock of its own
+    in between makes the link fail, and has won. The moved folder keeps its link: an open() that is on its way into it
+    must find the lock that is held, and not make one.
     """
     target = next(t for n in itertools.count(1) if not os.path.lexists(t := Path(f"{folder}.previous-{n}")))
     os.rename(folder, target)

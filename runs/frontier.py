@@ -1,4 +1,6 @@
-"""What a variant reaches at an L0 where it was not measured: between its SAEs of the next L0 to either side. Standard library only."""
+"""What a variant reaches at an L0 where it was not measured: between its SAEs of the next L0 to either side.
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ class Interpolated(Run):
 def at(l0: float | None, saes: list[Run]) -> Run | None:
     """The SAE of that L0 or the figures between the two around it, linear in log L0; None outside the range of `saes`.
 
-    Standard errors are summed with the figures' weights, not in squares: all SAEs are measured on the same texts, so that errors
-    of neighbours go together, and the point between them is known no better than they are.
+    Standard errors are summed with the figures' weights, not in squares: all SAEs are measured on the same texts, so
+    that errors of neighbours go together, and the point between them is known no better than they are.
     """
     if not l0 or not saes:
         return None
@@ -37,7 +39,8 @@ def at(l0: float | None, saes: list[Run]) -> Run | None:
     means = {m: _mix(v, b.means[m], share) for m, v in a.means.items() if v is not None and b.means.get(m) is not None}
     stderrs = {m: _mix(e, b.stderrs[m], share) for m, e in a.stderrs.items() if m in means and m in b.stderrs}
     config = {k: v for k, v in a.config.items() if k == "evals" or b.config.get(k) == v}
-    return Interpolated(f"{a.config.get('variant')} at L0 {l0:.4g}", means | {"core.l0": l0}, stderrs, config, [], a.path, (a, b))
+    return Interpolated(f"{a.config.get('variant')} at L0 {l0:.4g}", means | {"core.l0": l0}, stderrs, config, [],
+                        a.path, (a, b))
 
 
 def l0_of(run: Run) -> float | None:

@@ -2,7 +2,8 @@
 
     ours, AI-Scientist's    {section: {"means": {"core.l0": …}, "stderrs": …, "config": …, "problems": …}}
     published figures       {"provenance": …, "saes": [{"name", "source", "config", "means"}, …]}
-    flat SAEBench dump      {"eval_type_id", "eval_config", "eval_result_metrics": {category: {metric: …}}, "sae_cfg_dict", …}
+    flat SAEBench dump      {"eval_type_id", "eval_config", "eval_result_metrics": {category: {metric: …}},
+                            "sae_cfg_dict", …}
     sectioned               {"training results for layer 12": {"config", "final_info"}, "core evaluation results": …, …}
 
 The config of a run, whatever its shape: model, layer, hook_name, d_in, d_sae, steps, tokens where they are known;
@@ -22,7 +23,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Run:
-    """One SAE's record. Means are numbers or None (not measured, NaN); names are `<eval>.<metric>`, `training.…`, `variant.…`."""
+    """One SAE's record. Means are numbers or None (not measured, NaN);
+    names are `<eval>.<metric>`, `training.…`, `variant.…`.
+    """
 
     name: str
     means: dict[str, float | None]
@@ -33,7 +36,9 @@ class Run:
 
 
 def read(path: str | Path) -> dict[str, Run]:
-    """The runs recorded in a run folder or a JSON file, {section: Run}. FileNotFoundError, or ValueError if it is no record."""
+    """The runs recorded in a run folder or a JSON file, {section: Run}.
+    FileNotFoundError, or ValueError if it is no record.
+    """
     file = _file(Path(path)).resolve()
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -95,7 +100,8 @@ def _sections(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:
         for number, entry in enumerate(document["saes"]):
             if isinstance(entry, dict) and isinstance(entry.get("means"), dict):
                 name = str(entry.get("name", number))
-                yield name, _entry(name, {**entry, "config": {**(entry.get("config") or {}), "source": entry.get("source")}})
+                yield name, _entry(name, {**entry, "config": {**(entry.get("config") or {}),
+                                                              "source": entry.get("source")}})
     else:
         yield from _saebench(document, file)
 
@@ -110,7 +116,8 @@ def _entry(section: str, entry: dict) -> tuple:
     stderrs = {k: v for k, v in _numbers(given, []).items() if v is not None} if isinstance(given, dict) else {}
     config = dict(entry.get("config") or {})
     stated = [("layer", where, _layer(str(text))) for where, text in
-              (("hook_name", config.get("hook_name", "")), (f"section {section}", section)) if _layer(str(text)) is not None]
+              (("hook_name", config.get("hook_name", "")), (f"section {section}", section))
+              if _layer(str(text)) is not None]
     if isinstance(config.get("layer"), int):
         stated.insert(0, ("layer", "layer", config["layer"]))
     _settle(config, stated)
@@ -118,7 +125,9 @@ def _entry(section: str, entry: dict) -> tuple:
 
 
 def _numbers(given: dict, problems: list[str]) -> dict[str, float | None]:
-    """Numeric values under canonical names; NaN and infinities become None and are noted, everything else is left out."""
+    """Numeric values under canonical names; NaN and infinities become None and are noted,
+    everything else is left out.
+    """
     numbers = {}
     for key, value in given.items():
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
@@ -135,7 +144,9 @@ def _layer(text: str) -> int | None:
 
 
 def _settle(config: dict, stated: list[tuple[str, str, object]]) -> None:
-    """Enter what is stated, (key, where, value), into the config: the first statement holds, contradictions are kept."""
+    """Enter what is stated, (key, where, value), into the config:
+    the first statement holds, contradictions are kept.
+    """
     by_key: dict[str, dict[str, object]] = {}
     for key, where, value in stated:
         by_key.setdefault(key, {}).setdefault(where, value)
@@ -148,9 +159,10 @@ def _settle(config: dict, stated: list[tuple[str, str, object]]) -> None:
 
 # ------------------------------------------------------------------------------------------------ SAEBench's own output
 
-# which eval a title or a category of metrics belongs to; longer names first, so that they are not taken for shorter ones
-EVALS = ("sparse_probing_sae_probes", "sparse_probing", "meta_structure", "absorption", "autointerp", "unlearning", "ravel",
-         "core", "scr", "tpp", "mdl")
+# which eval a title or a category of metrics belongs to; longer names first, so that they are not taken for shorter
+# ones
+EVALS = ("sparse_probing_sae_probes", "sparse_probing", "meta_structure", "absorption", "autointerp", "unlearning",
+         "ravel", "core", "scr", "tpp", "mdl")
 CATEGORIES = {"model_behavior_preservation": "core", "model_performance_preservation": "core", "shrinkage": "core",
               "reconstruction_quality": "core", "sparsity": "core", "token_stats": "core", "misc_metrics": "core",
               "scr_metrics": "scr", "tpp_metrics": "tpp"}
@@ -171,7 +183,8 @@ def _saebench(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:
                if isinstance(value, dict) and key.startswith("training results") and (layer := _layer(key)) is not None}
     if len(trained) < 2:
         parts = [document]
-    else:  # several layers in one file: each eval goes with the layer its own SAE config names, the last trained without one
+    # several layers in one file: each eval goes with the layer its own SAE config names, the last trained without one
+    else:
         parts = [{trained[layer]: document[trained[layer]]} for layer in trained]
         last = len(parts) - 1
         for key, value in document.items():
@@ -203,7 +216,8 @@ def _saebench(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:
 def _metrics(node: dict, eval_name: str | None, evals: dict, counts: bool = False) -> Iterator[tuple[str, str, object]]:
     """(eval, metric, value) below a node, whatever the depth; the settings of evals are put into `evals` on the way.
 
-    `counts`: a number in this node is a metric, since the node lies under SAEBench's results or in a section without them.
+    `counts`: a number in this node is a metric, since the node lies under SAEBench's results or in a section without
+    them.
     """
     eval_name = _eval_of(node.get("eval_type_id")) or eval_name
     for key, value in node.items():
@@ -222,7 +236,9 @@ def _metrics(node: dict, eval_name: str | None, evals: dict, counts: bool = Fals
 
 
 def _eval_of(title) -> str | None:
-    """The eval that a section's title or an eval_type_id names: "sparse probing evaluation results" -> sparse_probing."""
+    """The eval that a section's title or an eval_type_id names:
+    "sparse probing evaluation results" -> sparse_probing.
+    """
     words = "_" + re.sub(r"[^a-z]+", "_", str(title or "").lower()) + "_"
     return next((name for name in EVALS if f"_{name}_" in words), None)
 

@@ -16,11 +16,13 @@ from runs.reading import Run
 SIZE = 700_000  # characters that dashboards may fill the page up to
 POINTS = 4000  # of all lines of one chart together
 NOT_PLOTTED = {"sae", "step", "tokens"}
-AXES = {"l0": ("L0", "features per token"), "explained_variance": ("Explained variance", "share of the batch's variance"),
+AXES = {"l0": ("L0", "features per token"), "explained_variance": ("Explained variance",
+                                                                   "share of the batch's variance"),
         "dead_share": ("Dead features", "share of features"), "tokens_per_s": ("Speed", "tokens per second"),
         "loss": ("Loss", "at E‖x‖² = 1")}
-FRONTIER = (("core.ce_loss_score", "CE loss score", "share of the loss recovered"), ("core.r2", "R²", "share of variance"),
-            ("sparse_probing.sae_top_1_test_accuracy", "Sparse probing, top 1", "test accuracy"))
+FRONTIER = (("core.ce_loss_score", "CE loss score", "share of the loss recovered"),
+            ("core.r2", "R²", "share of variance"), ("sparse_probing.sae_top_1_test_accuracy", "Sparse probing, top 1",
+                                                     "test accuracy"))
 
 CSS = """
 :root{color-scheme:light dark;--fg:#1c1f24;--mut:#5d6673;--bg:#fff;--card:#f5f6f8;--line:#d5d9df;--good:#0a7a3c;--bad:#b3261e;
@@ -62,8 +64,9 @@ def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run]
              _own_pictures(Path(out_dir) / "variant_report"), _problems(runs), _settings(runs)]
     parts.insert(6, _dashboards(dashboards, SIZE - sum(map(len, parts))))
     path = Path(out_dir) / "report.html"
-    write_text(path, f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">"
-                     f"<title>{escape(name)}</title><style>{CSS}</style>\n" + "\n".join(filter(None, parts)) + "\n</html>\n")
+    write_text(path, f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport "
+                     f"content=\"width=device-width\"><title>{escape(name)}</title><style>{CSS}</style>\n"
+               + "\n".join(filter(None, parts)) + "\n</html>\n")
     return path
 
 
@@ -84,8 +87,9 @@ def _own_pictures(folder: Path) -> str:
 def _head(name: str, runs: list[Run]) -> str:
     config, several = runs[0].config if runs else {}, len(runs) > 1
     width = config.get("d_sae")
-    facts = [config.get("variant"), config.get("model") and f"on {config['model']}", None if several else config.get("hook_name"),
-             f"{len(runs)} SAEs" if several else None, f"width {width:,}" if isinstance(width, int) else None]
+    facts = [config.get("variant"), config.get("model") and f"on {config['model']}", None if several
+             else config.get("hook_name"), f"{len(runs)} SAEs" if several else None, f"width {width:,}"
+             if isinstance(width, int) else None]
     return f"<h1>{escape(name)}</h1><p class=mut>{escape(' · '.join(str(f) for f in facts if f))}</p>"
 
 
@@ -124,7 +128,8 @@ def _problems(runs: list[Run]) -> str:
     for run in runs:
         for problem in run.problems:
             about.setdefault(problem, []).append(run.name)
-    items = [problem if len(names) == len(runs) else f"{', '.join(names)}: {problem}" for problem, names in about.items()]
+    items = [problem if len(names) == len(runs) else f"{', '.join(names)}: {problem}"
+             for problem, names in about.items()]
     return f"<h2>Problems</h2><ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>" if items else ""
 
 
@@ -182,14 +187,17 @@ def _frontier(runs: list[Run], stored: list[Run]) -> str:
         for metric, title, unit in FRONTIER:
             series = [(name, _by_l0(family, metric)) for name, family in lines]
             loose = {name for name, family in lines if not _one_line(family)}
-            charts.append(chart(f"{title}, layer {key[1]}", series, "L0, features per token (log)", unit, True, True, loose))
+            charts.append(chart(f"{title}, layer {key[1]}", series, "L0, features per token (log)", unit, True, True,
+                                loose))
         if any(charts):
             html += [_legend([name for name, _ in lines]), f"<div class=charts>{''.join(filter(None, charts))}</div>"]
     return f"<h2>Frontier</h2><p class=mut>bars: one standard error, where known</p>{''.join(html)}" if html else ""
 
 
 def _by_l0(saes: list[Run], metric: str) -> list[tuple[float, float, float]]:
-    """(L0, value, standard error or 0) of the SAEs that have both, by L0; one of L0 = 0 has no place on a logarithmic axis."""
+    """(L0, value, standard error or 0) of the SAEs that have both, by L0;
+    one of L0 = 0 has no place on a logarithmic axis.
+    """
     return sorted((sae.means["core.l0"], sae.means[metric], sae.stderrs.get(metric, 0.0)) for sae in saes
                   if (sae.means.get("core.l0") or 0) > 0 and sae.means.get(metric) is not None)
 
@@ -202,7 +210,8 @@ def _one_line(saes: list[Run]) -> bool:
 
 def chart(title: str, series: list[tuple[str, list[tuple[float, ...]]]], x_unit: str, y_unit: str, dots: bool = False,
           log_x: bool = False, loose: Collection[str] = ()) -> str:
-    """An inline SVG chart of finite (x, y) or (x, y, standard error); y is logarithmic where positive and over a factor 50.
+    """An inline SVG chart of finite (x, y) or (x, y, standard error); y is logarithmic where positive and over a factor
+    50.
 
     Series named in `loose` are points without a line.
     """
@@ -242,18 +251,21 @@ def chart(title: str, series: list[tuple[str, list[tuple[float, ...]]]], x_unit:
         if len(points) > 1 and name not in loose:
             out.append(f'<path d="M{path}" fill=none stroke="{colour}" stroke-width=1.8 stroke-linejoin=round>'
                        f"<title>{escape(name)}</title></path>")
-        bars = "".join(f"M{at_x(x):.1f} {at_y(y - error[0]):.1f}V{at_y(y + error[0]):.1f}" for x, y, *error in points if sum(error))
+        bars = "".join(f"M{at_x(x):.1f} {at_y(y - error[0]):.1f}V{at_y(y + error[0]):.1f}" for x, y, *error in points
+                       if sum(error))
         if bars:
             out.append(f'<path d="{bars}" fill=none stroke="{colour}" stroke-width=1.2 opacity=.6 />')
         if dots or len(points) == 1:
             out += [f'<circle cx={at_x(x):.1f} cy={at_y(y):.1f} r=3.2 fill="{colour}">'
-                    f"<title>{escape(name)}: {x:.4g}, {y:.4g}{f' ± {error[0]:.2g}' if sum(error) else ''}</title></circle>"
+                    f"<title>{escape(name)}: {x:.4g}, "
+                    f"{y:.4g}{f' ± {error[0]:.2g}' if sum(error) else ''}</title></circle>"
                     for x, y, *error in points]
     return "".join(out) + "</svg>"
 
 
 def _legend(names: list[str]) -> str:
-    lines = (f'<i style="border-color:{_colour(i, len(names))}"></i>{escape(str(name))}' for i, name in enumerate(names))
+    lines = (f'<i style="border-color:{_colour(i, len(names))}"></i>{escape(str(name))}'
+             for i, name in enumerate(names))
     return f"<div class=legend>{''.join(f'<span>{line}</span>' for line in lines)}</div>"
 
 
@@ -286,7 +298,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _l0_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between two values, of a wide range the powers alone, of a narrow one round numbers."""
+    """1, 2 and 5 times powers of ten between two values, of a wide range the powers alone,
+    of a narrow one round numbers.
+    """
     powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     ticks = [t for t in (m * power for power in powers for m in (1, 2, 5)) if low <= t <= high]
     if len(ticks) > 7:

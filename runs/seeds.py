@@ -1,8 +1,8 @@
 """Runs of one setting with several seeds as one row: python -m runs.seeds run_1 run_2 … [--metrics core.r2,variant.x].
 
-Runs that differ in nothing but the seed are put together: mean ± standard error over them (n − 1 in the variance), the single value where
-there is only one. The difference to the first row's runs counts (*) where it exceeds twice the two standard errors together.
-Standard library only.
+Runs that differ in nothing but the seed are put together: mean ± standard error over them (n − 1 in the variance), the
+single value where there is only one. The difference to the first row's runs counts (*) where it exceeds twice the two
+standard errors together. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ SETTING = ("model", "layer", "variant", "hyper", "d_sae", "num_tokens", "passes"
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by setting, named by the variant and by the hyper-parameters in which it differs from the first of its variant."""
+    """Runs by setting, named by the variant and by the hyper-parameters in which it differs
+    from the first of its variant.
+    """
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[json.dumps([run.config.get(key) for key in SETTING], sort_keys=True)].append(run)
@@ -65,7 +67,8 @@ def table(runs: Iterable[Run], metrics: list[str] | None = None) -> Table:
             beyond = known and abs(mine[0] - theirs[0]) > 2 * math.hypot(mine[1], theirs[1])
             cells.append(number(mine[0]) + error + "*" * beyond)
         rows.append(cells)
-    below = [f"mean ± standard error over seeds; * differs from {rows[0][0]} by more than two standard errors"] if rows else []
+    below = ([f"mean ± standard error over seeds; * differs from {rows[0][0]} by more than two standard errors"] if rows
+             else [])
     names = [m.rpartition(".")[2].replace("_test_accuracy", "") for m in metrics]
     return Table([], ["setting", "runs", *names], rows, below)
 

@@ -19,13 +19,16 @@ GLANCE = 512  # tokens a row's L0 and explained variance are taken from: no meas
 
 
 def check_finite(jobs: list, recent: dict, step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> None:
-    """Stop at the first loss that is not finite or has exploded, naming the step and the term. Reads the device once per job."""
+    """Stop at the first loss that is not finite or has exploded, naming the step and the term.
+    Reads the device once per job.
+    """
     for job in jobs:
         if not recent[job.name]:
             continue
         own = isinstance(job.sae, Imperative)  # whose other numbers may be counters, or means over nothing
         names = ["loss"] if own else ["loss", *recent[job.name][0][1]]
-        values = torch.stack([torch.stack([loss, *terms.values()][:len(names)]).float() for loss, terms in recent[job.name]])
+        values = torch.stack([torch.stack([loss, *terms.values()][:len(names)]).float()
+                              for loss, terms in recent[job.name]])
         values = mean_over_ranks(values).cpu()  # so that all of them stop
         bad = ~values.isfinite() | (values.abs() > 1e6)  # E‖x‖² = 1, so a loss starts near 1
         if bad.any():
@@ -46,7 +49,9 @@ def _last_good() -> str:
 @torch.no_grad()
 def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_size: int, clock: dict, step: int,
          mean_over_ranks: Callable[[Tensor], Tensor]) -> list[dict]:
-    """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share. Measuring changes no SAE."""
+    """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share.
+    Measuring changes no SAE.
+    """
     check_finite(jobs, recent, step, mean_over_ranks)
 
     def mean(tensors) -> float:
@@ -73,15 +78,17 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
 
 def _column(term: str) -> str:
     """A term's column: one that has the name of a column of the log's own is told from it."""
-    return f"own_{term}" if term in ("sae", "step", "tokens", "loss", "l0", "explained_variance", "dead_share", "tokens_per_s") else term
+    return f"own_{term}" if term in ("sae", "step", "tokens", "loss", "l0", "explained_variance", "dead_share",
+                                     "tokens_per_s") else term
 
 
 def say_rows(rows: list[dict], total_tokens: int) -> None:
     """The rows of one interval, a line each."""
     for row in rows:
         left = (total_tokens - row["tokens"]) / max(row["tokens_per_s"], 1)
-        say(f"tokens {row['tokens'] / 1e6:7.3f}M  loss {row['loss']:.4f}  L0 {row['l0']:6.1f}  EV {row['explained_variance']:.3f}  "
-            f"dead {row['dead_share']:.1%}  {row['tokens_per_s'] / 1e3:.1f}k tok/s  eta {duration(left)}"
+        say(f"tokens {row['tokens'] / 1e6:7.3f}M  loss {row['loss']:.4f}  L0 {row['l0']:6.1f}  EV "
+            f"{row['explained_variance']:.3f}  dead {row['dead_share']:.1%}  {row['tokens_per_s'] / 1e3:.1f}k tok/s  "
+            f"eta {duration(left)}"
             + f"  {row['sae']}" * (len(rows) > 1))
 
 

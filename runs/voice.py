@@ -31,8 +31,9 @@ class Steady(io.FileIO):
 def steady() -> None:
     """Make stdout and stderr such that no write to them can fail, for libraries' prints, progress bars and C code too.
 
-    A closed one becomes os.devnull: else the next file that is opened would take its number, and with it what C code prints.
-    Characters that an encoding lacks become `?`. A stream that somebody has put in the place of Python's own stays as it is.
+    A closed one becomes os.devnull: else the next file that is opened would take its number, and with it what C code
+    prints. Characters that an encoding lacks become `?`. A stream that somebody has put in the place of Python's own
+    stays as it is.
     """
     for number in (0, 1, 2):
         try:
@@ -48,7 +49,8 @@ def steady() -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
         errors = "replace" if number == 1 else "backslashreplace"
-        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=number == 2 or raw.isatty()))
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=number == 2
+                                            or raw.isatty()))
 
 
 def is_terminal(stream) -> bool:
@@ -60,7 +62,9 @@ def is_terminal(stream) -> bool:
 
 
 class Voice:
-    """Progress on stdout and in the run's log.txt: a bar on a terminal, else a line every 30 seconds. Never on stderr."""
+    """Progress on stdout and in the run's log.txt: a bar on a terminal, else a line every 30 seconds.
+    Never on stderr.
+    """
 
     def __init__(self):
         self.log: Optional[io.TextIOBase] = None
@@ -82,7 +86,9 @@ class Voice:
             pass
 
     def listen(self, file: Path) -> None:
-        """Write all that is said to a file too, always in UTF-8, and there what a crash in native code has to say (faulthandler)."""
+        """Write all that is said to a file too, always in UTF-8, and there what a crash in native code has to say
+        (faulthandler).
+        """
         self.log = open(file, "a", encoding="utf-8", errors="replace")  # noqa: SIM115  open to the end of the run
         if not faulthandler.is_enabled() or self.crashes:  # else somebody has asked for it elsewhere
             faulthandler.enable(self.log)
@@ -126,7 +132,8 @@ class Voice:
             if now - last >= 30 and done < total:
                 last, rate = now, done / (now - start)
                 speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-                self.say(f"{label}: {done:,} of {total:,} {unit}  {speed} {unit}/s  eta {duration((total - done) / rate)}")
+                self.say(f"{label}: {done:,} of {total:,} {unit}  {speed} {unit}/s  eta "
+                         f"{duration((total - done) / rate)}")
 
 
 VOICE = Voice()

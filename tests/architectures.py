@@ -1,4 +1,6 @@
-"""Tiny random models of many architectures, from transformers' own configurations, each with a tiny tokenizer, as local folders."""
+"""Tiny random models of many architectures, from transformers' own configurations, each with a tiny tokenizer,
+as local folders.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,27 @@ def configurations() -> dict:
     """{name: a function without arguments that makes the configuration}: what each calls its sizes differs."""
     import transformers as T
 
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28,
+                  patch_size=14)
     gemma = GQA | dict(head_dim=16)
     rope = dict(rope_type="default", rope_theta=10000.0)
     return dict(
         gpt2=lambda: T.GPT2Config(**GPT),
         gptj=lambda: T.GPTJConfig(**GPT, rotary_dim=8),
         gpt_neox=lambda: T.GPTNeoXConfig(**SMALL),
-        gpt_neo=lambda: T.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64,
-                                       attention_types=[[["global", "local", "global"], 1]], window_size=8,
-                                       max_position_embeddings=POSITIONS, bos_token_id=0, eos_token_id=1),
-        opt=lambda: T.OPTConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, ffn_dim=64,
-                                max_position_embeddings=POSITIONS, word_embed_proj_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=1),
-        bloom=lambda: T.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=1),
-        falcon=lambda: T.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, bos_token_id=0,
-                                      eos_token_id=1),
-        mamba=lambda: T.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, bos_token_id=0, eos_token_id=1,
-                                    pad_token_id=1),
+        gpt_neo=lambda: T.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=3, num_heads=2,
+                                       intermediate_size=64, attention_types=[[["global", "local", "global"], 1]],
+                                       window_size=8, max_position_embeddings=POSITIONS, bos_token_id=0,
+                                       eos_token_id=1),
+        opt=lambda: T.OPTConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+                                ffn_dim=64, max_position_embeddings=POSITIONS, word_embed_proj_dim=16, bos_token_id=0,
+                                eos_token_id=1, pad_token_id=1),
+        bloom=lambda: T.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=2, bos_token_id=0,
+                                    eos_token_id=1),
+        falcon=lambda: T.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+                                      bos_token_id=0, eos_token_id=1),
+        mamba=lambda: T.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, bos_token_id=0,
+                                    eos_token_id=1, pad_token_id=1),
         mpt=lambda: T.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=3, n_heads=2, max_seq_len=POSITIONS),
         llama=lambda: T.LlamaConfig(**GQA),
         mistral=lambda: T.MistralConfig(**GQA, sliding_window=8),
@@ -48,17 +54,18 @@ def configurations() -> dict:
         gemma3=lambda: T.Gemma3TextConfig(**gemma, sliding_window=8, query_pre_attn_scalar=16),
         gemma3_wrapped=lambda: T.Gemma3Config(text_config=gemma | dict(sliding_window=8, query_pre_attn_scalar=16,
                                                                        model_type="gemma3_text"),
-                                              vision_config=vision, mm_tokens_per_image=4, boi_token_index=5, eoi_token_index=6,
-                                              image_token_index=7),
+                                              vision_config=vision, mm_tokens_per_image=4, boi_token_index=5,
+                                              eoi_token_index=6, image_token_index=7),
         olmo2=lambda: T.Olmo2Config(**GQA),
         stablelm=lambda: T.StableLmConfig(**GQA),
         glm4=lambda: T.Glm4Config(**GQA, head_dim=16),
         granite=lambda: T.GraniteConfig(**GQA, logits_scaling=8.0, embedding_multiplier=3.0, residual_multiplier=0.5),
         cohere=lambda: T.CohereConfig(**GQA, logit_scale=0.0625),
         cohere2=lambda: T.Cohere2Config(**GQA, logit_scale=0.0625, sliding_window=8),
-        deepseek_v2=lambda: T.DeepseekV2Config(**GQA | dict(num_key_value_heads=2), kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8,
-                                               qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2,
-                                               n_shared_experts=1, moe_intermediate_size=16, first_k_dense_replace=1, n_group=1,
+        deepseek_v2=lambda: T.DeepseekV2Config(**GQA | dict(num_key_value_heads=2), kv_lora_rank=8, q_lora_rank=8,
+                                               qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+                                               n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+                                               moe_intermediate_size=16, first_k_dense_replace=1, n_group=1,
                                                topk_group=1, rope_parameters=rope),
         gpt_oss=lambda: T.GptOssConfig(**GQA, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
                                        rope_parameters=rope),
@@ -81,13 +88,16 @@ def tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts(80), trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False,
+    bpe.train_from_iterator(texts(80), trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"],
+                                                           show_progress=False,
                                                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
 def save(name: str, folder: Path) -> Path:
-    """The random model of that architecture and the tokenizer, saved in `folder`; weights large enough that every part matters."""
+    """The random model of that architecture and the tokenizer, saved in `folder`;
+    weights large enough that every part matters.
+    """
     import torch
     import transformers as T
 

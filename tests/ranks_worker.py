@@ -1,4 +1,6 @@
-"""What test_ranks.py lets torchrun start: gradients <file> | runs <arguments of one run>, … as JSON | fragile <the same>."""
+"""What test_ranks.py lets torchrun start: gradients <file> | runs <arguments of one run>,
+… as JSON | fragile <the same>.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ D, F, B, DEAD = 16, 192, 64, 40
 
 
 def gradients(file: str) -> int:
-    """For each data-parallel variant what a step's parts give on a whole batch in one process, and on two halves of it on two ranks."""
+    """For each data-parallel variant what a step's parts give on a whole batch in one process,
+    and on two halves of it on two ranks.
+    """
     torch.set_default_dtype(torch.float64)
     ranks.join("cpu")
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(1)).double() / D**0.5
@@ -44,7 +48,8 @@ def gradients(file: str) -> int:
             sae.count_step(len(mine_BD))
             with torch.no_grad():
                 sae.after_step(base.Batch(mine_BD), progress)
-            result = {key: p.grad for key, p in sae.named_parameters() if p.grad is not None} | dict(sae.named_buffers())
+            result = {key: p.grad for key, p in sae.named_parameters()
+                      if p.grad is not None} | dict(sae.named_buffers())
             found[name, together] = result | dict(loss=ranks.mean(loss))
     if not ranks.number():
         torch.save([[name, together, result] for (name, together), result in found.items()], file)

@@ -1,6 +1,7 @@
 """SAE variants, one file each; `load` turns a name or a path into the module, with clear words where that fails.
 
-A variant has one of two forms: a class `SAE` (variants/base.py), or a trainer with `.ae` and `.update` (variants/kit/imperative.py).
+A variant has one of two forms: a class `SAE` (variants/base.py), or a trainer with `.ae` and `.update`
+(variants/kit/imperative.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 from types import ModuleType
 
 FOLDER = Path(__file__).resolve().parent
-HELD: dict[str, bytes] = {}  # {path: text} of the files that a run read at its start: an edit meanwhile is the next run's
+# {path: text} of the files that a run read at its start: an edit meanwhile is the next run's
+HELD: dict[str, bytes] = {}
 
 
 def names() -> list[str]:
@@ -74,7 +76,8 @@ def hold(name: str) -> None:
     HELD.clear()
     for file in sources(name):
         HELD[str(file.resolve())] = file.read_bytes()
-    linecache.cache.update({file: (len(source), None, source.decode("utf-8", "replace").splitlines(True), file)  # tracebacks show this text
+    # tracebacks show this text
+    linecache.cache.update({file: (len(source), None, source.decode("utf-8", "replace").splitlines(True), file)
                             for file, source in HELD.items()})
 
 
@@ -108,7 +111,9 @@ def _imported(pending: list[Path], tree_of) -> list[Path]:
 
 
 def training_sources(name: str) -> dict[str, str]:
-    """{label: code} of what decides a variant's training: its sources without what only its `report` needs, comments and docstrings."""
+    """{label: code} of what decides a variant's training:
+    its sources without what only its `report` needs, comments and docstrings.
+    """
     trees: dict[Path, ast.Module] = {}
 
     def tree_of(file: Path) -> ast.Module:
@@ -155,9 +160,11 @@ def load(name: str) -> ModuleType:
     else:
         classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
         near = difflib.get_close_matches("SAE", classes, 1, 0)
-        raise AttributeError(f"{file.name} defines no class SAE that derives from variants.base.SAE, and no class with an update method"
+        raise AttributeError(f"{file.name} defines no class SAE that derives from variants.base.SAE, and no class with "
+                             "an update method"
                              + (f" (it defines {', '.join(classes)})" if classes else "") + "\n"
-                             + (f"rename {near[0]} to SAE, " if near else "write ") + "class SAE(base.SAE): …; see variants/topk.py")
+                             + (f"rename {near[0]} to SAE, " if near else "write ")
+                             + "class SAE(base.SAE): …; see variants/topk.py")
     return module
 
 
@@ -186,7 +193,9 @@ def split(text: str) -> list[str]:
 
 
 def parse_hyper(module: ModuleType, text: str, flag: str = "--hyper") -> dict[str, object]:
-    """`k=64,auxk_alpha=0` -> {"k": 64, "auxk_alpha": 0}, checked against the variant's own names and the kinds of their defaults."""
+    """`k=64,auxk_alpha=0` -> {"k": 64, "auxk_alpha":
+    0}, checked against the variant's own names and the kinds of their defaults.
+    """
     known, given = hyperparameters(module), {}
     for item in filter(None, (part.strip() for part in split(text))):
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -194,11 +203,13 @@ def parse_hyper(module: ModuleType, text: str, flag: str = "--hyper") -> dict[st
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0)
             nearest = f"; the nearest is {near[0]!r}" if near else ""
-            raise ValueError(f"{flag} {item}: {Path(module.__file__).stem} has no hyper-parameter {key!r}{nearest}\n{forms}")
+            raise ValueError(f"{flag} {item}: {Path(module.__file__).stem} has no hyper-parameter {key!r}{nearest}\n"
+                             f"{forms}")
         if not value:
             raise ValueError(f"{flag} {item}: {key} is given no value\n{forms}")
         if key in given:
-            raise ValueError(f"{flag} {text}: {key} is given twice\nkeep one of the two; --sweep {key}=… trains an SAE for each value")
+            raise ValueError(f"{flag} {text}: {key} is given twice\n"
+                             f"keep one of the two; --sweep {key}=… trains an SAE for each value")
         try:
             given[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -222,10 +233,11 @@ NUMBERS = {"int", "float"}
 
 
 def lacking(value, default, annotated: str = "") -> str:
-    """What a hyper-parameter's value would have to be and surely is not, judged by its default; "" where that may be what it takes.
+    """What a hyper-parameter's value would have to be and surely is not, judged by its default; "" where that may be
+    what it takes.
 
-    A default of None or of text, and an annotation other than of one plain kind, leave all kinds open. Whether a number will do is the
-    variant's own to say: a k of 1.5 is meant in one and senseless in another.
+    A default of None or of text, and an annotation other than of one plain kind, leave all kinds open. Whether a number
+    will do is the variant's own to say: a k of 1.5 is meant in one and senseless in another.
     """
     numbers = list(_numbers(value))
     if any(not -1e300 < number < 1e300 for number in numbers):
@@ -254,7 +266,8 @@ def _numbers(value) -> Iterator[int | float]:
 
 
 def parse_sweep(module: ModuleType, text: str) -> dict[str, dict[str, object]]:
-    """`k=20,40` -> {".k_20": {"k": 20}, ".k_40": {"k": 40}}; of several, `k=20,40,auxk_alpha=0,0.03`, every combination; "" -> {"": {}}.
+    """`k=20,40` -> {".k_20": {"k": 20}, ".k_40": {"k": 40}}; of several, `k=20,40,auxk_alpha=0,0.03`, every
+    combination; "" -> {"": {}}.
 
     The names become those of folders and files: what has no place there is replaced, see `file_name`.
     """
@@ -278,9 +291,11 @@ def parse_sweep(module: ModuleType, text: str) -> dict[str, dict[str, object]]:
 
 
 def file_name(text: str, most: int = 160) -> str:
-    """A text as (part of) the name of one file: ASCII letters, digits and `. _ - + = ( ) ,` and spaces, at most `most` of them.
+    """A text as (part of) the name of one file: ASCII letters, digits and `. _ - + = ( ) ,` and spaces, at most `most`
+    of them.
 
-    Anything else becomes "-", the middle of what is too long is left out; a digest of the text then tells it from its like.
+    Anything else becomes "-", the middle of what is too long is left out; a digest of the text then tells it from its
+    like.
     """
     plain = re.sub(r"[^A-Za-z0-9._+=(), -]", "-", text)
     if plain == text and len(text) <= most:

@@ -1,12 +1,14 @@
-"""Attention-guided contrastive SAE: tokens that attend to each other share features (this project's, `standard` with one term more).
+"""Attention-guided contrastive SAE: tokens that attend to each other share features (this project's, `standard` with
+one term more).
 
 loss = ‖x − x_hat‖² + λ1·sp(t)·Σ_f z_f + λc·mean_i Lc_i,   z, x_hat and the recipe as in `standard`
 Lc_i = −log[ Σ_{j∈P(i)} s_ij·exp(cos(z_i,z_j)/τc) / Σ_{k≠i} exp(cos(z_i,z_k)/τc) ],   i, k: all tokens of the batch
-s_ij = Σ_k w_k·α_ij^k, the attention that query i pays to key j in layer k (mean over heads), w = softmax of learned logits;
-P(i) = {j ≠ i, same context, not BOS | s_ij > τ}. Attention is taken as it is, not symmetrised: j comes before i. A token
-without positives counts as 0 in the mean. The set P itself passes no gradient; w learns through s_ij in the numerator.
-Defaults of our own: τ = .05, and λc = .03: .1 costs .03 of R² and fires 40 % more features (D = 576, F = 2304, 156 steps).
-Adam moves the logits by about logit_lr·lr a step: with lr × steps = .5, as in short runs, w leaves 1/4 only so far.
+s_ij = Σ_k w_k·α_ij^k, the attention that query i pays to key j in layer k (mean over heads), w = softmax of learned
+logits; P(i) = {j ≠ i, same context, not BOS | s_ij > τ}. Attention is taken as it is, not symmetrised: j comes before
+i. A token without positives counts as 0 in the mean. The set P itself passes no gradient; w learns through s_ij in the
+numerator. Defaults of our own: τ = .05, and λc = .03: .1 costs .03 of R² and fires 40 % more features (D = 576, F =
+2304, 156 steps). Adam moves the logits by about logit_lr·lr a step: with lr × steps = .5, as in short runs, w leaves
+1/4 only so far.
 """
 
 import torch
@@ -15,7 +17,8 @@ from torch.nn import functional as F
 
 from variants import base
 
-NEVER = -1e4  # a logit whose exponential is 0 beside any cosine's, but finite: rows of nothing else have no NaN in their gradient
+# a logit whose exponential is 0 beside any cosine's, but finite: rows of nothing else have no NaN in their gradient
+NEVER = -1e4
 
 
 class Gram(torch.autograd.Function):
@@ -35,22 +38,24 @@ class Gram(torch.autograd.Function):
 class SAE(base.SAE):
     """L1 SAE with an attention-guided contrastive term; `attention_layers` are relative to the SAE's own.
 
-    tau: least attention of a positive pair; lambda_c: weight of the term; tau_c: its temperature; l1_penalty: λ1, for E‖x‖² = 1;
-    logit_lr: the layers' logits' learning rate, as a multiple of the others'.
+    tau: least attention of a positive pair; lambda_c: weight of the term; tau_c: its temperature; l1_penalty: λ1, for
+    E‖x‖² = 1; logit_lr: the layers' logits' learning rate, as a multiple of the others'.
     """
 
     unit_norm_decoder = True
     saelens = "standard"
     attention_layers = (-2, -1, 0, 1)
 
-    def __init__(self, d_in, d_sae, attention_layers=attention_layers, tau=0.05, lambda_c=0.03, tau_c=0.1, l1_penalty=0.1,
-                 logit_lr=1.0):
+    def __init__(self, d_in, d_sae, attention_layers=attention_layers, tau=0.05, lambda_c=0.03, tau_c=0.1,
+                 l1_penalty=0.1, logit_lr=1.0):
         attention_layers = (attention_layers,) if isinstance(attention_layers, int) else attention_layers
         if not attention_layers or not tau_c > 0:
-            raise ValueError(f"attention_contrastive: attention_layers = {attention_layers} must name a layer, tau_c = {tau_c} be above 0\n"
+            raise ValueError(f"attention_contrastive: attention_layers = {attention_layers} must name a layer, tau_c = "
+                             f"{tau_c} be above 0\n"
                              "without the contrastive term: --hyper lambda_c=0")
         super().__init__(d_in, d_sae, decoder_norm=0.1)
-        self.attention_layers, self.attention_threshold = tuple(attention_layers), tau  # s ≤ the largest of a pair's α: no pair is missed
+        # s ≤ the largest of a pair's α: no pair is missed
+        self.attention_layers, self.attention_threshold = tuple(attention_layers), tau
         self.tau, self.lambda_c, self.tau_c, self.l1_penalty, self.logit_lr = tau, lambda_c, tau_c, l1_penalty, logit_lr
         logit_A = torch.zeros(len(self.attention_layers))
         if len(logit_A) > 1:
@@ -61,7 +66,8 @@ class SAE(base.SAE):
     def parameter_groups(self, lr):
         groups = super().parameter_groups(lr)
         others = [p for p in groups[0]["params"] if p is not self.layer_logit]
-        return [{"params": others, "lr": lr}] + [{"params": [self.layer_logit], "lr": self.logit_lr * lr}] * self.layer_logit.requires_grad
+        return ([{"params": others, "lr": lr}]
+                + [{"params": [self.layer_logit], "lr": self.logit_lr * lr}] * self.layer_logit.requires_grad)
 
     def loss(self, batch, progress):
         z_BF = F.relu(self.pre_activations(batch.x))
@@ -77,7 +83,9 @@ class SAE(base.SAE):
         return (attention_PA * self.layer_logit.softmax(0)).sum(-1)
 
     def contrastive(self, z_BF, pairs_2P, s_P):
-        """Lc [B] of tokens with features z among (query, key) candidates of strength s, 0 for tokens without positives; fp32 or wider."""
+        """Lc [B] of tokens with features z among (query, key) candidates of strength s,
+        0 for tokens without positives; fp32 or wider.
+        """
         norm_B = torch.linalg.vector_norm(z_BF, dim=-1, dtype=torch.promote_types(z_BF.dtype, torch.float32))
         scale_B = (norm_B > 0) / norm_B.clamp_min(1e-12)  # a token without features is orthogonal to all others
         gram_BB = base.relu_product(z_BF, z_BF.T.contiguous()) if base.few_positive(z_BF) else Gram.apply(z_BF)

@@ -9,8 +9,8 @@ A variant is a file `variants/<name>.py` that defines `class SAE(base.SAE)` with
 and may override `decode`, `decoder`, `initialise`, `after_step`, `parameter_groups`, `report`, `feature_groups`.
 
 Shapes: B tokens in a batch, D = d_in, F = d_sae, K features kept per token, N any number of rows.
-x_BD is the normalised activation (E‖x‖² = 1 over the stream), z_BF features, x_hat_BD the reconstruction, e_BD = x − x_hat.
-Reconstruction losses are summed over D and averaged over B.
+x_BD is the normalised activation (E‖x‖² = 1 over the stream), z_BF features, x_hat_BD the reconstruction, e_BD = x −
+x_hat. Reconstruction losses are summed over D and averaged over B.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from variants.kit import ranks
 
-# ------------------------------------------------------------------------------------------------ what a variant receives
+# ---------------------------------------------------------------------------------------------- what a variant receives
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Progress:
 class Batch:
     """One training batch: `x` [B, D], normalised, and what the variant declared it needs.
 
-    needs_contexts: whole contexts in their order. tokens, positions [B] (BOS, at position 0, is left out), contexts [B] (number of the
-    context within the batch, ascending).
-    attention_layers: attention [C, A, T, T], mean over heads, query × key position, for the C contexts and A layers. With an
-    attention_threshold instead pairs [2, P], (query, key) as indices into the batch, where one of the layers exceeds it,
-    and pair_attention [P, A].
+    needs_contexts: whole contexts in their order. tokens, positions [B] (BOS, at position 0, is left out), contexts [B]
+    (number of the context within the batch, ascending).
+    attention_layers: attention [C, A, T, T], mean over heads, query × key position, for the C contexts and A layers.
+    With an attention_threshold instead pairs [2, P], (query, key) as indices into the batch, where one of the layers
+    exceeds it, and pair_attention [P, A].
     """
 
     def __init__(self, x: Tensor, **given: Tensor):
@@ -77,8 +77,8 @@ class Batch:
 
     def __getattr__(self, name: str):  # reached only for what was not given: say so instead of handing out a None
         raise AttributeError(f"the batch has no {name!r}: only x is given unless the variant declares it needs more\n"
-                             "declare needs_contexts = True (tokens, positions, contexts) or attention_layers = (-1, 0) (attention) "
-                             "in the variant's class")
+                             "declare needs_contexts = True (tokens, positions, contexts) or attention_layers = (-1, "
+                             "0) (attention) in the variant's class")
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,17 @@ class Context:
     layer: int
     trained: TrainedSAE  # the SAE as evals see it: raw activations, unit decoder rows
     seed: int
-    held_out: Callable[[int], Batch]  # about so many held-out tokens as one training batch, normalised, in whole contexts: with tokens,
-    #                                   positions and contexts always, and with attention where the variant declared it
+    # about so many held-out tokens as one training batch, normalised, in whole contexts: with tokens, positions and
+    # contexts always, and with attention where the variant declared it
+    held_out: Callable[[int], Batch]
 
 
 # ------------------------------------------------------------------------------------------------ the base class
 
 
 class SAE(nn.Module):
-    """Base of every variant: tied unit-norm initialisation, linear decoder, declared training recipe, dead-feature counters.
+    """Base of every variant: tied unit-norm initialisation, linear decoder, declared training recipe, dead-feature
+    counters.
 
     Parameters: W_enc [D, F], b_enc [F], W_dec [F, D] (rows are features), b_dec [D]. Override what the paper changes.
     """
@@ -107,10 +109,12 @@ class SAE(nn.Module):
     adam_betas = (0.9, 0.999)
     default_lr = 3e-4  # learning rate where neither the user nor the profile sets one; may be a property of the widths
     needs_contexts = False  # batches of whole, ordered contexts with tokens and positions
-    attention_layers: tuple[int, ...] = ()  # attention patterns of these layers, relative to the SAE's own; implies needs_contexts
+    # attention patterns of these layers, relative to the SAE's own; implies needs_contexts
+    attention_layers: tuple[int, ...] = ()
     attention_threshold: float | None = None  # only the pairs above it, as a list, instead of dense patterns
-    data_parallel = False  # under torchrun: share every batch among the ranks. For losses that are means over tokens, or use ranks.mean
-    #                        and the functions below for what is not; else one rank trains, and the others run the language model only
+    # under torchrun: share every batch among the ranks. For losses that are means over tokens, or use ranks.mean and
+    # the functions below for what is not; else one rank trains, and the others run the language model only
+    data_parallel = False
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory
@@ -119,7 +123,9 @@ class SAE(nn.Module):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.data_parallel = cls.__dict__.get("data_parallel", False) and not (cls.needs_contexts or cls.attention_layers)  # not inherited
+        # not inherited
+        cls.data_parallel = cls.__dict__.get("data_parallel",
+                                             False) and not (cls.needs_contexts or cls.attention_layers)
 
     def __init__(self, d_in: int, d_sae: int, decoder_norm: float = 1.0):
         super().__init__()
@@ -148,7 +154,9 @@ class SAE(nn.Module):
         return z @ self.W_dec + self.b_dec
 
     def decode_relu(self, z_BF: Tensor) -> Tensor:
-        """`decode` in the loss of a variant with z = ReLU(…): cheap where few are positive, z's gradient is 0 where z is."""
+        """`decode` in the loss of a variant with z = ReLU(…):
+        cheap where few are positive, z's gradient is 0 where z is.
+        """
         if type(self).decode is not SAE.decode:
             return self.decode(z_BF)
         return relu_product(z_BF, self.W_dec) + self.b_dec
@@ -181,7 +189,8 @@ class SAE(nn.Module):
         return 1.0
 
     def report(self, context: Context) -> tuple[dict[str, float], dict[str, bytes | str]]:
-        """Own measurements ({name: number}, into final_info as `variant.<name>`) and files for the run's folder ({name: content}).
+        """Own measurements ({name: number}, into final_info as `variant.<name>`) and files for the run's folder ({name:
+        content}).
 
         Pictures (.png, .svg) among the files are shown in report.html.
         """
@@ -192,7 +201,9 @@ class SAE(nn.Module):
         return None
 
     def holder_of(self, name: str):
-        """What holds an entry of the state dict that is no parameter or buffer; only trainers have such (variants/kit/imperative.py)."""
+        """What holds an entry of the state dict that is no parameter or buffer;
+        only trainers have such (variants/kit/imperative.py).
+        """
         return None
 
     # -- dead features
@@ -224,18 +235,24 @@ class SAE(nn.Module):
         return self.tokens_since_fired >= min(10_000_000, progress.total_tokens // 10)
 
     def look(self, progress: Progress) -> None:
-        """Count the dead features of a GPU on the host, every now and then and outside of a step: it waits for the device."""
+        """Count the dead features of a GPU on the host, every now and then and outside of a step:
+        it waits for the device.
+        """
         if self.tokens_since_fired.is_cuda:
             self.dead_on_host = int(self.dead_features(progress).sum())
 
 
-def gradients(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and terms of a batch, without graph, and the gradients in .grad; in parts from where the memory of a GPU is too small on.
+def gradients(sae: SAE, batch: Batch, progress: Progress,
+              say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and terms of a batch, without graph, and the gradients in .grad; in parts from where the memory of a GPU is
+    too small on.
 
-    The mean over equal parts is exact for a loss that is a mean over tokens; what is chosen over a batch is then chosen over each
-    part. torch.OutOfMemoryError where a variant is not `data_parallel`, or ranks share the batch: one cannot part it alone.
+    The mean over equal parts is exact for a loss that is a mean over tokens; what is chosen over a batch is then chosen
+    over each part. torch.OutOfMemoryError where a variant is not `data_parallel`, or ranks share the batch: one cannot
+    part it alone.
     """
-    if ranks.is_sharded(sae):  # whole since it was last measured: its parameters, and what zero_grad clears, would be others
+    # whole since it was last measured: its parameters, and what zero_grad clears, would be others
+    if ranks.is_sharded(sae):
         sae.reshard()
     while True:
         sae.zero_grad(set_to_none=True)
@@ -249,7 +266,8 @@ def gradients(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], N
         sae._fired_F = None
         if batch.x.is_cuda:
             torch.cuda.empty_cache()
-        say(f"out of GPU memory: going on with each batch in {sae.batch_parts} parts of {len(batch.x) // sae.batch_parts} tokens")
+        say(f"out of GPU memory: going on with each batch in {sae.batch_parts} parts of "
+            f"{len(batch.x) // sae.batch_parts} tokens")
 
 
 def _accumulated(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -347,14 +365,18 @@ def _bags(index_BK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sum_by_column(z_n: Tensor, row_n: Tensor, column_n: Tensor, x_BN: Tensor, columns: int) -> Tensor:
-    """Zᵀ·x [columns, N] for the sparse Z of the entries z at (row, column): each column's rows of x, in their order, one sum."""
+    """Zᵀ·x [columns, N] for the sparse Z of the entries z at (row, column):
+    each column's rows of x, in their order, one sum.
+    """
     column_n, order_n = column_n.sort(stable=True)
     begin_C = torch.searchsorted(column_n, torch.arange(columns, device=column_n.device))
     return F.embedding_bag(row_n[order_n], x_BN, begin_C, per_sample_weights=z_n[order_n].to(x_BN.dtype), mode="sum")
 
 
 class _SparseProduct(torch.autograd.Function):
-    """Z·W [B, N] for the sparse Z of the entries z [n] at (row, column), rows ascending; and its gradients along these entries."""
+    """Z·W [B, N] for the sparse Z of the entries z [n] at (row, column), rows ascending;
+    and its gradients along these entries.
+    """
 
     @staticmethod
     def forward(ctx, z_n, W_FN, row_n, column_n, begin_B):
@@ -368,12 +390,15 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BN):
         (d_z_n,) = torch.autograd.grad(ctx.product_BN, ctx.z_n, grad_BN, retain_graph=True)  # a caller may come twice
-        d_W_FN = _sum_by_column(ctx.z_n.detach(), *ctx.saved_tensors, grad_BN, ctx.features) if ctx.needs_input_grad[1] else None
+        d_W_FN = _sum_by_column(ctx.z_n.detach(), *ctx.saved_tensors, grad_BN,
+                                ctx.features) if ctx.needs_input_grad[1] else None
         return d_z_n, d_W_FN, None, None, None
 
 
 class _KeptActivations(torch.autograd.Function):
-    """acts_BF at index_BK, differentiable in the parameters along the kept entries alone: K/F of the dense gradient's work."""
+    """acts_BF at index_BK, differentiable in the parameters along the kept entries alone:
+    K/F of the dense gradient's work.
+    """
 
     @staticmethod
     def forward(ctx, x_BD, W_enc_DF, b_enc_F, b_dec_D, acts_BF, index_BK):
@@ -396,15 +421,18 @@ class _KeptActivations(torch.autograd.Function):
 def sparse_pays(device: torch.device, k: int, d_sae: int) -> bool:
     """Whether k features of d_sae are better handled row by row than by dense products.
 
-    Measured on 2 cores, D = 576, B = 1024, ratio of step times sparse/dense (tests/benchmarks/sparse.py): F = 2304 .41 (k = 16), .58
-    (64), .70 (128), 1.07 (256); F = 16,384 .33 (k = 16), .47 (256). On a GPU by bytes and FLOP, unmeasured: four products of 2·D·F at
-    550 TFLOP/s take as long as reading four times k rows of D fp32 numbers at 1.7 TB/s from F = 650·k on.
+    Measured on 2 cores, D = 576, B = 1024, ratio of step times sparse/dense (tests/benchmarks/sparse.py): F = 2304 .41
+    (k = 16), .58 (64), .70 (128), 1.07 (256); F = 16,384 .33 (k = 16), .47 (256). On a GPU by bytes and FLOP,
+    unmeasured: four products of 2·D·F at 550 TFLOP/s take as long as reading four times k rows of D fp32 numbers at 1.7
+    TB/s from F = 650·k on.
     """
     return (device.type == "cpu" and 12 * k <= d_sae) or (device.type == "cuda" and 1024 * k <= d_sae)
 
 
 def dense_activations(sae: SAE, x_BD: Tensor, k: int) -> Tensor:
-    """ReLU(z_pre) [B, F], to choose k features a token from; where that is sparse without a graph: `kept_activations` has its own."""
+    """ReLU(z_pre) [B, F], to choose k features a token from; where that is sparse without a graph:
+    `kept_activations` has its own.
+    """
     if sparse_pays(x_BD.device, k, sae.d_sae):
         with torch.no_grad():
             return sae.pre_activations(x_BD).relu_()
@@ -412,7 +440,9 @@ def dense_activations(sae: SAE, x_BD: Tensor, k: int) -> Tensor:
 
 
 def kept_activations(sae: SAE, x_BD: Tensor, acts_BF: Tensor, index_BK: Tensor) -> Tensor:
-    """The activations chosen by index_BK, [B, K], with the gradient of ReLU((x − b_dec)·W_enc + b_enc) at those entries."""
+    """The activations chosen by index_BK, [B, K],
+    with the gradient of ReLU((x − b_dec)·W_enc + b_enc) at those entries.
+    """
     if not acts_BF.requires_grad:
         return _KeptActivations.apply(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, acts_BF, index_BK)
     return acts_BF.gather(1, index_BK)
@@ -423,8 +453,9 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
 
     The D/2 largest activations *before* top-k among the dead reconstruct the residual e; the error is divided by e's
     variance. Ranking after top-k instead, where dead features are exactly 0, leaves the term without any gradient.
-    Where up to a quarter of the features are dead, only their columns are worked on. A GPU is not asked how many that are: as many as
-    last counted (`look`), rounded up to a power of two; should more have died since, the longest silent.
+    Where up to a quarter of the features are dead, only their columns are worked on. A GPU is not asked how many that
+    are: as many as last counted (`look`), rounded up to a power of two; should more have died since, the longest
+    silent.
     """
     k_aux = min(sae.d_in // 2, sae.d_sae)
     count = int(dead_F.sum()) if dead_F.device.type == "cpu" else sae.dead_on_host
@@ -436,7 +467,8 @@ def auxk_loss(sae: SAE, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Ten
         if not (acts_BF.requires_grad or sparse_pays(acts_BF.device, k_aux, sae.d_sae)):
             acts_BF = F.relu(sae.pre_activations(x_BD))  # with the graph that few features went without
         index_BK = acts_BF.detach().masked_fill(~dead_F, -1.0).topk(k_aux, dim=-1, sorted=False).indices
-        z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]  # fewer dead features than k_aux: the rest is 0
+        # fewer dead features than k_aux: the rest is 0
+        z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]
         return _of_variance(e_BD, decode_sparse(z_BK, index_BK, sae.W_dec)) * dead_F.any()
     index_C = torch.where(dead_F, sae.tokens_since_fired, -1).topk(count, sorted=False).indices
     if acts_BF.requires_grad:
@@ -480,9 +512,9 @@ def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
 def few_positive(z_BF: Tensor) -> bool:
     """Whether z·W is better computed from the positive entries of z alone.
 
-    Measured on 2 cores, D = 576, B = 1024, product and gradients, sparse/dense: F = 2304 .41 with 32 positive entries a row, .69 with
-    64, 1.09 with 128; F = 16,384 .42 with 64, .62 with 256, .90 with 512. A GPU has to be waited for to know, which only the long steps
-    of a wide SAE can spare.
+    Measured on 2 cores, D = 576, B = 1024, product and gradients, sparse/dense: F = 2304 .41 with 32 positive entries a
+    row, .69 with 64, 1.09 with 128; F = 16,384 .42 with 64, .62 with 256, .90 with 512. A GPU has to be waited for to
+    know, which only the long steps of a wide SAE can spare.
     """
     B, n_features, on_cpu = *z_BF.shape, z_BF.device.type == "cpu"
     if not on_cpu and not (z_BF.is_cuda and n_features >= 2**16):
@@ -505,7 +537,9 @@ class _Positive(torch.autograd.Function):
 
 
 def relu_product(z_BF: Tensor, W_FN: Tensor) -> Tensor:
-    """z·W [B, N] for z = ReLU(…), cheap where few entries are positive; z's gradient is 0 where z is, as ReLU passes none there."""
+    """z·W [B, N] for z = ReLU(…), cheap where few entries are positive;
+    z's gradient is 0 where z is, as ReLU passes none there.
+    """
     if not few_positive(z_BF):
         return z_BF @ W_FN
     row_n, column_n = z_BF.detach().nonzero(as_tuple=True)
@@ -526,11 +560,13 @@ def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-
     return median_D.float()
 
 
-DOMINANT = 0.75  # share of E‖x‖² in the mean from which on what is made for E‖x‖² = 1 costs features (variants/README.md)
+# share of E‖x‖² in the mean from which on what is made for E‖x‖² = 1 costs features (variants/README.md)
+DOMINANT = 0.75
 
 
 def stream_scale(x_ND: Tensor) -> tuple[float, float]:
-    """√E‖x‖² of raw activations [N, D], of which ranks may each hold a part, and the share that their mean holds, in fp64.
+    """√E‖x‖² of raw activations [N, D], of which ranks may each hold a part, and the share that their mean holds, in
+    fp64.
 
     Where the mean dominates, the scale is that of what is left to explain: √E‖x − mean‖².
     """
@@ -548,7 +584,9 @@ def stream_scale(x_ND: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def begin_at_dominant_mean(sae: SAE, x_ND: Tensor) -> None:
-    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec. Else nothing."""
+    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec.
+    Else nothing.
+    """
     share = float(x_ND.double().mean(0).pow(2).sum() / x_ND.double().pow(2).sum(1).mean())
     own = dict(sae.named_parameters(recurse=False))
     if not share > DOMINANT or "b_dec" not in own:
@@ -559,7 +597,9 @@ def begin_at_dominant_mean(sae: SAE, x_ND: Tensor) -> None:
 
 
 def fused(function: Callable[..., None]) -> Callable[..., None]:
-    """A function of tensors as one compiled kernel on a GPU, where its temporaries would cost more than its work; else as it is."""
+    """A function of tensors as one compiled kernel on a GPU, where its temporaries would cost more than its work;
+    else as it is.
+    """
     compiled = function
 
     def call(*tensors: Tensor) -> None:
@@ -568,7 +608,8 @@ def fused(function: Callable[..., None]) -> Callable[..., None]:
             function(*tensors)
             return
         try:
-            compiled = torch.compile(function, dynamic=False) if compiled is function else compiled  # here: it imports for a second
+            # here: it imports for a second
+            compiled = torch.compile(function, dynamic=False) if compiled is function else compiled
             compiled(*tensors)
         except (torch.OutOfMemoryError, FloatingPointError):
             raise
@@ -606,10 +647,11 @@ def normalise_decoder(W_dec_FD: nn.Parameter) -> None:
 
 @torch.no_grad()
 def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float | None = None) -> None:
-    """Moving average of the smallest positive activation a batch kept (0-d tensors), after 1000 steps or 5 % of the run.
+    """Moving average of the smallest positive activation a batch kept (0-d tensors), after 1000 steps or 5 % of the
+    run.
 
-    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low. `decay`: `theta_decay`
-    if None.
+    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low. `decay`:
+    `theta_decay` if None.
     """
     decay = theta_decay(progress) if decay is None else decay
     if progress.step >= min(1000, 0.05 * progress.total_steps):
@@ -618,14 +660,15 @@ def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float |
         theta.copy_(torch.where(smallest.isfinite(), new, theta))
 
 
-# ------------------------------------------------------------------------------------------------ a trained SAE, as evals see it
+# --------------------------------------------------------------------------------------- a trained SAE, as evals see it
 
 
 class TrainedSAE(nn.Module):
     """A trained variant that takes *raw* activations and has unit-norm decoder rows, whatever its own scales are.
 
-    encode: (..., D) any float dtype -> (..., F) fp32, without gradient; decode: (..., F) -> (..., D) fp32, differentiable in z. `scale`
-    is the factor by which the training activations were divided; features are multiplied by it and by their decoder row's norm.
+    encode: (..., D) any float dtype -> (..., F) fp32, without gradient; decode: (..., F) -> (..., D) fp32,
+    differentiable in z. `scale` is the factor by which the training activations were divided; features are multiplied
+    by it and by their decoder row's norm.
     """
 
     def __init__(self, sae: SAE, scale: float):
@@ -666,7 +709,9 @@ class TrainedSAE(nn.Module):
 
 
 def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
-    """A hyper-parameter that counts the features kept of each token, or as a `mean`: then it may be a fraction. ValueError."""
+    """A hyper-parameter that counts the features kept of each token, or as a `mean`: then it may be a fraction.
+    ValueError.
+    """
     whole = type(value) in (int, float) and 0 < value <= d_sae and value == int(value)
     fraction = type(value) is float and 0 < value <= d_sae
     if not (whole or (mean and fraction)):
@@ -692,7 +737,9 @@ def batch_topk(acts_BF: Tensor, k: float) -> Tensor:
 
 
 def _largest_on_cpu(flat: Tensor, n: int) -> Tensor:
-    """Indices of the n largest; only what exceeds a bound taken from every 17th entry is ranked (a sixth of topk's time)."""
+    """Indices of the n largest; only what exceeds a bound taken from every 17th entry is ranked
+    (a sixth of topk's time).
+    """
     sample = flat[::17]
     bound = sample.topk(min(len(sample), n * 5 // (17 * 4) + 1), sorted=False).values.min()
     candidates = (flat > bound).nonzero().squeeze(1)
@@ -702,7 +749,9 @@ def _largest_on_cpu(flat: Tensor, n: int) -> Tensor:
 
 
 def above_theta(acts: Tensor, theta: Tensor, k: float) -> Tensor:
-    """Features (..., F) of single tokens: z·1[z > theta]; each token's k largest, rounded, while there is no theta (< 0)."""
+    """Features (..., F) of single tokens: z·1[z > theta];
+    each token's k largest, rounded, while there is no theta (< 0).
+    """
     if theta < 0:
         top, index = acts.topk(max(1, round(k)), dim=-1, sorted=False)
         return torch.zeros_like(acts).scatter(-1, index, top)
@@ -710,7 +759,9 @@ def above_theta(acts: Tensor, theta: Tensor, k: float) -> Tensor:
 
 
 def saelens_of(theta: Tensor, k: float) -> str | None:
-    """SAELens' architecture for `above_theta`: JumpReLU; in a run too short for a theta, TopK if k is a whole number."""
+    """SAELens' architecture for `above_theta`: JumpReLU;
+    in a run too short for a theta, TopK if k is a whole number.
+    """
     if theta >= 0:
         return "jumprelu"
     return "topk" if k == int(k) else None

@@ -1,9 +1,11 @@
-"""Feature groups for targeted unlearning: a standard SAE (Bricken et al. 2023) whose features are clustered by how they fire together.
+"""Feature groups for targeted unlearning: a standard SAE (Bricken et al. 2023) whose features are clustered by how they
+fire together.
 
-loss = ‖x − x_hat‖² + λ·sp(t)·Σ_i z_i as in `standard`: the groups act in evals only. Groups = average linkage at distance 1 − C_ij, cut
-at C = .5 (levels=3: .7, .5, .3), C = Pearson's correlation over the last 8192 tokens of features that fire on at least 1e-5 and 3 of them.
-Clustered every 500 steps, or every fifth of a shorter run, counted from its end, so that the last one is of the finished SAE.
-Shapes: N remembered tokens, K activations kept of each, m features in play, L levels; otherwise as in base.py.
+loss = ‖x − x_hat‖² + λ·sp(t)·Σ_i z_i as in `standard`: the groups act in evals only. Groups = average linkage at
+distance 1 − C_ij, cut at C = .5 (levels=3: .7, .5, .3), C = Pearson's correlation over the last 8192 tokens of features
+that fire on at least 1e-5 and 3 of them. Clustered every 500 steps, or every fifth of a shorter run, counted from its
+end, so that the last one is of the finished SAE. Shapes: N remembered tokens, K activations kept of each, m features in
+play, L levels; otherwise as in base.py.
 """
 
 import numpy as np
@@ -15,20 +17,23 @@ from variants import standard
 class SAE(standard.SAE):
     """Standard SAE with feature groups. use_groups=False: the control, no groups for unlearning.
 
-    every: steps between clusterings; cut: correlation; levels: 1, or 3 for cut + .2, cut, cut − .2; recent_tokens: what the
-    correlation is taken over, the `kept` largest activations of each; min_density: share of them on which a clustered feature fires.
+    every: steps between clusterings; cut: correlation; levels: 1, or 3 for cut + .2, cut, cut − .2; recent_tokens: what
+    the correlation is taken over, the `kept` largest activations of each; min_density: share of them on which a
+    clustered feature fires.
     """
 
     saelens = None  # its format has no place for groups
 
-    def __init__(self, d_in, d_sae, l1_penalty=0.1, every=500, cut=0.5, levels=1, recent_tokens=8192, kept=128, min_density=1e-5,
-                 use_groups=True):
+    def __init__(self, d_in, d_sae, l1_penalty=0.1, every=500, cut=0.5, levels=1, recent_tokens=8192, kept=128,
+                 min_density=1e-5, use_groups=True):
         self.cuts = {1: (cut,), 3: (cut + 0.2, cut, cut - 0.2)}.get(levels, ())
         if not self.cuts or not 0 < min(self.cuts) <= max(self.cuts) < 1:
             raise ValueError(f"clustered: levels = {levels} around the correlation cut = {cut}\n"
-                             "give levels=1 or 3, and a cut for which all levels (cut, or cut − .2 to cut + .2) lie between 0 and 1")
+                             "give levels=1 or 3, and a cut for which all levels (cut, or cut − .2 to cut + .2) lie "
+                             "between 0 and 1")
         if min(every, recent_tokens, kept) < 1:
-            raise ValueError(f"clustered: every = {every}, recent_tokens = {recent_tokens}, kept = {kept}: each must be at least 1\n"
+            raise ValueError(f"clustered: every = {every}, recent_tokens = {recent_tokens}, kept = {kept}: each must "
+                             "be at least 1\n"
                              "change --hyper every=…,recent_tokens=…,kept=…")
         super().__init__(d_in, d_sae, l1_penalty)
         self.every, self.min_density, self.use_groups = every, min_density, use_groups
@@ -37,8 +42,10 @@ class SAE(standard.SAE):
         self.register_buffer("recent_index_NK", torch.zeros(shape_NK, dtype=torch.int32))
         self.register_buffer("remembered", torch.zeros((), dtype=torch.int64))  # tokens so far
         self.register_buffer("group_LF", torch.full((len(self.cuts), d_sae), -1, dtype=torch.int32))  # −1: in no group
-        self.register_buffer("previous_F", torch.full((d_sae,), -1, dtype=torch.int32))  # at the cut, of the clustering before
-        self.register_buffer("clustered_F", torch.zeros(d_sae, dtype=torch.bool))  # fired often enough for the last clustering
+        # at the cut, of the clustering before
+        self.register_buffer("previous_F", torch.full((d_sae,), -1, dtype=torch.int32))
+        # fired often enough for the last clustering
+        self.register_buffer("clustered_F", torch.zeros(d_sae, dtype=torch.bool))
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64))
 
     def after_step(self, batch, progress):
@@ -92,7 +99,8 @@ class SAE(standard.SAE):
 
 
 def standardised(z_NF):
-    """Sparse activations [N, F] divided by each feature's standard deviation (CSC, fp64), and the means of the result [F].
+    """Sparse activations [N, F] divided by each feature's standard deviation (CSC, fp64), and the means of the result
+    [F].
 
     C = ZᵀZ/N − mean·meanᵀ is then the correlation. Every feature must vary.
     """
@@ -109,11 +117,13 @@ def correlation(z_Nm, mean_m):
 
 
 def groups_of(z_NF, cuts, min_density):
-    """Average-linkage clusters of the features of a scipy.sparse [N, F]: labels [L, F] int32 (−1: alone or silent), and who took part [F].
+    """Average-linkage clusters of the features of a scipy.sparse [N, F]: labels [L, F] int32 (−1: alone or silent), and
+    who took part [F].
 
-    Worked out within the connected components of the graph C ≥ c, c the lowest cut, which is exact: as long as every cluster lies in one
-    component, two clusters of different components have only pairs with C < c between them, so their average is below c, too, and
-    they are farther apart than 1 − c; so no merge up to the cut leaves a component, and one component's merges do not depend on another.
+    Worked out within the connected components of the graph C ≥ c, c the lowest cut, which is exact: as long as every
+    cluster lies in one component, two clusters of different components have only pairs with C < c between them, so
+    their average is below c, too, and they are farther apart than 1 − c; so no merge up to the cut leaves a component,
+    and one component's merges do not depend on another.
     """
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.sparse import coo_matrix
@@ -133,7 +143,8 @@ def groups_of(z_NF, cuts, min_density):
         rows.append(start + band.row[near])
         columns.append(band.col[near])
     rows, columns = np.concatenate(rows), np.concatenate(columns)
-    component_m = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(m, m)), directed=False)[1]
+    component_m = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(m, m)),
+                                       directed=False)[1]
     order_m = component_m.argsort(kind="stable")
     z_Nm, feature_m = z_Nm[:, order_m], clustered_F.nonzero()[0][order_m]
     ends = np.bincount(component_m).cumsum()

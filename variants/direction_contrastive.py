@@ -1,14 +1,15 @@
 """Direction-aware contrastive SAE with bidirectional co-activation suppression (a research variant of this project).
 
 loss = ‖x − x_hat‖² + λ1·sp(t)·Σ_i z_i + λc·Σ_{i≠j} cos_ij·mask_ij·mean_B(z_i·z_j),   z_i = ReLU(z_pre)_i·importance_i
-x_hat = z·Ŵ + b_dec, Ŵ: unit rows of W_dec, importance_i = ‖W_dec,i‖, cos = ŴŴᵀ; mask_ij: cos_ij is among the largest tenth of row i or of
-column j. Initialisation and recipe of standard_april: rows of norm .1, tied, norms free; Adam(.9, .999), clip 1.
-Nothing is of size F×F: the last sum is mean_b z_b·(cos∘mask)·z_b, and a token has few z > 0. The K×K block of cos of its K largest comes
-from K rows of Ŵ; mask_ij = [cos_ij ≥ min(q_i, q_j)], q_i the 90 % quantile of row i over at most 4096 evenly spaced columns, renewed every
-100 steps (5 % of a short run). Exact for tokens with up to `max_active` features (`truncated_tokens`: share of the others), whose mean is
-over the first `pair_tokens` of the shuffled batch, an unbiased sample: at D 2304, F 16,384 39 GFLOP with gradients; zᵀz of 2048: 1,100.
-Dead features: from step 1000 on, every 500 steps (both in proportion in runs below 20,000), until the lr decays, those silent for 500
-steps get a new row along the error of a token drawn ∝ ‖e‖². Adam's moments, out of reach here, have decayed meanwhile.
+x_hat = z·Ŵ + b_dec, Ŵ: unit rows of W_dec, importance_i = ‖W_dec,i‖, cos = ŴŴᵀ; mask_ij: cos_ij is among the largest
+tenth of row i or of column j. Initialisation and recipe of standard_april: rows of norm .1, tied, norms free; Adam(.9,
+.999), clip 1. Nothing is of size F×F: the last sum is mean_b z_b·(cos∘mask)·z_b, and a token has few z > 0. The K×K
+block of cos of its K largest comes from K rows of Ŵ; mask_ij = [cos_ij ≥ min(q_i, q_j)], q_i the 90 % quantile of row i
+over at most 4096 evenly spaced columns, renewed every 100 steps (5 % of a short run). Exact for tokens with up to
+`max_active` features (`truncated_tokens`: share of the others), whose mean is over the first `pair_tokens` of the
+shuffled batch, an unbiased sample: at D 2304, F 16,384 39 GFLOP with gradients; zᵀz of 2048: 1,100. Dead features: from
+step 1000 on, every 500 steps (both in proportion in runs below 20,000), until the lr decays, those silent for 500 steps
+get a new row along the error of a token drawn ∝ ‖e‖². Adam's moments, out of reach here, have decayed meanwhile.
 """
 
 import torch
@@ -16,11 +17,14 @@ from torch.nn import functional as F
 
 from variants import base
 
-CHUNK, COLUMNS = 32, 4096  # tokens whose decoder rows are gathered at a time; columns that a row's quantile is taken from
+# tokens whose decoder rows are gathered at a time; columns that a row's quantile is taken from
+CHUNK, COLUMNS = 32, 4096
 
 
 class Suppression(torch.autograd.Function):
-    """Σ_{i≠j} cos_ij·mask_ij·mean_B(z_i·z_j), cos from rows_FD in `dtype`; with its gradients, so that no chunk's rows are kept."""
+    """Σ_{i≠j} cos_ij·mask_ij·mean_B(z_i·z_j), cos from rows_FD in `dtype`;
+    with its gradients, so that no chunk's rows are kept.
+    """
 
     @staticmethod
     def forward(ctx, z_BK, rows_FD, index_BK, threshold_F, dtype):
@@ -45,7 +49,9 @@ class Suppression(torch.autograd.Function):
 
 
 def chunks(z_BK):
-    """(tokens, number of their features); z_BK descends. On the CPU, which may look, no more features than are positive."""
+    """(tokens, number of their features); z_BK descends.
+    On the CPU, which may look, no more features than are positive.
+    """
     count_B, order_B = (z_BK > 0).sum(1).sort(descending=True, stable=True)
     width = count_B[::CHUNK].tolist() if z_BK.device.type == "cpu" else [z_BK.shape[1]] * -(-len(z_BK) // CHUNK)
     return zip(order_B.split(CHUNK), width)
@@ -53,7 +59,9 @@ def chunks(z_BK):
 
 @torch.no_grad()
 def quantiles(rows_FD, shares):
-    """For each share the value [len(shares), F] that so many of a row's products with other rows exceed, halfway to the next one."""
+    """For each share the value [len(shares), F] that so many of a row's products with other rows exceed,
+    halfway to the next one.
+    """
     every_F = torch.arange(len(rows_FD), device=rows_FD.device)
     column_C = every_F[:: -(-len(every_F) // COLUMNS)]
     place = [max(1, round(share * (len(column_C) - 1))) - 1 for share in shares]
@@ -67,16 +75,18 @@ def quantiles(rows_FD, shares):
 
 
 class SAE(base.SAE):
-    """top: share of a row in the mask; normalise: cos from unit rows, else W_dec's; weighting: z times importance, else ReLU(z_pre);
+    """top: share of a row in the mask; normalise: cos from unit rows, else W_dec's; weighting: z times importance, else
+    ReLU(z_pre);
     importance: "magnitude" ‖W_dec,i‖ or "directional" max(0, cos(W_enc,i, W_dec,i))."""
 
     grad_clip = 1.0
 
-    def __init__(self, d_in, d_sae, l1_penalty=0.3, lambda_c=0.1, top=0.1, normalise=True, weighting=True, importance="magnitude",
-                 resets=True, warmup_steps=1000, reset_every=500, refresh_every=100, max_active=128, pair_tokens=256):
+    def __init__(self, d_in, d_sae, l1_penalty=0.3, lambda_c=0.1, top=0.1, normalise=True, weighting=True,
+                 importance="magnitude", resets=True, warmup_steps=1000, reset_every=500, refresh_every=100,
+                 max_active=128, pair_tokens=256):
         if not (0 < top < 1 and importance in ("magnitude", "directional")):
-            raise ValueError(f"direction_contrastive: top = {top} must lie between 0 and 1, importance = {importance!r} be 'magnitude' or "
-                             "'directional'\nchange --hyper top=…,importance=…")
+            raise ValueError(f"direction_contrastive: top = {top} must lie between 0 and 1, importance = "
+                             f"{importance!r} be 'magnitude' or 'directional'\nchange --hyper top=…,importance=…")
         super().__init__(d_in, d_sae, decoder_norm=0.1)
         self.l1_penalty, self.lambda_c, self.top, self.max_active = l1_penalty, lambda_c, top, min(max_active, d_sae)
         self.normalise, self.weighting, self.importance, self.pair_tokens = normalise, weighting, importance, pair_tokens
@@ -91,7 +101,8 @@ class SAE(base.SAE):
     def importance_F(self):
         if not self.weighting:
             return torch.ones_like(self.b_enc)
-        return self.W_dec.norm(dim=1) if self.importance == "magnitude" else F.cosine_similarity(self.W_enc.T, self.W_dec, dim=1).relu()
+        return (self.W_dec.norm(dim=1) if self.importance == "magnitude"
+                else F.cosine_similarity(self.W_enc.T, self.W_dec, dim=1).relu())
 
     def encode(self, x):
         return F.relu(self.pre_activations(x)) * self.importance_F()
@@ -100,7 +111,8 @@ class SAE(base.SAE):
         return z @ self.decoder + self.b_dec
 
     def initialise(self, x_ND):
-        self.threshold.copy_(quantiles(self.decoder if self.normalise else self.W_dec, [self.top])[0])  # also every 100 steps
+        # also every 100 steps
+        self.threshold.copy_(quantiles(self.decoder if self.normalise else self.W_dec, [self.top])[0])
 
     def loss(self, batch, progress):
         unit_FD, importance_F = self.decoder, self.importance_F()
@@ -117,7 +129,8 @@ class SAE(base.SAE):
         reconstruction, l1 = base.reconstruction_loss(batch.x - x_hat_BD), z_BK.float().sum(-1).mean()
         z_BK, largest_BK = z_BK[:self.pair_tokens].topk(min(self.max_active, k), dim=-1)
         index_BK = largest_BK if index_BK is None else index_BK[:self.pair_tokens].gather(1, largest_BK)
-        contrastive = Suppression.apply(z_BK, unit_FD if self.normalise else self.W_dec, index_BK, self.threshold, acts_BF.dtype)
+        contrastive = Suppression.apply(z_BK, unit_FD if self.normalise else self.W_dec, index_BK, self.threshold,
+                                        acts_BF.dtype)
         penalty = self.l1_penalty * progress.sparsity_warmup() * l1 + self.lambda_c * contrastive
         return reconstruction + penalty, {"reconstruction": reconstruction, "l1": l1, "contrastive": contrastive}
 
@@ -133,8 +146,10 @@ class SAE(base.SAE):
         """Give dead features, at most one to two tokens, the error of a token as direction of both rows."""
         error_BD, alive_F = x_BD - self.decode(self.encode(x_BD)), (~dead_F).to(x_BD.dtype)
         dead_n = dead_F.nonzero().squeeze(1)[:len(x_BD) // 2]
-        generator = torch.Generator(x_BD.device).manual_seed(seed)  # its own: SAEs that train together do not change each other
-        token_n = torch.multinomial(error_BD.pow(2).sum(1) + 1e-12, max(1, len(dead_n)), generator=generator)[:len(dead_n)]
+        # its own: SAEs that train together do not change each other
+        generator = torch.Generator(x_BD.device).manual_seed(seed)
+        token_n = torch.multinomial(error_BD.pow(2).sum(1) + 1e-12, max(1, len(dead_n)),
+                                    generator=generator)[:len(dead_n)]
         direction_nD, share_F = F.normalize(error_BD[token_n], dim=1), alive_F / alive_F.sum().clamp_min(1)
         self.W_dec[dead_n] = direction_nD * (self.W_dec.norm(dim=1) @ share_F)
         self.W_enc[:, dead_n] = direction_nD.T * (0.2 * self.W_enc.norm(dim=0) @ share_F)

@@ -3,10 +3,11 @@
 loss = ‖x − x_hat‖² + λ1·(‖h1·W_comp − h2‖² + α‖W_comp‖₁) + λ2·(‖x − (h1·W_dec+b_dec)‖² + ‖x − (h2·W_dec2+b_dec)‖²)
 h1 = TopK_k1(ReLU((x−b_dec)·W_enc + b_enc)),   h2 = TopK_k2(ReLU((x−b_dec)·W_enc2 + h1·W_12 + b_enc2)),
 z = [h1, h2],   x_hat = h1·W_dec + h2·W_dec2 + b_dec; d_sae counts both layers, layer 1 has round(0.8·d_sae) features.
-‖W_comp‖₁ is the mean over parents of their weights' sum: a parent fires for k2/F2 of the tokens and its weights' gradient
-shrinks with it, so that α = 1e-3 on the plain sum drives all of W_comp to 0 (D = 576, F = 2304: R² −.02 against .2).
-Curriculum: first 40 % layer 1 alone (h2 = 0, no composition), next 40 % layer 2 with layer 1 and b_dec frozen, last 20 %
-both at lr/10. Recipe of topk: tied unit rows, geometric median, unit-norm decoder, clip 1, Adam with lr 2e-4/√(F/2¹⁴).
+‖W_comp‖₁ is the mean over parents of their weights' sum: a parent fires for k2/F2 of the tokens and its weights'
+gradient shrinks with it, so that α = 1e-3 on the plain sum drives all of W_comp to 0 (D = 576, F = 2304: R² −.02
+against .2). Curriculum: first 40 % layer 1 alone (h2 = 0, no composition), next 40 % layer 2 with layer 1 and b_dec
+frozen, last 20 % both at lr/10. Recipe of topk: tied unit rows, geometric median, unit-norm decoder, clip 1, Adam with
+lr 2e-4/√(F/2¹⁴).
 
 Shapes: C = features of layer 1 (children), P = features of layer 2 (parents), K, L = k1, k2; the others as in base.py.
 """
@@ -21,7 +22,8 @@ LAYER_2_FROM, JOINT_FROM = 0.4, 0.8  # shares of the run
 
 
 class SAE(base.SAE):
-    """Hierarchical SAE. lambda_comp, alpha_comp, lambda_skip: λ1, α, λ2; k1, k2: features kept per token in layers 1 and 2;
+    """Hierarchical SAE. lambda_comp, alpha_comp, lambda_skip: λ1, α, λ2; k1, k2: features kept per token in layers 1
+    and 2;
     curriculum: one layer after the other, else both from the start at the full learning rate."""
 
     grad_clip = 1.0  # unit_norm_decoder stays off: decoders are normalised here, each only while it is trained
@@ -30,7 +32,8 @@ class SAE(base.SAE):
         n_1 = round(0.8 * d_sae)
         n_2 = d_sae - n_1
         if not (1 <= k1 <= n_1 and 1 <= k2 <= n_2):
-            raise ValueError(f"hierarchical: k1 = {k1} and k2 = {k2} must lie between 1 and the layers' widths, {n_1} and {n_2}\n"
+            raise ValueError(f"hierarchical: k1 = {k1} and k2 = {k2} must lie between 1 and the layers' widths, {n_1} "
+                             f"and {n_2}\n"
                              "change --hyper k1=…,k2=… or --d_sae")
         super().__init__(d_in, n_1)  # W_enc, b_enc, W_dec, b_dec are layer 1's
         layer_2 = base.SAE(d_in, n_2)
@@ -86,7 +89,8 @@ class SAE(base.SAE):
 
     def loss(self, batch, progress):
         train_1, train_2 = self.trains(progress)
-        with torch.set_grad_enabled(train_1 and torch.is_grad_enabled()):  # frozen parameters have no gradient at all, so Adam skips them
+        # frozen parameters have no gradient at all, so Adam skips them
+        with torch.set_grad_enabled(train_1 and torch.is_grad_enabled()):
             h1_BK, index_BK = self.layer_1(batch.x)
             x_hat_1_BD = base.decode_sparse(h1_BK, index_BK, self.W_dec)
             b_dec_D = self.b_dec if train_1 else self.b_dec.detach()
@@ -116,15 +120,19 @@ class SAE(base.SAE):
         else:
             self.tokens_since_fired[self.n_1:] = 0  # layer 2 has not begun: its features are not dead
 
-    # ---------------------------------------------------------------------------------------- the hierarchy, for unlearning
+    # ------------------------------------------------------------------------------------ the hierarchy, for unlearning
 
     def stages(self):
-        """Feature numbers by stage of hierarchical unlearning: layer 2 is clamped first, then its children in layer 1."""
+        """Feature numbers by stage of hierarchical unlearning:
+        layer 2 is clamped first, then its children in layer 1.
+        """
         return {"layer_2": range(self.n_1, self.d_sae), "layer_1": range(self.n_1)}
 
     @torch.no_grad()
     def child_mask(self, parents_Q, share=0.1, most=10):
-        """[C, Q]: the children of parents, numbered within layer 2: |W_comp| above `share` of the parent's largest, `most` at most."""
+        """[C, Q]: the children of parents, numbered within layer 2:
+        |W_comp| above `share` of the parent's largest, `most` at most.
+        """
         weight_CQ = self.W_comp[:, parents_Q].abs()
         weakest_Q = weight_CQ.topk(min(most, self.n_1), dim=0).values[-1]
         return (weight_CQ > share * weight_CQ.amax(0)) & (weight_CQ >= weakest_Q)
@@ -133,9 +141,11 @@ class SAE(base.SAE):
         """Layer-1 features, ascending, that compose the given layer-2 features (numbered as in z); see child_mask."""
         parents = sorted({int(p) for p in parent_features})
         if parents and not self.n_1 <= parents[0] <= parents[-1] < self.d_sae:
-            raise ValueError(f"hierarchical: parents {parents[0]} to {parents[-1]} leave layer 2, {self.n_1} to {self.d_sae - 1}\n"
+            raise ValueError(f"hierarchical: parents {parents[0]} to {parents[-1]} leave layer 2, {self.n_1} to "
+                             f"{self.d_sae - 1}\n"
                              "choose parents from stages()['layer_2']")
-        mask_CQ = self.child_mask(torch.tensor(parents, dtype=torch.long, device=self.W_comp.device) - self.n_1, share, most)
+        mask_CQ = self.child_mask(torch.tensor(parents, dtype=torch.long, device=self.W_comp.device) - self.n_1, share,
+                                  most)
         return mask_CQ.any(1).nonzero().squeeze(1).tolist()
 
     def report(self, context):

@@ -1,12 +1,13 @@
 """JumpReLU SAE (Rajamanoharan et al. 2024, "Jumping Ahead"), with a quadratic penalty towards a target L0.
 
 loss = ‖x − x_hat‖² + sp(t)·(L0/target_l0 − 1)²,   z = z_pre·1[z_pre > theta],   z_pre = x·W_enc + b_enc (x not centred)
-L0 is the mean over the batch, as in dictionary_learning: a token may have more or fewer features. Taken of each token, the
-term would be larger by Var(L0)/target_l0².
-Straight-through, ε = bandwidth: dtheta = −(theta/ε)·rect((z_pre−theta)/ε)·dz from z, −(1/ε)·rect((z_pre−theta)/ε) from L0.
-Kaiming-uniform decoder scaled to unit rows, W_enc tied, theta = .001; Adam(0, .999); each step: project the decoder's
-gradient, clip to norm 1, step, renormalise. Adam moves theta by about lr a step, so lr × steps must exceed
-its way several times: at D = 576 and F = 2304, 156 steps end within 3 % of L0 16, 32, 64 at lr 3e-3, at 3e-4 far above it.
+L0 is the mean over the batch, as in dictionary_learning: a token may have more or fewer features. Taken of each token,
+the term would be larger by Var(L0)/target_l0².
+Straight-through, ε = bandwidth: dtheta = −(theta/ε)·rect((z_pre−theta)/ε)·dz from z, −(1/ε)·rect((z_pre−theta)/ε) from
+L0. Kaiming-uniform decoder scaled to unit rows, W_enc tied, theta = .001; Adam(0, .999); each step: project the
+decoder's gradient, clip to norm 1, step, renormalise. Adam moves theta by about lr a step, so lr × steps must exceed
+its way several times: at D = 576 and F = 2304, 156 steps end within 3 % of L0 16, 32, 64 at lr 3e-3, at 3e-4 far above
+it.
 """
 
 import torch
@@ -17,7 +18,9 @@ from variants.kit import ranks
 
 
 class JumpReLU(torch.autograd.Function):
-    """(z_pre_BF, theta_F, bandwidth) -> z_BF and the number of active features l0_B; both carry the gradient to theta."""
+    """(z_pre_BF, theta_F, bandwidth) -> z_BF and the number of active features l0_B;
+    both carry the gradient to theta.
+    """
 
     @staticmethod
     def forward(ctx, z_pre_BF, theta_F, bandwidth):
@@ -35,7 +38,9 @@ class JumpReLU(torch.autograd.Function):
 
 
 class SAE(base.SAE):
-    """JumpReLU SAE. target_l0: mean of features active per token; bandwidth: ε, the window in which theta feels a gradient."""
+    """JumpReLU SAE. target_l0: mean of features active per token; bandwidth:
+    ε, the window in which theta feels a gradient.
+    """
 
     unit_norm_decoder = True
     data_parallel = True
@@ -68,7 +73,8 @@ class SAE(base.SAE):
         self.note_fired(z_BF)
         reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
         sparsity = (ranks.mean(l0_B.mean()) / self.target_l0 - 1) ** 2
-        return reconstruction + progress.sparsity_warmup() * sparsity, {"reconstruction": reconstruction, "sparsity": sparsity}
+        return reconstruction + progress.sparsity_warmup() * sparsity, {"reconstruction": reconstruction,
+                                                                        "sparsity": sparsity}
 
     def after_step(self, batch, progress):
         self.theta.clamp_(min=0)  # below 0 negative activations would pass

@@ -1,14 +1,16 @@
-"""Automated interpretability (SAEBench 0.6.0, `autointerp`): can a judge say what a latent responds to, and foresee where it fires?
+"""Automated interpretability (SAEBench 0.6.0, `autointerp`): can a judge say what a latent responds to, and foresee
+where it fires?
 
-Per latent the judge, a language model, explains 15 windows of text in which the latent fires (tokens above 1 % of its maximum
-marked), then says by that explanation in which of 14 unmarked windows it fires: 2 of the strongest, 2 drawn in proportion to
-the squared activation, 10 at random. Score: share of the 14 it gets right; mean over latents, which are a random sample.
+Per latent the judge, a language model, explains 15 windows of text in which the latent fires (tokens above 1 % of its
+maximum marked), then says by that explanation in which of 14 unmarked windows it fires: 2 of the strongest, 2 drawn in
+proportion to the squared activation, 10 at random. Score: share of the 14 it gets right; mean over latents, which are a
+random sample.
 
-The random numbers differ from SAEBench, whose one stream depends on the order in which a judge's threads answer: each latent
-has generators of its own. Activations are fp32 (SAEBench: bf16). A latent that fires in fewer places below its strongest
-windows than are drawn gets random windows for the rest (SAEBench: arbitrary silent ones). The prompts are our own.
-EOS stays between documents for every tokenizer, masked like BOS and padding (SAEBench drops all padding tokens, with
-them EOS and BOS where they are the same token, as in GPT-2's and Pythia's tokenizers: documents then touch).
+The random numbers differ from SAEBench, whose one stream depends on the order in which a judge's threads answer: each
+latent has generators of its own. Activations are fp32 (SAEBench: bf16). A latent that fires in fewer places below its
+strongest windows than are drawn gets random windows for the rest (SAEBench: arbitrary silent ones). The prompts are our
+own. EOS stays between documents for every tokenizer, masked like BOS and padding (SAEBench drops all padding tokens,
+with them EOS and BOS where they are the same token, as in GPT-2's and Pythia's tokenizers: documents then touch).
 Corrected, beside the compatible score, which takes random windows for silent and leaves unusable predictions out:
   autointerp_score_checked    random windows labelled by what fires in them; predictions in another form than asked for
                               (JSON, "Answer: 2-4", "none of them") are read too; an unusable one has nothing right
@@ -43,7 +45,8 @@ METRICS = {
     "autointerp_random_windows_active": "",  # share of the windows that the compatible score takes for silent
 }
 
-RANGES = {"dead_latent_threshold": (0, 1_000_000_000), "act_threshold_frac": (0.0, 1.0), "request_timeout": (0.1, 86400.0)}
+RANGES = {"dead_latent_threshold": (0, 1_000_000_000), "act_threshold_frac": (0.0, 1.0),
+          "request_timeout": (0.1, 86400.0)}
 
 CONFIG = {
     "gemma": {
@@ -105,8 +108,9 @@ CONFIG = {
     },
 }
 
-NOTE = ("autointerp_score takes random windows for silent even where the latent fires in them (autointerp_score_checked looks); "
-        "a judge that always answers \"None\" gets 10 of 14 right, .714. Scores of different judges do not compare.")
+NOTE = ("autointerp_score takes random windows for silent even where the latent fires in them "
+        "(autointerp_score_checked looks); a judge that always answers \"None\" gets 10 of 14 right, .714. Scores of "
+        "different judges do not compare.")
 
 SKIPPED = ("skipped, no autointerp_score: set OPENAI_API_KEY (and OPENAI_BASE_URL for another endpoint than OpenAI's, "
            f"AUTOINTERP_MODEL for another model than {judge.DEFAULT_MODEL})")
@@ -125,7 +129,9 @@ def held_out(config: dict) -> tuple[int, int]:
 
 
 def outside() -> list[str]:
-    """Address and model of the judge; [] while there is none, so that a skipped result is made again once there is one."""
+    """Address and model of the judge; [] while there is none,
+    so that a skipped result is made again once there is one.
+    """
     at = judge.endpoint()
     return [at.base_url, at.model] if at else []
 
@@ -139,24 +145,29 @@ def read_ahead(source, config: dict, seed: int) -> None:
 
 
 def requirements(config: dict, facts) -> list[str]:
-    """Problems that keep the eval from running with these settings; without a judge it is skipped, which is no problem."""
+    """Problems that keep the eval from running with these settings;
+    without a judge it is skipped, which is no problem.
+    """
     problems = []
     try:
         judge.endpoint()
     except ValueError as error:
         problems.append(f"autointerp: {error}")
-    counts = [key for key in config if key.startswith("n_")] + ["buffer", "total_tokens", "max_concurrent", "request_tries"]
+    counts = [key for key in config if key.startswith("n_")] + ["buffer", "total_tokens", "max_concurrent",
+                                                                "request_tries"]
     problems += [f"autointerp: {key} = {config[key]!r}\nset it to a whole number, 1 or more"
                  for key in counts if not isinstance(config[key], int) or config[key] < 1]
     if config["llm_context_size"] <= 2 * config["buffer"]:
-        problems.append(f"autointerp: a row of {config['llm_context_size']} tokens has no window with {config['buffer']} tokens on "
-                        "either side\nset llm_context_size above 2 * buffer")
+        problems.append(f"autointerp: a row of {config['llm_context_size']} tokens has no window with "
+                        f"{config['buffer']} tokens on either side\nset llm_context_size above 2 * buffer")
     return problems
 
 
 @torch.no_grad()
 def run(setup, saes: dict) -> dict[str, Result]:
-    """Judge every SAE; {SAE name: Result}. PermissionError, ValueError or ConnectionError if the judge does not work at all."""
+    """Judge every SAE; {SAE name: Result}. PermissionError,
+    ValueError or ConnectionError if the judge does not work at all.
+    """
     at, config = judge.endpoint(), setup.config
     if at is None:
         setup.say(f"autointerp: {SKIPPED}")
@@ -169,24 +180,24 @@ def run(setup, saes: dict) -> dict[str, Result]:
     return {name: _result(config, verdicts[name], problems[name], details) for name in saes}
 
 
-# ------------------------------------------------------------------------------------------------ what the judge is asked
+# ---------------------------------------------------------------------------------------------- what the judge is asked
 
 UNIT = ("Inside a neural network there is a unit that is active on some word, part of a word, phrase or subject. ")
 
 EXPLAIN = UNIT + (
-    "You get short passages of text in which it is active, the strongest first; what it is active on is enclosed in << and >>. "
-    "Say in one sentence of at most 20 words what the unit is active on. Describe what most of the marked places have in common "
-    "and be no narrower than they are: some units want one exact word or spelling, others almost any word of a passage about some "
-    "subject. Mention capital letters and punctuation only where they matter. Use no formatting and no long list of words. "
-    "Four examples of good answers: \"This unit activates on the word 'river' in names of places\", \"This unit activates on "
-    "verbs of motion in the past tense\", \"This unit activates on the letters 'qu' inside a word\", \"This unit activates on "
-    "text about court decisions\".")
+    "You get short passages of text in which it is active, the strongest first; what it is active on is enclosed in << "
+    "and >>. Say in one sentence of at most 20 words what the unit is active on. Describe what most of the marked "
+    "places have in common and be no narrower than they are: some units want one exact word or spelling, others almost "
+    "any word of a passage about some subject. Mention capital letters and punctuation only where they matter. Use no "
+    "formatting and no long list of words. Four examples of good answers: \"This unit activates on the word 'river' in "
+    "names of places\", \"This unit activates on verbs of motion in the past tense\", \"This unit activates on the "
+    "letters 'qu' inside a word\", \"This unit activates on text about court decisions\".")
 
 FORESEE = UNIT + (
-    "You get a short description of what it is active on and {number} numbered passages of text. Decide for each passage whether "
-    "the unit would be active on at least one word or part of a word in it, and take the description in a wide rather than a "
-    "narrow sense. Answer only with the numbers of those passages, separated by commas, for example \"{example}\", or with the "
-    "word \"None\" if there is no such passage. Write nothing else.")
+    "You get a short description of what it is active on and {number} numbered passages of text. Decide for each "
+    "passage whether the unit would be active on at least one word or part of a word in it, and take the description "
+    "in a wide rather than a narrow sense. Answer only with the numbers of those passages, separated by commas, for "
+    "example \"{example}\", or with the word \"None\" if there is no such passage. Write nothing else.")
 
 
 def explaining(case: Case) -> list[dict]:
@@ -196,16 +207,21 @@ def explaining(case: Case) -> list[dict]:
 
 
 def foreseeing(case: Case, explanation: str, seed: int) -> list[dict]:
-    """The chat that asks in which windows the latent fires; `seed` decides on the numbers that show the form of an answer."""
+    """The chat that asks in which windows the latent fires;
+    `seed` decides on the numbers that show the form of an answer.
+    """
     n, n_fixed = len(case.scoring), sum(not w.random for w in case.scoring)
     drawn = torch.randperm(n, generator=probes.generator(seed, "autointerp", "example", case.latent))[:n_fixed] + 1
-    return [{"role": "system", "content": FORESEE.format(number=n, example=", ".join(map(str, drawn.sort().values.tolist())))},
-            {"role": "user", "content": f"The unit activates on {explanation}.\n\nThe passages:\n\n{passages(case.scoring)}"}]
+    return [{"role": "system", "content": FORESEE.format(number=n,
+                                                         example=", ".join(map(str, drawn.sort().values.tolist())))},
+            {"role": "user", "content": f"The unit activates on {explanation}.\n\nThe passages:\n\n"
+                                        f"{passages(case.scoring)}"}]
 
 
 def passages(windows: list[Window], threshold: float = math.inf) -> str:
     """Numbered lines of text with the tokens above the threshold in << >>."""
-    lines = ("".join(f"<<{token}>>" if act > threshold else token for token, act in zip(w.tokens, w.acts)) for w in windows)
+    lines = ("".join(f"<<{token}>>" if act > threshold else token for token, act in zip(w.tokens, w.acts))
+             for w in windows)
     return "\n".join(f"{n}. " + line.replace("\ufffd", "").replace("\n", "↵") for n, line in enumerate(lines, 1))
 
 
@@ -320,7 +336,8 @@ def _verdicts(setup, asked: judge.Judge, cases: dict[str, list[Case]]) -> dict[s
     def verdict(case: Case) -> dict:
         try:
             explanation = explanation_in(first(explaining(case)))
-            return {"case": case, "explanation": explanation, "answer": second(foreseeing(case, explanation, setup.seed))}
+            return {"case": case, "explanation": explanation,
+                    "answer": second(foreseeing(case, explanation, setup.seed))}
         except judge.Unanswered as reason:
             return {"case": case, "failed": str(reason), "advice": reason.advice}
 
@@ -329,7 +346,8 @@ def _verdicts(setup, asked: judge.Judge, cases: dict[str, list[Case]]) -> dict[s
         known = asked.known(explaining(case), **first.keywords)
         chat = foreseeing(case, explanation_in(known or ""), setup.seed)
         missing = [(explaining(case), first.keywords["max_tokens"])] * (known is None)
-        return missing + [(chat, second.keywords["max_tokens"])] * (bool(missing) or asked.known(chat, **second.keywords) is None)
+        return missing + [(chat, second.keywords["max_tokens"])] * (bool(missing)
+                                                                    or asked.known(chat, **second.keywords) is None)
 
     def forget(verdicts: list[dict]) -> None:
         """Ask again once the server or its model is mended under the same name."""
@@ -400,13 +418,14 @@ def _result(config: dict, verdicts: list[dict], problems: list[str], details: li
         most = sorted(set(failures), key=lambda reason: (-failures.count(reason), reason))
         counted = [f"{failures.count(reason)} × {reason}" for reason in most[:3]]
         reasons = ", ".join([*counted, *["…" for _ in most[3:4]]])
-        problems = [*problems, f"no answer to {len(failures)} requests ({reasons}): {len(failures)} of {len(verdicts)} latents "
-                               "are not scored"]
+        problems = [*problems, f"no answer to {len(failures)} requests ({reasons}): {len(failures)} of {len(verdicts)} "
+                               "latents are not scored"]
     if unparsable:
         worth = ", nothing right in autointerp_score_checked"
         if unusable < unparsable:  # the rest has nothing right in it
             worth = f"; {unparsable - unusable} of them are read all the same for autointerp_score_checked"
-        problems = [*problems, f"{unparsable} of {len(scored)} predictions are no list of numbers: not in autointerp_score"
+        problems = [*problems, f"{unparsable} of {len(scored)} predictions are no list of numbers: not in "
+                               "autointerp_score"
                     + ", which has no value" * (not compatible) + worth]
     return Result(
         metrics={"autointerp": {"autointerp_score": _mean(compatible), "autointerp_std_dev": _deviation(compatible)}},
@@ -415,7 +434,8 @@ def _result(config: dict, verdicts: list[dict], problems: list[str], details: li
             "autointerp_latents": len(scored) if verdicts else None,
             "autointerp_unparsable_share": unparsable / len(scored) if scored else None,
             "autointerp_failed_requests": len(failures) if verdicts else None,
-            "autointerp_random_windows_active": _mean([s["random windows active"] / config["n_random_ex_for_scoring"] for s in scored]),
+            "autointerp_random_windows_active": _mean([s["random windows active"] / config["n_random_ex_for_scoring"]
+                                                       for s in scored]),
         },
         stderrs={name: _deviation(values) / math.sqrt(len(values))  # over latents
                  for name, values in (("autointerp_score", compatible), ("autointerp_score_checked", checked))
@@ -441,7 +461,8 @@ def _scored(case: Case, explanation: str, answer: str) -> dict:
         "correct seqs checked": [n for n, active in enumerate(fires, 1) if active],
         "score_checked": 0.0 if checked is None else share_right(checked, fires),
         "random windows active": sum(fires) - sum(taken),
-        "logs": "\n\n".join([passages(case.generation, case.threshold), explanation, passages(case.scoring, case.threshold), answer]),
+        "logs": "\n\n".join([passages(case.generation, case.threshold), explanation,
+                             passages(case.scoring, case.threshold), answer]),
     }
 
 

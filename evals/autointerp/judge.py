@@ -4,8 +4,8 @@
     OPENAI_BASE_URL    https://api.openai.com/v1 if unset; for example http://localhost:8000/v1
     AUTOINTERP_MODEL   gpt-4o-mini if unset
 
-The key goes into the Authorization header of requests to that address and nowhere else. An answer is kept by the hash of its
-question, so that none is paid for twice; in which form the server wanted to be asked is no part of that.
+The key goes into the Authorization header of requests to that address and nowhere else. An answer is kept by the hash
+of its question, so that none is paid for twice; in which form the server wanted to be asked is no part of that.
 """
 
 from __future__ import annotations
@@ -101,12 +101,15 @@ class Endpoint:
 
 
 def endpoint() -> Endpoint | None:
-    """The endpoint that the environment names, None without a key where one is needed; ValueError for an unusable setting."""
+    """The endpoint that the environment names, None without a key where one is needed;
+    ValueError for an unusable setting.
+    """
     url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/").removesuffix("/chat/completions") or OPENAI_URL
     key = os.environ.get("OPENAI_API_KEY", "").strip() or None
     try:
         parts = urlsplit(url)
-        plain = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and not (parts.query or parts.fragment)
+        plain = parts.scheme in ("http",
+                                 "https") and parts.hostname and "@" not in parts.netloc and not (parts.query or parts.fragment)
         parts.port  # noqa: B018  ValueError if it is none
     except ValueError:
         plain = False
@@ -129,7 +132,8 @@ def _local(host: str) -> bool:
 class Judge:
     """Asks an endpoint from several threads; after its `with` block nothing more is sent, whatever is still queued.
 
-    `folder` keeps the answers; `timeout` is seconds without a byte, `tries` counts the first; `sleep` waits between them.
+    `folder` keeps the answers; `timeout` is seconds without a byte, `tries` counts the first; `sleep` waits between
+    them.
     """
 
     def __init__(self, at: Endpoint, folder: Path, timeout: float, tries: int, workers: int,
@@ -186,7 +190,9 @@ class Judge:
             raise
 
     def forecast(self, requests: list[tuple[list[dict], int]]) -> str:
-        """What these requests, each messages and a limit of the answer's tokens, will take: "200 requests to …, about …"."""
+        """What these requests, each messages and a limit of the answer's tokens, will take:
+        "200 requests to …, about …".
+        """
         tokens_in = sum(len(message["content"]) // CHARS_PER_TOKEN for messages, _ in requests for message in messages)
         tokens_out = sum(limit + self.form.room for _, limit in requests)
         most, unknown = f"at most {tokens_out:,}", ""
@@ -228,7 +234,8 @@ class Judge:
     def ask(self, messages: list[dict], max_tokens: int) -> str:
         """The answer's text, never blank and without reasoning, asked only if it is not known.
 
-        Unanswered after the last try. PermissionError, ValueError or ConnectionError where no other request can succeed either.
+        Unanswered after the last try. PermissionError, ValueError or ConnectionError where no other request can succeed
+        either.
         """
         if (text := self.known(messages, max_tokens)) is not None:
             return text

@@ -1,12 +1,13 @@
 """What autointerp's judge gets to see: windows of text in which a latent fires, and random ones.
 
-One pass of the LM serves all SAEs. Only windows are kept, never the activations of all tokens: of each latent the strongest
-centres that may be needed, as many drawn ones (the largest of 2·log z + Gumbel noise are a draw without replacement in
-proportion to z²) and random ones. Latents are drawn before it is known which are alive: some to spare, and a second pass
-where too few of them are.
+One pass of the LM serves all SAEs. Only windows are kept, never the activations of all tokens: of each latent the
+strongest centres that may be needed, as many drawn ones (the largest of 2·log z + Gumbel noise are a draw without
+replacement in proportion to z²) and random ones. Latents are drawn before it is known which are alive: some to spare,
+and a second pass where too few of them are.
 
-Shapes: R rows of tokens, T tokens in a row, b rows of a batch, D = d_model, F features, C candidate latents, P centres in a block
-of rows, p parts of a batch, N of them at which a latent fires, K windows kept, W = 2·buffer + 1 tokens in a window.
+Shapes: R rows of tokens, T tokens in a row, b rows of a batch, D = d_model, F features, C candidate latents, P centres
+in a block of rows, p parts of a batch, N of them at which a latent fires, K windows kept, W = 2·buffer + 1 tokens in a
+window.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ def cases(setup, saes: dict) -> tuple[dict[str, list[Case]], dict[str, list[str]
     short = [f"the text gives {tokens_RT.numel():,} of {total:,} tokens"] if tokens_RT.numel() < total else []
     if not len(tokens_RT):
         return {name: [] for name in saes}, {name: [f"{short[0]}, not one row: no autointerp_score"] for name in saes}
-    order = {name: torch.randperm(len(sae.W_dec), generator=probes.generator(setup.seed, "autointerp", "latents")).tolist()
+    order = {name: torch.randperm(len(sae.W_dec),
+                                  generator=probes.generator(setup.seed, "autointerp", "latents")).tolist()
              for name, sae in saes.items()}
-    seen = look(setup, tokens_RT, saes, {name: latents[: math.ceil(SPARE * n_latents)] for name, latents in order.items()})
+    seen = look(setup, tokens_RT, saes, {name: latents[: math.ceil(SPARE * n_latents)]
+                                         for name, latents in order.items()})
     n_tokens = int(content(setup, tokens_RT).sum())
     alive = {name: s.fired_F.double() / n_tokens * total > bound for name, s in seen.items()}
-    chosen = {name: [latent for latent in latents if alive[name][latent]][:n_latents] for name, latents in order.items()}
-    missing = {name: more for name, latents in chosen.items() if (more := [k for k in latents if k not in seen[name].windows])}
+    chosen = {name: [latent for latent in latents if alive[name][latent]][:n_latents]
+              for name, latents in order.items()}
+    missing = {name: more for name, latents in chosen.items()
+               if (more := [k for k in latents if k not in seen[name].windows])}
     if missing:
         for name, more in look(setup, tokens_RT, {name: saes[name] for name in missing}, missing).items():
             seen[name].windows.update(more.windows)
@@ -71,14 +76,16 @@ def cases(setup, saes: dict) -> tuple[dict[str, list[Case]], dict[str, list[str]
     for name, latents in chosen.items():
         if seen[name].bad:
             found[name] = []
-            problems[name] = [f"NaN or inf in the features of {seen[name].bad:,} of {n_tokens:,} tokens: no autointerp_score"]
+            problems[name] = [f"NaN or inf in the features of {seen[name].bad:,} of {n_tokens:,} tokens: no "
+                              "autointerp_score"]
             continue
         made = [case(setup, tokens_RT, written, latent, seen[name].windows[latent]) for latent in latents]
         found[name], problems[name] = [c for c in made if c], list(short)
         if len(found[name]) < n_latents:
             problems[name].append(
-                f"{len(found[name])} of {n_latents} latents for the judge: {int(alive[name].sum()):,} of {len(order[name]):,} fire "
-                f"more than {bound} times in {total:,} tokens, {made.count(None)} of those looked at in too few places"
+                f"{len(found[name])} of {n_latents} latents for the judge: {int(alive[name].sum()):,} of "
+                f"{len(order[name]):,} fire more than {bound} times in {total:,} tokens, {made.count(None)} of those "
+                "looked at in too few places"
                 + ": no autointerp_score" * (not found[name]))
     return found, problems
 
@@ -98,15 +105,18 @@ def token_rows(setup) -> Tensor:
         # in the data set's own order, as SAEBench reads it
         cache_dir = getattr(setup.data, "cache_dir", None)
         texts, identity = lambda: streams.Stream(name, cache_dir=cache_dir, shuffled=False), text_files.identity(name)
-    depends_on = {"texts": identity, "lm": lm.digest, "context": context, "total": total, "code": inspect.getsource(pack)}
-    return setup.cache.get("autointerp-tokens", depends_on, lambda: {"tokens_RT": pack(texts(), lm, context, total)})["tokens_RT"]
+    depends_on = {"texts": identity, "lm": lm.digest, "context": context, "total": total,
+                  "code": inspect.getsource(pack)}
+    return setup.cache.get("autointerp-tokens", depends_on,
+                           lambda: {"tokens_RT": pack(texts(), lm, context, total)})["tokens_RT"]
 
 
 def pack(texts: Iterable[str | list[int]], lm, context: int, total: int) -> Tensor:
-    """Tokens [R, T] of the texts of more than 100 characters, run together; R·T is just above `total`, or less if they run out.
+    """Tokens [R, T] of the texts of more than 100 characters, run together; R·T is just above `total`, or less if they
+    run out.
 
-    They are joined by EOS, cut into 20 parts by characters, each tokenised after a BOS; the first token of a row becomes BOS.
-    Token ids are written out as text first.
+    They are joined by EOS, cut into 20 parts by characters, each tokenised after a BOS; the first token of a row
+    becomes BOS. Token ids are written out as text first.
     """
     kept, chars = [], 0
     for text in texts:
@@ -133,7 +143,7 @@ def content(setup, tokens_RT: Tensor) -> Tensor:
     return ~torch.isin(tokens_RT, torch.tensor(sorted(setup.lm.special_ids)))
 
 
-# ------------------------------------------------------------------------------------------------ what the SAEs do on it
+# ----------------------------------------------------------------------------------------------- what the SAEs do on it
 
 
 class Seen(NamedTuple):
@@ -141,7 +151,8 @@ class Seen(NamedTuple):
 
     fired_F: Tensor  # tokens at which a feature fires
     bad: int  # tokens with a feature that is not finite
-    windows: dict[int, dict[str, dict[str, Tensor]]]  # latent -> "top" | "drawn" | "random" -> {"place": [K], "acts": [K, W]}
+    # latent -> "top" | "drawn" | "random" -> {"place": [K], "acts": [K, W]}
+    windows: dict[int, dict[str, dict[str, Tensor]]]
 
 
 def look(setup, tokens_RT: Tensor, saes: dict, candidates: dict[str, list[int]]) -> dict[str, Seen]:
@@ -158,8 +169,9 @@ def look(setup, tokens_RT: Tensor, saes: dict, candidates: dict[str, list[int]])
         mask_bT = mask_RT[rows].to(device)
         for name, sae in saes.items():
             of_row = T * len(sae.W_dec)
-            bad_p, fired_pF, z_bTC = memory.by_rows(setup, "the features of text", partial(_seen, sae.encode, index_C[name]),
-                                                    x_bTD, mask_bT, most=max(1, pooling.PART_FLOATS // of_row), each=of_row)
+            bad_p, fired_pF, z_bTC = memory.by_rows(setup, "the features of text",
+                                                    partial(_seen, sae.encode, index_C[name]), x_bTD, mask_bT,
+                                                    most=max(1, pooling.PART_FLOATS // of_row), each=of_row)
             bad[name], fired[name] = bad[name] + bad_p.sum(), fired[name] + fired_pF.sum(0)
             block[name].append(z_bTC.permute(2, 0, 1).contiguous())
             if rows.stop == len(tokens_RT) or sum(z_CbT.numel() for z_CbT in block[name]) > BLOCK_FLOATS:
@@ -179,18 +191,23 @@ def _seen(encode: Callable, index_C: Tensor, x_bTD: Tensor, mask_bT: Tensor) -> 
     """How many tokens are bad [1] and how many each feature fires on [1, F], and the candidates' activations z_bTC."""
     z_bTF, mask_bT1 = encode(x_bTD), mask_bT[..., None]
     bad = (~z_bTF.isfinite().all(-1) & mask_bT).sum()
-    return bad[None], ((z_bTF > 0) & mask_bT1).sum((0, 1))[None], z_bTF[..., index_C].float().masked_fill(~mask_bT1, 0.0)
+    return bad[None], ((z_bTF > 0) & mask_bT1).sum((0, 1))[None], z_bTF[...,
+                                                                        index_C].float().masked_fill(~mask_bT1, 0.0)
 
 
 def _nothing(setup, tokens_RT: Tensor, latents: list[int]) -> dict[str, dict[str, Tensor]]:
-    """No windows yet, and the places of the random ones: those to score, then as many as may be missing among the drawn ones."""
+    """No windows yet, and the places of the random ones:
+    those to score, then as many as may be missing among the drawn ones.
+    """
     config, (R, T), device = setup.config, tokens_RT.shape, setup.lm.device
     buffer, width = config["buffer"], 2 * config["buffer"] + 1
-    number = config["n_random_ex_for_scoring"] + config["n_iw_sampled_ex_for_generation"] + config["n_iw_sampled_ex_for_scoring"]
+    number = (config["n_random_ex_for_scoring"] + config["n_iw_sampled_ex_for_generation"]
+              + config["n_iw_sampled_ex_for_scoring"])
 
     def places(latent: int) -> Tensor:
         rng = probes.generator(setup.seed, "autointerp", "random windows", latent)
-        return torch.randint(R, (number,), generator=rng) * T + torch.randint(buffer, T - buffer, (number,), generator=rng)
+        return torch.randint(R, (number,),
+                             generator=rng) * T + torch.randint(buffer, T - buffer, (number,), generator=rng)
 
     def empty(n: int) -> dict[str, Tensor]:
         shape = (len(latents), n)
@@ -204,8 +221,9 @@ def _nothing(setup, tokens_RT: Tensor, latents: list[int]) -> dict[str, dict[str
 def _keep(setup, kept: dict[str, dict[str, Tensor]], z_CbT: Tensor, first_row: int) -> None:
     """Bring the kept windows up to date with a block of rows.
 
-    A chosen centre bars itself and `buffer` neighbours on either side from being chosen, which bounds the strongest that are
-    needed. All of those may stand among the drawn ones, too, which in the end must lie below the weakest chosen.
+    A chosen centre bars itself and `buffer` neighbours on either side from being chosen, which bounds the strongest
+    that are needed. All of those may stand among the drawn ones, too, which in the end must lie below the weakest
+    chosen.
     """
     config, T, device = setup.config, z_CbT.shape[-1], z_CbT.device
     buffer = config["buffer"]
@@ -231,7 +249,8 @@ def _keep(setup, kept: dict[str, dict[str, Tensor]], z_CbT: Tensor, first_row: i
 
     row_CK, column_CK = kept["random"]["place"] // T - first_row, kept["random"]["place"] % T
     latent, k = ((row_CK >= 0) & (row_CK < z_CbT.shape[1])).nonzero(as_tuple=True)
-    kept["random"]["acts"][latent, k] = z_CbT[latent[:, None], row_CK[latent, k][:, None], column_CK[latent, k][:, None] + offset_W]
+    kept["random"]["acts"][latent, k] = z_CbT[latent[:, None], row_CK[latent, k][:, None], column_CK[latent, k][:, None]
+                                              + offset_W]
 
 
 # ------------------------------------------------------------------------------------------------ from windows to cases
@@ -268,7 +287,9 @@ def case(setup, tokens_RT: Tensor, written: dict[int, str], latent: int, windows
 
 
 def spread(places: list[int], values: list[float], number: int, buffer: int) -> list[int]:
-    """Indices of the first `number` places, given in falling order of their values, that are positive and more than `buffer` apart."""
+    """Indices of the first `number` places, given in falling order of their values,
+    that are positive and more than `buffer` apart.
+    """
     chosen, barred = [], set()
     for k, (place, value) in enumerate(zip(places, values)):
         if value <= 0 or len(chosen) == number:

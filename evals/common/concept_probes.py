@@ -1,12 +1,15 @@
-"""What scr and tpp share: linear probes for concepts in pooled LM activations, and what single SAE features contribute to them.
+"""What scr and tpp share: linear probes for concepts in pooled LM activations, and what single SAE features contribute
+to them.
 
-A probe is SAEBench's: AdamW with an L1 penalty for a fixed number of epochs, at the epoch that is best on other rows. As it never
-stops early, its random numbers do not depend on the data, and all probes of a data set are trained as one problem.
-Ablating features never touches a token again: the residual is changed linearly, so a text's pooled vector, and with it a
-probe's logit, loses Σ_f pooled_f·(W_dec[f]·w). SAEBench ablates at masked positions too, where it has set the residual to
-zero: there a feature has encode(0), which is added to its sum over the text but not to the number of positions.
+A probe is SAEBench's: AdamW with an L1 penalty for a fixed number of epochs, at the epoch that is best on other rows.
+As it never stops early, its random numbers do not depend on the data, and all probes of a data set are trained as one
+problem. Ablating features never touches a token again: the residual is changed linearly, so a text's pooled vector, and
+with it a probe's logit, loses Σ_f pooled_f·(W_dec[f]·w). SAEBench ablates at masked positions too, where it has set the
+residual to zero: there a feature has encode(0), which is added to its sum over the text but not to the number of
+positions.
 
-Shapes: N texts, M examples of a draw, m rows asked for, P probes, B of a training batch, D = d_model, F features, n selected.
+Shapes: N texts, M examples of a draw, m rows asked for, P probes, B of a training batch, D = d_model, F features, n
+selected.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ def fit(x_ND: Tensor, fits: list[Draw], selects: list[Draw], rngs: list[torch.Ge
     """P probes on the rows of `fits`, each at the first of its epochs that are best on its rows of `selects`.
 
     Each generator gives nn.Linear's initialisation, then one order of the rows per epoch. Every step is the step of all
-    probes: parameters and AdamW's moments are stacked, and nothing in them mixes the probes, so each is what it is alone.
+    probes: parameters and AdamW's moments are stacked, and nothing in them mixes the probes, so each is what it is
+    alone.
     """
     (row_PM, label_PM), (select_row_PM, select_label_PM) = (
         (torch.stack(parts).to(x_ND.device) for parts in zip(*draws)) for draws in (fits, selects))
@@ -73,7 +77,8 @@ def fit(x_ND: Tensor, fits: list[Draw], selects: list[Draw], rngs: list[torch.Ge
     best_accuracy_P = torch.zeros_like(bias_P)
     for epoch in range(config["probe_epochs"]):
         order_PM = torch.stack([torch.randperm(row_PM.shape[1], generator=rng) for rng in rngs]).to(x_ND.device)
-        batches = (t_PM.gather(1, order_PM).split(config["probe_train_batch_size"], dim=1) for t_PM in (row_PM, label_PM))
+        batches = (t_PM.gather(1, order_PM).split(config["probe_train_batch_size"], dim=1)
+                   for t_PM in (row_PM, label_PM))
         for row_PB, label_PB in zip(*batches):
             x_PBD = x_ND[row_PB]
             logit_PB = (x_PBD @ weight_PD[:, :, None]).squeeze(2) + bias_P[:, None]
@@ -86,15 +91,17 @@ def fit(x_ND: Tensor, fits: list[Draw], selects: list[Draw], rngs: list[torch.Ge
         accuracy_P = ((logit_PM > 0) == (select_label_PM == 1)).float().mean(1)
         better_P = accuracy_P > best_accuracy_P
         best_accuracy_P = torch.where(better_P, accuracy_P, best_accuracy_P)
-        best = Probes(torch.where(better_P[:, None], weight_PD, best.weight_PD), torch.where(better_P, bias_P, best.bias_P),
-                      best.epoch_P.masked_fill(better_P, epoch))
+        best = Probes(torch.where(better_P[:, None], weight_PD, best.weight_PD),
+                      torch.where(better_P, bias_P, best.bias_P), best.epoch_P.masked_fill(better_P, epoch))
     return best
 
 
 def trained(setup, key: str, names: list[str], examples: Callable, x_ND: Tensor) -> dict[str, Probes]:
-    """{"compatible": Probes, "corrected": Probes} for the concepts `names` of the data set `key`, kept in the cache: no SAE enters them.
+    """{"compatible": Probes, "corrected": Probes} for the concepts `names` of the data set `key`, kept in the cache: no
+    SAE enters them.
 
-    examples (name, generator) -> (train, test) draws a concept's rows. The compatible probes' epochs are chosen by test accuracy.
+    examples (name, generator) -> (train, test) draws a concept's rows. The compatible probes' epochs are chosen by test
+    accuracy.
     """
     found = {}
     for kind in ("compatible", "corrected"):
@@ -102,13 +109,16 @@ def trained(setup, key: str, names: list[str], examples: Callable, x_ND: Tensor)
         fits, selects = zip(*(examples(name, rng) for name, rng in zip(names, rngs)))
         if kind == "corrected":  # the last fifth of the shuffled training rows chooses the epoch, no test row does
             cut = len(fits[0][0]) - max(1, len(fits[0][0]) // 5)
-            fits, selects = ([(row_M[part], label_M[part]) for row_M, label_M in fits] for part in (slice(cut), slice(cut, None)))
+            fits, selects = ([(row_M[part], label_M[part]) for row_M, label_M in fits]
+                             for part in (slice(cut), slice(cut, None)))
         found[kind] = _cached(setup, x_ND, list(fits), list(selects), rngs)
     return found
 
 
 def generator(setup, key: str, name: str, *moment) -> torch.Generator:
-    """The generator of one moment for one concept of a data set; the moment "corrected" is that of the one fixed draw."""
+    """The generator of one moment for one concept of a data set;
+    the moment "corrected" is that of the one fixed draw.
+    """
     return probes.generator(setup.seed, "concept_probes", key, name, *moment)
 
 
@@ -144,7 +154,9 @@ class Ablation:
     masked_N: Tensor  # masked positions in the context per position averaged; 0 where the ablation leaves them alone
 
     def effects(self, draws: list[Draw]) -> Tensor:
-        """(mean over positives − mean over negatives) of each feature, [P, F], on a draw of training rows for each probe."""
+        """(mean over positives − mean over negatives) of each feature, [P, F],
+        on a draw of training rows for each probe.
+        """
         weight_PN = torch.zeros(len(draws), len(self.z_NF))
         for weight_N, (row_M, label_M) in zip(weight_PN, draws):
             positives = int(label_M.sum())
@@ -167,7 +179,7 @@ def accuracy(logit_M: Tensor, label_M: Tensor) -> float:
     return ((logit_M > 0) == (label_M == 1)).float().mean().item()
 
 
-# ------------------------------------------------------------------------------------------------ one data set after the other
+# ----------------------------------------------------------------------------------------- one data set after the other
 
 
 class Texts(NamedTuple):
@@ -183,9 +195,11 @@ class Texts(NamedTuple):
 def pooled(setup, saes: dict, name: str, sets: dict, problems: dict[str, list[str]]) -> Iterator[Texts]:
     """The labelled sets {data set: (tokens_NT, length_N, rows)}, each pooled in one pass of the LM for all SAEs.
 
-    An SAE whose features of a set are not finite is left out of that set and gets a problem; all are if the LM's activations are not.
+    An SAE whose features of a set are not finite is left out of that set and gets a problem; all are if the LM's
+    activations are not.
     """
-    encoders = {None: lambda x: x} | {sae_name: sae.encode for sae_name, sae in saes.items()}  # None: the LM's own channels
+    # None: the LM's own channels
+    encoders = {None: lambda x: x} | {sae_name: sae.encode for sae_name, sae in saes.items()}
     for key, (tokens_NT, length_N, rows) in sets.items():
         setup.say(f"{name}: {key}, {len(tokens_NT)} texts")
         content_N = pooling.content_mask(tokens_NT, length_N, setup.lm.special_ids).sum(1)
@@ -197,15 +211,17 @@ def pooled(setup, saes: dict, name: str, sets: dict, problems: dict[str, list[st
         for sae_name in saes:
             if bad[None] or bad[sae_name]:
                 what = "LM activations" if bad[None] else "features"
-                problems[sae_name].append(f"{name}: no score: {key}: NaN or inf in the {what} of {bad[None] or bad[sae_name]} "
-                                          f"of {len(x_ND)} texts")
+                problems[sae_name].append(f"{name}: no score: {key}: NaN or inf in the {what} of "
+                                          f"{bad[None] or bad[sae_name]} of {len(x_ND)} texts")
                 features.pop(sae_name)
         if features:
             yield Texts(key, rows, x_ND, masked_N, features)
 
 
 def ablations(found: dict[str, Probes], texts: Texts, name: str, sae) -> dict[str, Ablation]:
-    """{"compatible": Ablation, "corrected": Ablation} of an SAE: as in SAEBench the first ablates masked positions, the second does not."""
+    """{"compatible": Ablation, "corrected": Ablation} of an SAE:
+    as in SAEBench the first ablates masked positions, the second does not.
+    """
     W_dec_FD = sae.W_dec.float()
     zero_F = sae.encode(torch.zeros_like(W_dec_FD[:1])).float().cpu()[0]
     masked = {"compatible": texts.masked_N, "corrected": torch.zeros_like(texts.masked_N)}

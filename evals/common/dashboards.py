@@ -1,4 +1,6 @@
-"""Feature dashboards: for some features the contexts in which they fire most and the tokens their direction promotes."""
+"""Feature dashboards: for some features the contexts in which they fire most and the
+tokens their direction promotes.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ FEATURES, CONTEXTS, WINDOW, LOGITS = 12, 4, 10, 6
 
 
 def dashboards(setup: Setup, sae) -> list[dict]:
-    """Dashboards of a TrainedSAE: {feature, density, max_activation, contexts [[(token, activation)]], top_logits [(token, value)]}.
+    """Dashboards of a TrainedSAE: {feature, density, max_activation, contexts [[(token, activation)]], top_logits
+    [(token, value)]}.
 
-    The features are spread evenly over the ranks of density among those that fire more than once in 4096 held-out tokens.
+    The features are spread evenly over the ranks of density among those that fire more than once in 4096 held-out
+    tokens.
     """
     def make():
         tokens_RT = packing.pack(setup.texts(), setup.lm.tokenizer, CONTEXT, setup.lm.bos, ROWS)
@@ -39,7 +43,8 @@ def dashboards(setup: Setup, sae) -> list[dict]:
     by_density = candidates[fired_F[candidates].argsort(descending=True, stable=True)]
     spread = torch.linspace(0, len(by_density) - 1, min(FEATURES, len(by_density))).round().long()
     chosen = by_density[spread.to(by_density.device)]
-    acts_RTC = by_rows(lambda z_rTF, body_rT1: (z_rTF[..., chosen] * body_rT1).cpu())  # encoding twice is cheaper than keeping [tokens, F]
+    # encoding twice is cheaper than keeping [tokens, F]
+    acts_RTC = by_rows(lambda z_rTF, body_rT1: (z_rTF[..., chosen] * body_rT1).cpu())
     logits_CV = promoted(setup.lm, sae.W_dec[chosen])
     read = setup.lm.tokenizer.decode
     found = []
@@ -53,11 +58,16 @@ def dashboards(setup: Setup, sae) -> list[dict]:
                 span = range(max(at - WINDOW, 0), min(at + WINDOW + 1, acts_RT.shape[1]))
                 contexts.append([(read([int(tokens_RT[row, t])]), float(acts_RT[row, t])) for t in span])
         top = logits_CV[c].topk(min(LOGITS, logits_CV.shape[1]))
-        found.append(dict(feature=feature, density=float(fired_F[feature] / body_RT.sum()), max_activation=float(acts_RT.max()),
-                          contexts=contexts, top_logits=[(read([i]), float(v)) for i, v in zip(top.indices.tolist(), top.values.tolist())]))
+        found.append(dict(feature=feature, density=float(fired_F[feature] / body_RT.sum()),
+                          max_activation=float(acts_RT.max()), contexts=contexts,
+                          top_logits=[(read([i]), float(v))
+                                      for i, v in zip(top.indices.tolist(), top.values.tolist())]))
     return found
 
 
 def promoted(lm, W_CD: torch.Tensor) -> torch.Tensor:
-    """Logits [C, V] that directions of the residual stream promote by themselves; [C, 0] where the head takes vectors of another width."""
-    return lm.unembed(W_CD.to(lm.dtype)).float().cpu() if lm.d_final == lm.d_model else W_CD.new_zeros(len(W_CD), 0).cpu()
+    """Logits [C, V] that directions of the residual stream promote by themselves;
+    [C, 0] where the head takes vectors of another width.
+    """
+    return (lm.unembed(W_CD.to(lm.dtype)).float().cpu() if lm.d_final == lm.d_model
+            else W_CD.new_zeros(len(W_CD), 0).cpu())

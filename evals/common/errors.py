@@ -1,8 +1,9 @@
-"""Standard errors of means and ratios whose sampling units come in clusters: tokens in documents, completions in entities.
+"""Standard errors of means and ratios whose sampling units come in clusters: tokens in documents, completions in
+entities.
 
-An error is stated from five clusters on: fewer say next to nothing about their own spread, and two standard errors would then be far from
-95 %. Clusters count by their weight (Kish's effective number, (Σ w)²/Σ w²): ten documents of which one holds nine tenths of the text
-are hardly more than one.
+An error is stated from five clusters on: fewer say next to nothing about their own spread, and two standard errors
+would then be far from 95 %. Clusters count by their weight (Kish's effective number, (Σ w)²/Σ w²): ten documents of
+which one holds nine tenths of the text are hardly more than one.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ def enough(weights: Sequence[float] | Tensor) -> bool:
 
 
 def of_ratio(above_C: Tensor, below_C: Tensor) -> float | None:
-    """Standard error of Σ above / Σ below with the clusters as the sample (delete-one influences, linearised), None from too few.
+    """Standard error of Σ above / Σ below with the clusters as the sample (delete-one influences, linearised), None
+    from too few.
 
-    √Σ (a − ratio·b)²/(1 − b/Σb): the delta method, each residual made up for what the cluster itself did to the ratio. Among equal
-    clusters that is the factor n/(n − 1). A mean is a ratio to the counts.
+    √Σ (a − ratio·b)²/(1 − b/Σb): the delta method, each residual made up for what the cluster itself did to the ratio.
+    Among equal clusters that is the factor n/(n − 1). A mean is a ratio to the counts.
     """
     total = below_C.sum()
     if not enough(below_C):
@@ -43,10 +45,12 @@ def of_ratio(above_C: Tensor, below_C: Tensor) -> float | None:
 
 
 def of_sum(influence_N: Tensor, *labels: Sequence) -> float | None:
-    """Standard error of a statistic from what each observation adds to its deviation, clustered by one label or by two at once.
+    """Standard error of a statistic from what each observation adds to its deviation, clustered by one label or by two
+    at once.
 
-    Two labels (an observation has a base and a source): the variance by the first, and that by the second, less that by both
-    together, which the two have in common (Cameron, Gelbach & Miller 2011). None from too few clusters of either kind.
+    Two labels (an observation has a base and a source): the variance by the first, and that by the second, less that by
+    both together, which the two have in common (Cameron, Gelbach & Miller 2011). None from too few clusters of either
+    kind.
     """
     numbered = [torch.unique(torch.tensor(_numbers(label)), return_inverse=True)[1] for label in labels]
     if any(not enough(torch.bincount(cluster_N)) for cluster_N in numbered):
@@ -56,7 +60,8 @@ def of_sum(influence_N: Tensor, *labels: Sequence) -> float | None:
         return math.sqrt(variances[0])
     both_N = numbered[0] * (int(numbered[1].max()) + 1) + numbered[1]
     # rounding or chance may leave less than the larger of the two
-    return math.sqrt(max(sum(variances) - _variance(influence_N, torch.unique(both_N, return_inverse=True)[1]), *variances))
+    return math.sqrt(max(sum(variances) - _variance(influence_N, torch.unique(both_N, return_inverse=True)[1]),
+                         *variances))
 
 
 def _numbers(label: Sequence) -> list[int]:

@@ -1,12 +1,15 @@
-"""The first-letter task (SAEBench 0.6.0, `absorption`): words, prompts, the LM's activations at the words, probes for 26 letters.
+"""The first-letter task (SAEBench 0.6.0, `absorption`): words, prompts, the LM's activations at the words, probes for
+26 letters.
 
-A prompt is a newline and lines "<word> has the first letter: X", `max_icl_examples` of them with words drawn from the same split, then
-the word itself. What would follow the word is left out: causal attention does not see it. A word is an entry of the vocabulary that is
-ASCII letters after at most one leading space, and that the tokenizer gives as one token after a newline (SAEBench would read the last
-piece of the others). With words_per_prompt = 1 this is the protocol; with more, that many words follow the examples, each read at
-its place and then an example for the next; with 30 this costs the LM an eighth, and every word has at least `max_icl_examples` examples.
+A prompt is a newline and lines "<word> has the first letter: X", `max_icl_examples` of them with words drawn from the
+same split, then the word itself. What would follow the word is left out: causal attention does not see it. A word is an
+entry of the vocabulary that is ASCII letters after at most one leading space, and that the tokenizer gives as one token
+after a newline (SAEBench would read the last piece of the others). With words_per_prompt = 1 this is the protocol; with
+more, that many words follow the examples, each read at its place and then an example for the next; with 30 this costs
+the LM an eighth, and every word has at least `max_icl_examples` examples.
 
-Random numbers come from the run's seed (SAEBench ignores its own): one stream for the split and the prompts, one for each probe.
+Random numbers come from the run's seed (SAEBench ignores its own): one stream for the split and the prompts, one for
+each probe.
 
 Shapes: N words, L = 26 letters, D = d_model, F inputs of a probe, b rows of a batch, T positions.
 """
@@ -31,7 +34,8 @@ from evals.model import memory
 
 LETTERS = string.ascii_lowercase
 TRAIN_SHARE = 0.8
-SETTINGS = ("max_words", "max_icl_examples", "words_per_prompt", "llm_batch_size", "min_GT_probe_f1", "min_feats_for_eval")
+SETTINGS = ("max_words", "max_icl_examples", "words_per_prompt", "llm_batch_size", "min_GT_probe_f1",
+            "min_feats_for_eval")
 
 
 class NoScore(Exception):
@@ -42,7 +46,9 @@ class NoScore(Exception):
 
 
 class Word(NamedTuple):
-    """A word with the tokens of its line: `head` is the newline and the word, `tail` all that follows, with the answer."""
+    """A word with the tokens of its line: `head` is the newline and the word, `tail` all that follows,
+    with the answer.
+    """
 
     text: str
     letter: int
@@ -51,11 +57,14 @@ class Word(NamedTuple):
 
 
 def vocabulary(tokenizer) -> list[Word]:
-    """All words of a tokenizer, by token id; NoScore if a prompt's tokens are not those of its lines one after the other."""
+    """All words of a tokenizer, by token id; NoScore if a prompt's tokens are not those of its
+    lines one after the other.
+    """
     texts = {}
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         text = tokenizer.convert_tokens_to_string([token])
-        if token.startswith("▁") and not text.startswith(" "):  # some sentencepiece decoders drop the space of a first token
+        # some sentencepiece decoders drop the space of a first token
+        if token.startswith("▁") and not text.startswith(" "):
             text = " " + text
         if re.fullmatch(" ?[A-Za-z]+", text):
             texts[number] = text
@@ -72,7 +81,8 @@ def vocabulary(tokenizer) -> list[Word]:
     return words
 
 
-def prompts(words: list[Word], pool: list[Word], examples: int, together: int, bos: int, rng) -> list[tuple[list[int], list[int]]]:
+def prompts(words: list[Word], pool: list[Word], examples: int, together: int, bos: int,
+            rng) -> list[tuple[list[int], list[int]]]:
     """(tokens, places of the words in them) for `together` words at a time, after `examples` others drawn from `pool`.
 
     NoScore if the pool has too few words.
@@ -95,13 +105,16 @@ def prompts(words: list[Word], pool: list[Word], examples: int, together: int, b
 
 
 def at_words(setup, prompted: list[tuple[list[int], list[int]]], label: str) -> Tensor:
-    """The residual stream at setup.layer at every word of the prompts, in their order: x_ND on the CPU, in the LM's dtype."""
+    """The residual stream at setup.layer at every word of the prompts, in their order:
+    x_ND on the CPU, in the LM's dtype.
+    """
     size, found = setup.config["llm_batch_size"], []
     batches = range(0, len(prompted), size)
     for start in setup.track(batches, f"absorption: {label}", len(batches), "batches"):
         rows = prompted[start:start + size]
         # padded on the right, which no word sees
-        tokens_bT = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True, padding_value=setup.lm.bos)
+        tokens_bT = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True,
+                                 padding_value=setup.lm.bos)
         x_bTD = memory.residual(setup, tokens_bT)
         row = [i for i, (_, places) in enumerate(rows) for _ in places]
         found.append(x_bTD[row, [place for _, places in rows for place in places]].cpu())
@@ -115,11 +128,13 @@ def at_words(setup, prompted: list[tuple[list[int], list[int]]], label: str) -> 
 @torch.enable_grad()
 def fit_letters(rows_of: Callable[[Tensor], Tensor], letter_N: Tensor, width: int, batch: int, epochs: int, l1: float,
                 weight_decay: float, rng: torch.Generator, device) -> tuple[Tensor, Tensor]:
-    """26 linear probes at once, one letter against the rest: (W_LF, b_L); `rows_of` gives the inputs [b, F] of row numbers.
+    """26 linear probes at once, one letter against the rest: (W_LF, b_L); `rows_of` gives the inputs [b, F] of row
+    numbers.
 
-    Cross entropy with a positive's weight = negatives / positives, plus l1 · mean over letters of Σ|w|; Adam, 1e-2 falling
-    exponentially to 1e-5 over the epochs. `rng` gives nn.Linear's initialisation, then what a DataLoader draws per epoch: a number
-    it has no use for here and the seed of the order, so that an equal seed repeats SAEBench's probe.
+    Cross entropy with a positive's weight = negatives / positives, plus l1 · mean over letters of Σ|w|; Adam, 1e-2
+    falling exponentially to 1e-5 over the epochs. `rng` gives nn.Linear's initialisation, then what a DataLoader draws
+    per epoch: a number it has no use for here and the seed of the order, so that an equal seed repeats SAEBench's
+    probe.
     """
     W_LF = torch.nn.init.kaiming_uniform_(torch.empty(len(LETTERS), width), a=math.sqrt(5), generator=rng)
     b_L = torch.empty(len(LETTERS)).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=rng)
@@ -154,8 +169,8 @@ def measured(setup) -> dict[str, Tensor]:
     """What no SAE enters, from the cache or made now. NoScore if the tokenizer does not support the protocol.
 
     train_x, test_x [N, D] with train_letter, test_letter [N]; probe_LD; f1_L on the test words; second_x [N, D] with
-    second_letter [N]: test words of letters with an F1 above min_GT_probe_f1 that their letter's probe finds, in new prompts (none
-    if there are fewer such letters than min_feats_for_eval).
+    second_letter [N]: test words of letters with an F1 above min_GT_probe_f1 that their letter's probe finds, in new
+    prompts (none if there are fewer such letters than min_feats_for_eval).
     """
     depends_on = {"lm": setup.lm.digest, "layer": setup.layer, "settings": {key: setup.config[key] for key in SETTINGS},
                   "seed": setup.seed, "torch": torch.__version__, "device": torch.device(setup.lm.device).type,
@@ -176,16 +191,19 @@ def _measure(setup) -> dict[str, Tensor]:
         found[f"{side}_letter"] = torch.tensor([word.letter for word in split])
 
     x_ND = found["train_x"].to(device).float()
-    W_LD, b_L = fit_letters(x_ND.__getitem__, found["train_letter"], x_ND.shape[1], batch=64, epochs=50, l1=0.0, weight_decay=1e-4,
-                            rng=probes.generator(setup.seed, "first letter", "probe"), device=device)
-    positive_NL = torch.cat([functional.linear(x.to(device).float(), W_LD, b_L) > 0 for x in found["test_x"].split(4096)]).cpu()
+    W_LD, b_L = fit_letters(x_ND.__getitem__, found["train_letter"], x_ND.shape[1], batch=64, epochs=50, l1=0.0,
+                            weight_decay=1e-4, rng=probes.generator(setup.seed, "first letter", "probe"), device=device)
+    positive_NL = torch.cat([functional.linear(x.to(device).float(), W_LD, b_L) > 0
+                             for x in found["test_x"].split(4096)]).cpu()
     found["probe_LD"] = W_LD.cpu()
     found["f1_L"] = f1(positive_NL, functional.one_hot(found["test_letter"], len(LETTERS)).bool())
 
     good_L = found["f1_L"] > config["min_GT_probe_f1"]
-    second = [word for word, positive_L in zip(chosen[cut:], positive_NL) if positive_L[word.letter] and good_L[word.letter]]
+    second = [word for word, positive_L in zip(chosen[cut:], positive_NL) if positive_L[word.letter]
+              and good_L[word.letter]]
     if good_L.sum() < config["min_feats_for_eval"]:
         second = []
     found["second_letter"] = torch.tensor([word.letter for word in second], dtype=torch.int64)
-    found["second_x"] = at_words(setup, prompts(second, words, *shape), "words found, in new prompts") if second else x_ND[:0].cpu()
+    found["second_x"] = at_words(setup, prompts(second, words, *shape),
+                                 "words found, in new prompts") if second else x_ND[:0].cpu()
     return found

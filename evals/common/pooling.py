@@ -24,23 +24,29 @@ def short_context(name: str, config: dict) -> list[str]:
     """The problem of an eval whose rows have no room for text, for its `requirements`."""
     if config["context_length"] >= 2:
         return []
-    return [f"{name}: context_length = {config['context_length']} leaves no token beside BOS\nset context_length to 2 or more"]
+    return [f"{name}: context_length = {config['context_length']} leaves no token beside BOS\n"
+            "set context_length to 2 or more"]
 
 
 def unknown_sets(name: str, config: dict, source: str | None) -> list[str]:
-    """The problem of an eval that asks a kind of text source for labelled texts it does not have, for its `requirements`."""
+    """The problem of an eval that asks a kind of text source for labelled texts it does not have,
+    for its `requirements`.
+    """
     from evals.texts import embedded, hub
 
-    known = {"hub": list(hub.PROBING), "embedded": list(embedded.PROBING), "tiny": ["synthetic"]}.get(source, config["dataset_names"])
+    known = {"hub": list(hub.PROBING), "embedded": list(embedded.PROBING),
+             "tiny": ["synthetic"]}.get(source, config["dataset_names"])
     unknown = [asked for asked in config["dataset_names"] if asked not in known]
     return [f"{name}: no data set {unknown[0]!r}\nchoose dataset_names among {', '.join(known)}"] if unknown else []
 
 
 def tokenise(texts: list[str], tokenizer, context: int, bos: int) -> tuple[Tensor, Tensor]:
-    """Token rows tokens_NT (int64, T = context), BOS first, cut to T, padded on the right, and their lengths length_N with BOS.
+    """Token rows tokens_NT (int64, T = context), BOS first, cut to T, padded on the right, and their lengths length_N
+    with BOS.
 
-    Any token may pad, and the LM needs no attention mask: under causal attention a position never sees what is on its right,
-    and positions counted from the left are not moved by padding on the right. BOS is used because every model has one.
+    Any token may pad, and the LM needs no attention mask: under causal attention a position never sees what is on its
+    right, and positions counted from the left are not moved by padding on the right. BOS is used because every model
+    has one.
     """
     rows = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=context - 1)["input_ids"]
     tokens_NT = torch.full((len(rows), context), bos, dtype=torch.int64)
@@ -52,22 +58,27 @@ def tokenise(texts: list[str], tokenizer, context: int, bos: int) -> tuple[Tenso
 def distinct(tokens_NT: Tensor, length_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Distinct rows tokens_UT with their length_U, the longest first, and the place of each text among them, inverse_N.
 
-    Rows of like length next to each other waste little of an LM batch on padding; the longest first, so that a batch too
-    large for the memory fails at once. The result does not depend on the order in which the texts came.
+    Rows of like length next to each other waste little of an LM batch on padding; the longest first, so that a batch
+    too large for the memory fails at once. The result does not depend on the order in which the texts came.
     """
-    keyed_NT = torch.cat([-length_N[:, None], tokens_NT], dim=1)  # the length is part of the key: BOS may be text or padding
+    # the length is part of the key: BOS may be text or padding
+    keyed_NT = torch.cat([-length_N[:, None], tokens_NT], dim=1)
     keyed_UT, inverse_N = torch.unique(keyed_NT, dim=0, return_inverse=True)
     return keyed_UT[:, 1:].contiguous(), -keyed_UT[:, 0], inverse_N
 
 
 def content_mask(tokens_NT: Tensor, length_N: Tensor, special_ids: Iterable[int]) -> Tensor:
-    """True at the positions that are averaged, [N, T]: inside the text and no pad, BOS or EOS token, wherever it stands."""
+    """True at the positions that are averaged, [N, T]:
+    inside the text and no pad, BOS or EOS token, wherever it stands.
+    """
     inside_NT = torch.arange(tokens_NT.shape[1]) < length_N[:, None]
     return inside_NT & ~torch.isin(tokens_NT, torch.tensor(sorted(special_ids), dtype=tokens_NT.dtype))
 
 
 def pool(values_bTF: Tensor, mask_bT: Tensor) -> Tensor:
-    """Mean over the positions where the mask is True, [b, F] in fp32; 0 where a text has none (SAEBench divides by 0 there)."""
+    """Mean over the positions where the mask is True, [b, F] in fp32;
+    0 where a text has none (SAEBench divides by 0 there).
+    """
     kept_bTF = values_bTF.float().masked_fill(~mask_bT[..., None], 0.0)  # not a product: 0·inf at a BOS would give NaN
     return kept_bTF.sum(1) / mask_bT.sum(1, keepdim=True).clamp_min(1)
 
@@ -77,10 +88,12 @@ def _encoded_and_pooled(encode: Callable, x_bTD: Tensor, mask_bT: Tensor) -> Ten
 
 
 def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -> Iterator[tuple[slice, Tensor]]:
-    """The residual stream at setup.layer of `batch` rows at a time: (slice of rows, x_bTD on the LM's device, in the LM's dtype).
+    """The residual stream at setup.layer of `batch` rows at a time: (slice of rows, x_bTD on the LM's device, in the
+    LM's dtype).
 
-    T is the longest row of the batch. Kept in the cache, an entry per batch, if all batches fit there (counted as fp32), else
-    taken from the LM each time; the batches, and so the numbers, are the same. Rows are best given as `distinct` orders them.
+    T is the longest row of the batch. Kept in the cache, an entry per batch, if all batches fit there (counted as
+    fp32), else taken from the LM each time; the batches, and so the numbers, are the same. Rows are best given as
+    `distinct` orders them.
     """
 
     def batch_tokens(start: int) -> Tensor:
@@ -112,7 +125,8 @@ def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -
 
 
 def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, Callable]) -> dict[Hashable, Tensor]:
-    """Pooled features {name: [N, F] fp32 on the CPU} of every encoder (x_bTD -> z_bTF), all fed from one pass of the LM.
+    """Pooled features {name: [N, F] fp32 on the CPU} of every encoder (x_bTD -> z_bTF), all fed from one pass of the
+    LM.
 
     Reads llm_batch_size and sae_batch_size from setup.config. How an encoder's input is cut into parts
     depends on its own width only, so its features do not depend on which other encoders run beside it.
@@ -145,13 +159,16 @@ def labelled(setup) -> dict[str, tuple[Tensor, Tensor, dict]]:
             named = zip((("tokens",), ("length",)), tokenised)
             placed = (((split, name), places) for split, by_class in rows.items() for name, places in by_class.items())
             for key, tensor in itertools.chain(named, placed):
-                stored[json.dumps([len(stored), dataset, *key])] = tensor  # numbered: the file does not keep their order
+                # numbered: the file does not keep their order
+                stored[json.dumps([len(stored), dataset, *key])] = tensor
         return stored
 
-    depends_on = {"texts": setup.data.probing_digest(setup.config), "lm": setup.lm.digest, "context": setup.config["context_length"],
+    depends_on = {"texts": setup.data.probing_digest(setup.config), "lm": setup.lm.digest,
+                  "context": setup.config["context_length"],
                   "code": Path(__file__).read_text(encoding="utf-8")}
     found: dict = {}
-    for key, tensor in sorted(((json.loads(k), t) for k, t in setup.cache.get("probing-tokens", depends_on, make).items()),
+    for key, tensor in sorted(((json.loads(k), t)
+                               for k, t in setup.cache.get("probing-tokens", depends_on, make).items()),
                               key=lambda item: item[0][0]):
         _, dataset, *what = key
         if what == ["tokens"]:

@@ -48,8 +48,9 @@ def one_thread():
 def draw(rows: dict[str, Tensor], positive: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """All rows of one class and as many of the others, shuffled: (row_M, label_M); `rows` {class: row numbers}.
 
-    ⌈positives / other classes⌉ rows of each other class in the dictionary's order, as many of these as there are positives,
-    then all shuffled: three kinds of randperm in this order, so that an equal seed gives SAEBench's own draw.
+    ⌈positives / other classes⌉ rows of each other class in the dictionary's order, as many of these as there are
+    positives, then all shuffled: three kinds of randperm in this order, so that an equal seed gives SAEBench's own
+    draw.
     """
     positive_rows, others = rows[positive], [r for name, r in rows.items() if name != positive]
     share = math.ceil(len(positive_rows) / len(others))
@@ -65,7 +66,9 @@ def draw(rows: dict[str, Tensor], positive: str, rng: torch.Generator) -> tuple[
 
 
 def by_mean_difference(x_MF: Tensor, label_M: Tensor) -> Tensor:
-    """Feature numbers in descending order of |mean over positives − mean over negatives|; a tie goes to the lower number."""
+    """Feature numbers in descending order of |mean over positives − mean over negatives|;
+    a tie goes to the lower number.
+    """
     difference_F = x_MF[label_M == 1].mean(0) - x_MF[label_M == 0].mean(0)
     return difference_F.abs().argsort(descending=True, stable=True)
 
@@ -73,8 +76,9 @@ def by_mean_difference(x_MF: Tensor, label_M: Tensor) -> Tensor:
 def sparse_probe_accuracy(train, test, feature_k: Tensor) -> float:
     """Test accuracy of scikit-learn's logistic regression on the given features, as SAEBench fits it.
 
-    L2 penalty with C = 1, lbfgs, at most 1000 iterations, features not standardised, columns in the order of their numbers. In fp32
-    and on features of any scale lbfgs stops anywhere: a change of 1e-7 in the input moved a class from .545 to .505.
+    L2 penalty with C = 1, lbfgs, at most 1000 iterations, features not standardised, columns in the order of their
+    numbers. In fp32 and on features of any scale lbfgs stops anywhere: a change of 1e-7 in the input moved a class from
+    .545 to .505.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -89,8 +93,9 @@ def sparse_probe_accuracy(train, test, feature_k: Tensor) -> float:
 def converged_probe_accuracy(train, test, feature_k: Tensor) -> float:
     """Test accuracy of the same probe at its optimum, in fp64; NaN if no solver gets there.
 
-    The problem is strictly convex in the weights: what Newton's method, or lbfgs with as many steps as it takes, converges to is the one
-    solution, and a small change of the input makes a small change of it. Convergence is scikit-learn's own check.
+    The problem is strictly convex in the weights: what Newton's method, or lbfgs with as many steps as it takes,
+    converges to is the one solution, and a small change of the input makes a small change of it. Convergence is
+    scikit-learn's own check.
     """
     from scipy.linalg import LinAlgWarning
     from sklearn.exceptions import ConvergenceWarning
@@ -111,11 +116,14 @@ def converged_probe_accuracy(train, test, feature_k: Tensor) -> float:
 
 def _columns(feature_k: Tensor, dtype: torch.dtype, *sides) -> list[tuple]:
     """The given features, in the order of their numbers, and the labels of each side, for scikit-learn."""
-    return [(x_MF[:, feature_k.sort().values].to(dtype).cpu().numpy(), label_M.cpu().numpy()) for x_MF, label_M in sides]
+    return [(x_MF[:, feature_k.sort().values].to(dtype).cpu().numpy(), label_M.cpu().numpy())
+            for x_MF, label_M in sides]
 
 
 class LinearProbe(NamedTuple):
-    """A linear probe at its selected epoch (from 0; −1: never right), with its accuracy on the rows that selected it."""
+    """A linear probe at its selected epoch (from 0; −1:
+    never right), with its accuracy on the rows that selected it.
+    """
 
     weight_1F: Tensor
     bias_1: Tensor
@@ -131,7 +139,8 @@ def linear_accuracy(weight_1F: Tensor, bias_1: Tensor, x_MF: Tensor, label_M: Te
 
 @torch.enable_grad()
 def fit_linear_probe(fit, select, rng: torch.Generator) -> LinearProbe:
-    """Logistic regression on all features by AdamW on the pair (x_MF, label_M) `fit`, at the epoch best on the pair `select`.
+    """Logistic regression on all features by AdamW on the pair (x_MF, label_M) `fit`, at the epoch best on the pair
+    `select`.
 
     The first of equally good epochs is kept; it ends after 10 epochs without a better one. `rng` gives nn.Linear's
     initialisation, then one order of the rows per epoch.
@@ -164,7 +173,9 @@ def leaky_accuracy(train, test, rng: torch.Generator) -> float:
 
 
 def validation_selected(train, test, rng: torch.Generator) -> tuple[float, int]:
-    """Test accuracy at the epoch that is best on the last fifth of the shuffled training rows, kept out of the fit; the epoch."""
+    """Test accuracy at the epoch that is best on the last fifth of the shuffled training rows, kept out of the fit;
+    the epoch.
+    """
     x_MF, label_M = train
     cut = len(label_M) - max(1, len(label_M) // 5)
     probe = fit_linear_probe((x_MF[:cut], label_M[:cut]), (x_MF[cut:], label_M[cut:]), rng)
@@ -172,11 +183,13 @@ def validation_selected(train, test, rng: torch.Generator) -> tuple[float, int]:
 
 
 def standard_error(values_by_dataset: list[list[float]]) -> float | None:
-    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if they are too few.
+    """Standard error of the mean over data sets of the mean over classes, with classes as the sample; None if they are
+    too few.
 
-    √(n/(n−1)·Σ w²(a − mean)²) with w a class's weight in the mean. The two classes of a two-class data set are one problem
-    seen from both sides and count as one. The spread over classes holds the noise of the finite test sets already, so no
-    binomial term is added; for a difference the values are differences per class, which makes it the paired error.
+    √(n/(n−1)·Σ w²(a − mean)²) with w a class's weight in the mean. The two classes of a two-class data set are one
+    problem seen from both sides and count as one. The spread over classes holds the noise of the finite test sets
+    already, so no binomial term is added; for a difference the values are differences per class, which makes it the
+    paired error.
     """
     units = []  # (weight, value)
     for values in values_by_dataset:
@@ -188,7 +201,8 @@ def standard_error(values_by_dataset: list[list[float]]) -> float | None:
 def weighted_error(units: list[tuple[float, float]]) -> float | None:
     """Standard error of Σ w·value over the units (w, value), which are the sample; None if they are too few.
 
-    √(n/(n−1)·Σ w²(value − mean)²). A bootstrap of the units, each with its weight, has the same variance but for the n/(n−1).
+    √(n/(n−1)·Σ w²(value − mean)²). A bootstrap of the units, each with its weight, has the same variance but for the
+    n/(n−1).
     """
     if not errors.enough([w for w, _ in units]):
         return None

@@ -13,7 +13,8 @@ from pathlib import Path
 from evals import Result
 
 
-def write(folder, result: Result, eval_type_id: str, eval_config: dict, sae_name: str, release: str, sae_cfg: dict) -> Path:
+def write(folder, result: Result, eval_type_id: str, eval_config: dict, sae_name: str, release: str,
+          sae_cfg: dict) -> Path:
     """Write `<release>_<sae_name>_eval_results.json` in `folder`, whole or not at all; NaN and infinity become null."""
     content = {
         "eval_type_id": eval_type_id,
@@ -68,7 +69,9 @@ def flatten(result: Result, eval_name: str) -> tuple[dict[str, float | None], di
 
 
 def _plain(value):
-    """The same in JSON's types: tuples as lists, numpy and 0-d tensor numbers as Python's, non-finite numbers as None."""
+    """The same in JSON's types: tuples as lists, numpy and 0-d tensor numbers as Python's,
+    non-finite numbers as None.
+    """
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -19,21 +19,25 @@ EXAMPLE = """write for example --eval_config '{"core": {"batch_size_prompts": 8}
 
 
 def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
-    """{eval: its settings} for a comma-separated list, "all" or "none"; `overrides` is JSON, {eval: {setting: value}}."""
+    """{eval: its settings} for a comma-separated list, "all" or "none"; `overrides` is JSON, {eval: {setting:
+    value}}.
+    """
     known = evals.names()
     picked = known if chosen.strip() == "all" else [name.strip() for name in chosen.split(",")]
     picked = [] if picked == ["none"] else picked
     for name in picked:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)
-            what = f"no eval named {name!r}; the nearest is {near[0]!r}" if name else f"--evals={chosen} names no eval in one of its places"
+            what = (f"no eval named {name!r}; the nearest is {near[0]!r}" if name
+                    else f"--evals={chosen} names no eval in one of its places")
             raise ValueError(f"{what}\nchoose from: {', '.join(known)}; or all, or none, alone")
         if picked.count(name) > 1:
             raise ValueError(f"--evals names {name} twice\nname each eval once")
     given, configs = parsed(overrides, known), {}
     for name in picked:
         defaults = evals.declared(name, "CONFIG")
-        check(name, given.get(name, {}), profile, defaults, evals.declared(name, "RANGES") or {}, evals.declared(name, "RECORDED") or ())
+        check(name, given.get(name, {}), profile, defaults, evals.declared(name, "RANGES") or {},
+              evals.declared(name, "RECORDED") or ())
         configs[name] = defaults[profile] | given.get(name, {})
     return configs
 

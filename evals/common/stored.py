@@ -1,4 +1,6 @@
-"""Which eval results of a run are already there: a result is kept by the hash of what it depends on, never by its name."""
+"""Which eval results of a run are already there:
+a result is kept by the hash of what it depends on, never by its name.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def path(out: Path, name: str, sae: str) -> Optional[Path]:
 
 
 def note(result: Path, depends_on: str) -> dict[str, str]:
-    """What is noted beside a result file: from what it was made, and the hash of its bytes; one that was damaged since is none."""
+    """What is noted beside a result file: from what it was made, and the hash of its bytes;
+    one that was damaged since is none.
+    """
     return dict(depends_on=depends_on, sha256=file_digest(result))
 
 
@@ -47,7 +51,8 @@ def is_done(out: Path, name: str, sae: str, depends_on: str) -> bool:
     return True
 
 
-def collected(out: Path, names: Iterable[str], sae: str, crashed: dict[str, BaseException]) -> tuple[dict, dict, list[str]]:
+def collected(out: Path, names: Iterable[str], sae: str,
+              crashed: dict[str, BaseException]) -> tuple[dict, dict, list[str]]:
     """Means, standard errors and problems of one SAE over the evals `names`; of a crashed one the problem alone."""
     means, stderrs = {}, {}
     problems = [f"the eval {name} failed: {type(e).__name__}: {str(e).splitlines()[0]}" for name, e in crashed.items()]
@@ -58,7 +63,8 @@ def collected(out: Path, names: Iterable[str], sae: str, crashed: dict[str, Base
             new_means, new_stderrs = saebench.flatten(result, name)
             means, stderrs = means | new_means, stderrs | new_stderrs
             problems += [f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in result.problems]
-    return {k: v for k, v in means.items() if v is not None or any(k.split(".")[-1] in p for p in problems)}, stderrs, problems
+    return {k: v for k, v in means.items() if v is not None or any(k.split(".")[-1] in p
+                                                                   for p in problems)}, stderrs, problems
 
 
 def weights_digest(module: nn.Module) -> str:

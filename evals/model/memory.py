@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "text_len", "max_tokens", "max_icl_examples",
+LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "text_len", "max_tokens",
+           "max_icl_examples",
            "words_per_prompt")  # settings that make a row longer; how many rows are done at once needs none
 
 
@@ -16,9 +17,9 @@ def by_rows(setup, what: str, work: Callable, *rows: Tensor | Sequence, most: in
             lower: tuple[str, ...] = LENGTHS):
     """work(*rows), a tensor or a tuple of them, of all rows or of `most` at once, joined along the first axis.
 
-    Where the GPU's memory runs out the number of rows is halved; this is said and holds to the eval's end (in setup.fits, in units of
-    `each`, the size of a row). A row's result may depend on no other row, so that parts change it by rounding at most.
-    MemoryError, which names the eval's settings `lower`, if one row alone does not fit.
+    Where the GPU's memory runs out the number of rows is halved; this is said and holds to the eval's end (in
+    setup.fits, in units of `each`, the size of a row). A row's result may depend on no other row, so that parts change
+    it by rounding at most. MemoryError, which names the eval's settings `lower`, if one row alone does not fit.
     """
     n, start, parts = len(rows[0]), 0, []
     while start < n or not parts:
@@ -35,7 +36,8 @@ def by_rows(setup, what: str, work: Callable, *rows: Tensor | Sequence, most: in
         if size < 2:
             given = ", ".join(f"{key} (now {setup.config[key]})" for key in lower if setup.config.get(key))
             raise MemoryError(f"out of GPU memory in {what}, which cannot be divided further: {reason}\n"
-                              + (f"lower {given} with --eval_config" if given else "use a smaller --d_sae, or a GPU with more memory"))
+                              + (f"lower {given} with --eval_config" if given
+                                 else "use a smaller --d_sae, or a GPU with more memory"))
         setup.fits[what] = size // 2 * each
         setup.say(f"out of GPU memory in {what}: going on with {size // 2} row{'s' * (size > 3)} at a time")
     if len(parts) == 1:
@@ -44,11 +46,14 @@ def by_rows(setup, what: str, work: Callable, *rows: Tensor | Sequence, most: in
 
 
 def undivided(setup, what: str, work: Callable, *lower: str):
-    """work(), whose batches are part of an eval's protocol; MemoryError, which names the settings `lower`, if it does not fit."""
+    """work(), whose batches are part of an eval's protocol;
+    MemoryError, which names the settings `lower`, if it does not fit.
+    """
     return by_rows(setup, what, lambda once: work(), range(1), lower=lower)
 
 
 def residual(setup, tokens_bT: Tensor) -> Tensor:
     """The residual stream [b, T, D] of token rows at setup.layer, on the LM's device."""
-    return by_rows(setup, "the language model", lambda tokens_rT: setup.lm.residual(tokens_rT.to(setup.lm.device), setup.layer),
-                   tokens_bT, each=tokens_bT.shape[1])
+    return by_rows(setup, "the language model",
+                   lambda tokens_rT: setup.lm.residual(tokens_rT.to(setup.lm.device), setup.layer), tokens_bT,
+                   each=tokens_bT.shape[1])

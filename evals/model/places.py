@@ -18,23 +18,29 @@ from evals.texts import text_files
 EMBEDDED, TINY = "smollm2-135m-instruct", "tiny-gemma2"  # made in the cache at their first use
 SHAPES = {EMBEDDED: dict(d_model=576, n_layers=30, block_parameters=3_540_096, bytes=538_000_000, positions=8192),
           TINY: dict(d_model=32, n_layers=4, block_parameters=10_000, bytes=1_000_000, positions=512)}
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # in the order in which transformers looks for weights
+# in the order in which transformers looks for weights
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and tokenizer
 UNREAD = ("*/*", "generation_config.json")  # other files of those names
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+              "tekken.json")
 ONE_STREAM = "use a model whose blocks pass on one residual stream, such as Llama, Gemma or GPT-2"
 DAMAGED = "its file is damaged, or was when it was written: copy it again, or save the model again"
 HF_ADVICE = "give a folder that save_pretrained wrote, of the model and of its tokenizer"
-OTHER_FORMATS = {"*.gguf": "GGUF", "*.h5": "TensorFlow's", "*.msgpack": "Flax's", "consolidated*": "in its maker's own format",
-                 "*.pth": "in its maker's own format", "model.*.safetensors": "a variant's"}  # of weights that are not read
-BUFFERS = re.compile(r"inv_freq|(attn|attention)\.(masked_)?bias$|position_ids|rotary")  # what old files hold and no model learns
+OTHER_FORMATS = {"*.gguf": "GGUF", "*.h5": "TensorFlow's", "*.msgpack": "Flax's",
+                 "consolidated*": "in its maker's own format",
+                 # of weights that are not read
+                 "*.pth": "in its maker's own format", "model.*.safetensors": "a variant's"}
+# what old files hold and no model learns
+BUFFERS = re.compile(r"inv_freq|(attn|attention)\.(masked_)?bias$|position_ids|rotary")
 
 # ------------------------------------------------------------------------------------------------ places
 
 
 def location(name: str, cache_dir: str, data_dir: str, weights: bool = True) -> Path:
-    """The folder of a model by hub name, path, or one of the built-in names; fetched and converted first where it must be.
+    """The folder of a model by hub name, path, or one of the built-in names; fetched and converted first where it must
+    be.
 
     Without `weights` it holds what is small: configuration and tokenizer.
     """
@@ -52,7 +58,8 @@ def location(name: str, cache_dir: str, data_dir: str, weights: bool = True) -> 
     if weights:
         wanted = shards(folder)
         if not any((folder / file).exists() for file in (*wanted, *SINGLE)):
-            print(f"language model: fetching the weights of {name} ({disk_needed(name) / 1e9:.2f} GB, once)", flush=True)
+            print(f"language model: fetching the weights of {name} ({disk_needed(name) / 1e9:.2f} GB, once)",
+                  flush=True)
         folder = network.snapshot("model", name, wanted or SINGLE[:1])
         if not wanted and not (folder / SINGLE[0]).exists():
             network.snapshot("model", name, SINGLE[1:])
@@ -60,11 +67,14 @@ def location(name: str, cache_dir: str, data_dir: str, weights: bool = True) -> 
 
 
 def index_of(folder: Path) -> dict:
-    """The index of a model's weight files in the folder: {"weight_map": {weight: file}, "metadata": …}; {} without one."""
+    """The index of a model's weight files in the folder: {"weight_map": {weight: file}, "metadata": …};
+    {} without one.
+    """
     file = next((folder / name for name in INDICES if (folder / name).exists()), None)
     index = read_json(file) if file else {}
     if file and not isinstance(index.get("weight_map"), dict):
-        raise ValueError(f"{file} names no weight files: it is damaged, or of something else\ncopy it again, or save the model again")
+        raise ValueError(f"{file} names no weight files: it is damaged, or of something else\n"
+                         "copy it again, or save the model again")
     return index
 
 
@@ -73,21 +83,26 @@ def read_json(file: Path) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged or cut off: {network.first_line(error)}\ncopy it again, or save the model again") from error
+        raise ValueError(f"{file} is damaged or cut off: {network.first_line(error)}\n"
+                         "copy it again, or save the model again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged, or of something else: it holds no JSON object\ncopy it again, or save the model again")
+        raise ValueError(f"{file} is damaged, or of something else: it holds no JSON object\n"
+                         "copy it again, or save the model again")
     return found
 
 
 def shards(folder: Path) -> list[str]:
-    """The weight files that the index names; [] without one, or where all weights are in one file, which transformers looks for first."""
+    """The weight files that the index names; [] without one, or where all weights are in one file,
+    which transformers looks for first.
+    """
     if (folder / SINGLE[0]).exists():
         return []
     return sorted(set(index_of(folder).get("weight_map", {}).values()))
 
 
 def identity(where: str | Path, name: str = "") -> str:
-    """What a model's folder holds: the commit, where it was fetched from the hub by that name, else a hash of its files' bytes.
+    """What a model's folder holds: the commit, where it was fetched from the hub by that name, else a hash of its
+    files' bytes.
 
     ValueError for no files. A folder that a user names may have been changed, even one in the hub's cache.
     """
@@ -116,7 +131,7 @@ def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
     return identity(network.snapshot("model", name, SMALL, UNREAD), name)
 
 
-# ------------------------------------------------------------------------------------------------ what transformers makes of them
+# -------------------------------------------------------------------------------------- what transformers makes of them
 
 
 def configuration(folder: Path, name: str):
@@ -146,7 +161,9 @@ def auto_class(config, name: str):
 
 
 def backbone(hf: torch.nn.Module) -> torch.nn.Module:
-    """The transformer without its unembedding, of a multimodal model its text part. RuntimeError where no module has the blocks."""
+    """The transformer without its unembedding, of a multimodal model its text part.
+    RuntimeError where no module has the blocks.
+    """
     n_layers, prefix = hf.config.get_text_config().num_hidden_layers, getattr(hf, hf.base_model_prefix, None)
     for module in (hf.get_decoder(), prefix, *hf.children()):
         if isinstance(module, torch.nn.Module) and _lists(module, n_layers):
@@ -164,7 +181,9 @@ def _lists(module: torch.nn.Module, n_layers: int) -> list[torch.nn.ModuleList]:
 
 
 def shape(name: str, itemsize: int, cache_dir: str = "", data_dir: str = "") -> dict:
-    """d_model, n_layers, parameters of a block, bytes with parameters of `itemsize` bytes, most positions (None: any number)."""
+    """d_model, n_layers, parameters of a block, bytes with parameters of `itemsize` bytes, most positions (None:
+    any number).
+    """
     if name in SHAPES:
         return SHAPES[name]
     folder, whole = location(name, cache_dir, data_dir, weights=False), Path(name).exists()
@@ -175,15 +194,19 @@ def shape(name: str, itemsize: int, cache_dir: str = "", data_dir: str = "") -> 
 
 
 def sizes(config, name: str, itemsize: int) -> dict:
-    """As `shape`, of a configuration: from the model itself, made on the meta device, so that it holds for every architecture."""
+    """As `shape`, of a configuration: from the model itself, made on the meta device,
+    so that it holds for every architecture.
+    """
     check_quantised(config, name)
     cls, text = auto_class(config, name), config.get_text_config()
     if not text.num_hidden_layers:
-        raise ValueError(f"{name}: its config.json says that it has no blocks\ncheck num_hidden_layers, or save the model again")
+        raise ValueError(f"{name}: its config.json says that it has no blocks\n"
+                         "check num_hidden_layers, or save the model again")
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         hf = cls.from_config(config)
     of_blocks = sum(p.numel() for p in blocks(hf).parameters())
-    return dict(d_model=text.hidden_size, n_layers=text.num_hidden_layers, block_parameters=of_blocks // text.num_hidden_layers,
+    return dict(d_model=text.hidden_size, n_layers=text.num_hidden_layers,
+                block_parameters=of_blocks // text.num_hidden_layers,
                 bytes=itemsize * sum(p.numel() for p in hf.parameters()), positions=positions(text),
                 vocabulary=len(hf.get_input_embeddings().weight))
 
@@ -225,8 +248,9 @@ def check_vocabulary(tokenizer, vocabulary: int, name: str) -> None:
     """
     added = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
     if beyond := sorted(i for i in set(tokenizer.get_vocab().values()) - added if i >= vocabulary):
-        raise ValueError(f"the tokenizer of {name} has {len(beyond):,} ordinary tokens beyond the {vocabulary:,} that config.json has "
-                         f"embeddings for, such as {beyond[0]:,} ({tokenizer.decode([beyond[0]])!r}): it is another model's\n"
+        raise ValueError(f"the tokenizer of {name} has {len(beyond):,} ordinary tokens beyond the {vocabulary:,} that "
+                         f"config.json has embeddings for, such as {beyond[0]:,} ({tokenizer.decode([beyond[0]])!r}): "
+                         "it is another model's\n"
                          "save the model's own beside it: AutoTokenizer.from_pretrained(…).save_pretrained(…)")
 
 
@@ -235,22 +259,27 @@ def bos_of(tokenizer, name: str) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise ValueError(f"the tokenizer of {name} has neither a BOS nor an EOS token\ngive tokenizer_config.json a bos_token")
+    raise ValueError(f"the tokenizer of {name} has neither a BOS nor an EOS token\n"
+                     "give tokenizer_config.json a bos_token")
 
 
-# ------------------------------------------------------------------------------------------------ what can be wrong with a folder
+# -------------------------------------------------------------------------------------- what can be wrong with a folder
 
 
 def check_folder(folder: Path, name: str, whole: bool = True) -> None:
-    """ValueError in one line for what transformers would refuse in many, or fill up in silence; `whole`: the weights are there too."""
+    """ValueError in one line for what transformers would refuse in many, or fill up in silence; `whole`:
+    the weights are there too.
+    """
     if not folder.is_dir():
         raise ValueError(f"--model={name} is a file, not a folder\n{HF_ADVICE}")
-    if (folder / "adapter_config.json").exists():  # with PEFT installed transformers would load the model that this names, and no other
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "a model that it does not name"
+    # with PEFT installed transformers would load the model that this names, and no other
+    if (folder / "adapter_config.json").exists():
+        base = (read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+                or "a model that it does not name")
         beside = " beside the files of a model" if (folder / "config.json").exists() else ", not a whole model"
         raise ValueError(f"{name} is a PEFT adapter of {base}{beside}\n"
-                         f"merge it first and give that folder: PeftModel.from_pretrained(base, {name!r}).merge_and_unload()"
-                         ".save_pretrained(…)")
+                         f"merge it first and give that folder: PeftModel.from_pretrained(base, "
+                         f"{name!r}).merge_and_unload().save_pretrained(…)")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} has no config.json{_other_formats(folder)}\n{HF_ADVICE}")
     if not any((folder / file).is_file() for file in TOKENIZERS):
@@ -262,7 +291,8 @@ def check_folder(folder: Path, name: str, whole: bool = True) -> None:
     if lacking := [file for file in wanted if not (folder / file).is_file()]:
         others = f" and {len(lacking) - 1} more of its {len(wanted)} weight files" if len(lacking) > 1 else ""
         there = _other_formats(folder)
-        raise ValueError(f"{name} lacks {lacking[0]}{others}{there}\n{HF_ADVICE if there else 'copy the folder whole, or save it again'}")
+        raise ValueError(f"{name} lacks {lacking[0]}{others}{there}\n"
+                         f"{HF_ADVICE if there else 'copy the folder whole, or save it again'}")
     quantised = "quantization_config" in read_json(folder / "config.json")
     for file in wanted:
         check_weights(folder / file, name, quantised)
@@ -281,9 +311,11 @@ def unreadable(error: Exception, name: str) -> ValueError:
     import pickle
 
     if any(isinstance(e, pickle.UnpicklingError) for e in network.chain(error)):
-        return ValueError(f"{name}: {SINGLE[1]} holds more than weights, or is damaged, and what may run code is not read\n"
+        return ValueError(f"{name}: {SINGLE[1]} holds more than weights, or is damaged, and what may run code is not "
+                          "read\n"
                           "save the model again as safetensors: save_pretrained does")
-    return ValueError(f"{name}: transformers cannot load its weights: {type(error).__name__}: {network.first_line(error)}\n{DAMAGED}")
+    return ValueError(f"{name}: transformers cannot load its weights: {type(error).__name__}: "
+                      f"{network.first_line(error)}\n{DAMAGED}")
 
 
 def check_quantised(config, name: str) -> None:
@@ -298,12 +330,14 @@ def check_quantised(config, name: str) -> None:
     except ImportError as error:
         raise ValueError(f"{name} is quantised, and its format needs a package: {network.first_line(error)}\n"
                          "install it, or give the model as it was before it was quantised") from error
-    except Exception:  # noqa: BLE001  a device, a version: loading decides, where transformers may still undo the format
+    # a device, a version: loading decides, where transformers may still undo the format
+    except Exception:  # noqa: BLE001
         return
 
 
 def check_weights(file: Path, name: str, quantised: bool) -> None:
-    """ValueError if a safetensors file is shorter or longer than its own header says, or another has no end, or weights are integers
+    """ValueError if a safetensors file is shorter or longer than its own header says, or another has no end, or weights
+    are integers
     of which the configuration does not say that they are `quantised`: they would be taken for numbers."""
     if file.suffix != ".safetensors":
         with open(file, "rb") as stream:
@@ -323,10 +357,11 @@ def check_weights(file: Path, name: str, quantised: bool) -> None:
     if not ends or 8 + length + max(ends) != file.stat().st_size:
         raise ValueError(f"{name}: {file.name} is damaged or cut off ({file.stat().st_size:,} bytes)\n"
                          "copy it again, or save the model again")
-    integers = [key for key, entry in header.items() if key.endswith("weight") and str(entry.get("dtype")).startswith(("I", "U"))]
+    integers = [key for key, entry in header.items() if key.endswith("weight")
+                and str(entry.get("dtype")).startswith(("I", "U"))]
     if integers and not quantised:
-        raise ValueError(f"{name}: {file.name} holds integers as weights, and config.json no quantization_config that says what they mean: "
-                         f"{_some(integers)}\ngive the model as it was before it was quantised")
+        raise ValueError(f"{name}: {file.name} holds integers as weights, and config.json no quantization_config that "
+                         f"says what they mean: {_some(integers)}\ngive the model as it was before it was quantised")
 
 
 def check_complete(about, config, name: str) -> None:
@@ -344,8 +379,9 @@ def check_complete(about, config, name: str) -> None:
                          "check config.json against the weights, or save the model again")
     if others := sorted(keys("mismatched_keys"), key=str):
         key, there, asked = others[0]
-        raise ValueError(f"{name} has weights of another shape than its configuration asks for: {_some([str(o[0]) for o in others])}, "
-                         f"{list(there)} instead of {list(asked)}\ncheck config.json against the weights, or save the model again")
+        raise ValueError(f"{name} has weights of another shape than its configuration asks for: "
+                         f"{_some([str(o[0]) for o in others])}, {list(there)} instead of {list(asked)}\n"
+                         "check config.json against the weights, or save the model again")
     n_layers = config.get_text_config().num_hidden_layers
     blocks_there = {int(n) for key in keys("unexpected_keys") for n in re.findall(r"\.(\d+)\.", str(key))[:1]}
     if beyond := [n for n in blocks_there if n >= n_layers]:
@@ -377,8 +413,9 @@ def check_values(hf: torch.nn.Module, tokenizer, name: str) -> None:
             bad = ~weight.isfinite()
             row = int(bad.nonzero()[0, 0])
             token = f", the token {row} ({tokenizer.decode([row])!r})" if weight is embedding else ""
-            raise ValueError(f"{name}: {key} holds NaN or infinite values in {str(weight.dtype).removeprefix('torch.')}: "
-                             f"{int(bad.sum()):,} of its {weight.numel():,}, first in row {row}{token}\n{DAMAGED}")
+            raise ValueError(f"{name}: {key} holds NaN or infinite values in "
+                             f"{str(weight.dtype).removeprefix('torch.')}: {int(bad.sum()):,} of its "
+                             f"{weight.numel():,}, first in row {row}{token}\n{DAMAGED}")
         if low == high == 0 and weight.dim() > 1:
             zero[key] = weight
     for number, block in enumerate(blocks(hf)):
@@ -392,7 +429,9 @@ def check_values(hf: torch.nn.Module, tokenizer, name: str) -> None:
 
 
 def disk_needed(name: str) -> int:
-    """Bytes that fetching a model of the hub adds to its cache; 0 for a local one, or where its size is not known beforehand."""
+    """Bytes that fetching a model of the hub adds to its cache;
+    0 for a local one, or where its size is not known beforehand.
+    """
     if name in SHAPES or Path(name).exists():
         return 0
     folder = network.snapshot("model", name, SMALL, UNREAD)

@@ -1,18 +1,22 @@
-"""RAVEL: can the features of one attribute of an entity be swapped without its other attributes (SAEBench 0.6.0, `ravel`)?
+"""RAVEL: can the features of one attribute of an entity be swapped without its other attributes (SAEBench 0.6.0,
+`ravel`)?
 
-Prompts that the LM completes right are paired. In a cause pair base and source differ in the attribute, and the swap must make
-the base's completion the source's; in an isolation pair both prompts ask for another attribute, and the base's must stay.
-Per attribute a mask over the features is trained: at the entity's last token the layer's output becomes
-decode((1 − s)·encode(base) + s·encode(source)), without the error, s = sigmoid(m/T) with T from 1 to 1e-4, cross-entropy on the
-wanted first token; then the hard mask m > 0 is scored by greedy completions. Mean over attributes, then over kinds of entity.
+Prompts that the LM completes right are paired. In a cause pair base and source differ in the attribute, and the swap
+must make the base's completion the source's; in an isolation pair both prompts ask for another attribute, and the
+base's must stay. Per attribute a mask over the features is trained: at the entity's last token the layer's output
+becomes decode((1 − s)·encode(base) + s·encode(source)), without the error, s = sigmoid(m/T) with T from 1 to 1e-4,
+cross-entropy on the wanted first token; then the hard mask m > 0 is scored by greedy completions. Mean over attributes,
+then over kinds of entity.
 
 The masks of all attributes are trained in the same passes of the LM (six times fewer, and no mask sees another).
 Pairs come from one random.Random per attribute, seeded by run seed and names, used in SAEBench's order.
-Mask, temperature and loss are fp32 (SAEBench: temperature and loss in the LM's dtype). Corrected metrics beside the compatible ones:
-  *_unseen_prompts   on test pairs neither of whose prompts stands in a training pair; a cause pair whose two first tokens
-                     coincide is left out (SAEBench counts it as isolation)
-Standard errors: entities are the sample. The attributes are the protocol's own, three or six, and no sample; a test pair has two
-entities, its base's and its source's, and pairs that share one are not independent: clustered by both (evals/common/errors.py).
+Mask, temperature and loss are fp32 (SAEBench: temperature and loss in the LM's dtype). Corrected metrics beside the
+compatible ones:
+  *_unseen_prompts   on test pairs neither of whose prompts stands in a training pair; a cause pair whose two first
+                     tokens coincide is left out (SAEBench counts it as isolation)
+Standard errors: entities are the sample. The attributes are the protocol's own, three or six, and no sample; a test
+pair has two entities, its base's and its source's, and pairs that share one are not independent: clustered by both
+(evals/common/errors.py).
 
 Shapes: P prompts the LM completes right, U of them in pairs, N test pairs, b rows of a batch, T positions, D = d_model,
 F features, V vocabulary.
@@ -50,8 +54,9 @@ METRICS = {
     "isolation_score_unseen_prompts": "higher",
 }
 
-NOTE = ("RAVEL scores compare SAEs on the same model and settings only: they depend on which prompts the model completes right. In the "
-        "embedded profile (150 cities, templates of its own) a mask that swaps nothing, or everything, already scores about a third.")
+NOTE = ("RAVEL scores compare SAEs on the same model and settings only: they depend on which prompts the model "
+        "completes right. In the embedded profile (150 cities, templates of its own) a mask that swaps nothing, or "
+        "everything, already scores about a third.")
 
 RANGES = {"train_test_split": (0.01, 0.99), "learning_rate": (1e-9, 1e3)}
 
@@ -69,8 +74,8 @@ CONFIG = {
         "llm_batch_size": 8,  # pairs of one training step of a mask
         "completion_batch_size": 256,
     },
-    # 74 steps instead of 1750: the learning rate is as many times larger, so that a mask can move as far. Half of the pairs are
-    # for testing, which costs a quarter of training and decides the standard error.
+    # 74 steps instead of 1750: the learning rate is as many times larger, so that a mask can move as far. Half of the
+    # pairs are for testing, which costs a quarter of training and decides the standard error.
     "embedded": {
         "entity_attribute_selection": {"city": ["Country", "Continent", "Language"]},
         "top_n_entities": 500,
@@ -118,24 +123,28 @@ def read_ahead(source, config: dict, seed: int) -> None:
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = [f"ravel: {key} = {config[key]} leaves nothing to do\nset {key} to 1 or more"
-                for key in ("top_n_entities", "num_epochs", "n_generated_tokens", "completion_batch_size") if config[key] < 1]
+                for key in ("top_n_entities", "num_epochs", "n_generated_tokens", "completion_batch_size")
+                if config[key] < 1]
     kinds = ravel_prompts.OWN.get(facts.get("source"))
     for kind, attributes in config["entity_attribute_selection"].items():
         if kinds is not None and kind not in kinds:
             problems.append(f"ravel: the {facts['profile']} profile has no entities of the kind {kind!r}\n"
                             f"choose among {', '.join(kinds)} in entity_attribute_selection")
         if len(set(attributes)) < 2:
-            problems.append(f"ravel: {kind} has only the attribute {', '.join(attributes) or 'none'}, isolation needs another one\n"
+            problems.append(f"ravel: {kind} has only the attribute {', '.join(attributes) or 'none'}, isolation needs "
+                            "another one\n"
                             "give entity_attribute_selection two or more attributes of each kind of entity")
         known = ravel_prompts.ATTRIBUTES.get(facts.get("source"), {}).get(kind, attributes)
         if unknown := [name for name in attributes if name not in known]:
             problems.append(f"ravel: {kind} has no attribute {unknown[0]!r}\nchoose among {', '.join(known)}")
         if "Timezone" in attributes:
-            problems.append("ravel: completions with time zones cannot be marked here\nleave Timezone out of entity_attribute_selection")
+            problems.append("ravel: completions with time zones cannot be marked here\n"
+                            "leave Timezone out of entity_attribute_selection")
     pairs, share = 2 * min(config["min_correct_prompts"], config["num_pairs_per_attribute"]), config["train_test_split"]
     if not pairs * min(share, 1 - share) >= config["llm_batch_size"] > 0:
-        problems.append(f"ravel: {pairs} pairs split at train_test_split = {share} do not give a training and a test batch of "
-                        f"{config['llm_batch_size']}\nraise min_correct_prompts and num_pairs_per_attribute, or lower llm_batch_size")
+        problems.append(f"ravel: {pairs} pairs split at train_test_split = {share} do not give a training and a test "
+                        f"batch of {config['llm_batch_size']}\n"
+                        "raise min_correct_prompts and num_pairs_per_attribute, or lower llm_batch_size")
     return problems
 
 
@@ -144,7 +153,8 @@ def run(setup, saes: dict) -> dict[str, Result]:
     known, asked = known_prompts(setup)
     tasks, problems = ravel_prompts.make_tasks(known, asked, setup.config, setup.seed)
     if not tasks:
-        problems = [*problems, "ravel: nothing is left to train a mask for: no disentanglement_score, no cause_score, no isolation_score"]
+        problems = [*problems, "ravel: nothing is left to train a mask for: no disentanglement_score, no cause_score, "
+                               "no isolation_score"]
         return {name: _result(known, [], [], [], problems) for name in saes}
     setup.say(f"ravel: {len(known)} of {sum(asked.values())} prompts completed right, {len(tasks)} attributes, "
               f"{sum(len(task.test) for task in tasks)} test pairs")
@@ -173,8 +183,9 @@ def known_prompts(setup) -> tuple[list[Known], Counter]:
 
     def make() -> dict[str, Tensor]:
         tokens = _tokens(lm, [prompt.text for prompt in prompts])
-        said, first = complete(setup, tokens, lambda i, text: ravel_prompts.settled(prompts[i].text, prompts[i].value, text),
-                               lambda rows, tokens_bT, step: lm.residual(tokens_bT, setup.layer), "ravel: completions")
+        said, first = complete(setup, tokens, lambda i,
+                               text: ravel_prompts.settled(prompts[i].text, prompts[i].value, text), lambda rows,
+                               tokens_bT, step: lm.residual(tokens_bT, setup.layer), "ravel: completions")
         right = [ravel_prompts.matches(prompt.text, prompt.value, text) for prompt, text in zip(prompts, said)]
         return {"right": torch.tensor(right), "first": torch.tensor(first)}
 
@@ -189,8 +200,8 @@ def known_prompts(setup) -> tuple[list[Known], Counter]:
     tokens, remainders = _tokens(lm, [prompts[i].text for i in kept]), _tokens(lm, [prompts[i].remainder for i in kept])
     first = stored["first"].tolist()
     # the remainder's BOS stands for the entity's last token
-    known = [Known(prompts[i].kind, prompts[i].attribute, prompts[i].value, prompts[i].text, ids, len(ids) - len(rest), first[i],
-                   prompts[i].entity)
+    known = [Known(prompts[i].kind, prompts[i].attribute, prompts[i].value, prompts[i].text, ids, len(ids) - len(rest),
+                   first[i], prompts[i].entity)
              for i, ids, rest in zip(kept, tokens, remainders)]
     return known, Counter((prompt.kind, prompt.attribute) for prompt in prompts)
 
@@ -203,14 +214,16 @@ def _tokens(lm, texts: list[str]) -> list[list[int]]:
 
 
 def residuals(setup, known: list[Known], tasks: list[Task]) -> tuple[dict[int, Tensor], Tensor]:
-    """The residual stream {prompt: x_TD} of all bases and at the last entity token of every prompt in a pair, entity_PD (others 0).
+    """The residual stream {prompt: x_TD} of all bases and at the last entity token of every prompt in a pair, entity_PD
+    (others 0).
 
     Both on the CPU in the LM's dtype: at Gemma's size up to 60,000 bases of about 25 tokens, 7 GB.
     """
     pairs = [pair for task in tasks for pair in [*itertools.chain(*task.train), *task.test]]
     bases = {pair.base for pair in pairs}
     used = sorted(bases | {pair.source for pair in pairs}, key=lambda i: (-len(known[i].tokens), known[i].tokens))
-    tokens_UT = pad_sequence([torch.tensor(known[i].tokens) for i in used], batch_first=True, padding_value=setup.lm.bos)
+    tokens_UT = pad_sequence([torch.tensor(known[i].tokens) for i in used], batch_first=True,
+                             padding_value=setup.lm.bos)
     length_U, size = torch.tensor([len(known[i].tokens) for i in used]), setup.config["completion_batch_size"]
     x, entity_PD = {}, None
     batches = pooling.activation_batches(setup, tokens_UT, length_U, size)
@@ -241,7 +254,8 @@ def complete(setup, tokens: list[list[int]], done: Callable[[int, str], bool], r
         for rows in setup.track(batches, f"{label}, token {step + 1}", len(batches), "batches"):
             sequences = [torch.tensor(tokens[i] + made[i]) for i in rows]
             tokens_bT = pad_sequence(sequences, batch_first=True, padding_value=lm.bos).to(lm.device)
-            next_b = memory.by_rows(setup, "the language model", partial(_said_next, setup, partial(residual, step=step)), rows, tokens_bT,
+            next_b = memory.by_rows(setup, "the language model",
+                                    partial(_said_next, setup, partial(residual, step=step)), rows, tokens_bT,
                                     [len(s) - 1 for s in sequences], each=tokens_bT.shape[1])
             for i, token in zip(rows, next_b.tolist()):
                 made[i].append(token)
@@ -278,13 +292,15 @@ def temperatures(steps: int) -> list[float]:
 
 
 @torch.enable_grad()
-def fit_masks(setup, sae, known: list[Known], tasks: list[Task], x: dict[int, Tensor], entity_PD: Tensor, name: str) -> list[Tensor]:
+def fit_masks(setup, sae, known: list[Known], tasks: list[Task], x: dict[int, Tensor], entity_PD: Tensor,
+              name: str) -> list[Tensor]:
     """The masks m_F of all tasks after training; each has its own batches, temperatures and gradient."""
     config, lm = setup.config, setup.lm
     F = sae.encode(entity_PD[:1].to(lm.device)).shape[-1]
     masks = [torch.zeros(F, device=lm.device, requires_grad=True) for _ in tasks]
     optimiser = torch.optim.Adam(masks, lr=config["learning_rate"])
-    plans = [list(zip(task.train * config["num_epochs"], temperatures(len(task.train) * config["num_epochs"]))) for task in tasks]
+    plans = [list(zip(task.train * config["num_epochs"], temperatures(len(task.train) * config["num_epochs"])))
+             for task in tasks]
     steps = list(itertools.zip_longest(*plans))
     for step in setup.track(steps, f"ravel: masks of {name}", len(steps), "steps"):
         # features are encoded again in every step: kept for all pairs they would take 30 GB at a width of 65k
@@ -292,11 +308,12 @@ def fit_masks(setup, sae, known: list[Known], tasks: list[Task], x: dict[int, Te
                    for mask_F, part in zip(masks, step) if part]
         pairs, patch_bD = [pair for part in step if part for pair in part[0]], torch.cat(patches)
         x_bTD = pad_sequence([x[pair.base] for pair in pairs], batch_first=True).to(lm.device)
-        position, last = ([of(known[pair.base]) for pair in pairs] for of in (lambda k: k.position, lambda k: len(k.tokens) - 1))
+        position, last = ([of(known[pair.base]) for pair in pairs]
+                          for of in (lambda k: k.position, lambda k: len(k.tokens) - 1))
         target_b = torch.tensor([known[pair.wanted].first for pair in pairs], device=lm.device)
         optimiser.zero_grad()
-        patch_bD.backward(memory.by_rows(setup, "the language model", partial(_gradient, setup), patch_bD.detach(), x_bTD, position, last,
-                                         target_b, each=x_bTD.shape[1]))
+        patch_bD.backward(memory.by_rows(setup, "the language model", partial(_gradient, setup), patch_bD.detach(),
+                                         x_bTD, position, last, target_b, each=x_bTD.shape[1]))
         optimiser.step()
     return [mask_F.detach() for mask_F in masks]
 
@@ -316,21 +333,24 @@ def _vectors(entity_PD: Tensor, pairs: list[Pair], device) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def completed_right(setup, sae, known: list[Known], tasks: list[Task], masks: list[Tensor], x: dict[int, Tensor], entity_PD: Tensor,
-                    name: str) -> list[list[bool]]:
+def completed_right(setup, sae, known: list[Known], tasks: list[Task], masks: list[Tensor], x: dict[int, Tensor],
+                    entity_PD: Tensor, name: str) -> list[list[bool]]:
     """Per task and test pair, whether the completion under the hard mask gives the wanted value."""
     lm = setup.lm
     pairs = [pair for task in tasks for pair in task.test]
     patch_ND = torch.cat([interchange(sae, *_vectors(entity_PD, batch, lm.device), (mask_F > 0).float())
-                          for task, mask_F in zip(tasks, masks) for batch in full_batches(task.test, setup.config["llm_batch_size"])])
+                          for task, mask_F in zip(tasks, masks)
+                          for batch in full_batches(task.test, setup.config["llm_batch_size"])])
 
     def residual(rows: list[int], tokens_bT: Tensor, step: int) -> Tensor:
-        clean_bTD = lm.residual(tokens_bT, setup.layer) if step else pad_sequence([x[pairs[i].base] for i in rows], batch_first=True)
+        clean_bTD = lm.residual(tokens_bT,
+                                setup.layer) if step else pad_sequence([x[pairs[i].base] for i in rows],
+                                                                       batch_first=True)
         return put(clean_bTD.to(lm.device), [known[pairs[i].base].position for i in rows], patch_ND[rows])
 
     question = [(known[pair.base].text, known[pair.wanted].value) for pair in pairs]
-    said, _ = complete(setup, [known[pair.base].tokens for pair in pairs], lambda i, text: ravel_prompts.settled(*question[i], text),
-                       residual, f"ravel: scores of {name}")
+    said, _ = complete(setup, [known[pair.base].tokens for pair in pairs], lambda i,
+                       text: ravel_prompts.settled(*question[i], text), residual, f"ravel: scores of {name}")
     right = iter([ravel_prompts.matches(*asked, text) for asked, text in zip(question, said)])
     return [[next(right) for _ in task.test] for task in tasks]
 
@@ -341,7 +361,8 @@ def unfit(sae, entity_UD: Tensor, setup) -> int:
         return (~sae.decode(sae.encode(x_bD.to(setup.lm.device))).isfinite()).any(1)
 
     with torch.no_grad():
-        return int(memory.by_rows(setup, "the features", broken, entity_UD, most=setup.config["completion_batch_size"]).sum())
+        return int(memory.by_rows(setup, "the features", broken, entity_UD,
+                                  most=setup.config["completion_batch_size"]).sum())
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -369,9 +390,11 @@ def scores(found: Counted) -> dict:
     return {**values, "disentangle_score": both, "pairs": {side: len(pairs) for side, pairs in found.items()}}
 
 
-def _result(known: list[Known], tasks: list[Task], masks: list[Tensor], right: list[list[bool]], problems: list[str]) -> Result:
+def _result(known: list[Known], tasks: list[Task], masks: list[Tensor], right: list[list[bool]],
+            problems: list[str]) -> Result:
     """The Result of one SAE; without tasks nothing is scored."""
-    names = {"disentanglement_score": "disentangle_score", "cause_score": "cause_score", "isolation_score": "isolation_score"}
+    names = {"disentanglement_score": "disentangle_score", "cause_score": "cause_score",
+             "isolation_score": "isolation_score"}
     pairs = [counted(known, task, ok) for task, ok in zip(tasks, right)]
     per_task = [tuple(map(scores, sides)) for sides in pairs]
     weights = mean_weights([task.kind for task in tasks])
@@ -391,7 +414,8 @@ def _result(known: list[Known], tasks: list[Task], masks: list[Tensor], right: l
         unstructured.setdefault(f"{task.kind}_results", {})[f"{task.kind}_{task.attribute}"] = compatible | {
             "unseen_prompts": corrected, "features_in_mask": int((mask_F > 0).sum())}
     return Result({"ravel": {metric: summary[metric] for metric in names}},
-                  {metric: value for metric, value in summary.items() if metric not in names}, stderrs, [], unstructured, problems)
+                  {metric: value for metric, value in summary.items() if metric not in names}, stderrs, [],
+                  unstructured, problems)
 
 
 SUMS = {side: (side,) for side in SIDES} | {"disentangle_score": SIDES}  # the sides that a score is the mean of
@@ -403,8 +427,11 @@ def mean_weights(kinds: list[str]) -> list[float]:
     return [1 / len(per_kind) / per_kind[kind] for kind in kinds]
 
 
-def standard_error(known: list[Known], weights: list[float], found: list[Counted], sides: tuple[str, ...]) -> float | None:
-    """Standard error of Σ w · (mean over sides of the share of right pairs), clustered by the entities of base and source."""
+def standard_error(known: list[Known], weights: list[float], found: list[Counted],
+                   sides: tuple[str, ...]) -> float | None:
+    """Standard error of Σ w · (mean over sides of the share of right pairs),
+    clustered by the entities of base and source.
+    """
     influence, entities = [], []
     for weight, of in zip(weights, found):
         for pairs in (of[side] for side in sides):

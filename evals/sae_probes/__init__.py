@@ -1,11 +1,15 @@
-"""sae_probes: k-sparse probes on SAE features of a prompt's last token, on 113 data sets (SAEBench 0.6.0, `sparse_probing_sae_probes`).
+"""sae_probes: k-sparse probes on SAE features of a prompt's last token, on 113 data sets (SAEBench 0.6.0,
+`sparse_probing_sae_probes`).
 
-Per data set min(n − 100, 1024) balanced rows train and the rest tests. k features by mean difference of normalised features,
-an L1 logistic regression on their plain values, C by validation AUC; beside it an L2 one on all LM channels. Means over data sets.
+Per data set min(n − 100, 1024) balanced rows train and the rest tests. k features by mean difference of normalised
+features, an L1 logistic regression on their plain values, C by validation AUC; beside it an L2 one on all LM channels.
+Means over data sets.
 
-The run's seed splits the rows, shuffles them and goes to scikit-learn, as SAEBench's random_seed does (42 there): equal seeds and
-equal activations give its numbers to the last bit. The LM has the run's dtype (SAEBench: fp32). Corrected metrics:
-  *_deduplicated         without the test prompts that stand in train; as that leaves the classes unequal, accuracy is their mean
+The run's seed splits the rows, shuffles them and goes to scikit-learn, as SAEBench's random_seed does (42 there): equal
+seeds and equal activations give its numbers to the last bit. The LM has the run's dtype (SAEBench: fp32). Corrected
+metrics:
+  *_deduplicated         without the test prompts that stand in train; as that leaves the classes unequal, accuracy is
+                         their mean
   sae_top_1_minus_llm_*  difference of these, paired by data set
   duplicated_test_share  share of test prompts that stand in train
 Standard errors are over data sets, s/√n, from five on.
@@ -35,8 +39,9 @@ from evals.sae_probes import sets as probe_sets
 
 EVAL_TYPE_ID = "sparse_probing_sae_probes"
 
-NOTE = ("Test prompts that also stand in train count in SAEBench's scores and not in the deduplicated ones, which leave out data sets with "
-        "fewer than 10 other test prompts of a class. Most negatives of the three agnews sets are source code: text length tells them.")
+NOTE = ("Test prompts that also stand in train count in SAEBench's scores and not in the deduplicated ones, which "
+        "leave out data sets with fewer than 10 other test prompts of a class. Most negatives of the three agnews sets "
+        "are source code: text length tells them.")
 
 METRICS = {
     "llm_test_accuracy": "", "llm_test_auc": "", "llm_test_f1": "", "sae_test_accuracy": "higher",
@@ -68,7 +73,8 @@ CONFIG = {
         "llm_batch_size": 32,  # prompts of max_tokens; of shorter ones as many more
     },
     "embedded": {
-        # of many kinds; few repeated prompts; hardly one longer than 64 tokens, but for the last two; some signal in SmolLM2-135M
+        # of many kinds; few repeated prompts; hardly one longer than 64 tokens, but for the last two; some signal in
+        # SmolLM2-135M
         "dataset_names": [
             "125_world_country_Italy",
             "126_art_type_book",
@@ -115,18 +121,24 @@ def requirements(config: dict, facts) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)[0]
             problems.append(f"sae_probes: no data set {name!r}; the nearest is {near!r}\n"
-                            f"choose among the {len(known)} of evals/sae_probes/sets.py, or leave dataset_names empty for all")
+                            f"choose among the {len(known)} of evals/sae_probes/sets.py, or leave dataset_names empty "
+                            "for all")
     if not config["ks"] or not set(config["ks"]) <= set(K_NAMED):
-        problems.append(f"sae_probes: ks = {config['ks']} must be some of {list(K_NAMED)}\nSAEBench's results have no key for any other k")
+        problems.append(f"sae_probes: ks = {config['ks']} must be some of {list(K_NAMED)}\n"
+                        "SAEBench's results have no key for any other k")
     if config["max_rows"] < FEWEST_ROWS:
-        problems.append(f"sae_probes: max_rows = {config['max_rows']} leaves no rows to train on\nset max_rows to {FEWEST_ROWS} or more")
+        problems.append(f"sae_probes: max_rows = {config['max_rows']} leaves no rows to train on\n"
+                        f"set max_rows to {FEWEST_ROWS} or more")
     if config["max_tokens"] < 2:
-        problems.append(f"sae_probes: max_tokens = {config['max_tokens']} leaves no token beside BOS\nset max_tokens to 2 or more")
+        problems.append(f"sae_probes: max_tokens = {config['max_tokens']} leaves no token beside BOS\n"
+                        "set max_tokens to 2 or more")
     return problems
 
 
 class Split(NamedTuple):
-    """Rows of a data set that train and test: their prompts' places among the distinct ones, labels, and which test prompts are new."""
+    """Rows of a data set that train and test: their prompts' places among the distinct ones, labels,
+    and which test prompts are new.
+    """
 
     train_M: Tensor
     train_label_M: Tensor
@@ -161,13 +173,18 @@ def run(setup, saes: dict) -> dict[str, Result]:
                 jobs[name, dataset, k] = part, train_Mk[:, :k], test_Mk[:, :k], "l1", setup.seed
 
     threads = torch.get_num_threads()
-    with probes.one_thread(), _unconverged(), ThreadPoolExecutor(threads) as pool:  # scikit-learn's solvers release the GIL
+    # scikit-learn's solvers release the GIL
+    with probes.one_thread(), _unconverged(), ThreadPoolExecutor(threads) as pool:
         llm = baselines(setup, depends_on, x_UD, splits, pool)
         scores: dict = {name: {} for name in saes}  # SAE -> data set -> metric -> value
-        with closing(pool.map(lambda arguments: score(*arguments), jobs.values())) as fitted:  # an interrupt drops the rest
-            for (name, dataset, k), values in zip(jobs, setup.track(fitted, "sae_probes: SAE probes", len(jobs), "probe")):
-                scores[name].setdefault(dataset, {}).update({f"sae_top_{k}_{metric}": value for metric, value in values.items()})
-    return {name: _result(setup.config["ks"], list(sets), splits, llm, scores[name], selected[name], problems[None] + problems[name])
+        # an interrupt drops the rest
+        with closing(pool.map(lambda arguments: score(*arguments), jobs.values())) as fitted:
+            for (name, dataset, k), values in zip(jobs, setup.track(fitted, "sae_probes: SAE probes", len(jobs),
+                                                                    "probe")):
+                scores[name].setdefault(dataset, {}).update({f"sae_top_{k}_{metric}": value
+                                                             for metric, value in values.items()})
+    return {name: _result(setup.config["ks"], list(sets), splits, llm, scores[name], selected[name], problems[None]
+                          + problems[name])
             for name in saes}
 
 
@@ -175,16 +192,19 @@ def run(setup, saes: dict) -> dict[str, Result]:
 
 
 def split(place_N: Tensor, label_N: Tensor, seed: int) -> Split:
-    """sae_probes' split: min(n − 100, 1024) rows train, of the others all but one test, half of either positive (the odd one, too).
+    """sae_probes' split: min(n − 100, 1024) rows train, of the others all but one test, half of either positive (the
+    odd one, too).
 
     Drawn in this order: positives and negatives to train, positives and negatives to test, a permutation of each side.
     ValueError if there are too few rows.
     """
     n_train = min(len(label_N) - 100, 1024)
-    wanted = [(n - n // 2, n // 2) for n in (n_train, len(label_N) - n_train - 1)]  # (positives, negatives) of either side
+    # (positives, negatives) of either side
+    wanted = [(n - n // 2, n // 2) for n in (n_train, len(label_N) - n_train - 1)]
     counts = [int((label_N == label).sum()) for label in (1, 0)]
     if len(label_N) < FEWEST_ROWS or any(sum(pair) > count for pair, count in zip(zip(*wanted), counts)):
-        raise ValueError(f"{counts[0]} positive and {counts[1]} negative rows; the split needs {FEWEST_ROWS} or more, as many of either")
+        raise ValueError(f"{counts[0]} positive and {counts[1]} negative rows; the split needs {FEWEST_ROWS} or more, "
+                         "as many of either")
     rng, sides, pools = np.random.RandomState(seed), [], [np.flatnonzero(label_N.numpy() == label) for label in (1, 0)]
     for numbers in wanted:
         drawn = [rng.choice(pool, number, replace=False) for pool, number in zip(pools, numbers)]
@@ -196,12 +216,14 @@ def split(place_N: Tensor, label_N: Tensor, seed: int) -> Split:
 
 
 def sparse_features(setup, sae, x_UD: Tensor, part: Split) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of the max(ks) features that are best on the training rows, and their values on train and test rows, on the CPU.
+    """The numbers of the max(ks) features that are best on the training rows, and their values on train and test rows,
+    on the CPU.
 
     All features are held of the training rows only, which are at most 1024: 2²⁶ floats at a width of 65,536.
     """
     def encode(places: Tensor) -> Tensor:
-        return memory.by_rows(setup, "the features of prompts", lambda x_bD: sae.encode(x_bD.to(setup.lm.device)), x_UD[places])
+        return memory.by_rows(setup, "the features of prompts", lambda x_bD: sae.encode(x_bD.to(setup.lm.device)),
+                              x_UD[places])
 
     train_MF = encode(part.train_M)
     feature_k = by_normalised_difference(train_MF, part.train_label_M.to(train_MF.device))[: max(setup.config["ks"])]
@@ -211,7 +233,9 @@ def sparse_features(setup, sae, x_UD: Tensor, part: Split) -> tuple[Tensor, Tens
 
 
 def by_normalised_difference(z_MF: Tensor, label_M: Tensor) -> Tensor:
-    """Feature numbers by |mean over positives − mean over negatives|, descending, of z over its mean |z| where it is not 0."""
+    """Feature numbers by |mean over positives − mean over negatives|, descending,
+    of z over its mean |z| where it is not 0.
+    """
     mean_F = z_MF.abs().sum(0) / ((z_MF != 0).sum(0) + 1e-6)
     return probes.by_mean_difference(z_MF / (mean_F + 1e-6), label_M)
 
@@ -221,7 +245,9 @@ def by_normalised_difference(z_MF: Tensor, label_M: Tensor) -> Tensor:
 
 @contextmanager
 def _unconverged() -> Iterator[None]:
-    """Without the warnings of fits that end after their 1000 iterations, which are the protocol: saga seldom converges."""
+    """Without the warnings of fits that end after their 1000 iterations, which are the protocol:
+    saga seldom converges.
+    """
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
@@ -230,7 +256,8 @@ def _unconverged() -> Iterator[None]:
 
 
 def folds(label_M: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rows to fit, rows to check) by the number of rows: up to 12 leave two out, below 128 six folds, else the last fifth, at most 100.
+    """(rows to fit, rows to check) by the number of rows: up to 12 leave two out, below 128 six folds, else the last
+    fifth, at most 100.
 
     Those that check on one class alone are left out.
     """
@@ -245,13 +272,16 @@ def folds(label_M: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 def fit(train_MF: np.ndarray, label_M: np.ndarray, penalty: str, seed: int):
-    """Logistic regression with an "l1" (saga) or "l2" (lbfgs) penalty, C by mean validation AUC, fitted again on all rows."""
+    """Logistic regression with an "l1" (saga) or "l2" (lbfgs) penalty, C by mean validation AUC,
+    fitted again on all rows.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
     kind = {"max_iter": 1000, "random_state": seed}
     if penalty == "l1":  # from scikit-learn 1.8 on l1_ratio alone says so; before, the penalty is named
-        kind |= {"solver": "saga", **({"penalty": "l1"} if getattr(LogisticRegression(), "penalty", "") == "l2" else {"l1_ratio": 1.0})}
+        kind |= {"solver": "saga", **({"penalty": "l1"} if getattr(LogisticRegression(), "penalty", "") == "l2"
+                                      else {"l1_ratio": 1.0})}
 
     def auc(C: float, rows: np.ndarray, check: np.ndarray) -> float:
         if len(set(label_M[rows])) < 2:
@@ -272,7 +302,8 @@ def fit(train_MF: np.ndarray, label_M: np.ndarray, penalty: str, seed: int):
 
 
 def score(part: Split, train_MF: Tensor, test_MF: Tensor, penalty: str, seed: int) -> dict[str, float]:
-    """Test accuracy, AUC and weighted F1 of a probe, and its scores on the new prompts if each class has enough of them.
+    """Test accuracy, AUC and weighted F1 of a probe, and its scores on the new prompts if each class has enough of
+    them.
 
     In double precision, as scikit-learn chooses for the torch tensors that sae_probes passes to it.
     """
@@ -290,7 +321,8 @@ def score(part: Split, train_MF: Tensor, test_MF: Tensor, penalty: str, seed: in
     return {metric: float(value) for metric, value in values.items()}
 
 
-def baselines(setup, depends_on: dict, x_UD: Tensor, splits: dict[str, Split], pool: Executor) -> dict[str, dict[str, float]]:
+def baselines(setup, depends_on: dict, x_UD: Tensor, splits: dict[str, Split],
+              pool: Executor) -> dict[str, dict[str, float]]:
     """{data set: {metric: value}} of the probes on all LM channels, fitted once: no SAE enters them."""
     def make() -> dict[str, Tensor]:
         def scored(part: Split) -> dict[str, float]:  # a data set's rows become fp64 only while it is fitted
@@ -301,19 +333,24 @@ def baselines(setup, depends_on: dict, x_UD: Tensor, splits: dict[str, Split], p
         return {metric: torch.tensor([values.get(metric, math.nan) for values in found], dtype=torch.float64)
                 for metric in sorted({metric for values in found for metric in values})}
 
-    own = {"layer": setup.layer, "seed": setup.seed, "device": torch.device(setup.lm.device).type, "scored": list(splits),
-           "versions": [torch.__version__, version("scikit-learn")], "probes": Path(__file__).read_text(encoding="utf-8")}
+    own = {"layer": setup.layer, "seed": setup.seed, "device": torch.device(setup.lm.device).type,
+           "scored": list(splits),
+           "versions": [torch.__version__, version("scikit-learn")],
+           "probes": Path(__file__).read_text(encoding="utf-8")}
     stored = setup.cache.get("sae_probes_llm", depends_on | own, make) if splits else {}
-    return {dataset: {f"llm_{metric}": float(v[i]) for metric, v in stored.items() if not v[i].isnan()} for i, dataset in enumerate(splits)}
+    return {dataset: {f"llm_{metric}": float(v[i]) for metric, v in stored.items() if not v[i].isnan()}
+            for i, dataset in enumerate(splits)}
 
 
 # ------------------------------------------------------------------------------------------------ results
 
 NAMED = {"llm": [f"llm_test_{what}" for what in ("accuracy", "auc", "f1")],
-         "sae": ["sae_test_accuracy", *(f"sae_top_{k}_test_{what}" for k in K_NAMED for what in ("accuracy", "auc", "f1"))]}
+         "sae": ["sae_test_accuracy", *(f"sae_top_{k}_test_{what}" for k in K_NAMED
+                                        for what in ("accuracy", "auc", "f1"))]}
 
 
-def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: dict, selected: dict, problems: list[str]) -> Result:
+def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: dict, selected: dict,
+            problems: list[str]) -> Result:
     """The Result of one SAE from {data set: {metric: value}} of the LM's channels and of its own features."""
     per_set = {}
     for dataset, part in splits.items():
@@ -324,7 +361,8 @@ def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: di
         per_set[dataset] = values
 
     def summary(metric: str) -> tuple[float | None, float | None]:
-        """Mean over data sets and its standard error, the data sets being the sample; None unless all of them could be scored.
+        """Mean over data sets and its standard error, the data sets being the sample; None unless all of them could be
+        scored.
 
         A data set's own 100 to 4000 test rows vary, too: the spread between data sets holds that already.
         """
@@ -332,27 +370,33 @@ def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: di
         found = [values[metric] for values in per_set.values() if metric in values]
         if not found or len(scored) < len(datasets):
             return None, None
-        return float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(len(found)) if errors.enough([1.0] * len(found)) else None
+        return float(np.mean(found)), float(np.std(found,
+                                                   ddof=1)) / math.sqrt(len(found)) if errors.enough([1.0] * len(found)) else None
 
-    corrected = [f"{side}_test_{what}_deduplicated" for side in ("llm", *(f"sae_top_{k}" for k in ks)) for what in ("accuracy", "auc")]
+    corrected = [f"{side}_test_{what}_deduplicated" for side in ("llm", *(f"sae_top_{k}" for k in ks))
+                 for what in ("accuracy", "auc")]
     corrected += [f"sae_top_1_minus_llm_test_{what}_deduplicated" for what in ("accuracy", "auc")] if 1 in ks else []
     corrected += ["duplicated_test_share"]
     means = {metric: summary(metric) for metric in [*NAMED["llm"], *NAMED["sae"], *corrected]}
 
     if problems:
         headline = ("llm_test_accuracy", f"sae_top_{ks[0]}_test_accuracy")
-        problems = [*problems, f"no mean over the data sets: no {', '.join(metric for metric in headline if means[metric][0] is None)}"]
+        problems = [*problems, f"no mean over the data sets: no "
+                               f"{', '.join(metric for metric in headline if means[metric][0] is None)}"]
     elif means["llm_test_auc_deduplicated"][0] is None:
-        problems = [f"no data set has {FEWEST_DISTINCT} test prompts of each class that do not stand in train: no *_deduplicated score"]
+        problems = [f"no data set has {FEWEST_DISTINCT} test prompts of each class that do not stand in train: no "
+                    "*_deduplicated score"]
     if sae and all(values[f"sae_top_{k}_test_auc"] == 0.5 for values in sae.values() for k in ks):
-        problems = [*problems, "probing at chance: every sparse probe of the SAE has AUC .5 (a dead SAE: its features do not depend on the "
-                               "text)"]
+        problems = [*problems, "probing at chance: every sparse probe of the SAE has AUC .5 (a dead SAE: its features "
+                               "do not depend on the text)"]
     return Result(
         metrics={side: {metric: means[metric][0] for metric in metrics} for side, metrics in NAMED.items()},
         corrected={metric: means[metric][0] for metric in corrected},
         stderrs={metric: error for metric, (_, error) in means.items() if error is not None},
-        details=[{"dataset_name": dataset} | {metric: values.get(metric) for metrics in NAMED.values() for metric in metrics}
-                 | {"sae_metrics_by_k": {k: {f"test_{what}": values[f"sae_top_{k}_test_{what}"] for what in ("accuracy", "auc", "f1")}
+        details=[{"dataset_name": dataset} | {metric: values.get(metric) for metrics in NAMED.values()
+                                              for metric in metrics}
+                 | {"sae_metrics_by_k": {k: {f"test_{what}": values[f"sae_top_{k}_test_{what}"]
+                                             for what in ("accuracy", "auc", "f1")}
                                          for k in ks if dataset in sae}}
                  for dataset, values in per_set.items()],
         unstructured={dataset: {metric: values.get(metric) for metric in corrected}

@@ -1,4 +1,5 @@
-"""Prompts of the eval `sae_probes` and their last token's activations: the 113 binary data sets in the wheel of sae-probes 0.4.2,
+"""Prompts of the eval `sae_probes` and their last token's activations: the 113 binary data sets in the wheel of
+sae-probes 0.4.2,
 read as data, or two made from the tiny profile's grammar.
 
 A data set is a list of (prompt, label), label 0 or 1, as many of either, in the file's order.
@@ -23,30 +24,35 @@ from evals.texts import embedded, tiny
 
 # the rows of type "Binary Classification" in the wheel's probing_datasets_MASTER.csv, in its order
 NAMES = (
-    "5_hist_fig_ismale", "6_hist_fig_isamerican", "7_hist_fig_ispolitician", "21_headline_istrump", "22_headline_isobama",
-    "23_headline_ischina", "24_headline_isiran", "26_headline_isfrontpage", "36_sciq_tf", "41_truthqa_tf", "42_temp_sense", "44_phys_tf",
-    "47_reasoning_tf", "48_cm_correct", "49_cm_isshort", "50_deon_isvalid", "51_just_is", "52_virtue_is", "54_cs_tf",
-    "56_wikidatasex_or_gender", "57_wikidatais_alive", "58_wikidatapolitical_party", "59_wikidata_occupation_isjournalist",
-    "60_wikidata_occupation_isathlete", "61_wikidata_occupation_isactor", "62_wikidata_occupation_ispolitician",
-    "63_wikidata_occupation_issinger", "64_wikidata_occupation_isresearcher", "65_high-school", "66_living-room", "67_social-security",
-    "68_credit-card", "69_blood-pressure", "70_prime-factors", "71_social-media", "72_gene-expression", "73_control-group",
-    "74_magnetic-field", "75_cell-lines", "76_trial-court", "77_second-derivative", "78_north-america", "79_human-rights",
-    "80_side-effects", "81_public-health", "82_federal-government", "83_third-party", "84_clinical-trials", "85_mental-health",
-    "87_glue_cola", "89_glue_mrpc", "90_glue_qnli", "91_glue_qqp", "92_glue_sst2", "94_ai_gen", "95_toxic_is", "96_spam_is",
-    "100_news_fake", "105_click_bait", "106_hate_hate", "107_hate_offensive", "110_aimade_humangpt3", "113_movie_sent",
-    "114_nyc_borough_Manhattan", "115_nyc_borough_Brooklyn", "116_nyc_borough_Bronx", "117_us_state_FL", "118_us_state_CA",
-    "119_us_state_TX", "120_us_timezone_Chicago", "121_us_timezone_New_York", "122_us_timezone_Los_Angeles",
-    "123_world_country_United_Kingdom", "124_world_country_United_States", "125_world_country_Italy", "126_art_type_book",
-    "127_art_type_song", "128_art_type_movie", "129_arith_mc_A", "130_temp_cat_Frequency", "131_temp_cat_Typical Time",
-    "132_temp_cat_Event Ordering", "133_context_type_Causality", "134_context_type_Belief_states", "135_context_type_Event_duration",
-    "136_glue_mnli_entailment", "137_glue_mnli_neutral", "138_glue_mnli_contradiction", "139_news_class_Politics",
-    "140_news_class_Technology", "141_news_class_Entertainment", "142_cancer_cat_Thyroid_Cancer", "143_cancer_cat_Lung_Cancer",
-    "144_cancer_cat_Colon_Cancer", "145_disease_class_digestive system diseases", "146_disease_class_cardiovascular diseases",
-    "147_disease_class_nervous system diseases", "148_twt_emotion_worry", "149_twt_emotion_happiness", "150_twt_emotion_sadness",
-    "151_it_tick_HR Support", "152_it_tick_Hardware", "153_it_tick_Administrative rights", "154_athlete_sport_football",
-    "155_athlete_sport_basketball", "156_athlete_sport_baseball", "157_amazon_5star", "158_code_C", "159_code_Python", "160_code_HTML",
-    "161_agnews_0", "162_agnews_1", "163_agnews_2",)
-TINY = {"topic_animals": ("animals", 120), "topic_music": ("music", 116)}  # name: topic told from the others, rows of each side
+    "5_hist_fig_ismale", "6_hist_fig_isamerican", "7_hist_fig_ispolitician", "21_headline_istrump",
+    "22_headline_isobama", "23_headline_ischina", "24_headline_isiran", "26_headline_isfrontpage", "36_sciq_tf",
+    "41_truthqa_tf", "42_temp_sense", "44_phys_tf", "47_reasoning_tf", "48_cm_correct", "49_cm_isshort",
+    "50_deon_isvalid", "51_just_is", "52_virtue_is", "54_cs_tf", "56_wikidatasex_or_gender", "57_wikidatais_alive",
+    "58_wikidatapolitical_party", "59_wikidata_occupation_isjournalist", "60_wikidata_occupation_isathlete",
+    "61_wikidata_occupation_isactor", "62_wikidata_occupation_ispolitician", "63_wikidata_occupation_issinger",
+    "64_wikidata_occupation_isresearcher", "65_high-school", "66_living-room", "67_social-security", "68_credit-card",
+    "69_blood-pressure", "70_prime-factors", "71_social-media", "72_gene-expression", "73_control-group",
+    "74_magnetic-field", "75_cell-lines", "76_trial-court", "77_second-derivative", "78_north-america",
+    "79_human-rights", "80_side-effects", "81_public-health", "82_federal-government", "83_third-party",
+    "84_clinical-trials", "85_mental-health", "87_glue_cola", "89_glue_mrpc", "90_glue_qnli", "91_glue_qqp",
+    "92_glue_sst2", "94_ai_gen", "95_toxic_is", "96_spam_is", "100_news_fake", "105_click_bait", "106_hate_hate",
+    "107_hate_offensive", "110_aimade_humangpt3", "113_movie_sent", "114_nyc_borough_Manhattan",
+    "115_nyc_borough_Brooklyn", "116_nyc_borough_Bronx", "117_us_state_FL", "118_us_state_CA", "119_us_state_TX",
+    "120_us_timezone_Chicago", "121_us_timezone_New_York", "122_us_timezone_Los_Angeles",
+    "123_world_country_United_Kingdom", "124_world_country_United_States", "125_world_country_Italy",
+    "126_art_type_book", "127_art_type_song", "128_art_type_movie", "129_arith_mc_A", "130_temp_cat_Frequency",
+    "131_temp_cat_Typical Time", "132_temp_cat_Event Ordering", "133_context_type_Causality",
+    "134_context_type_Belief_states", "135_context_type_Event_duration", "136_glue_mnli_entailment",
+    "137_glue_mnli_neutral", "138_glue_mnli_contradiction", "139_news_class_Politics", "140_news_class_Technology",
+    "141_news_class_Entertainment", "142_cancer_cat_Thyroid_Cancer", "143_cancer_cat_Lung_Cancer",
+    "144_cancer_cat_Colon_Cancer", "145_disease_class_digestive system diseases",
+    "146_disease_class_cardiovascular diseases", "147_disease_class_nervous system diseases", "148_twt_emotion_worry",
+    "149_twt_emotion_happiness", "150_twt_emotion_sadness", "151_it_tick_HR Support", "152_it_tick_Hardware",
+    "153_it_tick_Administrative rights", "154_athlete_sport_football", "155_athlete_sport_basketball",
+    "156_athlete_sport_baseball", "157_amazon_5star", "158_code_C", "159_code_Python", "160_code_HTML", "161_agnews_0",
+    "162_agnews_1", "163_agnews_2",)
+# name: topic told from the others, rows of each side
+TINY = {"topic_animals": ("animals", 120), "topic_music": ("music", 116)}
 REPEATED = 12  # rows of the other side in a tiny data set that repeat earlier ones: the real ones have such, too
 TOKENISED_AT_ONCE = 1024  # prompts; all 222,062 at once would hold gigabytes of offsets
 
@@ -65,7 +71,9 @@ def identity(kind: str) -> list:
 
 
 def read(source, config: dict) -> dict[str, list[tuple[str, int]]]:
-    """The data sets of config's `dataset_names` (empty: all), each cut to `max_rows`; the hub profile, too, reads the wheel."""
+    """The data sets of config's `dataset_names` (empty: all), each cut to `max_rows`;
+    the hub profile, too, reads the wheel.
+    """
     chosen = config["dataset_names"] or names(source.kind)
     if source.kind == "tiny":
         return {name: reduced(name, _topic(*TINY[name]), config["max_rows"]) for name in chosen}
@@ -104,18 +112,21 @@ def _topic(topic: str, n: int) -> list[tuple[str, int]]:
     """n texts about the topic and n about the others, alternating."""
     pools = {name: drawn["train"] for name, drawn in
              tiny.probing({"probe_train_set_size": 2 * n, "probe_test_set_size": 0})["synthetic"].items()}
-    others = [text for texts in zip(*(pool for name, pool in pools.items() if name != topic)) for text in texts][: n - REPEATED]
+    others = [text for texts in zip(*(pool for name, pool in pools.items() if name != topic))
+              for text in texts][: n - REPEATED]
     return [row for pair in zip(pools[topic], others + others[:REPEATED]) for row in zip(pair, (1, 0))]
 
 
-# ------------------------------------------------------------------------------------------------ prompts and activations
+# ---------------------------------------------------------------------------------------------- prompts and activations
 
 
 def prompts(setup) -> tuple[dict, dict[str, tuple[Tensor, Tensor]], list[Tensor], Tensor]:
-    """What decides them (for cache keys), {data set: (place_N, label_N)}, the distinct prompts' tokens and their length_U.
+    """What decides them (for cache keys), {data set: (place_N, label_N)}, the distinct prompts' tokens and their
+    length_U.
 
-    BOS and the last max_tokens − 1 tokens of a prompt; the longest come first, so that a batch wastes little on padding. Prompts of
-    equal tokens, in one data set or in several, are one prompt: 334,092 rows are 222,062 prompts. A second run reads no texts.
+    BOS and the last max_tokens − 1 tokens of a prompt; the longest come first, so that a batch wastes little on
+    padding. Prompts of equal tokens, in one data set or in several, are one prompt: 334,092 rows are 222,062 prompts. A
+    second run reads no texts.
     """
     config, bos = setup.config, setup.lm.bos
 
@@ -137,7 +148,8 @@ def prompts(setup) -> tuple[dict, dict[str, tuple[Tensor, Tensor]], list[Tensor]
 
     chosen = list(dict.fromkeys(config["dataset_names"] or names(setup.data.kind)))
     depends_on = {"data": identity(setup.data.kind), "names": chosen, "max_rows": config["max_rows"],
-                  "max_tokens": config["max_tokens"], "lm": setup.lm.digest, "code": Path(__file__).read_text(encoding="utf-8")}
+                  "max_tokens": config["max_tokens"], "lm": setup.lm.digest,
+                  "code": Path(__file__).read_text(encoding="utf-8")}
     stored = setup.cache.get("sae_probes_prompts", depends_on, make)
     sets = {name: tuple(stored[f"rows {i}"]) for i, name in enumerate(chosen)}
     return depends_on, sets, list(stored["tokens"].split(stored["length"].tolist())), stored["length"]
@@ -146,8 +158,8 @@ def prompts(setup) -> tuple[dict, dict[str, tuple[Tensor, Tensor]], list[Tensor]
 def last_tokens(setup, rows: list[Tensor], length_U: Tensor) -> Tensor:
     """The residual stream at setup.layer of each prompt's last token, x_UD on the CPU in the LM's dtype.
 
-    All of them are held: 222,062 prompts are 1 GB in bf16 for Gemma-2-2B. A batch has as many tokens as llm_batch_size prompts of
-    max_tokens have; each is an entry of the cache, so a run that was stopped goes on.
+    All of them are held: 222,062 prompts are 1 GB in bf16 for Gemma-2-2B. A batch has as many tokens as llm_batch_size
+    prompts of max_tokens have; each is an entry of the cache, so a run that was stopped goes on.
     """
     spans, tokens = [], setup.config["llm_batch_size"] * setup.config["max_tokens"]
     while not spans or spans[-1].stop < len(rows):
@@ -163,7 +175,8 @@ def last_tokens(setup, rows: list[Tensor], length_U: Tensor) -> Tensor:
             return {"x": x_bTD[torch.arange(len(last_b)), last_b]}
 
         lengths, sha = length_U[span].tolist(), hashlib.sha256(tokens_bT.numpy().tobytes()).hexdigest()
-        depends_on = {"lm": setup.lm.digest, "layer": setup.layer, "tokens": sha, "lengths": lengths, "torch": torch.__version__,
+        depends_on = {"lm": setup.lm.digest, "layer": setup.layer, "tokens": sha, "lengths": lengths,
+                      "torch": torch.__version__,
                       "device": torch.device(setup.lm.device).type}
         parts.append(setup.cache.get("last_tokens", depends_on, make)["x"].cpu())
     return torch.cat(parts)

@@ -1,20 +1,25 @@
-"""Spurious correlation removal: does ablating the features of one attribute mend a probe that learned two at once (SAEBench 0.6.0, `scr`)?
+"""Spurious correlation removal: does ablating the features of one attribute mend a probe that learned two at once
+(SAEBench 0.6.0, `scr`)?
 
-A run has two binary attributes, in SAEBench profession (the first) and gender (the second), and a linear probe on pooled LM activations
-for each, on balanced texts, and one on texts where both always agree, the biased one. A feature's effect on a probe is
-|(mean over positives − mean over negatives)·(W_dec[f]·w)|. Direction 1 ablates the n features with the largest effects on the
-second attribute's probe and tests the biased probe on the first attribute; direction 2 the other way round.
-Score = (accuracy after − accuracy before)/(accuracy of the attribute's own probe − accuracy before), 0 if the denominator is below .001.
-scr_metric is the score of the direction in which the biased probe is worse before; averaged over runs.
+A run has two binary attributes, in SAEBench profession (the first) and gender (the second), and a linear probe on
+pooled LM activations for each, on balanced texts, and one on texts where both always agree, the biased one. A feature's
+effect on a probe is |(mean over positives − mean over negatives)·(W_dec[f]·w)|. Direction 1 ablates the n features with
+the largest effects on the second attribute's probe and tests the biased probe on the first attribute; direction 2 the
+other way round. Score = (accuracy after − accuracy before)/(accuracy of the attribute's own probe − accuracy before), 0
+if the denominator is below .001. scr_metric is the score of the direction in which the biased probe is worse before;
+averaged over runs.
 
-Random numbers: a generator per run and probe, seeded by the run seed and these names; nothing depends on the cache or other SAEs.
-Everything is fp32 (SAEBench: the LM's dtype). Corrected metrics, beside the compatible ones that repeat SAEBench:
-  *_corrected    probes whose epoch is chosen on a fifth of the training rows, not on the test rows; no ablation at masked positions;
-                 the direction with the larger denominator, which no tie makes missing; each run's score within −1 and 1
-Standard errors: bootstrap over the test texts. The runs are the protocol's own, two or eight, and too few to be a sample: the spread
-between two was up to four times off. The test texts of each combination of labels are drawn anew, the same draw for both
-directions and every accuracy of a run, and the scores, the choice of a direction among them, computed again. Probes and
-the features they choose are held. A score whose denominator is small has a large error, as it should.
+Random numbers: a generator per run and probe, seeded by the run seed and these names; nothing depends on the cache or
+other SAEs. Everything is fp32 (SAEBench: the LM's dtype). Corrected metrics, beside the compatible ones that repeat
+SAEBench:
+  *_corrected    probes whose epoch is chosen on a fifth of the training rows, not on the test rows; no ablation at
+                 masked positions; the direction with the larger denominator, which no tie makes missing; each run's
+                 score within −1 and 1
+Standard errors: bootstrap over the test texts. The runs are the protocol's own, two or eight, and too few to be a
+sample: the spread between two was up to four times off. The test texts of each combination of labels are drawn anew,
+the same draw for both directions and every accuracy of a run, and the scores, the choice of a direction among them,
+computed again. Probes and the features they choose are held. A score whose denominator is small has a large error, as
+it should.
 """
 
 from __future__ import annotations
@@ -61,9 +66,10 @@ METRICS = {
     "scr_metric_threshold_20_corrected": "higher",
 }
 
-NOTE = ("SCR is not a reliable measure of SAE quality: an audit of SAEBench (Chanin 2026, arXiv 2605.18229) finds that it fails at its "
-        "usual settings and advises against it. A score is a ratio whose denominator can be small, so it has no bounds and much noise; "
-        "SAEBench's own acceptance test allows .08 between two runs of one SAE: read smaller differences as none.")
+NOTE = ("SCR is not a reliable measure of SAE quality: an audit of SAEBench (Chanin 2026, arXiv 2605.18229) finds that "
+        "it fails at its usual settings and advises against it. A score is a ratio whose denominator can be small, so "
+        "it has no bounds and much noise; SAEBench's own acceptance test allows .08 between two runs of one SAE: read "
+        "smaller differences as none.")
 
 # half of each set is of a class
 RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000),
@@ -148,7 +154,8 @@ def requirements(config: dict, facts) -> list[str]:
     problems = concept_probes.requirements("scr", config, N_NAMED)
     for key in ("probe_train_set_size", "probe_test_set_size"):
         if config[key] % 4:
-            problems.append(f"scr: {key} = {config[key]} cannot be shared out among four combinations of labels\nset it to a multiple of 4")
+            problems.append(f"scr: {key} = {config[key]} cannot be shared out among four combinations of labels\n"
+                            "set it to a multiple of 4")
     known = pairs.RUNS[facts["source"]]
     if unknown := [name for name in config["dataset_names"] if name not in known]:
         problems.append(f"scr: no data set {unknown[0]!r}\nchoose dataset_names among {', '.join(known)}")
@@ -160,13 +167,15 @@ def run(setup, saes: dict) -> dict[str, Result]:
     problems: dict[str, list[str]] = {name: [] for name in saes}
     scores: dict = {name: {} for name in saes}  # SAE -> run -> metric -> number
     drawn: dict = {name: {} for name in saes}  # SAE -> run -> the scores of every draw of the bootstrap
-    accuracies: dict = {name: {} for name in saes}  # SAE -> run -> "compatible" | "corrected" -> direction -> accuracies
+    # SAE -> run -> "compatible" | "corrected" -> direction -> accuracies
+    accuracies: dict = {name: {} for name in saes}
     try:
         sets = pooling.labelled(dataclasses.replace(setup, data=pairs.Source(setup.data)))
     except ValueError as error:  # a combination has too few texts
         return {name: _result({}, {}, {}, {}, [f"scr: no score: {error}".replace("\n", "; ")]) for name in saes}
     for texts in concept_probes.pooled(setup, saes, "scr", sets, problems):
-        found = concept_probes.trained(setup, texts.key, list(PROBES), functools.partial(_examples, texts.rows), texts.x_ND)
+        found = concept_probes.trained(setup, texts.key, list(PROBES), functools.partial(_examples, texts.rows),
+                                       texts.x_ND)
         for name in texts.features:
             right = {kind: _right(setup, texts, ablation)
                      for kind, ablation in concept_probes.ablations(found, texts, name, saes[name]).items()}
@@ -179,14 +188,18 @@ def run(setup, saes: dict) -> dict[str, Result]:
 
 
 def _labelled(rows: dict[str, Tensor], probe: str) -> tuple[Tensor, Tensor]:
-    """(row_M, label_M) of a probe's text set: the combinations of one side in equal parts, all of the texts if there is but one."""
+    """(row_M, label_M) of a probe's text set: the combinations of one side in equal parts,
+    all of the texts if there is but one.
+    """
     mixed = len(rows["+-"])
     sides = [torch.cat([rows[sign][: None if len(signs) == 1 else mixed] for sign in signs]) for signs in PROBES[probe]]
     return torch.cat(sides), torch.cat([torch.ones(len(sides[0])), torch.zeros(len(sides[1]))]).long()
 
 
 def _examples(rows: dict, name: str, rng: torch.Generator) -> tuple:
-    """A probe's (train, test) sets, shuffled by two randperms each, so that an equal seed gives SAEBench's own order."""
+    """A probe's (train, test) sets, shuffled by two randperms each,
+    so that an equal seed gives SAEBench's own order.
+    """
     drawn = []
     for split in ("train", "test"):
         row_M, label_M = _labelled(rows[split], name)
@@ -198,7 +211,9 @@ def _examples(rows: dict, name: str, rng: torch.Generator) -> tuple:
 
 
 def _right(setup, texts: Texts, ablation: Ablation) -> dict[str, tuple[Tensor, dict]]:
-    """{direction: (its test texts row_M, {"clean", "before", "after": {n: …}})}: whether a probe is right about each, [M]."""
+    """{direction: (its test texts row_M, {"clean", "before", "after": {n: …}})}:
+    whether a probe is right about each, [M].
+    """
     names = list(PROBES)
     effect_PF = (ablation.effects([_labelled(texts.rows["train"], name) for name in names]) * ablation.dot_FP.T).abs()
     found = {}
@@ -207,7 +222,8 @@ def _right(setup, texts: Texts, ablation: Ablation) -> dict[str, tuple[Tensor, d
         logit_MP, effect_F = ablation.logit_NP[row_M], effect_PF[names.index(ablated)]
         biased_M = {n: ablation.logits(row_M, concept_probes.strongest(effect_F, n))[:, names.index("biased")]
                     for n in setup.config["n_values"] if n <= len(effect_F)}
-        logits = {"clean": logit_MP[:, names.index(tested)], "before": logit_MP[:, names.index("biased")], "after": biased_M}
+        logits = {"clean": logit_MP[:, names.index(tested)], "before": logit_MP[:, names.index("biased")],
+                  "after": biased_M}
         found[direction] = row_M, _each(logits, functools.partial(_is_right, label_M))
     return found
 
@@ -223,18 +239,22 @@ def _share(times_RN: Tensor, row_M: Tensor, right_M: Tensor) -> list[float]:
 
 def _each(found: dict, of: Callable) -> dict:
     """The same dictionary {"clean", "before", "after": {n: …}} with of(value) for every value."""
-    return {"clean": of(found["clean"]), "before": of(found["before"]), "after": {n: of(value) for n, value in found["after"].items()}}
+    return {"clean": of(found["clean"]), "before": of(found["before"]),
+            "after": {n: of(value) for n, value in found["after"].items()}}
 
 
 def _drawn_scores(setup, texts: Texts, right: dict) -> list[dict[str, float]]:
-    """The scores of a run from test texts drawn anew within each combination; [] if a combination has too few of them."""
+    """The scores of a run from test texts drawn anew within each combination;
+    [] if a combination has too few of them.
+    """
     mixed = len(texts.rows["test"]["+-"])
     if not errors.enough([1.0] * mixed):
         return []
     rng = concept_probes.generator(setup, texts.key, "bootstrap")
     times_RN = torch.zeros(DRAWS, len(texts.x_ND), dtype=torch.float64)
     for row_m in (texts.rows["test"][sign][:mixed] for sign in pairs.COMBINATIONS):
-        times_RN.scatter_add_(1, row_m[torch.randint(mixed, (DRAWS, mixed), generator=rng)], torch.ones(DRAWS, mixed).double())
+        times_RN.scatter_add_(1, row_m[torch.randint(mixed, (DRAWS, mixed), generator=rng)],
+                              torch.ones(DRAWS, mixed).double())
     shares = {kind: {direction: _each(of, functools.partial(_share, times_RN, row_M))
                      for direction, (row_M, of) in by_direction.items()} for kind, by_direction in right.items()}
     return [_scores(*({direction: _each(of, operator.itemgetter(draw)) for direction, of in shares[kind].items()}
@@ -242,9 +262,12 @@ def _drawn_scores(setup, texts: Texts, right: dict) -> list[dict[str, float]]:
 
 
 def _error(metric: str, drawn: dict[str, list[dict]]) -> float | None:
-    """Standard deviation over the draws of a metric's mean over the runs; None where half the draws, or more, have no value."""
+    """Standard deviation over the draws of a metric's mean over the runs;
+    None where half the draws, or more, have no value.
+    """
     draws = zip(*drawn.values())
-    values = [statistics.fmean(found) for runs in draws if (found := [scores[metric] for scores in runs if metric in scores])]
+    values = [statistics.fmean(found) for runs in draws if (found := [scores[metric] for scores in runs
+                                                                      if metric in scores])]
     return statistics.stdev(values) if len(values) > DRAWS / 2 else None
 
 
@@ -282,17 +305,21 @@ def _result(sets: dict, scores: dict, drawn: dict, accuracies: dict, problems: l
     changes = [after - found["before"] for by_kind in accuracies.values() for found in by_kind["corrected"].values()
                for after in found["after"].values()]
     if changes and not any(changes):
-        problems = [*problems, "scr: ablating features changes no accuracy (a dead SAE: its features do not depend on the text)"]
+        problems = [*problems, "scr: ablating features changes no accuracy (a dead SAE: its features do not depend on "
+                               "the text)"]
     if stuck := [run for run, by_kind in accuracies.items() if not _has_room(by_kind["corrected"])]:
-        problems = [*problems, f"scr: in {len(stuck)} of {len(sets)} runs the biased probe is as good as the attributes' own "
-                               f"({', '.join(stuck)}): no corrected score of them"]
-    if accuracies and all(len({found["before"] for found in by_kind["compatible"].values()}) == 1 for by_kind in accuracies.values()):
-        problems = [*problems, "scr: in every run the biased probe is exactly as good on one attribute as on the other: no scr_metric"]
+        problems = [*problems, f"scr: in {len(stuck)} of {len(sets)} runs the biased probe is as good as the "
+                               f"attributes' own ({', '.join(stuck)}): no corrected score of them"]
+    if accuracies and all(len({found["before"] for found in by_kind["compatible"].values()}) == 1
+                          for by_kind in accuracies.values()):
+        problems = [*problems, "scr: in every run the biased probe is exactly as good on one attribute as on the "
+                               "other: no scr_metric"]
     return Result(
         metrics={"scr_metrics": {metric: mean for metric, (mean, _) in compatible.items()}},
         corrected={metric: mean for metric, (mean, _) in corrected.items()},
         stderrs={metric: error for metric, (_, error) in (compatible | corrected).items() if error is not None},
-        details=[{"dataset_name": f"{run}_results"} | {m: values.get(m) for m in COMPATIBLE} for run, values in scores.items()],
+        details=[{"dataset_name": f"{run}_results"} | {m: values.get(m) for m in COMPATIBLE}
+                 for run, values in scores.items()],
         unstructured={run: {"accuracies": accuracies[run], "scores": scores[run]} for run in scores},
         problems=problems,
     )

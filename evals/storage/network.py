@@ -1,7 +1,7 @@
 """What comes over a network: asked for with patience, kept by commit, and refused in words that say what to do.
 
-Everything that reaches outside goes through `patiently`: the hub's answers about a repository, its files, texts read as a stream,
-wheels of the package index.
+Everything that reaches outside goes through `patiently`: the hub's answers about a repository, its files, texts read as
+a stream, wheels of the package index.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from typing import Any
 from evals.cache import Cache
 
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that say nothing against the same request a little later
-BROKEN = {"TransportError", "TimeoutException", "ConnectionError", "Timeout", "IncompleteRead", "ProtocolError", "ClientError",
-          "ChunkedEncodingError"}  # class names of httpx, requests, urllib3, aiohttp and http.client: a connection that failed or was cut
-UNREACHED = {"ConnectError", "ConnectionRefusedError", "gaierror", "NewConnectionError"}  # nobody answered: waiting long helps little
+BROKEN = {"TransportError", "TimeoutException", "ConnectionError", "Timeout", "IncompleteRead", "ProtocolError",
+          "ClientError",
+          # class names of httpx, requests, urllib3, aiohttp and http.client: a connection that failed or was cut
+          "ChunkedEncodingError"}
+# nobody answered: waiting long helps little
+UNREACHED = {"ConnectError", "ConnectionRefusedError", "gaierror", "NewConnectionError"}
 DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try
 PATIENCE = 300.0  # seconds: the longest wait that a server's Retry-After is granted
 HEARD = {"last": ""}  # of the hub in this process, at the last asking: "", "an answer", "nothing"
-NOBODY = {"": DELAYS[1], "an answer": DELAYS[-1], "nothing": 0}  # the longest delay while nobody answers, by what was heard last
+# the longest delay while nobody answers, by what was heard last
+NOBODY = {"": DELAYS[1], "an answer": DELAYS[-1], "nothing": 0}
 NO_HUB = "or use --profile=embedded, which needs no hub"
 KEPT_GB = 4.0  # most of what is kept of texts
 PINNED: dict[tuple[str, str], str] = {}  # (kind, repository): the commit that this run reads; see `pin`
@@ -37,10 +41,12 @@ DOWNLOADED = 32 << 20  # bytes: a file up to this size costs less whole than in 
 
 
 def patiently(what: str, work: Callable[[], Any]) -> Any:
-    """work(), tried again while it fails for a reason that may pass (429, 5xx, time-outs, cut bodies); each wait is said in one line.
+    """work(), tried again while it fails for a reason that may pass (429, 5xx, time-outs, cut bodies); each wait is
+    said in one line.
 
-    A server's Retry-After is kept to. The last error is raised as it is; one that will not pass (404, 401, 403) at once. That nobody
-    answers is waited for in full where somebody has answered before, else shortly, and where it was in vain not again.
+    A server's Retry-After is kept to. The last error is raised as it is; one that will not pass (404, 401, 403) at
+    once. That nobody answers is waited for in full where somebody has answered before, else shortly, and where it was
+    in vain not again.
     """
     for delay in (*DELAYS, None):
         try:
@@ -83,7 +89,8 @@ def passing(error: BaseException) -> bool:
         return code in PASSING
     if any(type(e).__name__ == "OfflineModeIsEnabled" for e in chain(error)):
         return False
-    return any(_is(e, BROKEN | UNREACHED) or "Consistency check failed" in str(e) or isinstance(e, EOFError) for e in chain(error))
+    return any(_is(e, BROKEN | UNREACHED) or "Consistency check failed" in str(e) or isinstance(e, EOFError)
+               for e in chain(error))
 
 
 def unreached(error: BaseException) -> bool:
@@ -114,11 +121,13 @@ def first_line(error: BaseException) -> str:
     return (lines or [type(error).__name__])[0].strip()[:200]
 
 
-# ------------------------------------------------------------------------------------------------ repositories of the hub
+# ---------------------------------------------------------------------------------------------- repositories of the hub
 
 
 def pin(commits: dict[str, str]) -> None:
-    """Read these commits of the repositories {"model:owner/name": commit} from now on, whatever their main branch has become."""
+    """Read these commits of the repositories {"model:owner/name":
+    commit} from now on, whatever their main branch has become.
+    """
     PINNED.update({tuple(key.split(":", 1)): commit for key, commit in commits.items()})
 
 
@@ -128,15 +137,17 @@ def pinned() -> dict[str, str]:
 
 
 def commit(kind: str, name: str) -> str:
-    """The commit of a repository's main branch: asked once a process, then pinned; where the hub does not answer, the local cache's.
+    """The commit of a repository's main branch: asked once a process, then pinned; where the hub does not answer, the
+    local cache's.
 
-    `kind`: model or dataset. PermissionError where it is gated and access is lacking, ConnectionError if there is no such repository,
-    or no answer and nothing in the cache; both in words ("what\\nwhat to do").
+    `kind`: model or dataset. PermissionError where it is gated and access is lacking, ConnectionError if there is no
+    such repository, or no answer and nothing in the cache; both in words ("what\\nwhat to do").
     """
     if (kind, name) not in PINNED:
         from huggingface_hub import constants
 
-        reference = Path(cache_folder()) / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"  # as the hub's own library keeps it
+        # as the hub's own library keeps it
+        reference = Path(cache_folder()) / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"
         try:
             found = patiently(f"hub, {name}", lambda: _asked(kind, name))
         except Exception as error:  # noqa: BLE001  the many ways of a hub to say no
@@ -146,7 +157,8 @@ def commit(kind: str, name: str) -> str:
                 raise type(refused)(f"{refused}{cached}") from error
             PINNED[kind, name] = reference.read_text().strip()
             if not constants.HF_HUB_OFFLINE:
-                print(f"hub, {name}: {first_line(error)}; going on with what is in the cache, commit {PINNED[kind, name][:12]}", flush=True)
+                print(f"hub, {name}: {first_line(error)}; going on with what is in the cache, commit "
+                      f"{PINNED[kind, name][:12]}", flush=True)
             return PINNED[kind, name]
         HEARD["last"] = "an answer"
         PINNED[kind, name] = found
@@ -164,7 +176,8 @@ def listing(kind: str, name: str, revision: str) -> dict[str, int | None]:
     if key not in LISTINGS:
         patiently(f"hub, {name}", lambda: _asked(kind, name, revision))
     if None in LISTINGS[key].values():  # mirrors may list names alone
-        tree = patiently(f"hub, {name}", lambda: list(HfApi().list_repo_tree(name, repo_type=kind, revision=revision, recursive=True)))
+        tree = patiently(f"hub, {name}",
+                         lambda: list(HfApi().list_repo_tree(name, repo_type=kind, revision=revision, recursive=True)))
         LISTINGS[key] = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
     return LISTINGS[key]
 
@@ -175,13 +188,16 @@ def content(kind: str, name: str, revision: str, file: str) -> bytes:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    answer = get_session().get(hf_hub_url(name, file, repo_type=kind, revision=revision), headers=build_hf_headers(), follow_redirects=True)
+    answer = get_session().get(hf_hub_url(name, file, repo_type=kind, revision=revision), headers=build_hf_headers(),
+                               follow_redirects=True)
     hf_raise_for_status(answer)
     return answer.content
 
 
 def nearby(url: str) -> str:
-    """A data set's file, hf://datasets/owner/name@commit/path, as a file of the local cache if it is small, else as it is."""
+    """A data set's file, hf://datasets/owner/name@commit/path, as a file of the local cache if it is small,
+    else as it is.
+    """
     from huggingface_hub import hf_hub_download
 
     repository, _, rest = url.removeprefix("hf://datasets/").partition("@")
@@ -194,7 +210,9 @@ def nearby(url: str) -> str:
 
 
 def _asked(kind: str, name: str, revision: str | None = None) -> str:
-    """The commit of a repository, whose files are listed then; a gated one must grant one of them: its page is public."""
+    """The commit of a repository, whose files are listed then; a gated one must grant one of them:
+    its page is public.
+    """
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
     info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
@@ -212,14 +230,17 @@ def _refused(error: BaseException, kind: str, name: str) -> OSError:
 
 
 def snapshot(kind: str, name: str, patterns: Iterable[str], ignore: Iterable[str] = ()) -> Path:
-    """The local folder of a repository at its pinned commit (else main's, which is pinned), with all its files that match.
+    """The local folder of a repository at its pinned commit (else main's, which is pinned), with all its files that
+    match.
 
-    Files that are there already cost no request. PermissionError where it is gated and access is lacking, else ConnectionError.
+    Files that are there already cost no request. PermissionError where it is gated and access is lacking, else
+    ConnectionError.
     """
     from huggingface_hub import snapshot_download
 
     # without a commit it would take what is in the cache at the first 503, and say nothing
-    options = dict(repo_type=kind, revision=commit(kind, name), allow_patterns=list(patterns), ignore_patterns=list(ignore))
+    options = dict(repo_type=kind, revision=commit(kind, name), allow_patterns=list(patterns),
+                   ignore_patterns=list(ignore))
     try:
         folder = patiently(f"hub, {name}", lambda: snapshot_download(name, **options))
     except Exception as error:  # noqa: BLE001  the many ways of a hub to say no
@@ -251,14 +272,16 @@ def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -
 
     page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
     said = " ".join(str(e) for e in chain(error))
-    found = {cls for cls in (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) for e in chain(error) if isinstance(e, cls)}
+    found = {cls for cls in (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) for e in chain(error)
+             if isinstance(e, cls)}
     code, token = status(error), bool(os.environ.get("HF_TOKEN") or _stored_token())
     if offline:
         return (f"HF_HUB_OFFLINE is set and {name} is not in the local cache\n"
                 f"unset HF_HUB_OFFLINE for one run to fetch it, {NO_HUB}")
     if "fine-grained token" in said:
         return (f"{name} is gated and this fine-grained token may not read gated repositories\n"
-                f"enable \"access to public gated repositories\" in the token's settings ({constants.ENDPOINT}/settings/tokens), {NO_HUB}")
+                f"enable \"access to public gated repositories\" in the token's settings "
+                f"({constants.ENDPOINT}/settings/tokens), {NO_HUB}")
     if "Invalid credentials" in said or (code == 401 and token and GatedRepoError not in found):
         return (f"the hub takes the token for {name} for invalid or expired\n"
                 f"run `hf auth login` again, or set HF_TOKEN to a valid one (or unset it), {NO_HUB}")
@@ -266,7 +289,8 @@ def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -
         if token:
             return (f"{name} is gated and this user has no access to it yet\n"
                     f"ask for access on {page} and wait until it is granted, {NO_HUB}")
-        return (f"{name} is gated and no token is given\naccept its licence on {page}, then run `hf auth login` or set HF_TOKEN, {NO_HUB}")
+        return (f"{name} is gated and no token is given\n"
+                f"accept its licence on {page}, then run `hf auth login` or set HF_TOKEN, {NO_HUB}")
     if RevisionNotFoundError in found:
         return (f"{name} has no revision of that name any more: {first_line(error)}\n"
                 "give another --out_dir to begin anew with its present state")
@@ -276,8 +300,10 @@ def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -
     if code == 429:
         return (f"the hub asks to wait before {name} is read: {first_line(error)}\n"
                 f"start again later; with `hf auth login` it allows more, {NO_HUB}")
-    cause = next((e for e in chain(error) if _is(e, BROKEN | UNREACHED) or getattr(e, "response", None) is not None), error)
-    proxies = [key for key in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY") if os.environ.get(key) or os.environ.get(key.lower())]
+    cause = next((e for e in chain(error) if _is(e, BROKEN | UNREACHED) or getattr(e, "response", None) is not None),
+                 error)
+    proxies = [key for key in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY") if os.environ.get(key)
+               or os.environ.get(key.lower())]
     if "Proxy" in type(cause).__name__ or (proxies and unreached(error)):
         return (f"the hub cannot be reached for {name} through the proxy: {first_line(cause)}\n"
                 f"check HTTPS_PROXY, HTTP_PROXY and NO_PROXY, {NO_HUB}")
@@ -299,8 +325,11 @@ def _cache(folder: Path, thread: int) -> Cache:
     return Cache(folder, KEPT_GB)  # one a thread, as its books are not made for two; its files are
 
 
-def kept(cache_dir: Path | None, kind: str, depends_on: dict, make: Callable[[], Any], repositories: Iterable[str] = ()) -> Any:
-    """The JSON-able value that `make()` gives, kept in the cache by what it depends on, the commits of the hub's data sets included."""
+def kept(cache_dir: Path | None, kind: str, depends_on: dict, make: Callable[[], Any],
+         repositories: Iterable[str] = ()) -> Any:
+    """The JSON-able value that `make()` gives, kept in the cache by what it depends on,
+    the commits of the hub's data sets included.
+    """
     import torch
     import zstandard
 

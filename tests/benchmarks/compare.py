@@ -1,7 +1,7 @@
 """How long comparing takes as a folder fills with runs: python -m tests.benchmarks.compare
 
-Copies of a stored record of the embedded model with every eval, each with numbers of its own, in a temporary folder. Seconds of the
-whole process, the start of Python included: the median of three, all forms taking turns.
+Copies of a stored record of the embedded model with every eval, each with numbers of its own, in a temporary folder.
+Seconds of the whole process, the start of Python included: the median of three, all forms taking turns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def main() -> None:
             runs = fill(Path(folder), n)
             taken = [{form: seconds(runs, flags) for form, flags in FORMS.items()} for _ in range(TIMES)]
         now = {form: median(of[form] for of in taken) for form in FORMS}
-        cells = (f"{now[form]:.2f} | {now[form] / before[form]:.1f}" if before else f"{now[form]:.2f} | " for form in FORMS)
+        cells = (f"{now[form]:.2f} | {now[form] / before[form]:.1f}" if before else f"{now[form]:.2f} | "
+                 for form in FORMS)
         print(f"| {n:,} | {' | '.join(cells)} |", flush=True)
         before = now
 
@@ -44,13 +45,15 @@ def fill(folder: Path, n: int) -> list[str]:
         means = {m: v * (1 + rng.gauss(0, 0.01)) if isinstance(v, float) else v for m, v in entry["means"].items()}
         run = folder / f"run_{i}"
         run.mkdir()
-        (run / "final_info.json").write_text(json.dumps({section: entry | {"means": means}}, indent=1), encoding="utf-8")
+        (run / "final_info.json").write_text(json.dumps({section: entry | {"means": means}}, indent=1),
+                                             encoding="utf-8")
     return [str(folder / f"run_{i}") for i in range(1, n + 1)]
 
 
 def seconds(runs: list[str], flags: list[str]) -> float:
     start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "runs.compare", *runs, *flags], cwd=PROJECT, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-m", "runs.compare", *runs, *flags], cwd=PROJECT, stdout=subprocess.DEVNULL,
+                   check=True)
     return time.monotonic() - start
 
 

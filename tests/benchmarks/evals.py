@@ -1,9 +1,11 @@
-"""How long the evals take, for one SAE and for several, beside SAEBench's own code: python -m tests.benchmarks.evals [--saebench]
+"""How long the evals take, for one SAE and for several, beside SAEBench's own code: python -m tests.benchmarks.evals
+[--saebench]
 
-The embedded model with untrained TopK SAEs (time does not depend on training): each eval with an empty cache, then again with
-what the language model gave kept. `--saebench` runs the same work through SAEBench 0.6.0 in the same process where its code runs without
-a hub; it must be importable (pip install --no-deps sae-bench==0.6.0 and what it imports), the project does not need it.
-Times are CPU seconds of the process on `--threads` threads: on a shared machine those can be compared, wall time cannot.
+The embedded model with untrained TopK SAEs (time does not depend on training): each eval with an empty cache, then
+again with what the language model gave kept. `--saebench` runs the same work through SAEBench 0.6.0 in the same process
+where its code runs without a hub; it must be importable (pip install --no-deps sae-bench==0.6.0 and what it imports),
+the project does not need it. Times are CPU seconds of the process on `--threads` threads: on a shared machine those can
+be compared, wall time cannot.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def main() -> None:
     lm, source = experiment.load_language_model(settings), experiment.make_source(settings)
     layer = experiment.layers_of(settings)[0]
     saes = {str(i): trained(lm, settings, layer, i) for i in range(args.saes)}
-    print(f"{lm.name}, layer {layer}, width {settings.d_sae:,}, torch {torch.__version__}, {args.threads} thread(s); CPU seconds")
+    print(f"{lm.name}, layer {layer}, width {settings.d_sae:,}, torch {torch.__version__}, {args.threads} thread(s); "
+          "CPU seconds")
     header = ("1 SAE, first", "again", f"{args.saes} SAEs, first", "again", *("SAEBench, 1", "another") * args.saebench)
     print(" " * 16 + "".join(f"{title:>{width}}" for title, width in zip(header, WIDTHS)))
     for name in args.evals.split(","):
@@ -61,7 +64,9 @@ def main() -> None:
 
 
 def trained(lm, settings, layer: int, seed: int) -> base.TrainedSAE:
-    """A TopK SAE with random directions, biased to the mean of some activations so that it fires as a trained one does."""
+    """A TopK SAE with random directions, biased to the mean of some activations so that it
+    fires as a trained one does.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sae = topk.SAE(lm.d_model, settings.d_sae, k=K)
@@ -76,14 +81,15 @@ def seconds(work, *args) -> float:
     return time.process_time() - start
 
 
-# ------------------------------------------------------------------------------------------------ SAEBench on the same work
+# -------------------------------------------------------------------------------------------- SAEBench on the same work
 
 
 def reference(name: str, setup, sae: base.TrainedSAE, folder: str) -> None:
     """SAEBench's evaluation of one SAE; `folder` keeps its activations from one SAE to the next, as its runs do."""
     import jaxtyping
 
-    jaxtyping.config.update("jaxtyping_disable", True)  # before its modules are imported: their annotations admit no TransformerBridge
+    # before its modules are imported: their annotations admit no TransformerBridge
+    jaxtyping.config.update("jaxtyping_disable", True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             REFERENCES[name](setup, sae, folder)
@@ -96,7 +102,8 @@ def theirs(sae: base.TrainedSAE, setup):
     from sae_bench.custom_saes.topk_sae import TopKSAE
 
     own = TopKSAE(sae.sae.d_in, sae.sae.d_sae, K, setup.lm.name, setup.layer, torch.device("cpu"), torch.float32)
-    own.load_state_dict({**own.state_dict(), **{key: getattr(sae.sae, key).detach() for key in ("W_enc", "b_enc", "W_dec", "b_dec")}})
+    own.load_state_dict({**own.state_dict(), **{key: getattr(sae.sae, key).detach()
+                                                for key in ("W_enc", "b_enc", "W_dec", "b_dec")}})
     own.cfg.architecture_str = "topk"  # core asks for it; its own config class has none
     return own.requires_grad_(False)
 
@@ -108,15 +115,18 @@ def reference_core(setup, sae, folder) -> None:
     from evals.texts import packing
 
     config = setup.config
-    batch, batches = config["batch_size_prompts"], (config["n_eval_reconstruction_batches"], config["n_eval_sparsity_variance_batches"])
-    rows_RT = packing.pack(setup.texts(), setup.lm.tokenizer, config["context_size"], setup.lm.bos, batch * sum(batches))
+    batch, batches = config["batch_size_prompts"], (config["n_eval_reconstruction_batches"],
+                                                    config["n_eval_sparsity_variance_batches"])
+    rows_RT = packing.pack(setup.texts(), setup.lm.tokenizer, config["context_size"], setup.lm.bos,
+                           batch * sum(batches))
     parts = iter(rows_RT.split(batch))
-    store = SimpleNamespace(get_batch_tokens=lambda size: next(parts), reset_input_dataset=lambda: None, store_batch_size_prompts=batch,
-                            context_size=config["context_size"])
+    store = SimpleNamespace(get_batch_tokens=lambda size: next(parts), reset_input_dataset=lambda: None,
+                            store_batch_size_prompts=batch, context_size=config["context_size"])
     asked = CoreEvalConfig(model_name=setup.lm.name, batch_size_prompts=batch, n_eval_reconstruction_batches=batches[0],
-                           n_eval_sparsity_variance_batches=batches[1], exclude_special_tokens_from_reconstruction=True, compute_kl=True,
-                           compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
-                           compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True)
+                           n_eval_sparsity_variance_batches=batches[1], exclude_special_tokens_from_reconstruction=True,
+                           compute_kl=True, compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True,
+                           compute_variance_metrics=True, compute_featurewise_density_statistics=True,
+                           compute_featurewise_weight_based_metrics=True)
     with torch.no_grad():
         main.run_evals(theirs(sae, setup), store, setup.lm.bridge, asked, ignore_tokens=set(setup.lm.special_ids))
 
@@ -124,7 +134,8 @@ def reference_core(setup, sae, folder) -> None:
 def texts_of(setup) -> dict:
     """{data set: ({class: train texts}, {class: test texts})} of a probing config."""
     sets = setup.data.probing(setup.config)
-    return {name: tuple({label: texts[split] for label, texts in of.items()} for split in ("train", "test")) for name, of in sets.items()}
+    return {name: tuple({label: texts[split] for label, texts in of.items()} for split in ("train", "test"))
+            for name, of in sets.items()}
 
 
 def reference_probing(setup, sae, folder) -> None:
@@ -133,13 +144,15 @@ def reference_probing(setup, sae, folder) -> None:
     from sae_bench.sae_bench_utils import dataset_info
 
     config, sets = setup.config, texts_of(setup)
-    asked = SparseProbingEvalConfig(model_name=setup.lm.name, context_length=config["context_length"], k_values=config["k_values"],
-                                    llm_batch_size=config["llm_batch_size"], sae_batch_size=config["sae_batch_size"], llm_dtype="float32")
+    asked = SparseProbingEvalConfig(model_name=setup.lm.name, context_length=config["context_length"],
+                                    k_values=config["k_values"], llm_batch_size=config["llm_batch_size"],
+                                    sae_batch_size=config["sae_batch_size"], llm_dtype="float32")
     main.dataset_utils.get_multi_label_train_test_data = lambda name, *rest: sets[name]
     for name, (train, _) in sets.items():
         dataset_info.chosen_classes_per_dataset[name] = list(train)
         torch.manual_seed(42)
-        main.run_eval_single_dataset(name, asked, theirs(sae, setup), setup.lm.bridge, setup.layer, setup.hook_name, "cpu", folder, True)
+        main.run_eval_single_dataset(name, asked, theirs(sae, setup), setup.lm.bridge, setup.layer, setup.hook_name,
+                                     "cpu", folder, True)
 
 
 def reference_tpp(setup, sae, folder) -> None:
@@ -163,7 +176,8 @@ def reference_scr(setup, sae, folder) -> None:
     def six_sets(of: dict, split: str) -> dict[str, list[str]]:
         pp, pn, np, nn = (of[sign][split] for sign in pairs.COMBINATIONS)  # first attribute: profession, second: gender
         half = len(pn)
-        return {"male / female": pp[:half] + np, "female_data_only": pn + nn[:half], "professor / nurse": pp[:half] + pn,
+        return {"male / female": pp[:half] + np, "female_data_only": pn + nn[:half], "professor / nurse": pp[:half]
+                + pn,
                 "nurse_data_only": np + nn[:half], "male_professor / female_nurse": pp, "female_nurse_data_only": nn}
 
     for name, of in pairs.Source(setup.data).probing(setup.config).items():
@@ -177,8 +191,9 @@ def scr_and_tpp(setup, perform_scr: bool):
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
     config = setup.config
-    return ScrAndTppEvalConfig(model_name=setup.lm.name, perform_scr=perform_scr, context_length=config["context_length"],
-                               llm_batch_size=config["llm_batch_size"], sae_batch_size=config["sae_batch_size"], llm_dtype="float32",
+    return ScrAndTppEvalConfig(model_name=setup.lm.name, perform_scr=perform_scr,
+                               context_length=config["context_length"], llm_batch_size=config["llm_batch_size"],
+                               sae_batch_size=config["sae_batch_size"], llm_dtype="float32",
                                n_values=config["n_values"], lower_vram_usage=False)
 
 

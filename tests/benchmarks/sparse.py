@@ -1,7 +1,9 @@
-"""From which width on a step of few features pays, against dense products: python -m tests.benchmarks.sparse [--device cuda]
+"""From which width on a step of few features pays, against dense products: python -m tests.benchmarks.sparse [--device
+cuda]
 
-One row per width and k: a TopK step (`base.gradients`) either way in turn, median seconds of `--steps`, and their ratio beside what
-`variants.base.sparse_pays` decides: it is right where it says sparse below 1. Needs torch alone; the defaults are Gemma-2-2B's on a GPU.
+One row per width and k: a TopK step (`base.gradients`) either way in turn, median seconds of `--steps`, and their ratio
+beside what `variants.base.sparse_pays` decides: it is right where it says sparse below 1. Needs torch alone; the
+defaults are Gemma-2-2B's on a GPU.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2048 if gpu else 1024)
     parser.add_argument("--steps", type=int, default=9)
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, D = {args.d_in}, "
-          f"B = {args.batch_size}\n\n| width | k | sparse, ms | dense, ms | sparse / dense | chosen |\n|--:|--:|--:|--:|--:|---|")
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, D = "
+          f"{args.d_in}, B = {args.batch_size}\n\n| width | k | sparse, ms | dense, ms | sparse / dense | chosen |\n"
+          "|--:|--:|--:|--:|--:|---|")
     for width, k in itertools.product(numbers(args.widths), numbers(args.ks)):
         torch.manual_seed(0)
         sae = topk.SAE(args.d_in, width, k=k).to(args.device)

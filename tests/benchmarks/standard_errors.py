@@ -1,9 +1,11 @@
-"""Every stated standard error beside a bootstrap over its sampling units: python -m tests.benchmarks.standard_errors [--evals core,scr]
+"""Every stated standard error beside a bootstrap over its sampling units: python -m tests.benchmarks.standard_errors
+[--evals core,scr]
 
-The embedded model with an untrained TopK SAE (or `--profile tiny`, which states few: its evals have fewer than five units). Each eval runs
-once; what it knows of each unit is drawn anew 2000 times and its metrics computed again by formulas of this file. One line per group of
-metrics: the units, how many, and stated / bootstrap, the lowest and the highest; at the end what lies outside 0.7 to 1.3 (exit status 1).
-The table of evals/README.md is this one's output. autointerp has its windows judged by a coin: no judge is asked.
+The embedded model with an untrained TopK SAE (or `--profile tiny`, which states few: its evals have fewer than five
+units). Each eval runs once; what it knows of each unit is drawn anew 2000 times and its metrics computed again by
+formulas of this file. One line per group of metrics: the units, how many, and stated / bootstrap, the lowest and the
+highest; at the end what lies outside 0.7 to 1.3 (exit status 1). The table of evals/README.md is this one's output.
+autointerp has its windows judged by a coin: no judge is asked.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def compared(name: str, stderrs: dict[str, float], unit: str, drawn: dict[str, t
         spread = float(np.nanstd(values, ddof=1) if np.ndim(values) else values)
         if stated > 1e-12 or spread > 1e-12:  # a constant has neither
             ratio = stated / max(spread, 1e-300)
-            group = "all of a pass" if name == "core" else re.sub(r"(top|threshold)_\d+", r"\1_n", re.sub("dir[12]", "dirn", metric))
+            group = "all of a pass" if name == "core" else re.sub(r"(top|threshold)_\d+", r"\1_n",
+                                                                  re.sub("dir[12]", "dirn", metric))
             groups[group.replace("llm", "sae"), n].append(ratio)
             outside += [f"{name}.{metric} {ratio:.2f}"] if abs(ratio - 1) > BOUND else []
     for (group, n), ratios in groups.items():
@@ -134,7 +137,8 @@ def of_classes(name: str) -> Callable:
         for metric in result.stderrs:
             units = []
             for of in result.unstructured.values():
-                classes = list(of[metric].values()) if name == "sparse_probing" else [by_metric[metric] for by_metric in of.values()]
+                classes = (list(of[metric].values()) if name == "sparse_probing"
+                           else [by_metric[metric] for by_metric in of.values()])
                 classes = [np.mean(classes)] if len(classes) == 2 else classes
                 units += [(1 / len(result.unstructured) / len(classes), value) for value in classes]
             weight_n, value_n = np.array(units).T
@@ -178,7 +182,8 @@ def absorption(setup, sae) -> tuple:
 
     result = absorption.run(setup, {"sae": sae})["sae"]
     rows = [letter | result.unstructured["split_features"][letter["first_letter"]] for letter in result.details]
-    columns = {"mean_absorption_fraction_score": "mean_absorption_fraction", "mean_full_absorption_score": "full_absorption_rate",
+    columns = {"mean_absorption_fraction_score": "mean_absorption_fraction",
+               "mean_full_absorption_score": "full_absorption_rate",
                "mean_num_split_features": "num_split_features", "mean_k_sparse_f1": "k_sparse_f1"}
     return result.stderrs, "letter", means({m: [row[c] for row in rows] for m, c in columns.items()})
 
@@ -186,7 +191,8 @@ def absorption(setup, sae) -> tuple:
 def means(columns: dict[str, list[float]]) -> dict:
     rng, drawn = np.random.default_rng(0), {}
     for metric, values in columns.items():
-        drawn[metric] = len(values), times(rng, len(values)) @ np.array(values) / len(values) if values else np.zeros(DRAWS)
+        drawn[metric] = len(values), times(rng,
+                                           len(values)) @ np.array(values) / len(values) if values else np.zeros(DRAWS)
     return drawn
 
 
@@ -211,7 +217,8 @@ def unlearning(setup, sae) -> tuple:
         sides, n = [], []
         for rows, harm_EN in ((task.forget, outcome.forget_EN), (task.retain, outcome.retain_EN)):
             sums = [defaultdict(float), defaultdict(float)]
-            for cluster, *values in zip(rows.cluster_N.tolist(), harm_EN[outcome.best].tolist(), rows.weight_N.tolist()):
+            for cluster, *values in zip(rows.cluster_N.tolist(), harm_EN[outcome.best].tolist(),
+                                        rows.weight_N.tolist()):
                 for of, value in zip(sums, values):
                     of[cluster] += value
             n.append(len(sums[0]))
@@ -233,11 +240,14 @@ def ravel(setup, sae) -> tuple:
     of_base, of_source = (lambda pair, a=a: (known[pair[a]].kind, known[pair[a]].entity) for a in (0, 1))
     for which, suffix in enumerate(("", "_unseen_prompts")):
         found = [ravel.counted(known, task, ok)[which] for task, ok in zip(tasks, right)]
-        # both together draw a pair as often as both of its entities, which counts a pair's own chance three times (Owen 2007)
-        spreads = [ravel_spreads(weights, found, unit) for unit in (of_base, of_source, lambda pair: (of_base(pair), of_source(pair)))]
+        # both together draw a pair as often as both of its entities, which counts a pair's own chance three times (Owen
+        # 2007)
+        spreads = [ravel_spreads(weights, found, unit) for unit in (of_base, of_source,
+                                                                    lambda pair: (of_base(pair), of_source(pair)))]
         for metric in ("cause_score", "isolation_score", "disentanglement_score"):
             base, source, both = (spread[metric] ** 2 for spread in spreads)
-            drawn[metric + suffix] = len({of_base(pair) for of in found for pairs in of.values() for pair, _ in pairs}), np.sqrt(
+            drawn[metric + suffix] = len({of_base(pair) for of in found for pairs in of.values()
+                                          for pair, _ in pairs}), np.sqrt(
                 max(base + source - both, base, source))
     return results["sae"].stderrs, "entity of base, of source", drawn
 
@@ -266,15 +276,18 @@ def autointerp(setup, sae) -> tuple:
         def coin(case) -> str:
             return ", ".join(str(i) for i in range(1, len(case.scoring) + 1) if rng.random() < 0.3) or "None"
 
-        return {name: [{"case": case, "explanation": "", "answer": coin(case)} for case in of] for name, of in cases.items()}
+        return {name: [{"case": case, "explanation": "", "answer": coin(case)} for case in of]
+                for name, of in cases.items()}
 
     with mock.patch.object(autointerp, "_verdicts", verdicts):
         result = autointerp.run(setup, {"sae": sae})["sae"]
     columns = {"autointerp_score": "score", "autointerp_score_checked": "score_checked"}
-    return result.stderrs, "latent", means({m: [s[c] for s in result.unstructured.values()] for m, c in columns.items()})
+    return result.stderrs, "latent", means({m: [s[c] for s in result.unstructured.values()]
+                                            for m, c in columns.items()})
 
 
-CHECKS = {"core": core, "sparse_probing": of_classes("sparse_probing"), "tpp": of_classes("tpp"), "scr": scr, "absorption": absorption,
+CHECKS = {"core": core, "sparse_probing": of_classes("sparse_probing"), "tpp": of_classes("tpp"), "scr": scr,
+          "absorption": absorption,
           "sae_probes": sae_probes, "unlearning": unlearning, "ravel": ravel, "autointerp": autointerp}
 
 if __name__ == "__main__":

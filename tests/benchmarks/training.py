@@ -1,35 +1,41 @@
-"""How fast training goes, beside the machine and the peers: python -m tests.benchmarks.training [--peers] [--growth] [--profile]
+"""How fast training goes, beside the machine and the peers: python -m tests.benchmarks.training [--peers] [--growth]
+[--profile]
 
-Needs torch and transformers. `--model`: gemma-2-2b-shape (random weights, random tokens; the default where there is a GPU), embedded
-(the default elsewhere) or tiny with their own texts, or a local folder or hub name, with random tokens. Every row is the beginning of
-a run of `--run_tokens` tokens as `experiment.train` makes it, TopK with as many k's as there are SAEs, on the last of `--layers`; it is
-stopped after a warm-up block and three measured ones. Nothing is cached and no checkpoint is written. Features are dead, and auxk
-has work on a CPU, once they were silent for a tenth of the run (10 M tokens at most).
+Needs torch and transformers. `--model`: gemma-2-2b-shape (random weights, random tokens; the default where there is a
+GPU), embedded (the default elsewhere) or tiny with their own texts, or a local folder or hub name, with random tokens.
+Every row is the beginning of a run of `--run_tokens` tokens as `experiment.train` makes it, TopK with as many k's as
+there are SAEs, on the last of `--layers`; it is stopped after a warm-up block and three measured ones. Nothing is
+cached and no checkpoint is written. Features are dead, and auxk has work on a CPU, once they were silent for a tenth of
+the run (10 M tokens at most).
 
 tokens/s   end to end (texts, language model, buffer, SAEs), tokens given to the SAEs, median of the blocks
-MFU        FLOP of the models per second over the machine's rate of matrix products. A token costs the language model, cut after the
-           deepest layer, blocks·(2·parameters of a block + 4·heads·head_dim·(T + 1)/2), half the attention being masked, and each
-           SAE 10·D·F: encoder and decoder forward 2·D·F each, the decoder's two gradients 4·D·F, the encoder's weights 2·D·F.
-           Sparse steps do less than that and are credited with it
-of floor   the least time a token can take over the time it took. Least: those FLOP at the machine's rate, and at its bandwidth
-           per step 32 bytes a parameter (parameter and moments read and written, gradient written and read) and per token four
-           passes over F pre-activations. For an H200 790 TFLOP/s and 4.3 TB/s, else both are measured here
-parts      of a second run, which is timed around the product's functions (on a GPU by events on its stream), in % of wall time:
-           the language model; the buffer (gathering, shuffling, copies); the SAEs' loss; its gradient; the optimiser (projection,
-           clipping, Adam, normalisation, counters); host: what is left (waiting for texts, logging, Python)
+MFU        FLOP of the models per second over the machine's rate of matrix products. A token costs the language model,
+           cut after the deepest layer, blocks·(2·parameters of a block + 4·heads·head_dim·(T + 1)/2), half the
+           attention being masked, and each SAE 10·D·F: encoder and decoder forward 2·D·F each, the decoder's two
+           gradients 4·D·F, the encoder's weights 2·D·F. Sparse steps do less than that and are credited with it
+of floor   the least time a token can take over the time it took. Least: those FLOP at the machine's rate, and at its
+           bandwidth per step 32 bytes a parameter (parameter and moments read and written, gradient written and read)
+           and per token four passes over F pre-activations. For an H200 790 TFLOP/s and 4.3 TB/s, else both are
+           measured here
+parts      of a second run, which is timed around the product's functions (on a GPU by events on its stream), in % of
+           wall time: the language model; the buffer (gathering, shuffling, copies); the SAEs' loss; its gradient; the
+           optimiser (projection, clipping, Adam, normalisation, counters); host: what is left (waiting for texts,
+           logging, Python)
 memory     peak of the GPU allocator, or of the process' resident memory
 
-On a CPU also the tokens/s of the bare transformers model, cut after the same layer and run on as many rows in turn with the
-blocks, the run's tokens/s as a share of it, and the share of time that is not the language model. `--cpu_seconds` takes the
-process' CPU seconds for wall time (tokenising, which runs beside, is then counted), so that one thread can be measured on a
-shared machine; what other programs do to caches and shared cores remains, so only ratios within a row mean something there.
+On a CPU also the tokens/s of the bare transformers model, cut after the same layer and run on as many rows in turn with
+the blocks, the run's tokens/s as a share of it, and the share of time that is not the language model. `--cpu_seconds`
+takes the process' CPU seconds for wall time (tokenising, which runs beside, is then counted), so that one thread can be
+measured on a shared machine; what other programs do to caches and shared cores remains, so only ratios within a row
+mean something there.
 
-`--peers`: one SAE at each width, every position trained on, in one process in turn with the product, k, batch and context alike.
-dictionary_learning: ActivationBuffer, trainSAE and TopKTrainer with its defaults; nnsight wraps the same plain transformers model.
-sae_lens: ActivationsStore, SAETrainer and TopKTrainingSAE with its defaults, dense activations; the plain transformers model
-through its HookedProxyLM, which is faster than TransformerLens. Both: language-model batches as large as the product's, a
-buffer of two blocks on the training device, bf16 autocast on a GPU, tokens from memory, no log, no checkpoint; and a window of
-as many tokens as a block, in which each buffer is filled once, after the fill and the first step. Nobody's features are dead.
+`--peers`: one SAE at each width, every position trained on, in one process in turn with the product, k, batch and
+context alike. dictionary_learning: ActivationBuffer, trainSAE and TopKTrainer with its defaults; nnsight wraps the same
+plain transformers model. sae_lens: ActivationsStore, SAETrainer and TopKTrainingSAE with its defaults, dense
+activations; the plain transformers model through its HookedProxyLM, which is faster than TransformerLens. Both:
+language-model batches as large as the product's, a buffer of two blocks on the training device, bf16 autocast on a GPU,
+tokens from memory, no log, no checkpoint; and a window of as many tokens as a block, in which each buffer is filled
+once, after the fill and the first step. Nobody's features are dead.
 
 `--growth`: seconds against tokens, width and number of SAEs, each with the ratio to the first row.
 `--profile`: the operations that take most of one block's time, one SAE of each width, by torch.profiler.
@@ -71,15 +77,16 @@ from evals.texts.source import Listed
 from runs import environment
 
 BLOCKS = 3  # measured, after the warm-up
-GEMMA = dict(vocab_size=256_000, hidden_size=2304, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-             query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+GEMMA = dict(vocab_size=256_000, hidden_size=2304, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4,
+             head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0,
+             final_logit_softcapping=30.0)
 DEFAULTS = {  # of the flags, by model
-    "gemma-2-2b-shape": dict(layers="4,8,12", widths="4096,16384,65536", ks="80,20,40,160,320,640", tokens=3 * 2**18, context=1024,
-                             batch_size=2048, lm_batch_size=32, run_tokens=500_000_000, dtype="bfloat16"),
-    "embedded": dict(layers="3,6,9", widths="576,2304,9216", ks="32,8,16,64,128,256", tokens=3 * 2**12, context=128, batch_size=1024,
-                     lm_batch_size=8, run_tokens=160_000, dtype="float32"),
-    "tiny": dict(layers="0,1,2", widths="64,128,256", ks="4,1,2,8,16,32", tokens=3 * 2**11, context=32, batch_size=256, lm_batch_size=32,
-                 run_tokens=65_536, dtype="float32"),
+    "gemma-2-2b-shape": dict(layers="4,8,12", widths="4096,16384,65536", ks="80,20,40,160,320,640", tokens=3 * 2**18,
+                             context=1024, batch_size=2048, lm_batch_size=32, run_tokens=500_000_000, dtype="bfloat16"),
+    "embedded": dict(layers="3,6,9", widths="576,2304,9216", ks="32,8,16,64,128,256", tokens=3 * 2**12, context=128,
+                     batch_size=1024, lm_batch_size=8, run_tokens=160_000, dtype="float32"),
+    "tiny": dict(layers="0,1,2", widths="64,128,256", ks="4,1,2,8,16,32", tokens=3 * 2**11, context=32, batch_size=256,
+                 lm_batch_size=32, run_tokens=65_536, dtype="float32"),
 }
 H200 = (790e12, 4.3e12)  # FLOP/s in bf16, bytes/s
 clock = time.perf_counter  # or, with --cpu_seconds, time.process_time
@@ -93,9 +100,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     lm, source = load(args)
     rate, bandwidth = machine = machine_of(args.device, lm.dtype)
-    print(f"{environment.public_name(args.model)}: d_model {lm.d_model}, {args.dtype}, layers {args.layers}, context {args.context}, "
-          f"{args.lm_batch_size} rows a pass, batch {args.batch_size}, k {args.ks}, blocks of {block_tokens(args):,} tokens of a run of "
-          f"{args.run_tokens:,}; {rate / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s", end="\n\n")
+    print(f"{environment.public_name(args.model)}: d_model {lm.d_model}, {args.dtype}, layers {args.layers}, context "
+          f"{args.context}, {args.lm_batch_size} rows a pass, batch {args.batch_size}, k {args.ks}, blocks of "
+          f"{block_tokens(args):,} tokens of a run of {args.run_tokens:,}; {rate / 1e12:.3g} TFLOP/s, "
+          f"{bandwidth / 1e9:.3g} GB/s", end="\n\n")
     table(args, lm, source, machine)
     if args.growth:
         growth(args, lm, source)
@@ -124,7 +132,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    parser.add_argument("--cpu_seconds", action="store_true", help="of the process, not wall time: for one thread on a shared machine")
+    parser.add_argument("--cpu_seconds", action="store_true", help="of the process, not wall time: for one thread on a "
+                                                                   "shared machine")
     parser.add_argument("--cache_dir", default="", help="where models and wheels lie; nothing else is taken from it")
     parser.add_argument("--data_dir", default="")
     args = parser.parse_args(argv)
@@ -134,7 +143,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.device == "cpu" and args.model not in DEFAULTS:
         args.dtype = "float32"
     if args.run_tokens < (BLOCKS + 2) * block_tokens(args):
-        raise ValueError(f"a run of --run_tokens={args.run_tokens} has no {BLOCKS + 2} blocks of {block_tokens(args)} tokens\n"
+        raise ValueError(f"a run of --run_tokens={args.run_tokens} has no {BLOCKS + 2} blocks of {block_tokens(args)} "
+                         "tokens\n"
                          "give a longer run, or fewer --tokens")
     return args
 
@@ -147,13 +157,14 @@ def settings_of(args, width: int, saes: int = 1, n_layers: int = 1, **others) ->
     """The run that a row begins. ValueError where there are not as many k's or layers."""
     layers, ks = args.layers.split(","), [k for k in args.ks.split(",") if int(k) < width]
     if saes > len(ks) or n_layers > len(layers):
-        raise ValueError(f"{saes} SAEs of width {width} at {n_layers} layers, with only --ks={','.join(ks)} below it and "
-                         f"--layers={args.layers}\ngive more of them")
+        raise ValueError(f"{saes} SAEs of width {width} at {n_layers} layers, with only --ks={','.join(ks)} below it "
+                         f"and --layers={args.layers}\ngive more of them")
     own = args.model if args.model in experiment.PROFILES else None  # a profile's own model and texts
-    given = dict(profile=own or "gemma", model=None if own else args.model, layers=",".join(layers[-n_layers:]), d_sae=width,
-                 sweep="k=" + ",".join(ks[:saes]), context=args.context, batch_size=args.batch_size, lm_batch_size=str(args.lm_batch_size),
-                 block_tokens=block_tokens(args), num_tokens=args.run_tokens, device=args.device, dtype=args.dtype, evals="none",
-                 checkpoint_seconds=math.inf, cache_dir=args.cache_dir, data_dir=args.data_dir)
+    given = dict(profile=own or "gemma", model=None if own else args.model, layers=",".join(layers[-n_layers:]),
+                 d_sae=width, sweep="k=" + ",".join(ks[:saes]), context=args.context, batch_size=args.batch_size,
+                 lm_batch_size=str(args.lm_batch_size), block_tokens=block_tokens(args), num_tokens=args.run_tokens,
+                 device=args.device, dtype=args.dtype, evals="none", checkpoint_seconds=math.inf,
+                 cache_dir=args.cache_dir, data_dir=args.data_dir)
     return experiment.resolve(experiment.Settings(**given | others))[0]
 
 
@@ -171,7 +182,8 @@ def load(args):
         return lm, experiment.make_source(settings)
     lm.tokenizer = RandomIds(lm.vocab_size, lm.bos)
     texts = Listed([str(i) for i in range(2**20)])
-    return lm, SimpleNamespace(documents=lambda split, state=None: Listed(texts.texts, state), digest=lambda split: "random")
+    return lm, SimpleNamespace(documents=lambda split, state=None: Listed(texts.texts, state),
+                               digest=lambda split: "random")
 
 
 class RandomIds:
@@ -234,7 +246,8 @@ def machine_of(device: str, dtype: torch.dtype) -> tuple[float, float]:
     n = 8192 if device == "cuda" else 1024
     a_NN, b_NN = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     source, target = (torch.ones(2**26, device=device) for _ in range(2))  # 268 MB, more than caches hold
-    return 2 * n**3 / least_seconds(device, lambda: a_NN @ b_NN), 2 * source.nbytes / least_seconds(device, lambda: target.copy_(source))
+    return 2 * n**3 / least_seconds(device,
+                                    lambda: a_NN @ b_NN), 2 * source.nbytes / least_seconds(device, lambda: target.copy_(source))
 
 
 def least_seconds(device: str, work: Callable) -> float:
@@ -262,7 +275,8 @@ class Enough(Exception):
     """Ends a run after the blocks that are measured."""
 
 
-def train(settings, lm, source, blocks: int, between: Callable[[int, int], None] = lambda b, rows: None, parts: Parts | None = None):
+def train(settings, lm, source, blocks: int, between: Callable[[int, int], None] = lambda b, rows: None, parts: Parts
+          | None = None):
     """Seconds of each of `blocks` blocks of a run by `experiment.train`, after a warm-up block.
 
     `between(b, rows)` is called after block b, of so many rows; what it does is not counted.
@@ -291,7 +305,8 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
         stack.enter_context(mock.patch.object(experiment, "activation_blocks", watched))
         if parts:
             parts.put_around(stack, lm, jobs)
-        experiment.train(settings, lm, jobs, source, Cache(folder / "cache", 0), folder, SimpleNamespace(signal=0, deferred=False))
+        experiment.train(settings, lm, jobs, source, Cache(folder / "cache", 0), folder,
+                         SimpleNamespace(signal=0, deferred=False))
     for line in spoken.getvalue().splitlines():
         if line.startswith(("language model", "out of")):  # what the run had to do without
             print(line, file=sys.stderr, flush=True)
@@ -397,11 +412,12 @@ def forget_peak(device: str) -> None:
 def table(args, lm, source, machine: tuple[float, float]) -> None:
     """One row per width, number of SAEs and number of layers."""
     cpu = args.device == "cpu"
-    columns = ["width", "SAEs", "layers", "tokens/s", "MFU %", "of floor %", *(f"{name} %" for name in Parts.NAMES), "host %",
-               "host GB" if cpu else "GPU GB", *["bare LM tokens/s", "of bare LM %", "not LM %"] * cpu]
+    columns = ["width", "SAEs", "layers", "tokens/s", "MFU %", "of floor %", *(f"{name} %" for name in Parts.NAMES),
+               "host %", "host GB" if cpu else "GPU GB", *["bare LM tokens/s", "of bare LM %", "not LM %"] * cpu]
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
     cases = list(itertools.product(numbers(args.widths), numbers(args.saes), numbers(args.n_layers)))
-    for case, settings in zip(cases, [settings_of(args, *case) for case in cases]):  # all of them can be, before any is measured
+    # all of them can be, before any is measured
+    for case, settings in zip(cases, [settings_of(args, *case) for case in cases]):
         try:
             cells = row(settings, lm, source, machine)
         except torch.cuda.OutOfMemoryError:
@@ -430,12 +446,15 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
     wall = sum(train(settings, lm, source, BLOCKS - 1, parts=parts))
     shares = {name: taken / wall for name, taken in parts.seconds().items()}
     speed = settings.block_tokens / median(seconds)
-    mfu, of_floor = flop(config, settings, n_saes) * speed / machine[0], floor(config, settings, n_saes, machine) * speed
-    cells = [f"{speed:,.0f}", *(f"{100 * share:.1f}" for share in (mfu, of_floor, *shares.values(), 1 - sum(shares.values()))),
+    mfu, of_floor = flop(config, settings,
+                         n_saes) * speed / machine[0], floor(config, settings, n_saes, machine) * speed
+    cells = [f"{speed:,.0f}", *(f"{100 * share:.1f}" for share in (mfu, of_floor, *shares.values(),
+                                                                   1 - sum(shares.values()))),
              f"{peak.get('gpu', peak['host']):.2f}"]
     if alone_seconds:
         of_bare = median(one / other for one, other in zip(alone_seconds[1:], seconds))
-        cells += [f"{settings.block_tokens / median(alone_seconds[1:]):,.0f}", f"{100 * of_bare:.1f}", f"{100 * (1 - shares['LM']):.1f}"]
+        cells += [f"{settings.block_tokens / median(alone_seconds[1:]):,.0f}", f"{100 * of_bare:.1f}",
+                  f"{100 * (1 - shares['LM']):.1f}"]
     return cells
 
 
@@ -444,9 +463,11 @@ def profile(args, lm, source) -> None:
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.device == "cuda")
     for width in numbers(args.widths):
         watcher = torch.profiler.profile(activities=kinds)
-        train(settings_of(args, width), lm, source, 1, lambda b, rows, watcher=watcher: watcher.stop() if b else watcher.start())
+        train(settings_of(args, width), lm, source, 1, lambda b, rows, watcher=watcher: watcher.stop() if b
+              else watcher.start())
         by = f"self_{args.device}_time_total"
-        print(f"width {width:,}\n{watcher.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)}", flush=True)
+        print(f"width {width:,}\n{watcher.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)}",
+              flush=True)
 
 
 def growth(args, lm, source) -> None:
@@ -462,15 +483,18 @@ def growth(args, lm, source) -> None:
     by_tokens = {f"{n * block_tokens(args):,}": sum(seconds[:n]) for n in (1, 2, 4)}
     by_width = {f"{width:,}": block(width, 1) for width in widths}
     by_saes = {f"{saes}": block(widths[0], saes) for saes in (1, 2, 4)}
-    for title, found in ((f"tokens, width {widths[0]:,}", by_tokens), (f"width, {block_tokens(args):,} tokens", by_width),
+    for title, found in ((f"tokens, width {widths[0]:,}", by_tokens), (f"width, {block_tokens(args):,} tokens",
+                                                                       by_width),
                          (f"SAEs, width {widths[0]:,}, {block_tokens(args):,} tokens", by_saes)):
         first = next(iter(found.values()))
         print(f"| {title} | seconds | ratio |\n|--:|--:|--:|")
-        print("\n".join(f"| {what} | {taken:.2f} | {taken / first:.2f} |" for what, taken in found.items()), end="\n\n", flush=True)
+        print("\n".join(f"| {what} | {taken:.2f} | {taken / first:.2f} |" for what, taken in found.items()), end="\n\n",
+              flush=True)
 
 
 def provenance(args, argv: list[str] | None) -> str:
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    where = (torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, "
+                                                                        f"{torch.get_num_threads()} thread(s)")
     where += ", CPU seconds" * args.cpu_seconds
     command = " ".join(["python -m tests.benchmarks.training", *(sys.argv[1:] if argv is None else argv)])
     return (f"{date.today()}, torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}, "
@@ -490,7 +514,8 @@ def beside_peers(args, lm, source) -> None:
         except ImportError as error:
             print(f"{name} is left out ({error}): {install}")
     titles = [f"{name} {importlib.metadata.version(name)}" for name in peers]
-    columns = ["width", "here, tokens/s", *(column for title in titles for column in (f"{title}, tokens/s", "here / there"))]
+    columns = ["width", "here, tokens/s", *(column for title in titles
+                                            for column in (f"{title}, tokens/s", "here / there"))]
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
     for width in numbers(args.widths):
         settings = settings_of(args, width, keep_bos=True, num_tokens=500_000_000)
@@ -509,7 +534,8 @@ def beside_peers(args, lm, source) -> None:
         cells = [f"{width:,}", f"{settings.block_tokens / median(seconds):,.0f}"]
         for name in peers:
             taken = found[name][1:]  # the first is the warm-up's
-            cells += [f"{settings.block_tokens / median(taken):,.0f}", f"{median(t / own for t, own in zip(taken, seconds)):.2f}"]
+            cells += [f"{settings.block_tokens / median(taken):,.0f}",
+                      f"{median(t / own for t, own in zip(taken, seconds)):.2f}"]
         print("|", " | ".join(cells), "|", flush=True)
     print()
 
@@ -523,7 +549,9 @@ def quiet() -> Iterator[None]:
 
 
 def copied(lm):
-    """The transformers model in modules of its own, so that nobody's hooks slow another one down; weights are shared."""
+    """The transformers model in modules of its own, so that nobody's hooks slow another one down;
+    weights are shared.
+    """
     return copy.deepcopy(lm.hf, {id(t): t for t in (*lm.hf.parameters(), *lm.hf.buffers())})
 
 
@@ -557,14 +585,16 @@ def dictionary_learning():
         model = LanguageModel(hf, tokenizer=words(hf.config.get_text_config().vocab_size))
         path = next(name for name, module in hf.named_modules() if isinstance(module, torch.nn.ModuleList))
         # it refills at half the buffer, which is then after as many steps as a window has
-        buffer = ActivationBuffer(texts(rows_RT), model, attrgetter(path)(model)[layer], hf.config.get_text_config().hidden_size,
-                                  n_ctxs=2 * (steps - 1) * B // T, ctx_len=T, out_batch_size=B, device=device,
+        buffer = ActivationBuffer(texts(rows_RT), model, attrgetter(path)(model)[layer],
+                                  hf.config.get_text_config().hidden_size, n_ctxs=2 * (steps - 1) * B // T, ctx_len=T,
+                                  out_batch_size=B, device=device,
                                   refresh_batch_size=most_rows(steps * B // T, settings.lm_batch_size))
         autocast = torch.bfloat16 if device == "cuda" else torch.float32
 
         def window() -> float:
-            trainer = dict(trainer=TopKTrainer, steps=experiment.count_steps(settings), activation_dim=buffer.d_submodule,
-                           dict_size=settings.d_sae, k=k_of(settings), layer=layer, lm_name=settings.model, device=device)
+            trainer = dict(trainer=TopKTrainer, steps=experiment.count_steps(settings),
+                           activation_dim=buffer.d_submodule, dict_size=settings.d_sae, k=k_of(settings), layer=layer,
+                           lm_name=settings.model, device=device)
             batches = Window(buffer, steps + 1, device)
             trainSAE(batches, [trainer], steps=steps + 1, device=device, autocast_dtype=autocast)
             return now(device) - batches.start
@@ -595,7 +625,8 @@ def words(vocab_size: int):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.WordLevel({**{str(i): i for i in range(vocab_size)}, "<pad>": vocab_size}, unk_token="<pad>"))
+    made = Tokenizer(models.WordLevel({**{str(i): i for i in range(vocab_size)}, "<pad>": vocab_size},
+                                      unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", padding_side="left")
 
@@ -613,15 +644,17 @@ def sae_lens():
         layer, B, T, device = max(experiment.layers_of(settings)), settings.batch_size, settings.context, settings.device
         path = next(name for name, module in hf.named_modules() if isinstance(module, torch.nn.ModuleList))
         hook, d_in = f"{path}.{layer}", hf.config.get_text_config().hidden_size
-        store = ActivationsStore(HookedProxyLM(hf, None, hook_names=[hook]), Dataset.from_dict({"input_ids": rows_RT.tolist()}),
-                                 streaming=False, hook_name=hook, hook_head_index=None, context_size=T, d_in=d_in,
-                                 n_batches_in_buffer=2 * steps * B // T,  # contexts, in effect; half of it is served after each fill
-                                 store_batch_size_prompts=most_rows(steps * B // T, settings.lm_batch_size), dtype="float32",
-                                 total_training_tokens=len(rows_RT), train_batch_size_tokens=B, prepend_bos=True,
-                                 normalize_activations="none", device=torch.device(device))
+        store = ActivationsStore(HookedProxyLM(hf, None, hook_names=[hook]),
+                                 Dataset.from_dict({"input_ids": rows_RT.tolist()}), streaming=False, hook_name=hook,
+                                 hook_head_index=None, context_size=T, d_in=d_in,
+                                 # contexts, in effect; half of it is served after each fill
+                                 n_batches_in_buffer=2 * steps * B // T,
+                                 store_batch_size_prompts=most_rows(steps * B // T, settings.lm_batch_size),
+                                 dtype="float32", total_training_tokens=len(rows_RT), train_batch_size_tokens=B,
+                                 prepend_bos=True, normalize_activations="none", device=torch.device(device))
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=settings.d_sae, k=k_of(settings), device=device))
-        config = SAETrainerConfig(total_training_samples=(steps + 1) * B, train_batch_size_samples=B, lr_end=3e-5, device=device,
-                                  autocast=device == "cuda")
+        config = SAETrainerConfig(total_training_samples=(steps + 1) * B, train_batch_size_samples=B, lr_end=3e-5,
+                                  device=device, autocast=device == "cuda")
 
         def window() -> float:
             batches = Window(store, steps + 1, device)

@@ -1,4 +1,6 @@
-"""absorption against plain references written from the protocol, on fake and tiny language models and three kinds of tokenizer."""
+"""absorption against plain references written from the protocol,
+on fake and tiny language models and three kinds of tokenizer.
+"""
 
 import random
 import re
@@ -16,7 +18,8 @@ from evals.common import first_letter, pooling, probes
 from evals.model import language_model
 from evals.texts import tiny
 
-BOS, D, SPLIT, MARK = 0, 40, 7, 30  # words of the letter with number SPLIT ("h") that carry MARK have features of their own
+# words of the letter with number SPLIT ("h") that carry MARK have features of their own
+BOS, D, SPLIT, MARK = 0, 40, 7, 30
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,8 @@ class FakeTokenizer:
 
     def __init__(self, per_letter=40):
         stems = [a + b for a in first_letter.LETTERS for b in first_letter.LETTERS]
-        words = [f"{' ' * (i % 2)}{letter}{stem}" for letter in first_letter.LETTERS for i, stem in enumerate(stems[:per_letter])]
+        words = [f"{' ' * (i % 2)}{letter}{stem}" for letter in first_letter.LETTERS
+                 for i, stem in enumerate(stems[:per_letter])]
         letters = [f" {letter.upper()}" for letter in first_letter.LETTERS]
         self.tokens = ["<bos>", "\n", ":", " has", " the", " first", " letter", *letters, *words]
         self.number = {token: i for i, token in enumerate(self.tokens)}
@@ -44,7 +48,8 @@ class FakeTokenizer:
     def __call__(self, texts, add_special_tokens):
         assert not add_special_tokens
         one = isinstance(texts, str)
-        ids = [[self.number[token] for token in re.findall(r"\n|:| ?[A-Za-z]+", text)] for text in ([texts] if one else texts)]
+        ids = [[self.number[token] for token in re.findall(r"\n|:| ?[A-Za-z]+", text)]
+               for text in ([texts] if one else texts)]
         return {"input_ids": ids[0] if one else ids}
 
 
@@ -74,7 +79,9 @@ class FakeLM:
 
 
 class AbsorbingSAE:
-    """A feature per letter; on marked words it is silent, and one of many features that fire on few words each takes its part."""
+    """A feature per letter; on marked words it is silent,
+    and one of many features that fire on few words each takes its part.
+    """
 
     own = 60  # features that share the marked words
 
@@ -93,7 +100,8 @@ class AbsorbingSAE:
 
 def make_setup(tmp_path, lm=None, seed=0, limit_gb=1.0, **changed):
     config = {**absorption.CONFIG["tiny"], "k_sparse_probe_num_epochs": 20, "llm_batch_size": 50, **changed}
-    return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, limit_gb), None, seed, lambda s: None)
+    return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, limit_gb), None, seed,
+                 lambda s: None)
 
 
 # ------------------------------------------------------------------------------------------------ words and prompts
@@ -105,17 +113,22 @@ def sentencepiece_like():
     from transformers import PreTrainedTokenizerFast
 
     words = ["▁cat", "cat", "▁dog", "s", "▁has", "▁the", "▁first", "▁letter", "▁C", "▁D", "▁S", "▁H", "▁T", "▁F", "▁L"]
-    pieces = [("<unk>", 0.0), ("<bos>", 0.0), ("\n", -1.0), (":", -1.0), ("▁", -9.0), ("▁dogs", -50.0), *((w, -2.0) for w in words)]
+    pieces = [("<unk>", 0.0), ("<bos>", 0.0), ("\n", -1.0), (":", -1.0), ("▁", -9.0), ("▁dogs", -50.0),
+              *((w, -2.0) for w in words)]
     made = Tokenizer(models.Unigram(pieces, unk_id=0))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.pre_tokenizer = pre_tokenizers.Split(Regex("\n"), "isolated")
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])  # as Llama's, which drops a space
+    # as Llama's, which drops a space
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", unk_token="<unk>")
 
 
-@pytest.mark.parametrize("make", [FakeTokenizer, tiny._tokenizer, sentencepiece_like], ids=["words", "byte-level", "sentencepiece"])
+@pytest.mark.parametrize("make", [FakeTokenizer, tiny._tokenizer, sentencepiece_like],
+                         ids=["words", "byte-level", "sentencepiece"])
 def test_words_stand_as_one_token_where_the_protocol_reads(make):
-    """Fails if the tokens of a prompt's lines differ from those of its text, or if the word's token is not where it is looked for."""
+    """Fails if the tokens of a prompt's lines differ from those of its text,
+    or if the word's token is not where it is looked for.
+    """
     tokenizer = make()
     words = first_letter.vocabulary(tokenizer)
     vocabulary = {i: tokenizer.convert_tokens_to_string([t]) for t, i in tokenizer.get_vocab().items()}
@@ -143,7 +156,9 @@ def test_words_are_those_of_the_protocol():
 
 
 def test_a_prompt_is_examples_then_words():
-    """Fails if an example is one of the words asked for, is drawn twice or from elsewhere, or if the prompt goes on after the word."""
+    """Fails if an example is one of the words asked for, is drawn twice or from elsewhere,
+    or if the prompt goes on after the word.
+    """
     tokenizer = FakeTokenizer(4)
     words = first_letter.vocabulary(tokenizer)
     asked, pool = words[:25], words[10:60]
@@ -152,7 +167,8 @@ def test_a_prompt_is_examples_then_words():
         assert [tokens[p] for tokens, places in made for p in places] == [word.head[-1] for word in asked]
         for tokens, places in made:
             text = "".join(tokenizer.tokens[t] for t in tokens[1:])
-            lines = [re.fullmatch(r"( ?[A-Za-z]+) has the first letter: ([A-Z])|( ?[A-Za-z]+)", line) for line in text.split("\n")[1:]]
+            lines = [re.fullmatch(r"( ?[A-Za-z]+) has the first letter: ([A-Z])|( ?[A-Za-z]+)", line)
+                     for line in text.split("\n")[1:]]
             assert tokens[0] == BOS and len(lines) == 10 + len(places) and lines[-1][3] and len(tokens) == places[-1] + 1
             assert all(line[1].strip()[0].upper() == line[2] for line in lines[:-1])
             shown, own = [line[1] for line in lines[:10]], [line[1] or line[3] for line in lines[10:]]
@@ -163,12 +179,15 @@ def test_a_prompt_is_examples_then_words():
 
 @pytest.mark.parametrize("architecture", ["gemma2", "llama"])
 def test_what_follows_the_word_is_not_needed(tmp_path, architecture):
-    """Fails if the activation of the prompt cut after its word, beside longer ones in a batch, is not that of the whole prompt."""
+    """Fails if the activation of the prompt cut after its word, beside longer ones in a batch,
+    is not that of the whole prompt.
+    """
     folder = tiny.model_folder(tmp_path, architecture)
     lm = language_model.load(str(folder), "tiny", torch.float32, "cpu")
     words = first_letter.vocabulary(lm.tokenizer)
     prompted = [p for n in (1, 3) for p in first_letter.prompts(words[:6], words, n, n, lm.bos, random.Random(0))]
-    setup = SimpleNamespace(config={"llm_batch_size": 4}, layer=2, fits={}, track=lambda items, *rest: items, lm=SimpleNamespace(
+    setup = SimpleNamespace(config={"llm_batch_size": 4}, layer=2, fits={}, track=lambda items, *rest: items,
+                            lm=SimpleNamespace(
         bos=lm.bos, device="cpu", residual=lambda tokens_BT, layer: lm.residuals(tokens_BT, [layer])[layer]))
     got = iter(first_letter.at_words(setup, prompted, "words"))
     by_number = {word.head[-1]: word for word in words}
@@ -184,7 +203,9 @@ def test_what_follows_the_word_is_not_needed(tmp_path, architecture):
 
 @pytest.mark.parametrize("l1, weight_decay, batch", [(0.0, 1e-4, 64), (0.01, 1e-6, 100)])
 def test_probes_repeat_the_reference(l1, weight_decay, batch):
-    """Fails for another initialisation, loss, penalty, schedule or order of the rows than torch's own parts give on an equal seed."""
+    """Fails for another initialisation, loss, penalty,
+    schedule or order of the rows than torch's own parts give on an equal seed.
+    """
     rng = torch.Generator().manual_seed(1)
     letter_N = torch.randint(0, 26, (230,), generator=rng)
     letter_N[letter_N == 23] = 3  # a letter without words
@@ -192,7 +213,8 @@ def test_probes_repeat_the_reference(l1, weight_decay, batch):
 
     torch.manual_seed(4)
     target_NL = torch.nn.functional.one_hot(letter_N, 26).float()
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x_NF, target_NL), batch_size=batch, shuffle=True)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x_NF, target_NL), batch_size=batch,
+                                         shuffle=True)
     linear = torch.nn.Linear(12, 26)
     optimiser = torch.optim.Adam(linear.parameters(), lr=1e-2, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, (1e-5 / 1e-2) ** (1 / 8))
@@ -206,19 +228,23 @@ def test_probes_repeat_the_reference(l1, weight_decay, batch):
         schedule.step()
 
     state = torch.get_rng_state()
-    W_LF, b_L = first_letter.fit_letters(x_NF.__getitem__, letter_N, 12, batch, 8, l1, weight_decay, rng.manual_seed(4), "cpu")
+    W_LF, b_L = first_letter.fit_letters(x_NF.__getitem__, letter_N, 12, batch, 8, l1, weight_decay, rng.manual_seed(4),
+                                         "cpu")
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(W_LF, linear.weight.detach(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(b_L, linear.bias.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_splitting_rule():
-    """Fails if a k behind the first failure is taken, if the jump counts from the last k and not the best, or if F1 is another."""
+    """Fails if a k behind the first failure is taken, if the jump counts from the last k and not the best,
+    or if F1 is another.
+    """
     rng, stops, small = np.random.default_rng(0), set(), 0
     for _ in range(12):
         true_N = rng.random(500) < 0.25
         shares = rng.permutation([0.6, 0.3, 0.1, 0.05, 0.03])  # of the positives that a column finds
-        x_NC = np.stack([(rng.random(500) < share) * true_N + 0.3 * (rng.random(500) < 0.03) for share in shares], 1).astype(np.float32)
+        x_NC = np.stack([(rng.random(500) < share) * true_N + 0.3 * (rng.random(500) < 0.03) for share in shares],
+                        1).astype(np.float32)
         parts = x_NC[:300], true_N[:300], x_NC[300:], true_N[300:]
         by_k = []
         for k in range(1, 6):
@@ -256,7 +282,8 @@ def plain_absorption(z_F, cosine_F, along, main):
 
 def test_absorption_by_hand():
     """Fails if a branch or threshold of the two definitions is off."""
-    cosine_F = torch.tensor([0.8, 0.5, 0.25, 0.0625, 0.5, -0.5])  # feature 0 is the letter's; 3 is too little aligned for the fraction
+    # feature 0 is the letter's; 3 is too little aligned for the fraction
+    cosine_F = torch.tensor([0.8, 0.5, 0.25, 0.0625, 0.5, -0.5])
     cases = [  # features, activation along the probe, fraction, full
         ([1, 0, 0, 0, 0, 0], 1.0, 0.0, False),  # .8 from its own, nothing from others
         ([1, 1, 0, 0, 0, 0], 1.5, 0.0, False),  # others give .5, a third of 1.5
@@ -275,7 +302,8 @@ def test_absorption_by_hand():
     ]
     z_nF, along_n = torch.tensor([c[0] for c in cases], dtype=torch.float32), torch.tensor([c[1] for c in cases])
     fraction_n, full_n = absorption.absorbed(z_nF, cosine_F, along_n, torch.tensor([0]))
-    assert fraction_n.tolist() == pytest.approx([c[2] for c in cases], abs=1e-6) and full_n.tolist() == [c[3] for c in cases]
+    assert fraction_n.tolist() == pytest.approx([c[2] for c in cases],
+                                                abs=1e-6) and full_n.tolist() == [c[3] for c in cases]
 
 
 def test_absorption_equals_the_plain_loop():
@@ -288,12 +316,14 @@ def test_absorption_equals_the_plain_loop():
         z_nF[:150, main] = 0.0
         along_n = torch.rand(400, generator=rng) * 2.2 - 0.2
         got = absorption.absorbed(z_nF, cosine_F, along_n, main)
-        expected = [plain_absorption(z_F.tolist(), cosine_F.tolist(), a.item(), main.tolist()) for z_F, a in zip(z_nF, along_n)]
+        expected = [plain_absorption(z_F.tolist(), cosine_F.tolist(), a.item(), main.tolist())
+                    for z_F, a in zip(z_nF, along_n)]
         assert got[0].tolist() == pytest.approx([fraction for fraction, _ in expected], abs=1e-6)
         assert got[1].tolist() == [full for _, full in expected]
         kinds = {(0 < fraction < 1, fraction == 1, full) for fraction, full in expected}
         assert len(kinds) >= 4, "the input does not reach the branches"
-    assert not absorption.absorbed(z_nF, -cosine_F.abs(), along_n, main)[1].any()  # no feature along the probe: nothing to sum
+    # no feature along the probe: nothing to sum
+    assert not absorption.absorbed(z_nF, -cosine_F.abs(), along_n, main)[1].any()
 
 
 # ------------------------------------------------------------------------------------------------ the eval
@@ -311,8 +341,10 @@ def test_planted_absorption_is_found(tmp_path, together):
     assert len(details) == result.corrected["num_letters"] == 26 and not result.problems
     assert details["h"]["num_full_absorption"] == int(marked.sum())
     assert details["h"]["num_probe_true_positives"] == int((found["second_letter"] == SPLIT).sum())
-    assert details["h"]["mean_absorption_fraction"] == pytest.approx(details["h"]["full_absorption_rate"])  # all or nothing here
-    assert all(details[c]["full_absorption_rate"] == 0 == details[c]["mean_absorption_fraction"] for c in details if c != "h")
+    # all or nothing here
+    assert details["h"]["mean_absorption_fraction"] == pytest.approx(details["h"]["full_absorption_rate"])
+    assert all(details[c]["full_absorption_rate"] == 0 == details[c]["mean_absorption_fraction"] for c in details
+               if c != "h")
     assert result.unstructured["split_features"]["h"]["split_features"] == [SPLIT]
     assert result.unstructured["split_features"]["h"]["k_sparse_f1"] < 0.9 < result.unstructured["split_features"]["a"]["k_sparse_f1"]
     rates = [letter["full_absorption_rate"] for letter in result.details]
@@ -326,12 +358,15 @@ def test_planted_absorption_is_found(tmp_path, together):
 def test_only_words_that_the_probe_finds_are_scored(tmp_path):
     """Fails if test words that the LM does not represent by their letter enter the absorption scores."""
     found = first_letter.measured(make_setup(tmp_path, FakeLM(odd=True)))
-    odd = {side: int((found[f"{side}_x"].gather(1, found[f"{side}_letter"][:, None]) < 2).sum()) for side in ("test", "second")}
+    odd = {side: int((found[f"{side}_x"].gather(1, found[f"{side}_letter"][:, None]) < 2).sum())
+           for side in ("test", "second")}
     assert odd["second"] < odd["test"] and 0 < len(found["test_x"]) - len(found["second_x"]) <= odd["test"]
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path, monkeypatch):
-    """Fails if the cache, an SAE beside it, features kept or encoded again, or the global random state shifts a score."""
+    """Fails if the cache, an SAE beside it, features kept or encoded again,
+    or the global random state shifts a score.
+    """
     torch.manual_seed(99)
     state = torch.get_rng_state()
     alone = absorption.run(make_setup(tmp_path / "a"), {"one": AbsorbingSAE()})["one"]
@@ -356,11 +391,14 @@ def test_too_few_letters_give_no_score_but_the_figure(tmp_path):
     assert set(result.metrics["mean"].values()) == {None} and result.details == [] and result.stderrs == {}
     assert result.corrected["num_letters"] < 20 and 0 <= result.corrected["mean_probe_f1"] < 0.6
     problem, = result.problems
-    assert re.match(r"only \d+ of 26 letters have a probe with F1 > 0.6, the protocol needs 20: no mean_absorption_fraction_score", problem)
+    assert re.match(r"only \d+ of 26 letters have a probe with F1 > 0.6, the protocol needs 20: no "
+                    r"mean_absorption_fraction_score", problem)
 
 
 def test_broken_saes_give_no_score_but_a_reason(tmp_path):
-    """Fails if a dead SAE gets the best score there is, or NaN reaches scikit-learn, or the SAE beside them is accused."""
+    """Fails if a dead SAE gets the best score there is, or NaN reaches scikit-learn,
+    or the SAE beside them is accused.
+    """
     dead, nan = AbsorbingSAE(), AbsorbingSAE()
     dead.encode = lambda x: torch.zeros(*x.shape[:-1], 86)
     nan.encode = lambda x: AbsorbingSAE.encode(nan, x) / (x[..., :1] < 3)

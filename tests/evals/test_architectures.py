@@ -1,4 +1,6 @@
-"""Every architecture of transformers that people train SAEs on: residuals, the rest of the pass and logits are the model's own."""
+"""Every architecture of transformers that people train SAEs on:
+residuals, the rest of the pass and logits are the model's own.
+"""
 
 import json
 import math
@@ -29,7 +31,9 @@ def model(request, folder):
 
 
 def untouched(where):
-    """The model by transformers alone; eager, since other kernels drop Gemma-2's soft-capping in some versions without a word."""
+    """The model by transformers alone; eager, since other kernels drop Gemma-2's soft-capping in
+    some versions without a word.
+    """
     return transformers.AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager").eval()
 
 
@@ -52,7 +56,8 @@ def hooked(hf, tokens_BT, change):
 
 
 def test_residuals_and_what_follows_them_are_the_model_s_own(model):
-    """Fails if an eval's residual is another than the block's output, if what follows a replaced or ablated one is not what the
+    """Fails if an eval's residual is another than the block's output, if what follows a replaced or ablated one is not
+    what the
     untouched model makes of it (a scale, a cap, a bias, a mask or a position lost), or sizes are not the model's."""
     name, where = model
     tokens_BT = torch.randint(5, 390, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -76,9 +81,11 @@ def test_residuals_and_what_follows_them_are_the_model_s_own(model):
 
 def test_the_bridge_is_used_where_it_agrees_and_only_there(folder, capsys):
     """Fails if another model's residuals are taken for Cohere's, in silence, or Llama loses TransformerLens' hooks."""
-    for name, agrees in (("llama", True), ("gpt2", True), ("cohere", False), ("deepseek_v2", False), ("gemma3_wrapped", False)):
+    for name, agrees in (("llama", True), ("gpt2", True), ("cohere", False), ("deepseek_v2", False),
+                         ("gemma3_wrapped", False)):
         where = folder / name
-        lm = language_model.load(where if where.exists() else architectures.save(name, where), name, torch.float32, "cpu")
+        lm = language_model.load(where if where.exists() else architectures.save(name, where), name, torch.float32,
+                                 "cpu")
         assert (lm.bridge is not None) == agrees
         for _ in range(2):
             lm.residual(torch.zeros(1, 3, dtype=torch.long), 1)
@@ -88,18 +95,23 @@ def test_the_bridge_is_used_where_it_agrees_and_only_there(folder, capsys):
 def test_gradients_pass_through_what_follows(folder):
     """Fails if RAVEL's masks would get no gradient through `finish` and `unembed`."""
     where = folder / "gpt2"
-    lm = language_model.load(where if where.exists() else architectures.save("gpt2", where), "gpt2", torch.float32, "cpu")
+    lm = language_model.load(where if where.exists() else architectures.save("gpt2", where), "gpt2", torch.float32,
+                             "cpu")
     x_BTD = torch.randn(2, 5, 32, requires_grad=True)
     lm.unembed(lm.finish(x_BTD, LAYER))[:, -1, 7].sum().backward()
     assert x_BTD.grad[:, -1].abs().max() > 0 and x_BTD.grad[:, 0].isfinite().all()
 
 
 def test_a_whole_run_measures_the_model_itself(model, tmp_path):
-    """Fails if a run breaks on a family without Llama's names, or core's loss without an SAE is not the model's own on its rows."""
+    """Fails if a run breaks on a family without Llama's names,
+    or core's loss without an SAE is not the model's own on its rows.
+    """
     name, where = model
-    config = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 4, "n_eval_sparsity_variance_batches": 4}}
-    flags = ["--profile=tiny", f"--model={where}", "--layers=1", "--device=cpu", "--num_tokens=4096", f"--cache_dir={tmp_path / 'cache'}",
-             f"--eval_config={json.dumps(config)}", f"--out_dir={tmp_path / 'run'}"]
+    config = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 4,
+                       "n_eval_sparsity_variance_batches": 4}}
+    flags = ["--profile=tiny", f"--model={where}", "--layers=1", "--device=cpu", "--num_tokens=4096",
+             f"--cache_dir={tmp_path / 'cache'}", f"--eval_config={json.dumps(config)}",
+             f"--out_dir={tmp_path / 'run'}"]
     assert experiment.main(flags) == 0
     means = json.loads((tmp_path / "run/final_info.json").read_text())["layer_1"]["means"]
     hf = untouched(where)

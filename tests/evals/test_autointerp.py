@@ -31,7 +31,9 @@ WORDS = [f"w{i:02d}" for i in range(40)]
 
 
 class Server:
-    """An OpenAI-compatible endpoint on this machine; `reply(number, body)` -> (status, headers, bytes[, seconds of delay])."""
+    """An OpenAI-compatible endpoint on this machine;
+    `reply(number, body)` -> (status, headers, bytes[, seconds of delay]).
+    """
 
     def __init__(self):
         self.reply, self.bodies, self.keys = honest, [], []
@@ -111,7 +113,9 @@ def server(monkeypatch):
 
 
 def ask(server, tmp_path, number=1, tries=3, timeout=5.0, workers=1, key=KEY):
-    """Ask `number` different questions; the answers (or the Unanswered) in their order, and the seconds waited between tries."""
+    """Ask `number` different questions; the answers (or the Unanswered) in their order,
+    and the seconds waited between tries.
+    """
     waited = []
 
     def one(i):
@@ -130,7 +134,9 @@ def ask(server, tmp_path, number=1, tries=3, timeout=5.0, workers=1, key=KEY):
 
 
 def test_an_answer_is_paid_for_once(server, tmp_path):
-    """Fails if a known answer is asked for again, a damaged one is believed, or another model or limit gets the same answer."""
+    """Fails if a known answer is asked for again, a damaged one is believed,
+    or another model or limit gets the same answer.
+    """
     server.reply = lambda number, body: says(f" answer {number} ")
     assert ask(server, tmp_path)[0] == ["answer 1"] == ask(server, tmp_path)[0]
     assert server.bodies == [{"model": "m", "messages": [{"role": "user", "content": "question 0"}], "max_tokens": 5}]
@@ -187,12 +193,15 @@ def test_retry_after_is_obeyed(server, tmp_path, header, least, most):
 
 @pytest.mark.parametrize("reply, error", [
     (lambda: complains(401, f"wrong key {KEY}"), PermissionError), (lambda: complains(402), PermissionError),
-    (lambda: complains(429, code="insufficient_quota"), PermissionError), (lambda: (404, {}, f"no {KEY}".encode()), ValueError),
-    (lambda: complains(429, type="insufficient_quota"), PermissionError),
+    (lambda: complains(429, code="insufficient_quota"), PermissionError),
+    (lambda: (404, {}, f"no {KEY}".encode()), ValueError), (lambda: complains(429, type="insufficient_quota"),
+                                                            PermissionError),
     (lambda: (200, {}, b'{"error": {"message": "wrong key", "code": 401}}'), PermissionError),
     (lambda: (308, {"Location": f"https://judge.example/v1/chat/completions?key={KEY}"}, b""), ValueError)])
 def test_what_no_request_can_pass_stops_at_once(server, tmp_path, reply, error):
-    """Fails if a refused key is tried again, if others are still sent, or if the key that a server repeats is passed on."""
+    """Fails if a refused key is tried again, if others are still sent,
+    or if the key that a server repeats is passed on.
+    """
     server.reply = lambda number, body: reply()
     with pytest.raises(error) as raised:
         ask(server, tmp_path, number=30, workers=2)
@@ -402,7 +411,9 @@ def test_a_dead_endpoint_is_given_up(server, tmp_path, monkeypatch):
 
 
 def test_nothing_is_sent_after_an_interruption(server, tmp_path):
-    """Fails if what is queued is still sent, and billed, when the run is interrupted; or if more run at a time than allowed."""
+    """Fails if what is queued is still sent, and billed, when the run is interrupted;
+    or if more run at a time than allowed.
+    """
     running = [0, 0]
 
     def slow(number, body):
@@ -436,14 +447,16 @@ def test_the_environment_names_the_endpoint(monkeypatch):
 
     assert endpoint() is None and autointerp.outside() == []
     assert endpoint(OPENAI_BASE_URL="https://judge.example/v1") is None
-    for local in ("http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:9/v1", "http://192.168.1.7/v1", "http://vllm:8000/v1"):
+    for local in ("http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:9/v1", "http://192.168.1.7/v1",
+                  "http://vllm:8000/v1"):
         assert endpoint(OPENAI_BASE_URL=local).base_url == local
     assert endpoint(OPENAI_BASE_URL=" http://vllm:8000/v1/chat/completions\n").base_url == "http://vllm:8000/v1"
     found = endpoint(OPENAI_API_KEY=f" {KEY}\n", AUTOINTERP_MODEL="other")
     assert found == judge.Endpoint("https://api.openai.com/v1", "other", KEY) and KEY not in repr(found)
     assert autointerp.outside() == ["https://api.openai.com/v1", "other"]
     assert autointerp.repositories(autointerp.CONFIG["gemma"], None) == ["monology/pile-uncopyrighted"]
-    for bad in ({"OPENAI_BASE_URL": f"https://me:{KEY}@judge.example/v1"}, {"OPENAI_BASE_URL": f"https://judge.example/v1?key={KEY}"},
+    for bad in ({"OPENAI_BASE_URL": f"https://me:{KEY}@judge.example/v1"},
+                {"OPENAI_BASE_URL": f"https://judge.example/v1?key={KEY}"},
                 {"OPENAI_BASE_URL": "judge.example"}, {"OPENAI_BASE_URL": "http://localhost:80000/v1"},
                 {"OPENAI_API_KEY": f"{KEY[:9]}\n{KEY[9:]}"}):
         with pytest.raises(ValueError) as error:
@@ -456,13 +469,14 @@ def test_the_environment_names_the_endpoint(monkeypatch):
 def test_the_forecast_is_in_tokens_and_where_known_in_dollars(tmp_path):
     """Fails if the price is wrong, or is told for a model or an endpoint whose price is not known."""
     chat = [{"role": "system", "content": "x" * 2_000_000}, {"role": "user", "content": "y" * 2_000_000}]
-    at_openai = judge.Judge(judge.Endpoint(judge.OPENAI_URL, "gpt-4o-mini", KEY), tmp_path, 1, 1, 1).forecast([(chat, 500_000)])
+    at_openai = judge.Judge(judge.Endpoint(judge.OPENAI_URL, "gpt-4o-mini", KEY), tmp_path, 1, 1,
+                            1).forecast([(chat, 500_000)])
     assert "1 requests to gpt-4o-mini" in at_openai and "1,000,000 tokens in" in at_openai and "500,000 out: $0.45 at" in at_openai
     for at in (judge.Endpoint(judge.OPENAI_URL, "another", KEY), judge.Endpoint("http://localhost/v1", "gpt-4o-mini")):
         assert "$" not in judge.Judge(at, tmp_path, 1, 1, 1).forecast([(chat, 500_000)])
 
 
-# ------------------------------------------------------------------------------------------------ a language model and SAEs
+# -------------------------------------------------------------------------------------------- a language model and SAEs
 
 
 class FakeTokenizer:
@@ -480,7 +494,9 @@ class FakeTokenizer:
 
 
 class FakeLM:
-    """One-hot tokens times a factor between 1 and 2 that depends on what stands before; counts the rows it was given."""
+    """One-hot tokens times a factor between 1 and 2 that depends on what stands before;
+    counts the rows it was given.
+    """
 
     name, digest, device, d_model, vocab_size, bos, special_ids = "fake", "d1", "cpu", 42, 42, BOS, {BOS, EOS}
 
@@ -489,12 +505,16 @@ class FakeLM:
 
     def residual(self, tokens_BT, layer):
         self.rows += len(tokens_BT)
-        factor_BT = 1 + ((tokens_BT * torch.arange(1, tokens_BT.shape[1] + 1) ** 3).cumsum(1).double() * 0.75487766 % 1).float()
+        factor_BT = (1
+                     + ((tokens_BT * torch.arange(1, tokens_BT.shape[1]
+                                                  + 1) ** 3).cumsum(1).double() * 0.75487766 % 1).float())
         return torch.nn.functional.one_hot(tokens_BT, 42) * factor_BT[..., None]
 
 
 def words_sae(gain=None):
-    """Feature f fires on word f, a dense one (0) on every third, all of them most on BOS and EOS; `gain` switches some off."""
+    """Feature f fires on word f, a dense one (0) on every third, all of them most on BOS and EOS;
+    `gain` switches some off.
+    """
     W_DF = torch.zeros(42, 40)
     W_DF[:2] = 9.0
     W_DF[torch.arange(2, 42), torch.arange(40)] = 1.0
@@ -510,11 +530,13 @@ def documents(number=120, seed=0):
 
 
 def make_setup(tmp_path, lm=None, texts=None, seed=0, limit_gb=1.0, **config):
-    config = autointerp.CONFIG["tiny"] | {"total_tokens": 5000, "llm_context_size": T, "buffer": BUFFER, "n_latents": 12,
+    config = autointerp.CONFIG["tiny"] | {"total_tokens": 5000, "llm_context_size": T, "buffer": BUFFER,
+                                          "n_latents": 12,
                                           "dead_latent_threshold": 5, **config}
     texts = documents() if texts is None else texts
     said = []
-    setup = Setup(lm or FakeLM(), 3, "", config, lambda: iter(texts), digest(texts), Cache(tmp_path, limit_gb), None, seed, said.append)
+    setup = Setup(lm or FakeLM(), 3, "", config, lambda: iter(texts), digest(texts), Cache(tmp_path, limit_gb), None,
+                  seed, said.append)
     object.__setattr__(setup, "said", said)
     return setup
 
@@ -545,7 +567,9 @@ def test_text_is_packed_as_in_the_protocol():
 
 
 def test_a_data_set_in_the_hubs_format_gives_the_same_rows(tmp_path):
-    """Fails if the texts of a data set are read otherwise than held-out ones, reordered, or not known to the cache by their content."""
+    """Fails if the texts of a data set are read otherwise than held-out ones, reordered,
+    or not known to the cache by their content.
+    """
     file = tmp_path / "texts.jsonl"
     rows_RT = autointerp_windows.token_rows(make_setup(tmp_path))
     for texts, same in ((documents(), True), (documents()[::-1], False)):
@@ -555,7 +579,9 @@ def test_a_data_set_in_the_hubs_format_gives_the_same_rows(tmp_path):
 
 @pytest.mark.parametrize("batch, part, block", [(3, 10**9, 10**9), (3, 10**9, 8 * T * 40), (50, 7 * T * 40, 0)])
 def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, block):
-    """Fails if the strongest windows overlap, are not the strongest, leave their row, or if values and tokens are another window's."""
+    """Fails if the strongest windows overlap, are not the strongest, leave their row,
+    or if values and tokens are another window's.
+    """
     monkeypatch.setattr(pooling, "PART_FLOATS", part)
     monkeypatch.setattr(autointerp_windows, "BLOCK_FLOATS", block)
     setup, sae = make_setup(tmp_path, llm_batch_size=batch), words_sae()
@@ -570,7 +596,8 @@ def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, bl
             if len(chosen) < 12 and all(r != row or abs(t - column) > BUFFER for row, column in chosen):
                 chosen.append((r, t))
         windows = seen.windows[latent]
-        got = autointerp_windows.spread(windows["top"]["place"].tolist(), windows["top"]["acts"][:, BUFFER].tolist(), 12, BUFFER)
+        got = autointerp_windows.spread(windows["top"]["place"].tolist(), windows["top"]["acts"][:, BUFFER].tolist(),
+                                        12, BUFFER)
         assert [divmod(int(windows["top"]["place"][k]), T) for k in got] == chosen
         below = {rt for rt in centres if z_RT[rt] < z_RT[chosen[-1]]} if len(chosen) == 12 else set()
         drawn = [divmod(int(windows["drawn"]["place"][k]), T) for k in range(len(windows["drawn"]["key"]))
@@ -603,9 +630,11 @@ def test_windows_are_drawn_in_proportion_to_the_squared_activation(tmp_path):
 
 
 def test_a_case_by_hand(tmp_path):
-    """Fails if the threshold, the split, the order, the filling up or the reason to leave a latent out is another than the protocol's."""
-    config = dict(n_top_ex_for_generation=2, n_top_ex_for_scoring=1, n_iw_sampled_ex_for_generation=1, n_iw_sampled_ex_for_scoring=2,
-                  n_random_ex_for_scoring=4, buffer=1, act_threshold_frac=0.1)
+    """Fails if the threshold, the split, the order,
+    the filling up or the reason to leave a latent out is another than the protocol's.
+    """
+    config = dict(n_top_ex_for_generation=2, n_top_ex_for_scoring=1, n_iw_sampled_ex_for_generation=1,
+                  n_iw_sampled_ex_for_scoring=2, n_random_ex_for_scoring=4, buffer=1, act_threshold_frac=0.1)
     setup = make_setup(tmp_path, **config)
     tokens_RT = torch.arange(100).view(10, 10) % 40 + 2
 
@@ -613,15 +642,18 @@ def test_a_case_by_hand(tmp_path):
         place = torch.tensor([10 * r + 5 for r in range(len(values))])
         return {"place": place, "acts": torch.tensor([[edge, centre, 0.0] for edge, centre in values])}
 
-    seen = {"top": windows((20.0, 9.0), (0.0, 8.0), (0.0, 7.0), (0.0, 6.0)), "drawn": windows((0.0, 9.0), (0.0, 7.0), (0.0, 3.0)),
+    seen = {"top": windows((20.0, 9.0), (0.0, 8.0), (0.0, 7.0), (0.0, 6.0)),
+            "drawn": windows((0.0, 9.0), (0.0, 7.0), (0.0, 3.0)),
             "random": windows(*[(0.0, float(n)) for n in range(7)])}
     case = autointerp_windows.case(setup, tokens_RT, {i: f"<{i}>" for i in range(50)}, 5, seen)
     assert case.threshold == 2.0  # a tenth of 20, which stands beside a centre
     centres = [w.acts[1] for w in case.generation + case.scoring]
     # 3 of the strongest, the one drawn below 7, 2 random ones to fill up, 4 random ones
     assert sorted(centres) == sorted([9.0, 8.0, 7.0, 3.0, 4.0, 5.0, 0.0, 1.0, 2.0, 3.0])
-    assert sorted(w.acts[1] for w in case.scoring if w.random) == [0.0, 1.0, 2.0, 3.0] and not any(w.random for w in case.generation)
-    assert len(case.generation) == 3 and [max(w.acts) for w in case.generation] == sorted([max(w.acts) for w in case.generation])[::-1]
+    assert sorted(w.acts[1] for w in case.scoring if w.random) == [0.0, 1.0, 2.0,
+                                                                   3.0] and not any(w.random for w in case.generation)
+    assert len(case.generation) == 3 and [max(w.acts)
+                                          for w in case.generation] == sorted([max(w.acts) for w in case.generation])[::-1]
     assert next(w for w in case.generation + case.scoring if w.acts[1] == 8.0).tokens == ["<16>", "<17>", "<18>"]
     few = {**seen, "top": windows((0.0, 9.0), (0.0, 8.0), (0.0, 0.0))}
     nothing_below = {**seen, "drawn": windows((0.0, 9.0), (0.0, 7.0))}
@@ -630,7 +662,9 @@ def test_a_case_by_hand(tmp_path):
 
 
 def test_latents_are_those_alive_and_a_second_pass_finds_more(tmp_path):
-    """Fails if a dead latent is judged, if living ones are missed because many are dead, or if a pass is made in vain."""
+    """Fails if a dead latent is judged, if living ones are missed because many are dead,
+    or if a pass is made in vain.
+    """
     gain = torch.zeros(40)
     gain[[0, 5, 6, 12, 13, 19, 20, 26, 27, 33, 34]] = 1.0
     setup = make_setup(tmp_path, n_latents=10, limit_gb=0)
@@ -644,7 +678,8 @@ def test_latents_are_those_alive_and_a_second_pass_finds_more(tmp_path):
     gain[[0, 5]] = 0.0
     cases, problems = autointerp_windows.cases(setup, {"few": words_sae(gain)})
     assert len(cases["few"]) == 9
-    assert problems["few"][0].startswith("9 of 10 latents for the judge: 9 of 40 fire more than 5 times in 5,000 tokens, 0 of those")
+    assert problems["few"][0].startswith("9 of 10 latents for the judge: 9 of 40 fire more than 5 times in 5,000 "
+                                         "tokens, 0 of those")
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -695,16 +730,20 @@ def test_explanations_lose_their_wrapping(answer, explanation):
 
 
 def test_scores_by_hand():
-    """Fails if random windows that fire change the compatible score, if they do not change the checked one, or for unusable answers."""
+    """Fails if random windows that fire change the compatible score, if they do not change the checked one,
+    or for unusable answers.
+    """
     def window(act, random):
         return autointerp_windows.Window(["a", " \nb"], [0.0, act], random)
 
     scoring = [window(5.0, False), window(0.5, False), window(5.0, True), window(0.1, True)]
-    verdicts = [{"case": autointerp_windows.Case(latent, 1.0, [window(5.0, False)], scoring), "explanation": "b", "answer": answer}
+    verdicts = [{"case": autointerp_windows.Case(latent, 1.0, [window(5.0, False)], scoring), "explanation": "b",
+                 "answer": answer}
                 for latent, answer in ((7, "1, 3"), (8, "None"), (9, "no idea"))]
     verdicts.append({"case": verdicts[0]["case"], "failed": "HTTP 500"})
     result = autointerp._result({"n_random_ex_for_scoring": 2}, verdicts, [], [])
-    # fires in 1 and 3; the compatible score takes 3 for silent: "1, 3" has 3 of 4 and 4 of 4 right, "None" 3 of 4 and 2 of 4
+    # fires in 1 and 3; the compatible score takes 3 for silent: "1, 3" has 3 of 4 and 4 of 4 right, "None" 3 of 4 and 2
+    # of 4
     assert result.metrics == {"autointerp": {"autointerp_score": 0.75, "autointerp_std_dev": 0.0}}
     assert result.corrected == {"autointerp_score_checked": pytest.approx(0.5), "autointerp_latents": 3,
                                 "autointerp_unparsable_share": pytest.approx(1 / 3), "autointerp_failed_requests": 1,
@@ -728,7 +767,9 @@ def test_scores_by_hand():
 
 
 def test_a_judge_that_reads_the_prompt_foresees_every_word(server, tmp_path, monkeypatch, capfd):
-    """Fails if marks, windows, numbers or labels are mixed up between the activations and the score, or if the key is written down."""
+    """Fails if marks, windows, numbers or labels are mixed up between the activations and the score,
+    or if the key is written down.
+    """
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     gain = torch.ones(40)
     gain[0] = 0.0  # no single word explains the dense one
@@ -742,9 +783,11 @@ def test_a_judge_that_reads_the_prompt_foresees_every_word(server, tmp_path, mon
     assert 0 < result.corrected["autointerp_random_windows_active"] == pytest.approx(np.mean(wrong) * 1.4)
     assert result.metrics["autointerp"]["autointerp_score"] == pytest.approx(1 - np.mean(wrong))
     assert result.metrics["autointerp"]["autointerp_std_dev"] == pytest.approx(np.std(wrong, ddof=1))
-    assert result.stderrs["autointerp_score"] == pytest.approx(np.std(wrong, ddof=1) / math.sqrt(12)) and not result.problems
+    assert result.stderrs["autointerp_score"] == pytest.approx(np.std(wrong,
+                                                                      ddof=1) / math.sqrt(12)) and not result.problems
     assert {*result.metrics["autointerp"], *result.corrected} == set(declared("autointerp", "METRICS"))
-    assert len(server.bodies) == 24 and {b["max_tokens"] for b in server.bodies} == {30, 33} and set(server.keys) == {f"Bearer {KEY}"}
+    assert len(server.bodies) == 24 and {b["max_tokens"]
+                                         for b in server.bodies} == {30, 33} and set(server.keys) == {f"Bearer {KEY}"}
     assert all(b["messages"][1]["content"].count("\n") == (16 if is_explaining(b) else 17) for b in server.bodies)
     assert setup.said[0].startswith(f"autointerp: 24 requests to gpt-4o-mini at {server.url}, about ")
     assert "2,400 tokens in" in setup.said[1]
@@ -770,7 +813,9 @@ def test_an_interrupted_run_pays_for_the_rest_only(server, tmp_path, monkeypatch
 
 
 def test_no_answer_is_dropped_in_silence(server, tmp_path):
-    """Fails if failed or unusable answers change a score without being counted, or if a judge that never answers gives a result."""
+    """Fails if failed or unusable answers change a score without being counted,
+    or if a judge that never answers gives a result.
+    """
     saes, n_scoring = {"sae": words_sae()}, [0]
 
     def partly(number, body):
@@ -848,7 +893,9 @@ def test_without_a_judge_nothing_is_computed(server, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_judged_is_a_problem_with_its_figure(server, tmp_path):
-    """Fails if a dead SAE, NaN features or too little text end the eval or pass for a score, or if they take other SAEs along."""
+    """Fails if a dead SAE, NaN features or too little text end the eval or pass for a score,
+    or if they take other SAEs along.
+    """
     saes = {"dead": words_sae(torch.zeros(40)), "good": words_sae(),
             "nan": SimpleNamespace(encode=lambda x: torch.where(x == 0, x, torch.nan), W_dec=torch.zeros(42, 42))}
     results = autointerp.run(make_setup(tmp_path), saes)
@@ -865,13 +912,15 @@ def test_the_tiny_profile_has_text_enough(server, tmp_path):
     lm, source = FakeLM(), Source("tiny", cache_dir=tmp_path)
     lm.tokenizer = tiny._tokenizer()
     lm.bos, lm.special_ids = lm.tokenizer.bos_token_id, {0, 1, 2}
-    lm.residual = lambda tokens_BT, layer: torch.nn.functional.one_hot(tokens_BT % 42, 42) * (1 + tokens_BT.cumsum(1) % 97)[..., None] / 98
+    lm.residual = lambda tokens_BT, layer: torch.nn.functional.one_hot(tokens_BT % 42,
+                                                                       42) * (1 + tokens_BT.cumsum(1) % 97)[..., None] / 98
     setup = make_setup(tmp_path, lm, **autointerp.CONFIG["tiny"])
     object.__setattr__(setup, "texts", lambda: source.documents("heldout"))
     server.reply = lambda number, body: says("on something" if is_explaining(body) else "None")
     result = autointerp.run(setup, {"sae": words_sae()})["sae"]
     assert not result.problems and result.corrected["autointerp_latents"] == 6
-    assert all(10 / 14 <= v["score"] <= 12 / 14 for v in result.unstructured.values())  # the 2 strongest windows always fire
+    # the 2 strongest windows always fire
+    assert all(10 / 14 <= v["score"] <= 12 / 14 for v in result.unstructured.values())
 
 
 def test_requirements_name_the_setting(server):

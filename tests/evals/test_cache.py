@@ -1,4 +1,6 @@
-"""What lies in the cache may be damaged, gone, or not to be written: it is made again or done without, and the run goes on."""
+"""What lies in the cache may be damaged, gone, or not to be written:
+it is made again or done without, and the run goes on.
+"""
 
 import errno
 import os
@@ -40,7 +42,8 @@ def replaced_by_a_file(folder):
     folder.write_text("no folder")
 
 
-DAMAGE = {"bits": lambda f: flipped(f / "a.txt"), "cut": lambda f: os.truncate(f / "b.txt", 5), "gone": lambda f: (f / "a.txt").unlink(),
+DAMAGE = {"bits": lambda f: flipped(f / "a.txt"), "cut": lambda f: os.truncate(f / "b.txt", 5),
+          "gone": lambda f: (f / "a.txt").unlink(),
           "emptied": emptied, "a file": replaced_by_a_file, "no list": lambda f: (f / made.SUMS).write_text("")}
 
 
@@ -92,13 +95,14 @@ def test_a_cache_that_cannot_be_written_serves_as_it_is_or_not_at_all(tmp_path, 
     """Fails if a warm cache that may only be read is written to, or a cold one, or a full disk, ends the run."""
     warm, cold = tmp_path / "cache" / "warm", tmp_path / "cache" / "cold"
     made.folder(warm, make_text("words"))
-    monkeypatch.setattr(made, "FileLock", raising(OSError(code, os.strerror(code)), lambda path: str(path).startswith(str(tmp_path)),
-                                                  made.FileLock))
+    monkeypatch.setattr(made, "FileLock", raising(OSError(code, os.strerror(code)),
+                                                  lambda path: str(path).startswith(str(tmp_path)), made.FileLock))
     assert made.folder(warm, make_text("other")) == warm
     elsewhere = made.folder(cold, make_text("words"))
     assert (elsewhere / "a.txt").read_text() == "words" and tmp_path not in elsewhere.parents and not cold.exists()
     assert f"{cold.parent} cannot be written" in capsys.readouterr().out
-    assert made.folder(cold, make_text("other")) == elsewhere and (elsewhere / "a.txt").read_text() == "words"  # this run's
+    # this run's
+    assert made.folder(cold, make_text("other")) == elsewhere and (elsewhere / "a.txt").read_text() == "words"
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert (made.folder(blocked / "m", make_text("words")) / "a.txt").exists()
@@ -131,7 +135,8 @@ def test_a_damaged_wheel_of_the_cache_is_fetched_again(tmp_path, how, monkeypatc
 
 
 def entry(folder, calls, value=1.0):
-    return cache.Cache(folder, 1).get("x", {"n": 1}, lambda: calls.append(1) or {"a": torch.full((1000,), value), "b": torch.tensor(3)})
+    return cache.Cache(folder, 1).get("x", {"n": 1}, lambda: calls.append(1)
+                                      or {"a": torch.full((1000,), value), "b": torch.tensor(3)})
 
 
 def test_activations_with_a_changed_bit_are_made_again(tmp_path, capsys):
@@ -150,7 +155,8 @@ def test_activations_with_a_changed_bit_are_made_again(tmp_path, capsys):
 
 @pytest.mark.parametrize("how", ["safetensors", "disk", "a file", "read only"])
 def test_a_store_that_cannot_be_written_costs_speed_alone(tmp_path, how, monkeypatch, capsys):
-    """Fails if a full disk (which safetensors reports by an error of its own), a file in the folder's place, or a store that may only
+    """Fails if a full disk (which safetensors reports by an error of its own), a file in the folder's place, or a store
+    that may only
     be read ends the run; the last is still read."""
     import safetensors.torch
 
@@ -163,7 +169,8 @@ def test_a_store_that_cannot_be_written_costs_speed_alone(tmp_path, how, monkeyp
     if how == "a file":
         folder.write_text("")
     else:
-        error = OSError(errno.ENOSPC, "full") if how == "disk" else safetensors.SafetensorError("I/O error: No space left on device")
+        error = OSError(errno.ENOSPC, "full") if how == "disk" else safetensors.SafetensorError("I/O error: No space "
+                                                                                                "left on device")
         monkeypatch.setattr(safetensors.torch, "save_file", raising(error, lambda tensors: True, None))
     for _ in range(2):
         assert (entry(folder, calls)["a"] == 1).all()
@@ -171,7 +178,9 @@ def test_a_store_that_cannot_be_written_costs_speed_alone(tmp_path, how, monkeyp
 
 
 def test_what_a_killed_process_left_behind_goes(tmp_path):
-    """Fails if unfinished files pile up beside a store that has a bound, or one that is being written now is taken away."""
+    """Fails if unfinished files pile up beside a store that has a bound,
+    or one that is being written now is taken away.
+    """
     old, new = tmp_path / "x.1.tmp", tmp_path / "x.2.tmp"
     for file in (old, new):
         file.write_bytes(b"x")

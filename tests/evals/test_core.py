@@ -17,7 +17,8 @@ from variants import base, topk
 
 VOCABULARY, D, N_FEATURES, CONTEXT, BOS, EOS = 41, 10, 24, 9, 0, 1
 CONFIG = {
-    "context_size": CONTEXT, "batch_size_prompts": 4, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 2,
+    "context_size": CONTEXT, "batch_size_prompts": 4, "n_eval_reconstruction_batches": 2,
+    "n_eval_sparsity_variance_batches": 2,
     "exclude_special_tokens_from_reconstruction": True, "reuse_reconstruction_rows": False,
 }
 
@@ -101,15 +102,15 @@ def texts(n=60):
 
 def setup(folder, lm=None, limit_gb=1.0, n_texts=60, **config):
     return Setup(lm=lm or FakeLM(), layer=0, hook_name="blocks.0.hook_resid_post", config=CONFIG | config,
-                 texts=lambda: texts(n_texts), texts_digest=str(n_texts), cache=Cache(folder, limit_gb), data=None, seed=0,
-                 say=lambda line: None)
+                 texts=lambda: texts(n_texts), texts_digest=str(n_texts), cache=Cache(folder, limit_gb), data=None,
+                 seed=0, say=lambda line: None)
 
 
 def means(result):
     return {name.removeprefix("core."): value for name, value in saebench.flatten(result, "core")[0].items()}
 
 
-# ------------------------------------------------------------------------------------------------ the formulas, with loops
+# --------------------------------------------------------------------------------------------- the formulas, with loops
 
 
 def full_run(lm, tokens_T, change=None):
@@ -127,7 +128,8 @@ def reference(lm, sae, tokens_RT, config):
     first = 0 if config["reuse_reconstruction_rows"] else n_reconstruction
     rows = tokens_RT[first : first + batch * config["n_eval_sparsity_variance_batches"]]
     mean = lambda values: sum(values) / len(values)  # noqa: E731
-    out = {"total_tokens_eval_reconstruction": n_reconstruction * CONTEXT, "total_tokens_eval_sparsity_variance": rows.numel()}
+    out = {"total_tokens_eval_reconstruction": n_reconstruction * CONTEXT,
+           "total_tokens_eval_sparsity_variance": rows.numel()}
 
     ce, kl = {"clean": [], "sae": [], "abl": []}, {"sae": [], "abl": []}
     for tokens_T in tokens_RT[:n_reconstruction]:
@@ -141,11 +143,13 @@ def reference(lm, sae, tokens_RT, config):
             if int(tokens_T[t]) in special:
                 continue
             for run in kl:
-                kl[run].append(sum(math.exp(p) * (p - q) for p, q in zip(logp["clean"][t].tolist(), logp[run][t].tolist())))
+                kl[run].append(sum(math.exp(p) * (p - q)
+                                   for p, q in zip(logp["clean"][t].tolist(), logp[run][t].tolist())))
             if t + 1 < CONTEXT:
                 for run in ce:
                     ce[run].append(-float(logp[run][t, tokens_T[t + 1]]))
-    out |= {"ce_loss_with_sae": mean(ce["sae"]), "ce_loss_without_sae": mean(ce["clean"]), "ce_loss_with_ablation": mean(ce["abl"]),
+    out |= {"ce_loss_with_sae": mean(ce["sae"]), "ce_loss_without_sae": mean(ce["clean"]),
+            "ce_loss_with_ablation": mean(ce["abl"]),
             "kl_div_with_sae": mean(kl["sae"]), "kl_div_with_ablation": mean(kl["abl"])}
     out["ce_loss_score"] = (mean(ce["abl"]) - mean(ce["sae"])) / (mean(ce["abl"]) - mean(ce["clean"]))
     out["kl_div_score"] = (mean(kl["abl"]) - mean(kl["sae"])) / mean(kl["abl"])
@@ -172,7 +176,8 @@ def reference(lm, sae, tokens_RT, config):
         for x, x_hat in zip(xs, x_hats):
             r_sq = float((x - x_hat) @ (x - x_hat))
             for name, value in {
-                "l2_norm_in": x.norm(), "l2_norm_out": x_hat.norm(), "l2_ratio": x_hat.norm() / x.norm(), "mse": r_sq / len(xs),
+                "l2_norm_in": x.norm(), "l2_norm_out": x_hat.norm(), "l2_ratio": x_hat.norm() / x.norm(),
+                "mse": r_sq / len(xs),
                 "cossim": x @ x_hat / x.norm() / x_hat.norm(), "mse_per_token": r_sq,
                 "explained_variance_legacy": 1 - r_sq / float((x - centre) @ (x - centre)),
             }.items():
@@ -192,10 +197,14 @@ def reference(lm, sae, tokens_RT, config):
         often = [d for d in density if d > percent / 100]
         out[f"freq_over_{percent}_percent"] = len(often) / N_FEATURES
         out[f"normalized_freq_over_{percent}_percent"] = sum(often) / sum(density)
-    cosine = lambda a, b: float(a.double() @ b.double()) / max(float(a.double().norm() * b.double().norm()), 1e-12)  # noqa: E731
+
+    def cosine(a, b):
+        return float(a.double() @ b.double()) / max(float(a.double().norm() * b.double().norm()), 1e-12)
+
     W_enc, W_dec = list(sae.W_enc.T), list(sae.W_dec)
     details = [{
-        "index": i, "feature_density": density[i], "consistent_activation_heuristic": fired[i] / prompts[i] if prompts[i] else -1.0,
+        "index": i, "feature_density": density[i], "consistent_activation_heuristic": fired[i] / prompts[i]
+        if prompts[i] else -1.0,
         "encoder_bias": float(sae.b_enc[i]), "encoder_norm": float(W_enc[i].norm()),
         "encoder_decoder_cosine_sim": cosine(W_enc[i], W_dec[i]),
         "max_encoder_cosine_sim": max(cosine(W_enc[i], W_enc[j]) for j in range(N_FEATURES) if j != i),
@@ -222,7 +231,9 @@ def r2(x, r):
 ])
 @pytest.mark.parametrize("SAE", [Signed, TopK])
 def test_every_metric_equals_its_formula(tmp_path, monkeypatch, changes, SAE):
-    """Fails if any metric departs from the definitions; batches are uneven, special tokens stand inside rows, E x is not 0."""
+    """Fails if any metric departs from the definitions;
+    batches are uneven, special tokens stand inside rows, E x is not 0.
+    """
     monkeypatch.setattr(core, "LOGIT_BYTES", {"cpu": 20 * VOCABULARY * 7})  # several chunks, the last one smaller
     monkeypatch.setattr(core, "FEATURE_BYTES", {"cpu": 16 * CONTEXT * N_FEATURES * 3})
     s, sae = setup(tmp_path, n_texts=16, **changes), trained(SAE)
@@ -268,7 +279,8 @@ def test_cached_streamed_and_repeated_runs_are_identical(tmp_path):
     assert not (tmp_path / "none").exists()
     s = setup(tmp_path / "some")
     assert core.run(s, first) == streamed
-    s = replace(s, texts=lambda: pytest.fail("the texts were read again"), cache=Cache(tmp_path / "some", 1.0), lm=FakeLM())
+    s = replace(s, texts=lambda: pytest.fail("the texts were read again"), cache=Cache(tmp_path / "some", 1.0),
+                lm=FakeLM())
     assert core.run(s, first) == streamed
     assert core.run(s, other) != streamed
     assert s.lm.prefix_tokens == 2  # one token per run, to learn the dtype
@@ -292,16 +304,20 @@ def test_broken_and_dead_saes_have_problems_and_no_crash(tmp_path):
     dead.sae.b_dec.zero_()
     results = core.run(setup(tmp_path), {"broken": broken, "dead": dead})
     values = means(results["broken"])
-    assert {name for name, value in values.items() if value is not None} == {n for n in core.METRICS if n.startswith("total_")}
+    assert {name for name, value in values.items()
+            if value is not None} == {n for n in core.METRICS if n.startswith("total_")}
     assert "not finite" in results["broken"].problems[0] and results["broken"].stderrs == {}
     values = means(results["dead"])
     assert (values["l0"], values["frac_alive"], values["cossim"]) == (0, 0, 0)
     assert values["relative_reconstruction_bias"] is None
-    assert results["dead"].problems == ["the SAE is dead: L0 = 0", "not finite, so without a value: relative_reconstruction_bias"]
+    assert results["dead"].problems == ["the SAE is dead: L0 = 0", "not finite, so without a value: "
+                                                                   "relative_reconstruction_bias"]
 
 
 def test_an_encoder_of_another_shape_leaves_only_its_metrics_out(tmp_path):
-    """Fails if an SAE without W_enc [D, F] crashes the eval, loses other metrics, or if the missing ones have no reason."""
+    """Fails if an SAE without W_enc [D, F] crashes the eval, loses other metrics,
+    or if the missing ones have no reason.
+    """
     result = core.run(setup(tmp_path), {"a": trained(WideEncoder)})["a"]
     assert [name for name, value in means(result).items() if value is None] == ["average_max_encoder_cosine_sim"]
     assert result.problems == ["the SAE has no encoder matrix [D, F]: its encoder metrics have no value"]
@@ -334,7 +350,9 @@ def test_too_little_text_says_what_to_do(tmp_path):
 
 
 def test_standard_errors_agree_with_the_jackknife_over_documents(tmp_path):
-    """Fails if tokens are taken for independent, or the ratio's denominator for fixed (delete-one-document jackknife)."""
+    """Fails if tokens are taken for independent, or the ratio's denominator for fixed
+    (delete-one-document jackknife).
+    """
     config = {"batch_size_prompts": 1, "n_eval_reconstruction_batches": 40, "n_eval_sparsity_variance_batches": 40,
               "reuse_reconstruction_rows": True}
     s, sae = setup(tmp_path, n_texts=200, **config), trained(TopK)
@@ -344,7 +362,8 @@ def test_standard_errors_agree_with_the_jackknife_over_documents(tmp_path):
     of = {}  # document: cross-entropies of the clean model and with the SAE, residuals, errors of reconstruction
     for tokens_T, document_T in zip(tokens_RT, document_RT.tolist()):
         used = [int(t) not in s.lm.special_ids for t in tokens_T]
-        logp = [full_run(s.lm, tokens_T), full_run(s.lm, tokens_T, lambda t, x, u=used: sae.decode(sae.encode(x)) if u[t] else x)]
+        logp = [full_run(s.lm, tokens_T), full_run(s.lm, tokens_T, lambda t, x, u=used: sae.decode(sae.encode(x))
+                                                   if u[t] else x)]
         x_TD = s.lm.residual(tokens_T[None], 0)[0]
         for t in (t for t in range(CONTEXT) if used[t]):
             ce = [[-float(p[t, tokens_T[t + 1]])] if t < CONTEXT - 1 else [] for p in logp]
@@ -381,9 +400,12 @@ def topical(seed, documents=60):
 
 
 def test_standard_errors_are_the_spread_over_new_texts(tmp_path, monkeypatch):
-    """Fails if documents that span several rows do not count once: over texts drawn anew, each metric must vary as it says it does."""
+    """Fails if documents that span several rows do not count once:
+    over texts drawn anew, each metric must vary as it says it does.
+    """
     sae = trained(TopK)
-    config = {"n_eval_reconstruction_batches": 30, "n_eval_sparsity_variance_batches": 30, "reuse_reconstruction_rows": True}
+    config = {"n_eval_reconstruction_batches": 30, "n_eval_sparsity_variance_batches": 30,
+              "reuse_reconstruction_rows": True}
 
     def measured(seed, label=""):
         s = replace(setup(tmp_path, **config), texts=lambda: topical(seed), texts_digest=f"{seed}{label}")
@@ -407,9 +429,10 @@ def test_standard_errors_are_the_spread_over_new_texts(tmp_path, monkeypatch):
 
 def test_fewer_than_five_documents_state_no_error(tmp_path):
     """Fails if an error is stated that four documents, or ten of which one is nearly all the text, have to carry."""
-    for documents, stated in ((["7 8 9 7 5 6 8 9"] * 4, False), (["7 8 9 7 5 6 8 9"] * 6, True), (["7 8"] * 9 + ["7 8 9 5 6 "] * 1, True),
-                              (["7 8"] * 9 + ["7 8 9 5 6 " * 40], False)):
-        s = replace(setup(tmp_path, reuse_reconstruction_rows=True, n_eval_reconstruction_batches=20, n_eval_sparsity_variance_batches=20),
+    for documents, stated in ((["7 8 9 7 5 6 8 9"] * 4, False), (["7 8 9 7 5 6 8 9"] * 6, True),
+                              (["7 8"] * 9 + ["7 8 9 5 6 "] * 1, True), (["7 8"] * 9 + ["7 8 9 5 6 " * 40], False)):
+        s = replace(setup(tmp_path, reuse_reconstruction_rows=True, n_eval_reconstruction_batches=20,
+                          n_eval_sparsity_variance_batches=20),
                     texts=lambda documents=documents: iter(documents), texts_digest=str(documents))
         assert ("r2" in core.run(s, {"a": trained(TopK)})["a"].stderrs) == stated
 
@@ -425,7 +448,8 @@ def test_packing_by_hand():
     # the separator before d takes the last place of its row; the row then starts with the one BOS every row has
     assert rows.tolist() == [[0, 11, 12, 0], [0, 13, 0, 14], [0, 15, 16, 17], [0, 18, 0, 19], [0, 20, 21, 0]][:4]
     assert packing.pack("abcdef", tokenizer, context=4, bos=0, rows=2).tolist() == rows[:2].tolist()
-    assert packing.pack_numbered("abcdef", tokenizer, 4, 0)[1].tolist() == [[0, 0, 0, 2], [2, 2, 3, 3], [3, 3, 3, 3], [3, 3, 4, 4]]
+    assert packing.pack_numbered("abcdef", tokenizer, 4,
+                                 0)[1].tolist() == [[0, 0, 0, 2], [2, 2, 3, 3], [3, 3, 3, 3], [3, 3, 4, 4]]
     with pytest.raises(ValueError, match="fewer than the 4 tokens"):
         packing.pack("ab", tokenizer, context=4, bos=0)
 
@@ -448,14 +472,15 @@ def test_json_round_trip_is_exact(tmp_path):
     result = Result(metrics={"sparsity": {"l0": 0.1 + 0.2, "l1": math.nan}, "misc_metrics": {"frac_alive": None}},
                     corrected={"r2": 1 / 3}, stderrs={"l0": 1e-300}, details=[{"index": 0, "feature_density": 2 / 3}],
                     unstructured={"x": [1, 2.5]}, problems=["why l1 is None"])
-    path = saebench.write(tmp_path / "core", result, "core", {"context_size": 8}, "custom/sae", "org/model", {"d_in": 3})
+    path = saebench.write(tmp_path / "core", result, "core", {"context_size": 8}, "custom/sae", "org/model",
+                          {"d_in": 3})
     assert [p.name for p in path.parent.iterdir()] == ["org_model_custom_sae_eval_results.json"]
     result.metrics["sparsity"]["l1"] = None
     assert saebench.read(path) == result
     content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details",
-            "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict",
-            "eval_result_unstructured", "corrected_metrics", "stderrs", "problems"} == set(content)
+    assert {"eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics",
+            "eval_result_details", "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id", "sae_lens_version",
+            "sae_cfg_dict", "eval_result_unstructured", "corrected_metrics", "stderrs", "problems"} == set(content)
     flat, errors = saebench.flatten(result, "core")
     assert flat == {"core.l0": 0.1 + 0.2, "core.l1": None, "core.frac_alive": None, "core.r2": 1 / 3}
     assert errors == {"core.l0": 1e-300}

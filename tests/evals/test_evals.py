@@ -1,4 +1,6 @@
-"""What all evals have in common: their declarations, and a run of all of them where there is no hub, no wheel and no judge."""
+"""What all evals have in common: their declarations, and a run of all of them where there is no hub,
+no wheel and no judge.
+"""
 
 import json
 
@@ -12,7 +14,8 @@ from evals.texts.source import Source
 from runs import compare
 from tests.flow.test_experiment import cache, command, signals  # noqa: F401  fixtures
 
-PROFILES = {"gemma": ("google/gemma-2-2b", "google/gemma-2-2b-it", "hub"), "tiny": ("tiny-gemma2", "tiny-gemma2", "tiny"),
+PROFILES = {"gemma": ("google/gemma-2-2b", "google/gemma-2-2b-it", "hub"),
+            "tiny": ("tiny-gemma2", "tiny-gemma2", "tiny"),
             "embedded": ("smollm2-135m-instruct", "smollm2-135m-instruct", "embedded")}
 
 
@@ -35,7 +38,9 @@ def test_declarations(name, monkeypatch):
 
 
 def test_all_evals_in_one_run(tmp_path, cache, monkeypatch):  # noqa: F811
-    """Fails if an eval crashes beside the others, returns an undeclared metric or no score without a reason, or a second run differs."""
+    """Fails if an eval crashes beside the others, returns an undeclared metric or no score without a reason,
+    or a second run differs.
+    """
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert experiment.main(command(tmp_path / "run", cache, "--evals=all")) == 0
@@ -45,6 +50,7 @@ def test_all_evals_in_one_run(tmp_path, cache, monkeypatch):  # noqa: F811
     assert ours <= set(compare.directions())
     assert set(section["stderrs"]) <= ours
     for metric in ours:
-        assert section["means"][metric] is not None or any(metric.split(".")[1] in problem for problem in section["problems"]), metric
+        assert section["means"][metric] is not None or any(metric.split(".")[1] in problem
+                                                           for problem in section["problems"]), metric
     assert experiment.main(command(tmp_path / "again", cache, "--evals=all")) == 0
     assert (tmp_path / "again" / "final_info.json").read_bytes() == (tmp_path / "run" / "final_info.json").read_bytes()

@@ -46,14 +46,15 @@ def ask(hub: Hub, path: str, token: str = "hf_good", **headers: str):  # noqa: F
     return urllib.request.urlopen(request, timeout=20)
 
 
-def download(hub: Hub, cache: Path, name: str, file: str, kind: str = "dataset", token: str | bool = "hf_good", **options) -> Path:  # noqa: F811
+def download(hub: Hub, cache: Path, name: str, file: str, kind: str = "dataset",  # noqa: F811
+             token: str | bool = "hf_good", **options) -> Path:
     return Path(hf_hub_download(name, file, repo_type=kind, endpoint=hub.url, token=token, cache_dir=cache, **options))
 
 
 def run(hub: Hub, home: Path, script: str):  # noqa: F811
     """What a Python script prints as JSON that asks the hub from a process of its own."""
-    ended = subprocess.run([sys.executable, "-c", script], env=hub.environment(home=home), capture_output=True, text=True, timeout=120,
-                           cwd=PROJECT)
+    ended = subprocess.run([sys.executable, "-c", script], env=hub.environment(home=home), capture_output=True,
+                           text=True, timeout=120, cwd=PROJECT)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
 
@@ -76,7 +77,8 @@ def test_a_snapshot_is_the_repository(hub, hub_root, tmp_path):  # noqa: F811
         folder = Path(snapshot_download(name, repo_type=kind, endpoint=hub.url, token="hf_good", cache_dir=tmp_path))
         wanted = read(hub_root / f"{kind}s" / name / "main")
         assert folder.name == wanted.commit == HfApi(endpoint=hub.url).repo_info(name, repo_type=kind).sha
-        assert {path: (folder / path).read_bytes() for path in wanted.files} == {p: f.read_bytes() for p, f in wanted.files.items()}
+        assert {path: (folder / path).read_bytes()
+                for path in wanted.files} == {p: f.read_bytes() for p, f in wanted.files.items()}
         assert len([f for f in folder.rglob("*") if f.is_file()]) == len(wanted.files)
 
 
@@ -107,16 +109,20 @@ print(json.dumps(found))
 def test_datasets_reads_every_repository_whole_and_as_a_stream(hub, tmp_path):  # noqa: F811
     """Fails if a data set cannot be loaded by its name, or has other splits, rows, files or columns than are meant."""
     found = run(hub, tmp_path, LOADING)
-    columns = {name: sorted(columns) for name, splits in found.items() if isinstance(splits, dict) for _, _, columns in splits.values()}
+    columns = {name: sorted(columns) for name, splits in found.items() if isinstance(splits, dict)
+               for _, _, columns in splits.values()}
     assert found[PILE] == {"train": [1800, 30, ["meta", "text"]]}
     assert found["Skylion007/openwebtext"] == {"train": [3200, 80, ["text"]]}
     assert found["Helsinki-NLP/europarl"] == {"train": [600, 2, ["translation"]]}
-    assert {split: rows for split, (rows, _, _) in found["LabHC/bias_in_bios"].items()} == {"train": 3360, "test": 2240, "dev": 560}
-    assert {split: rows for split, (rows, _, _) in found["texts/two-configs"].items()} == {"train": 200, "validation": 20, "test": 20}
+    assert {split: rows
+            for split, (rows, _, _) in found["LabHC/bias_in_bios"].items()} == {"train": 3360, "test": 2240, "dev": 560}
+    assert {split: rows
+            for split, (rows, _, _) in found["texts/two-configs"].items()} == {"train": 200, "validation": 20, "test": 20}
     assert columns["LabHC/bias_in_bios"] == ["gender", "hard_text", "profession"]
     assert columns["canrager/amazon_reviews_mcauley_1and5"] == ["category", "rating", "text"]
     assert columns["cais/wmdp-bio-forget-corpus"] == ["abstract", "doi", "text", "title"]
-    assert columns["cais/mmlu"] == ["answer", "choices", "question", "subject"] and columns["texts/pretokenised"] == ["input_ids"]
+    assert columns["cais/mmlu"] == ["answer", "choices", "question",
+                                    "subject"] and columns["texts/pretokenised"] == ["input_ids"]
     assert found["codeparrot/github-code"] == {"train": [1584, 8, ["content", "license", "path", "repo_name", "size"]]}
     assert "scripts are no longer supported" in found["codeparrot/github-code refused"]
     assert "Config name is missing" in found["texts/two-configs refused"]
@@ -145,9 +151,12 @@ print(json.dumps(found))
 
 
 def test_transformers_loads_the_tiny_gemma(hub, tmp_path):  # noqa: F811
-    """Fails if model or tokenizer cannot be had by the real name, a text does not survive, or the model guesses no better than chance."""
+    """Fails if model or tokenizer cannot be had by the real name, a text does not survive,
+    or the model guesses no better than chance.
+    """
     found = run(hub, tmp_path, GUESSING)
-    assert [row[:5] for row in found.values()] == [["torch.float32", 26, [0, 1, 2], 2, False], ["torch.bfloat16", 26, [0, 1, 2], 2, True]]
+    assert [row[:5] for row in found.values()] == [["torch.float32", 26, [0, 1, 2], 2, False],
+                                                   ["torch.bfloat16", 26, [0, 1, 2], 2, True]]
     assert all(row[5] > 0.15 for row in found.values())  # nats better than a uniform guess
     assert len({row[6] for row in found.values()}) == 2  # different weights
 
@@ -168,7 +177,8 @@ def test_transformers_loads_the_tiny_gemma(hub, tmp_path):  # noqa: F811
 def test_each_token_is_refused_in_the_hubs_way(hub, tmp_path, name, token, error, status):  # noqa: F811
     """Fails if a token reads what it may not, or the library takes the refusal for another one."""
     kind = "model" if name == GEMMA else "dataset"
-    with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)) as refused:  # the second for a 403 without a code: its cause tells
+    # the second for a 403 without a code: its cause tells
+    with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)) as refused:
         snapshot_download(name, repo_type=kind, endpoint=hub.url, token=token, cache_dir=tmp_path)
     found = refused.value
     while found.__cause__ is not None and not isinstance(found, error):
@@ -194,7 +204,8 @@ def test_a_push_is_a_new_commit_and_the_old_one_can_still_be_read(hub, hub_root,
     after = hub.push("dataset", NEWS, {"README.md": b"other\n", NEWS_FILE: None, "more/x.txt": b"x"})
     assert before != after == hub.commit("dataset", NEWS)
     api = HfApi(endpoint=hub.url)
-    assert api.dataset_info(NEWS).sha == after == api.list_repo_refs(NEWS, repo_type="dataset").branches[0].target_commit
+    assert api.dataset_info(NEWS).sha == after == api.list_repo_refs(NEWS,
+                                                                     repo_type="dataset").branches[0].target_commit
     assert NEWS_FILE not in api.list_repo_files(NEWS, repo_type="dataset")
     assert download(hub, tmp_path, NEWS, "README.md").read_text() == "other\n"
     assert download(hub, tmp_path, NEWS, "README.md", revision=before).read_text().startswith("---")
@@ -205,7 +216,9 @@ def test_a_push_is_a_new_commit_and_the_old_one_can_still_be_read(hub, hub_root,
 
 
 def test_a_file_rewritten_in_place_changes_the_commit_and_pushes_go_with_the_server(tmp_path):
-    """Fails if the server keeps what it once read of a folder, a new repository cannot be pushed, or one stays behind."""
+    """Fails if the server keeps what it once read of a folder, a new repository cannot be pushed,
+    or one stays behind.
+    """
     repositories.build(tmp_path, ["texts/parquet"])
     with serving(tmp_path) as own:
         before = own.commit("dataset", "texts/parquet")
@@ -284,14 +297,16 @@ def test_a_body_that_breaks_off_is_noticed_and_fetched_again(hub, hub_root, tmp_
         answer.read()
 
 
-@pytest.mark.parametrize("kind, status", [("500", 500), ("503", 503), ("504", 504), ("drop", 0), ("cut", 0), ("hang", 0)])
+@pytest.mark.parametrize("kind, status", [("500", 500), ("503", 503), ("504", 504), ("drop", 0), ("cut", 0),
+                                          ("hang", 0)])
 def test_each_request_in_turn_can_fail(hub, kind, status):  # noqa: F811
     """Fails if a fault comes at another request, more than once, or is not noted."""
     path = f"/datasets/{NEWS}/resolve/main/README.md"  # answered by 307, then 200
     for n in (1, 2):
         hub.reset()
         rule = hub.fault_at(n, kind, seconds=0.1)
-        with pytest.raises((urllib.error.HTTPError, http.client.HTTPException, ConnectionError)), ask(hub, path) as answer:
+        with pytest.raises((urllib.error.HTTPError, http.client.HTTPException,
+                            ConnectionError)), ask(hub, path) as answer:
             answer.read()
         expected = [307, 200][n - 1] if kind == "cut" else status
         assert [s for _, _, s in hub.requests] == [307][:n - 1] + [expected] and rule["fired"] == 1
@@ -300,7 +315,8 @@ def test_each_request_in_turn_can_fail(hub, kind, status):  # noqa: F811
 
 def test_faults_by_pattern_number_and_delay(hub):  # noqa: F811
     """Fails if `match`, `every`, `times` or `seconds` of a rule is not kept to."""
-    hub.faults = [dict(match="^GET /api/models", do="500", every=2, times=2), dict(match="whoami", do="slow", seconds=0.3)]
+    hub.faults = [dict(match="^GET /api/models", do="500", every=2, times=2),
+                  dict(match="whoami", do="slow", seconds=0.3)]
 
     def status(path: str) -> int:
         try:

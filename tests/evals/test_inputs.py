@@ -1,4 +1,6 @@
-"""What a run reads decides what it is: content under a name, the profile that can be had, what preflight finds in texts and models."""
+"""What a run reads decides what it is: content under a name, the profile that can be had,
+what preflight finds in texts and models.
+"""
 
 import json
 import os
@@ -37,8 +39,9 @@ def jsonl(path, documents, **more):
 
 
 def run(cache, model, texts, out, *more, evals="core"):
-    return experiment.main(["--profile=tiny", f"--model={model}", f"--dataset={texts}", f"--core_dataset={texts}", "--layers=1",
-                            "--device=cpu", "--num_tokens=2048", f"--cache_dir={cache}", f"--out_dir={out}", f"--evals={evals}",
+    return experiment.main(["--profile=tiny", f"--model={model}", f"--dataset={texts}", f"--core_dataset={texts}",
+                            "--layers=1", "--device=cpu", "--num_tokens=2048", f"--cache_dir={cache}",
+                            f"--out_dir={out}", f"--evals={evals}",
                             f"--eval_config={json.dumps(CORE if evals == 'core' else {})}", *more])
 
 
@@ -47,8 +50,11 @@ def section(out):
 
 
 def test_other_content_under_the_same_name_is_another_run(cache, tmp_path, capsys):
-    """Fails if replaced texts or weights of the same size and time are taken for a finished run, or a copy elsewhere for another one."""
-    model, texts = architectures.save("gpt2", tmp_path / "model"), jsonl(tmp_path / "texts.jsonl", architectures.texts(150))
+    """Fails if replaced texts or weights of the same size and time are taken for a finished run,
+    or a copy elsewhere for another one.
+    """
+    model, texts = architectures.save("gpt2",
+                                      tmp_path / "model"), jsonl(tmp_path / "texts.jsonl", architectures.texts(150))
     losses = []
     for change in ("nothing", "texts", "weights"):
         about = texts.stat()
@@ -71,10 +77,14 @@ def test_other_content_under_the_same_name_is_another_run(cache, tmp_path, capsy
     assert run(cache, model, texts, tmp_path / "run") == 0 and "already finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error, profile", [(PermissionError("google/gemma-2-2b is gated and no token is given\nlog in"), "embedded"),
-                                            (ConnectionError("the hub cannot be reached\ncheck the network"), None), (None, "gemma")])
+@pytest.mark.parametrize("error, profile",
+                         [(PermissionError("google/gemma-2-2b is gated and no token is given\nlog in"), "embedded"),
+                                            (ConnectionError("the hub cannot be reached\ncheck the network"), None),
+                          (None, "gemma")])
 def test_only_lack_of_access_makes_auto_take_the_small_model(monkeypatch, error, profile):
-    """Fails if a bad network on a GPU machine turns Gemma into another model, or a gate is an error where nothing was asked for."""
+    """Fails if a bad network on a GPU machine turns Gemma into another model,
+    or a gate is an error where nothing was asked for.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def known(*about):
@@ -95,13 +105,16 @@ def test_only_lack_of_access_makes_auto_take_the_small_model(monkeypatch, error,
 
 @pytest.mark.parametrize("name, flags, words", [
     ("texts", ["--context=300"], "--context=300, and .* has positions for 256 tokens"),
-    ("texts", [f"--eval_config={json.dumps({'core': CORE['core'] | {'context_size': 257}})}"], "the eval core: context_size=257, and"),
+    ("texts", [f"--eval_config={json.dumps({'core': CORE['core'] | {'context_size': 257}})}"],
+     "the eval core: context_size=257, and"),
     ("texts", ["--text_field=body"], "no text in the column 'body'(.|\n)*columns with text: text"),
     ("few", [], r"the eval core needs 32 tokens of held-out text, and .*few.jsonl has 0 \(a twentieth"),
     ("one", [], "has no document to train on"),
     ("ids", ["--text_field=ids"], "holds the token id 999, the model's tokenizer has 400")])
 def test_preflight_knows_what_texts_cannot_do(cache, gpt2, tmp_path, capsys, name, flags, words):
-    """Fails if a run trains first, and then finds rows too long, a wrong column, too little held-out text or ids of another tokenizer."""
+    """Fails if a run trains first, and then finds rows too long, a wrong column,
+    too little held-out text or ids of another tokenizer.
+    """
     held = [text for text in architectures.texts(400) if held_out(text)]
     rest = [text for text in architectures.texts(400) if not held_out(text)]
     jsonl(tmp_path / "texts.jsonl", architectures.texts(150))
@@ -124,7 +137,8 @@ def test_another_spelling_of_the_same_run_is_the_same_run(cache, gpt2, tmp_path,
 
 
 def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
-    """Fails if a tokenizer larger than the model ends in an index error (or a GPU's assertion), texts of BOS alone in an endless loop,
+    """Fails if a tokenizer larger than the model ends in an index error (or a GPU's assertion), texts of BOS alone in
+    an endless loop,
     or a model that gives NaN for one token in the advice to lower the learning rate."""
     texts = jsonl(tmp_path / "texts.jsonl", ["<extra> " + text for text in architectures.texts(150)])
     larger, broken = (shutil.copytree(gpt2, tmp_path / name) for name in ("larger", "broken"))
@@ -148,7 +162,8 @@ def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
     hf.config.tie_word_embeddings = False  # so that the logits of a row without that token are numbers
     hf.lm_head.weight = torch.nn.Parameter(torch.ones_like(hf.lm_head.weight))
     hf.save_pretrained(broken)
-    assert run(cache, broken, jsonl(tmp_path / "more.jsonl", architectures.texts(150)), tmp_path / "run_3", evals="none") == 1
+    assert run(cache, broken, jsonl(tmp_path / "more.jsonl", architectures.texts(150)), tmp_path / "run_3",
+               evals="none") == 1
     err = capsys.readouterr().err
     assert f"gives NaN or infinite values for the token {token[0]} " in err and "first after block 0 in float32: it overflows" in err
     assert "given values up to 3e+38" in err and "lower --lr" not in err and "checkpoint.pt" not in err
@@ -180,15 +195,18 @@ def test_home_is_expanded_in_every_path(monkeypatch, gpt2, tmp_path):
     """Fails if ~ in a setting is a folder of that name: shells leave it as it is behind an equals sign."""
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ("out_dir", "model", "dataset", "core_dataset", "cache_dir", "data_dir", "variant")
-    settings, _ = experiment.resolve(experiment.parse_settings(["--profile=tiny", *(f"--{name}=~/a/{name}" for name in names)]))
+    settings, _ = experiment.resolve(experiment.parse_settings(["--profile=tiny",
+                                                                *(f"--{name}=~/a/{name}" for name in names)]))
     assert {name: getattr(settings, name) for name in names} == {name: f"{tmp_path}/a/{name}" for name in names}
 
 
 def test_a_wheel_is_asked_for_again_after_a_broken_connection(monkeypatch, tmp_path):
     """Fails if pip's word of a network that broke off ends the run, or a package that does not exist is waited for."""
-    waits, said = [], ["ERROR: Connection broken: IncompleteRead(0 bytes)", "ERROR: 503 Server Error", "ERROR: No matching distribution"]
+    waits, said = [], ["ERROR: Connection broken: IncompleteRead(0 bytes)", "ERROR: 503 Server Error",
+                       "ERROR: No matching distribution"]
     monkeypatch.setattr(network.time, "sleep", waits.append)
-    monkeypatch.setattr(embedded.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", said[len(waits)]))
+    monkeypatch.setattr(embedded.subprocess, "run", lambda *a,
+                        **k: subprocess.CompletedProcess(a, 1, "", said[len(waits)]))
     with pytest.raises(OSError, match="No matching distribution"):
         embedded.fetch("cities", tmp_path)
     assert waits == [1, 2]
@@ -204,7 +222,8 @@ def test_an_eval_s_data_set_is_read_before_training(monkeypatch):
         def probing(self, config):
             raise KeyError("hard_text")
 
-    with pytest.raises(ValueError, match="the eval sparse_probing cannot read its data: 'hard_text'\nleave sparse_probing out"):
+    with pytest.raises(ValueError, match="the eval sparse_probing cannot read its data: 'hard_text'\n"
+                                         "leave sparse_probing out"):
         evals.read_ahead("sparse_probing", {}, Source(), 0)
 
 
@@ -212,8 +231,10 @@ def test_a_machine_without_the_module_resource(cache, tmp_path):
     """Fails if a module that only Unix has is needed to start: Windows ends at the first line then."""
     # psutil imports it on Linux for itself, and does without it on Windows
     code = "import sys, psutil; sys.modules['resource'] = None; import experiment; sys.exit(experiment.main(sys.argv[1:]))"
-    tiny = ["--profile=tiny", f"--cache_dir={cache}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--num_tokens=512"]
+    tiny = ["--profile=tiny", f"--cache_dir={cache}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
+            "--num_tokens=512"]
     for flags in (["--help"], tiny):
-        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=experiment.PROJECT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=experiment.PROJECT, capture_output=True,
+                              text=True)
         assert done.returncode == 0, done.stderr[-1500:]
     assert text_files.is_path(r"C:\texts\a.jsonl") and not text_files.is_path("owner/name:config")

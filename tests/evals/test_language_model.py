@@ -19,7 +19,8 @@ from evals.texts import embedded, tiny
 from evals.texts.source import Listed
 from variants.kit import contexts
 
-EAGER = modeling_gemma2.eager_attention_forward  # TransformerLens puts its own in the place of this one, for the rest of the process
+# TransformerLens puts its own in the place of this one, for the rest of the process
+EAGER = modeling_gemma2.eager_attention_forward
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,8 @@ def cache(tmp_path_factory):
 
 
 def settings_for(cache, *more):
-    return experiment.resolve(experiment.parse_settings(["--profile=tiny", "--device=cpu", f"--cache_dir={cache}", *more]))[0]
+    return experiment.resolve(experiment.parse_settings(["--profile=tiny", "--device=cpu", f"--cache_dir={cache}",
+                                                         *more]))[0]
 
 
 def compare_with_plain(folder, settings, layers, tokens_BT):
@@ -71,7 +73,8 @@ def test_dropped_soft_capping_is_noticed(cache, monkeypatch):
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     assert_soft_capping(hf)
     original = modeling_gemma2.eager_attention_forward
-    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", lambda *a, **k: original(*a, **{**k, "softcap": None}))
+    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", lambda *a,
+                        **k: original(*a, **{**k, "softcap": None}))
     with pytest.raises(RuntimeError, match="soft-capping"):
         assert_soft_capping(hf)
 
@@ -83,7 +86,8 @@ def compiled_model(cache, monkeypatch, architecture, flex_from=math.inf, backend
     lm = experiment.load_language_model(settings_for(cache, f"--model={tiny.model_folder(cache, architecture)}"))
     assert lm.compiled is None  # on CPU nothing is compiled unasked
     lm.flex_from, graphs = flex_from, []
-    lm.compiled = torch.compile(run_block, dynamic=False, backend=backend or (lambda graph, inputs: graphs.append(graph) or graph))
+    lm.compiled = torch.compile(run_block, dynamic=False, backend=backend
+                                or (lambda graph, inputs: graphs.append(graph) or graph))
     return lm, graphs
 
 
@@ -91,14 +95,18 @@ def differences(lm, tokens_BT, layers, rows):
     """{layer: mean over tokens of |x - plain| / |plain|} of a training pass, after a check of its shapes."""
     x, plain = lm.training_residuals(tokens_BT, layers, rows), lm.residuals(tokens_BT, layers)
     assert {layer: x_BTD.shape for layer, x_BTD in x.items()} == {layer: x_BTD.shape for layer, x_BTD in plain.items()}
-    return {layer: ((x[layer] - plain[layer]).norm(dim=-1) / plain[layer].norm(dim=-1)).mean().item() for layer in layers}
+    return {layer: ((x[layer] - plain[layer]).norm(dim=-1) / plain[layer].norm(dim=-1)).mean().item()
+            for layer in layers}
 
 
-@pytest.mark.parametrize("architecture, flex_from, most", [("gemma2", math.inf, 1), ("llama", math.inf, 1), ("gemma2", 0, 2)])
+@pytest.mark.parametrize("architecture, flex_from, most", [("gemma2", math.inf, 1), ("llama", math.inf, 1),
+                                                           ("gemma2", 0, 2)])
 def test_compiled_blocks_are_few_equal_the_plain_ones_and_leave_no_trace(cache, monkeypatch, architecture, flex_from, most):
-    """Fails if a block, a pass or a short batch is compiled anew, filling shows, a mask or the cap is lost, or evals see it.
+    """Fails if a block, a pass or a short batch is compiled anew, filling shows, a mask or the cap is lost, or evals
+    see it.
 
-    Flex attention has one graph for each kind of mask, and Gemma-2 has two kinds: 2 graphs; else 1, whatever the number of blocks.
+    Flex attention has one graph for each kind of mask, and Gemma-2 has two kinds: 2 graphs; else 1, whatever the number
+    of blocks.
     """
     lm, graphs = compiled_model(cache, monkeypatch, architecture, flex_from)
     generator, blocks, kind = torch.Generator().manual_seed(0), list(lm.blocks), lm.hf.config._attn_implementation
@@ -118,7 +126,9 @@ def no_compiler(graph, inputs):
 
 
 def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, capsys):
-    """Fails if a run ends, or goes on with other residuals or without a word, where compiling or flex attention is broken."""
+    """Fails if a run ends, or goes on with other residuals or without a word,
+    where compiling or flex attention is broken.
+    """
     tokens_BT, flex = torch.randint(5, 60, (3, 24)), AttentionInterface._global_mapping["flex_attention"]
     lm, _ = compiled_model(cache, monkeypatch, "gemma2", backend=no_compiler)
     assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
@@ -128,8 +138,10 @@ def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, caps
     assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
     assert "block 1 differ from the plain pass's by 0.0" in capsys.readouterr().out
     lm, graphs = compiled_model(cache, monkeypatch, "gemma2", flex_from=0)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", lambda *a, **k: flex(*a, **{**k, "softcap": None}))
-    assert differences(lm, tokens_BT, [1], 3)[1] < 1e-5 and lm.flex_from == math.inf and len(graphs) == 1  # compiled, with eager attention
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", lambda *a,
+                        **k: flex(*a, **{**k, "softcap": None}))
+    # compiled, with eager attention
+    assert differences(lm, tokens_BT, [1], 3)[1] < 1e-5 and lm.flex_from == math.inf and len(graphs) == 1
     assert "drops Gemma-2's soft-capping" in capsys.readouterr().out
 
 
@@ -152,7 +164,8 @@ class Waits(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+                        torch.ops.aten.is_nonzero.default):
             self.seen.append(function)
         return function(*args, **kwargs or {})
 
@@ -200,7 +213,9 @@ class Words:
 
 
 def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cache):
-    """Fails if tokens are lost or repeated between rows or blocks, BOS is trained on, or a cursor continues elsewhere."""
+    """Fails if tokens are lost or repeated between rows or blocks, BOS is trained on,
+    or a cursor continues elsewhere.
+    """
     settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64")
     lm = experiment.load_language_model(settings)
     source = Words(2000)
@@ -223,8 +238,11 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
 
 
 def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
-    """Fails if an activation is paired with another position, in a block whose rows the model sees in uneven batches."""
-    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64", "--lm_batch_size=7")
+    """Fails if an activation is paired with another position,
+    in a block whose rows the model sees in uneven batches.
+    """
+    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64",
+                            "--lm_batch_size=7")
     lm = experiment.load_language_model(settings)
     stream = experiment.TokenStream(Words(2000), lm, settings)
     rows_RT, index_N = stream.block(0)
@@ -272,8 +290,11 @@ def test_batches_pass_over_the_block_as_often_as_asked_and_resume_in_the_middle(
 
 
 def test_attention_of_a_block_belongs_to_its_tokens(cache):
-    """Fails if patterns are taken from another layer, row or position between the model and the batch a variant receives."""
-    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64", "--lm_batch_size=7")
+    """Fails if patterns are taken from another layer,
+    row or position between the model and the batch a variant receives.
+    """
+    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64",
+                            "--lm_batch_size=7")
     lm = experiment.load_language_model(settings)
     rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
     sae = variants.build(variants.load("topk"), lm.d_model, 8, dict(k=2))

@@ -1,4 +1,6 @@
-"""Where a model's weights lie, what identifies them, and what can be wrong with a folder: told before anything is loaded."""
+"""Where a model's weights lie, what identifies them, and what can be wrong with a folder:
+told before anything is loaded.
+"""
 
 import json
 import math
@@ -42,16 +44,19 @@ def test_the_content_of_a_folder_is_its_identity(folder, tmp_path):
 
 
 def test_two_models_of_the_hub_never_share_a_digest(llama, tmp_path, monkeypatch):
-    """Fails if what is known of a snapshot is not its commit (two models then share cached activations), or a folder that a user names
+    """Fails if what is known of a snapshot is not its commit (two models then share cached activations), or a folder
+    that a user names
     in the hub's cache is taken for the commit that once was in it."""
     digests = set()
-    for name, commit in (("google/gemma-2-2b", "a" * 40), ("google/gemma-2-2b-it", "a" * 40), ("google/gemma-2-2b", "b" * 40)):
+    for name, commit in (("google/gemma-2-2b", "a" * 40), ("google/gemma-2-2b-it", "a" * 40),
+                         ("google/gemma-2-2b", "b" * 40)):
         place = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / commit
         if not place.exists():
             shutil.copytree(llama, place)
         monkeypatch.setattr(network, "PINNED", {("model", name): commit})
         digests.add(language_model.load(place, name, torch.float32, "cpu").digest)
-    assert digests == {f"{name}@{commit * 40}:float32" for name, commit in (("google/gemma-2-2b", "a"), ("google/gemma-2-2b-it", "a"),
+    assert digests == {f"{name}@{commit * 40}:float32"
+                       for name, commit in (("google/gemma-2-2b", "a"), ("google/gemma-2-2b-it", "a"),
                                                                             ("google/gemma-2-2b", "b"))}
     before = places.known_identity(str(place), "", "")
     weights = place / "model.safetensors"
@@ -109,7 +114,8 @@ def spoilt(folder, how):
     elif how == "encoder":
         config.write_text(transformers.T5Config().to_json_string())
     elif how == "quantised":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+        config.write_text(json.dumps(json.loads(config.read_text())
+                                     | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     elif how == "unknown type":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "nothing_known"}))
 
@@ -117,7 +123,8 @@ def spoilt(folder, how):
 @pytest.mark.parametrize("how, words", [
     ("adapter", "PEFT adapter of google/gemma-2-2b.*\n.*merge_and_unload"), ("no config", "no config.json\n"),
     ("no tokenizer", "no tokenizer .*\n.*save_pretrained"), ("no weights", "lacks model.safetensors\n"),
-    ("shard", "lacks model-00002-of-.*\ncopy the folder whole"), ("cut", r"model.safetensors is damaged or cut off \([\d,]+ bytes\)\n"),
+    ("shard", "lacks model-00002-of-.*\ncopy the folder whole"), ("cut", r"model.safetensors is damaged or cut off "
+                                                                         r"\([\d,]+ bytes\)\n"),
     ("encoder", "type t5, which is no causal language model\n"),
     ("quantised", "is quantised, and its format needs a package: .*\n.*before it was quantised"),
     ("unknown type", "config.json: .*nothing_known.*\n.*pip install -U transformers"),
@@ -131,7 +138,8 @@ def spoilt(folder, how):
     ("pickle cut", r"pytorch_model.bin is damaged or cut off \([\d,]+ bytes\)\n"),
     ("integers", "holds integers as weights, and config.json no quantization_config .*: model.norm.weight\n"),
     ("no blocks", "says that it has no blocks\n"), ("tokenizer cut", "tokenizer.json is damaged or cut off: "),
-    ("tokenizer of another model", "has 50 ordinary tokens beyond the 400 .* such as 400 \\('more0'\\): it is another model's\n")])
+    ("tokenizer of another model", "has 50 ordinary tokens beyond the 400 .* such as 400 \\('more0'\\): it is another "
+                                   "model's\n")])
 def test_a_folder_that_cannot_serve_is_refused_from_its_files_alone(folder, how, words, monkeypatch):
     """Fails if a folder passes preflight, or is filled up in silence, or ends in another library's words."""
     spoilt(folder, how)
@@ -143,7 +151,8 @@ def test_weights_that_would_be_made_up_are_refused(folder):
     """Fails if a missing weight becomes a random one: two runs would differ under one digest."""
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
-    with pytest.raises(ValueError, match=r"lacks weights that its configuration asks for: model.layers.3.* and \d+ more\n"):
+    with pytest.raises(ValueError, match=r"lacks weights that its configuration asks for: model.layers.3.* and \d+ "
+                                         r"more\n"):
         language_model.load(folder, "m", torch.float32, "cpu")
 
 
@@ -177,15 +186,19 @@ UP, DOWN, EMBED = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda w: {key: value for key, value in w.items() if key != "lm_head.weight"}, "lacks weights .*: lm_head.weight\n"),
+    (lambda w: {key: value for key, value in w.items() if key != "lm_head.weight"},
+     "lacks weights .*: lm_head.weight\n"),
     (lambda w: {key.replace("model.", "other."): value for key, value in w.items()},
      "lacks .* and has others .*: other.embed_tokens.weight"),
     (lambda w: w | {DOWN: torch.ones(32, 60)}, rf"another shape .*: {DOWN}, \[32, 60\] instead of \[32, 64\]\n"),
-    (lambda w: w | {"model.layers.1.mlp.down_proj.bias": torch.ones(32)}, "makes no use of: model.layers.1.mlp.down_proj.bias\n"),
-    (with_weight(DOWN, with_row(3, math.nan)), f"{DOWN} holds NaN or infinite values in float32: 64 of its 2,048, first in row 3\n"),
+    (lambda w: w | {"model.layers.1.mlp.down_proj.bias": torch.ones(32)},
+     "makes no use of: model.layers.1.mlp.down_proj.bias\n"),
+    (with_weight(DOWN, with_row(3, math.nan)), f"{DOWN} holds NaN or infinite values in float32: 64 of its 2,048, "
+                                               "first in row 3\n"),
     (with_weight(EMBED, with_row(300, math.inf)), f"{EMBED} holds NaN or .* first in row 300, the token 300 "),
     (lambda w: w | {DOWN: 1e300 * w[DOWN].double()}, f"{DOWN} holds NaN or infinite values in float32: 2,048 of"),
-    (lambda w: w | {key: 0 * value for key, value in w.items() if "layers.1." in key}, "all matrices of block 1 are 0\n"),
+    (lambda w: w | {key: 0 * value for key, value in w.items() if "layers.1." in key},
+     "all matrices of block 1 are 0\n"),
     (with_weight(EMBED, lambda x: 0 * x), "its embeddings are all 0\n"),
     (with_weight(EMBED, lambda x: 1e25 * x),
      r"values up to \d[.\d]*e\+2\d before block 0, in its embeddings: their squares overflow\n"),
@@ -195,14 +208,18 @@ UP, DOWN, EMBED = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_
     (with_weight(UP, lambda x: 1e38 * x),
      "NaN or infinite values after block 1 in float32: it overflows with weights up to .*mlp.up_proj")])
 def test_weights_that_are_no_model_are_refused_at_the_load(folder, change, words):
-    """Fails if weights are made up or left out, or a model that gives no numbers is found out by what was trained on it."""
+    """Fails if weights are made up or left out,
+    or a model that gives no numbers is found out by what was trained on it.
+    """
     rewrite(folder, change)
     with pytest.raises((ValueError, RuntimeError), match=words):
         language_model.load(folder, "m", torch.float32, "cpu")
 
 
 def test_what_old_files_hold_beside_the_weights_is_no_fault(folder, capsys):
-    """Fails if a buffer of an old version is taken for a weight, or a matrix of zeros that is meant ends the run, or passes unsaid."""
+    """Fails if a buffer of an old version is taken for a weight, or a matrix of zeros that is meant ends the run,
+    or passes unsaid.
+    """
     rewrite(folder, lambda w: w | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8), DOWN: 0 * w[DOWN]})
     language_model.load(folder, "m", torch.float32, "cpu")
     assert f"has matrices of zeros alone: {DOWN}\n" in capsys.readouterr().out
@@ -224,14 +241,17 @@ def test_the_token_that_gives_nan_is_named_and_not_its_neighbours(folder):
         return output * math.nan if seen[-1].shape[1] > 3 and (seen[-1] == 77).any() else output
 
     lm.blocks[1].register_forward_hook(in_company)
-    lm.backbone.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    lm.backbone.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]),
+                                          with_kwargs=True)
     x_ND = lm.residuals(tokens_BT[1:], [1])[1][:, 1:].flatten(0, 1)
     said = str(language_model.not_finite(lm, 1, x_ND, tokens_BT[1, 1:]))
     assert "for the token 77 ('" in said and "after the 2 before it, first after block 1" in said
 
 
 def test_few_tokens_that_hold_most_of_the_norm_are_named(folder):
-    """Fails if outliers are not named with their shares, worked out by hand here, or ordinary spread is taken for them."""
+    """Fails if outliers are not named with their shares, worked out by hand here,
+    or ordinary spread is taken for them.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     x_ND, tokens_N = torch.ones(1000, 4), torch.arange(1000) % 100 + 10
     assert language_model.outliers(x_ND * torch.linspace(0.5, 4, 1000)[:, None], tokens_N, tokenizer) is None
@@ -277,13 +297,16 @@ def test_a_tokenizer_without_bos_takes_eos_and_without_both_is_refused(folder):
 
 
 def test_a_model_that_cannot_be_cut_is_refused_with_the_figure(folder):
-    """Fails if a model whose later blocks see more than the residual stream gets a result: here block 2 sees the tokens themselves."""
+    """Fails if a model whose later blocks see more than the residual stream gets a result:
+    here block 2 sees the tokens themselves.
+    """
     lm = language_model.load(folder, "m", torch.float32, "cpu")
     language_model.trial(lm, [0, 1, 2])
     seen = []
     lm.hf.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
     lm.blocks[2].register_forward_hook(lambda module, args, output: output + seen[-1])
-    with pytest.raises(RuntimeError, match=r"m \(llama\) gives other logits when .* after block 1 .* differ by [\d.]+ of their norm"):
+    with pytest.raises(RuntimeError, match=r"m \(llama\) gives other logits when .* after block 1 .* differ by [\d.]+ "
+                                           r"of their norm"):
         language_model.trial(lm, [1])
 
 
@@ -291,7 +314,8 @@ def test_a_model_that_sees_later_tokens_is_refused(folder):
     """Fails if a model that is not causal is taken for one; here block 0 adds what the next token has."""
     lm = language_model.load(folder, "m", torch.float32, "cpu")
     lm.blocks[0].register_forward_pre_hook(lambda module, args: (args[0] + args[0].roll(-1, 1), *args[1:]))
-    with pytest.raises(RuntimeError, match=r"is not causal: another last token changes .* block 1 by [\d.]+ of their norm"):
+    with pytest.raises(RuntimeError, match=r"is not causal: another last token changes .* block 1 by [\d.]+ of their "
+                                           r"norm"):
         language_model.trial(lm, [1])
 
 
@@ -299,7 +323,8 @@ def test_nan_is_named_before_training(folder):
     """Fails if a model that gives NaN is found out by the SAE's loss."""
     lm = language_model.load(folder, "m", torch.float32, "cpu")
     lm.blocks[1].mlp.down_proj.weight.data.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="NaN or infinite values after block 1 in float32: its mlp.down_proj.weight holds such"):
+    with pytest.raises(RuntimeError, match="NaN or infinite values after block 1 in float32: its mlp.down_proj.weight "
+                                           "holds such"):
         language_model.trial(lm, [1])
 
 
@@ -318,11 +343,14 @@ def test_refusals_say_what_to_do(monkeypatch):
     for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    cases = [(error(HfHubHTTPError, 401, "Invalid credentials in Authorization header"), "invalid or expired", "hf auth login` again"),
+    cases = [(error(HfHubHTTPError, 401, "Invalid credentials in Authorization header"), "invalid or expired",
+              "hf auth login` again"),
              (error(GatedRepoError, 403, "not in the authorized list"), "no access to it yet", "ask for access on"),
-             (error(HfHubHTTPError, 403, "Please enable access to public gated repositories in your fine-grained token settings"),
+             (error(HfHubHTTPError, 403, "Please enable access to public gated repositories in your fine-grained token "
+                                         "settings"),
               "fine-grained", "settings/tokens"),
-             (error(RepositoryNotFoundError, 404, "no"), "no model o/n, or it is private, and there is no such folder", "check the name"),
+             (error(RepositoryNotFoundError, 404, "no"), "no model o/n, or it is private, and there is no such folder",
+              "check the name"),
              (error(HfHubHTTPError, 429, "Too Many Requests"), "asks to wait", "start again later"),
              (httpx.ProxyError("407 Proxy Authentication Required"), "through the proxy", "HTTPS_PROXY"),
              (httpx.ConnectError("Name or service not known"), "cannot be reached", "check the network")]
@@ -331,11 +359,14 @@ def test_refusals_say_what_to_do(monkeypatch):
         assert what in first and advice in second and "o/n" in first
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(network, "_stored_token", lambda: None)
-    assert "no token is given\naccept its licence" in network.refusal(error(GatedRepoError, 401, "Please log in"), "model", "o/n")
+    assert "no token is given\naccept its licence" in network.refusal(error(GatedRepoError, 401, "Please log in"),
+                                                                      "model", "o/n")
 
 
 def test_patience_waits_as_long_as_asked_and_only_for_what_may_pass(monkeypatch):
-    """Fails if Retry-After is ignored, a 404 is asked again, a dead network is waited for a minute, or the last error is lost."""
+    """Fails if Retry-After is ignored, a 404 is asked again, a dead network is waited for a minute,
+    or the last error is lost.
+    """
     import httpx
 
     waits = []
@@ -353,9 +384,11 @@ def test_patience_waits_as_long_as_asked_and_only_for_what_may_pass(monkeypatch)
 
     def http(code, **headers):
         request = httpx.Request("GET", "http://h")
-        return httpx.HTTPStatusError(str(code), request=request, response=httpx.Response(code, headers=headers, request=request))
+        return httpx.HTTPStatusError(str(code), request=request,
+                                     response=httpx.Response(code, headers=headers, request=request))
 
-    assert network.patiently("x", failing(http(429, **{"Retry-After": "17"}), http(503), httpx.ReadTimeout("slow"))) == "done"
+    assert network.patiently("x", failing(http(429, **{"Retry-After": "17"}), http(503),
+                                          httpx.ReadTimeout("slow"))) == "done"
     assert waits == [17, 2, 4]
     waits.clear()
     with pytest.raises(httpx.HTTPStatusError):
@@ -369,7 +402,8 @@ def test_patience_waits_as_long_as_asked_and_only_for_what_may_pass(monkeypatch)
     assert waits == [1, 2]
     waits.clear()
     network.HEARD["last"] = "an answer"  # an outage in the middle of a run is waited out
-    assert network.patiently("x", failing(*[httpx.ConnectError("refused")] * 6)) == "done" and waits == [1, 2, 4, 8, 16, 32]
+    assert network.patiently("x",
+                             failing(*[httpx.ConnectError("refused")] * 6)) == "done" and waits == [1, 2, 4, 8, 16, 32]
     waits.clear()
     with pytest.raises(httpx.HTTPStatusError, match="500"):
         network.patiently("x", failing(*[http(500)] * 9))

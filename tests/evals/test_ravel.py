@@ -19,7 +19,8 @@ from evals.texts.source import Source
 VALUES, ENTITIES = 4, 16  # entity e holds the value e % 4 of colour and e // 4 of shape
 WORDS = ["<bos>", "<eos>", *(f"e{i}" for i in range(ENTITIES)), *(f"colour{i}" for i in range(VALUES)),
          *(f"shape{i}" for i in range(VALUES)), "the", "really", "has", "hue", "form", "."]
-HUE, FORM, SAID, NOUN, D = 2 * VALUES, 2 * VALUES + 1, 2 * VALUES + 2, 2 * VALUES + 3, 2 * VALUES + 4  # coordinates after the values'
+# coordinates after the values'
+HUE, FORM, SAID, NOUN, D = 2 * VALUES, 2 * VALUES + 1, 2 * VALUES + 2, 2 * VALUES + 3, 2 * VALUES + 4
 TEMPLATES = {"colour": ["the %s has hue", "%s hue", "the really really %s has hue"],
              "shape": ["%s has form", "the %s really form", "the %s form"]}
 TABLE = {f"e{e}": {"colour": f"colour{e % VALUES}", "shape": f"shape{e // VALUES}"} for e in range(ENTITIES)}
@@ -43,14 +44,17 @@ class Tokenizer:
 
     def __call__(self, texts, add_special_tokens):
         assert not add_special_tokens
-        return {"input_ids": [[WORDS.index(word) if word in WORDS else WORDS.index(".") for word in text.split()] for text in texts]}
+        return {"input_ids": [[WORDS.index(word) if word in WORDS else WORDS.index(".") for word in text.split()]
+                              for text in texts]}
 
     def batch_decode(self, rows):
         return [" ".join(WORDS[i] for i in row) for row in rows]
 
 
 class FakeLM:
-    """Entities are the sum of a direction of their colour and one of their shape; asked for its hue, it names the colour."""
+    """Entities are the sum of a direction of their colour and one of their shape;
+    asked for its hue, it names the colour.
+    """
 
     name, digest, device, vocab_size, bos, special_ids, tokenizer, d_model = "fake", "d1", "cpu", len(WORDS), 0, {0, 1}, Tokenizer(), D
 
@@ -74,7 +78,8 @@ class FakeLM:
         values_BV = h_BD[:, : 2 * VALUES] * asked_B2.repeat_interleave(VALUES, 1)
         logits_BV = torch.zeros(len(h_BD), len(WORDS))
         logits_BV = logits_BV.index_copy(1, torch.arange(WORDS.index("colour0"), WORDS.index("the")), 8 * values_BV)
-        return logits_BV.index_copy(1, torch.tensor([WORDS.index(".")]), 20 * h_BD[:, [SAID]])  # having answered, it ends the sentence
+        # having answered, it ends the sentence
+        return logits_BV.index_copy(1, torch.tensor([WORDS.index(".")]), 20 * h_BD[:, [SAID]])
 
 
 class Tangled(FakeLM):
@@ -83,7 +88,8 @@ class Tangled(FakeLM):
     def __init__(self):
         super().__init__()
         g = torch.Generator().manual_seed(3)
-        self.table_VD, self.W_DD, self.U_DV = (torch.randn(*shape, generator=g) for shape in ((len(WORDS), D), (D, D), (D, len(WORDS))))
+        self.table_VD, self.W_DD, self.U_DV = (torch.randn(*shape, generator=g)
+                                               for shape in ((len(WORDS), D), (D, D), (D, len(WORDS))))
 
     def residual(self, tokens_BT, layer):
         x_BTD = super().residual(tokens_BT, layer)
@@ -115,10 +121,11 @@ def random_sae(seed, features=20):
 
 
 def make_setup(tmp_path, lm=None, seed=0, **settings):
-    config = {**ravel.CONFIG["tiny"], "entity_attribute_selection": {"thing": ["colour", "shape"]}, "num_pairs_per_attribute": 40,
+    config = {**ravel.CONFIG["tiny"], "entity_attribute_selection": {"thing": ["colour", "shape"]},
+              "num_pairs_per_attribute": 40,
               "num_epochs": 4, "llm_batch_size": 4, **settings}
-    return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, 1.0), SimpleNamespace(kind="fake"), seed,
-                 lambda line: None)
+    return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, 1.0),
+                 SimpleNamespace(kind="fake"), seed, lambda line: None)
 
 
 # ------------------------------------------------------------------------------------------------ right or wrong
@@ -155,9 +162,10 @@ def test_match_rule(text, value, completion, right):
 def test_a_settled_completion_stays_as_it_is():
     """Fails if a completion is cut off although further tokens would change whether it is right."""
     rng, settled = random.Random(0), 0
-    values = ["Niger", "United States", "South Korea", "North America", "Mandarin", "German,French", "Côte", "A/B", "52"]
-    pieces = [" the", " United", " States", "Niger", "ia", "Korea", " South ", "na", " North", " America", "chinese", "Mandarin", "French",
-              '"', "\\", "/B", "a", "C", "\ufffd", "52", "England", " "]
+    values = ["Niger", "United States", "South Korea", "North America", "Mandarin", "German,French", "Côte", "A/B",
+              "52"]
+    pieces = [" the", " United", " States", "Niger", "ia", "Korea", " South ", "na", " North", " America", "chinese",
+              "Mandarin", "French", '"', "\\", "/B", "a", "C", "\ufffd", "52", "England", " "]
     for _ in range(40_000):
         text, value = rng.choice(["the language of", "City:", "coord"]), rng.choice(values)
         parts = [rng.choice(pieces) for _ in range(5)]
@@ -166,7 +174,8 @@ def test_a_settled_completion_stays_as_it_is():
             begun = "".join(parts[:n])
             if ravel_prompts.settled(text, value, begun):
                 settled += 1
-                assert ravel_prompts.matches(text, value, begun) == ravel_prompts.matches(text, value, whole), (text, value, begun, whole)
+                assert ravel_prompts.matches(text, value,
+                                             begun) == ravel_prompts.matches(text, value, whole), (text, value, begun, whole)
     assert settled > 10_000
     assert not ravel_prompts.settled("City:", "Côte", "C\ufffd")  # half a character may become the right one
     assert ravel_prompts.settled("City:", "Niger", "Nigeria") and ravel_prompts.settled("City:", "Niger", "Nib")
@@ -200,14 +209,17 @@ def test_pairs_repeat_the_reference_stream():
         isolation = drawn["a"] + drawn["c"]
         random.shuffle(isolation)
         isolation = isolation[: len(drawn["b"])]
-        pairs = [(base, source, source) for base, source in drawn["b"]] + [(base, source, base) for base, source in isolation]
+        pairs = [(base, source, source)
+                 for base, source in drawn["b"]] + [(base, source, base) for base, source in isolation]
         random.shuffle(pairs)
         assert [(known[p.base], known[p.source], known[p.wanted]) for p in train + test] == pairs
         assert len(train) == int(0.7 * len(pairs))
 
 
 def test_prompts_of_the_hub_keep_the_order_of_the_files(monkeypatch, tmp_path):
-    """Fails if other files are read, an attribute is added, one without a value is asked, or the order of entities changes."""
+    """Fails if other files are read, an attribute is added, one without a value is asked,
+    or the order of entities changes.
+    """
     templates = {"Language": ["They speak %s in"], "Country": ["%s is in", "Oslo: Norway. %s:"], "Url": ["%s"]}
     entities = {"Rome": {"Country": "Italy", "Language": "Italian"}, "Bern": {"Country": "", "Language": "German"}}
     (tmp_path / "ravel_city_attribute_to_prompts.json").write_text(json.dumps(templates))
@@ -221,9 +233,12 @@ def test_prompts_of_the_hub_keep_the_order_of_the_files(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ravel_prompts.network, "snapshot", snapshot)
     config = {"entity_attribute_selection": {"city": ["Country", "Language"]}}
-    found = [(p.entity, p.attribute, p.value, p.text, p.remainder) for p in ravel_prompts.prompts(SimpleNamespace(kind="hub"), config)]
-    assert found == [("Rome", "Language", "Italian", "They speak Rome in", " in"), ("Rome", "Country", "Italy", "Rome is in", " is in"),
-                     ("Rome", "Country", "Italy", "Oslo: Norway. Rome:", ":"), ("Bern", "Language", "German", "They speak Bern in", " in")]
+    found = [(p.entity, p.attribute, p.value, p.text, p.remainder)
+             for p in ravel_prompts.prompts(SimpleNamespace(kind="hub"), config)]
+    assert found == [("Rome", "Language", "Italian", "They speak Rome in", " in"),
+                     ("Rome", "Country", "Italy", "Rome is in", " is in"),
+                     ("Rome", "Country", "Italy", "Oslo: Norway. Rome:", ":"),
+                     ("Bern", "Language", "German", "They speak Bern in", " in")]
     with pytest.raises(ValueError, match="no attribute 'Field'"):
         list(ravel_prompts.prompts(SimpleNamespace(kind="hub"), {"entity_attribute_selection": {"city": ["Field"]}}))
     with pytest.raises(OSError, match="cannot read the RAVEL data of 'verb'.*404"):
@@ -231,9 +246,12 @@ def test_prompts_of_the_hub_keep_the_order_of_the_files(monkeypatch, tmp_path):
 
 
 def test_embedded_cities(monkeypatch, tmp_path):
-    """Fails if cities are not the most populous ones, a country has more than its share, or a label is taken from another place."""
+    """Fails if cities are not the most populous ones, a country has more than its share,
+    or a label is taken from another place.
+    """
     codes = ["AA"] * 8 + ["BB"]
-    cities = {str(i): {"geonameid": i, "name": f"City{i}", "countrycode": code, "population": 100 - i} for i, code in enumerate(codes)}
+    cities = {str(i): {"geonameid": i, "name": f"City{i}", "countrycode": code, "population": 100 - i}
+              for i, code in enumerate(codes)}
     cities["9"] = {"geonameid": 9, "name": "Oslo", "countrycode": "BB", "population": 1000}
     countries = {"AA": {"name": "Aland", "continentcode": "SA", "languages": "pt-BR,es"},
                  "BB": {"name": "Bland", "continentcode": "EU", "languages": "xx"}}
@@ -255,7 +273,8 @@ def test_known_prompts_are_the_right_ones_with_the_entity_where_it_stands(tmp_pa
     lm.table_VD[2 + 5, 2] = 9.0  # entity 5 is mistaken for colour 2
     known, asked = ravel.known_prompts(make_setup(tmp_path, lm))
     assert asked == {("thing", "colour"): 48, ("thing", "shape"): 48}
-    assert {prompt.text for prompt in known} == {t % f"e{e}" for name in TEMPLATES for t in TEMPLATES[name] for e in range(ENTITIES)
+    assert {prompt.text for prompt in known} == {t % f"e{e}" for name in TEMPLATES for t in TEMPLATES[name]
+                                                 for e in range(ENTITIES)
                                                  if (name, e) != ("colour", 5)}
     for prompt in known:
         words = ["<bos>", *prompt.text.split()]
@@ -282,7 +301,8 @@ def tangled(tmp_path, **settings):
         said = plain_completion(setup.lm, ids, position, None, 2)
         known.append(Known("thing", name, " ".join(WORDS[i] for i in said), text, ids, position, said[0], text))
     rng = random.Random(1)
-    tasks = [Task("thing", name, [[Pair(rng.randrange(96), rng.randrange(96), rng.random() < 0.5) for _ in range(4)] for _ in range(steps)],
+    tasks = [Task("thing", name, [[Pair(rng.randrange(96), rng.randrange(96), rng.random() < 0.5) for _ in range(4)]
+                                  for _ in range(steps)],
                   [Pair(rng.randrange(96), rng.randrange(96), rng.random() < 0.5) for _ in range(12)])
              for name, steps in (("colour", 5), ("shape", 3))]
     return setup, known, tasks, ravel.residuals(setup, known, tasks)
@@ -305,12 +325,15 @@ def plain_completion(lm, ids, position, vector, n):
 
 def plain_vector(lm, sae, known, pair, share_F):
     """The interchanged vector at the base's entity token, from passes over the prompts alone."""
-    base, source = (lm.residual(torch.tensor([known[i].tokens]), 3)[0, known[i].position] for i in (pair.base, pair.source))
+    base, source = (lm.residual(torch.tensor([known[i].tokens]), 3)[0, known[i].position]
+                    for i in (pair.base, pair.source))
     return sae.decode(sae.encode(base) * (1 - share_F) + sae.encode(source) * share_F)
 
 
 def test_masks_are_those_of_plain_training(tmp_path):
-    """Fails if a mask's gradient, temperature, target, batch or optimiser differs from the protocol's on single examples."""
+    """Fails if a mask's gradient, temperature, target,
+    batch or optimiser differs from the protocol's on single examples.
+    """
     setup, known, tasks, (x, entity_PD) = tangled(tmp_path, num_epochs=3, learning_rate=0.05)
     sae = random_sae(2)
     masks = ravel.fit_masks(setup, sae, known, tasks, x, entity_PD, "sae")
@@ -320,7 +343,8 @@ def test_masks_are_those_of_plain_training(tmp_path):
         for step in range(steps):
             share_F = (1 + torch.tanh(plain_F / 2 * 10 ** (4 * step / (steps - 1)))) / 2
             losses = [-plain_logits(setup.lm, known[pair.base].tokens, known[pair.base].position,
-                                    plain_vector(setup.lm, sae, known, pair, share_F)).log_softmax(0)[known[pair.wanted].first]
+                                    plain_vector(setup.lm, sae, known, pair,
+                                                 share_F)).log_softmax(0)[known[pair.wanted].first]
                       for pair in task.train[step % len(task.train)]]
             optimiser.zero_grad()
             (sum(losses) / len(losses)).backward()
@@ -330,7 +354,9 @@ def test_masks_are_those_of_plain_training(tmp_path):
 
 
 def test_completions_are_those_of_single_examples(tmp_path):
-    """Fails if padding, batching or the early end changes what is said after an interchange, or if a later token forgets it."""
+    """Fails if padding, batching or the early end changes what is said after an interchange,
+    or if a later token forgets it.
+    """
     setup, known, tasks, (x, entity_PD) = tangled(tmp_path, completion_batch_size=5)
     sae, g = random_sae(3), torch.Generator().manual_seed(6)
     masks = [0.2 * torch.randn(20, generator=g) for _ in tasks]  # hard at 0, wherever the values lie
@@ -341,7 +367,8 @@ def test_completions_are_those_of_single_examples(tmp_path):
         for pair in task.test:
             base, vector = known[pair.base], plain_vector(setup.lm, sae, known, pair, (mask_F > 0).float())
             said = plain_completion(setup.lm, base.tokens, base.position, vector, setup.config["n_generated_tokens"])
-            plain[-1].append(ravel_prompts.matches(base.text, known[pair.wanted].value, " ".join(WORDS[i] for i in said)))
+            plain[-1].append(ravel_prompts.matches(base.text, known[pair.wanted].value,
+                                                   " ".join(WORDS[i] for i in said)))
     assert right == plain and {ok for row in plain for ok in row} == {True, False}
 
 
@@ -349,7 +376,9 @@ def test_completions_are_those_of_single_examples(tmp_path):
 
 
 def test_the_right_mask_is_found(tmp_path):
-    """Fails if the planted attributes are not swapped one by one, or if an SAE that cannot tell them apart scores as well."""
+    """Fails if the planted attributes are not swapped one by one,
+    or if an SAE that cannot tell them apart scores as well.
+    """
     results = ravel.run(make_setup(tmp_path), {"apart": identity(), "together": per_entity()})
     apart, together = results["apart"], results["together"]
     assert set(apart.metrics["ravel"].values()) == {1.0} == set(apart.corrected.values()) and not apart.problems
@@ -373,7 +402,9 @@ def test_the_mask_of_the_planted_attribute(tmp_path):
 
 
 def test_scores_by_hand():
-    """Fails if a cause pair whose first tokens coincide counts as cause, or if a prompt seen in training enters the corrected score."""
+    """Fails if a cause pair whose first tokens coincide counts as cause,
+    or if a prompt seen in training enters the corrected score.
+    """
     known = [Known("k", "a", "", "", [], 0, first, "e") for first in (7, 7, 8, 9, 9, 8)]
     task = Task("k", "a", [[Pair(0, 2, True)]], [
         Pair(3, 5, True), Pair(3, 4, True), Pair(1, 3, True), Pair(3, 1, False), Pair(4, 2, False), Pair(0, 1, True)])
@@ -391,11 +422,15 @@ def test_a_mean_is_over_attributes_then_kinds():
 
 
 def test_standard_errors_are_the_spread_over_new_entities():
-    """Fails if the attributes (two: no sample) or single pairs are taken for the sample: entities differ, and stand in several pairs."""
+    """Fails if the attributes (two: no sample) or single pairs are taken for the sample:
+    entities differ, and stand in several pairs.
+    """
     ENTITIES, PAIRS = 40, 120
 
     def sample(seed):
-        """(prompts, {side: pairs and whether right}): a completion is right as base and source are easy; entities are new each time."""
+        """(prompts, {side: pairs and whether right}): a completion is right as base and source are easy;
+        entities are new each time.
+        """
         rng = random.Random(seed)
         easy = [rng.random() for _ in range(ENTITIES)]
         known = [Known("k", "a", "", "", [], 0, 0, f"e{i}") for i in range(ENTITIES)]
@@ -403,20 +438,25 @@ def test_standard_errors_are_the_spread_over_new_entities():
         for _ in range(2):
             drawn = [Pair(rng.randrange(ENTITIES), rng.randrange(ENTITIES), i % 2 == 0) for i in range(PAIRS)]
             right = [rng.random() < (easy[pair.base] + easy[pair.source]) / 2 for pair in drawn]
-            found.append({side: [(p, ok) for p, ok in zip(drawn, right) if p.cause == (side == "cause_score")] for side in ravel.SIDES})
+            found.append({side: [(p, ok) for p, ok in zip(drawn, right) if p.cause == (side == "cause_score")]
+                          for side in ravel.SIDES})
         return known, found
 
     samples = [sample(seed) for seed in range(400)]
     for key, sides in ravel.SUMS.items():
         spread = statistics.stdev(statistics.fmean(ravel.scores(of)[key] for of in found) for _, found in samples)
-        stated = statistics.fmean(ravel.standard_error(known, [0.5, 0.5], found, sides) for known, found in samples[:60])
+        stated = statistics.fmean(ravel.standard_error(known, [0.5, 0.5], found, sides)
+                                  for known, found in samples[:60])
         assert stated == pytest.approx(spread, rel=0.3), key
     known, found = samples[0]
-    assert ravel.standard_error([k._replace(entity=str(i % 4)) for i, k in enumerate(known)], [0.5, 0.5], found, ravel.SIDES) is None
+    assert ravel.standard_error([k._replace(entity=str(i % 4)) for i, k in enumerate(known)], [0.5, 0.5], found,
+                                ravel.SIDES) is None
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
-    """Fails if the cache, an SAE beside it or the global random state shifts a score, or if a second run asks the LM again."""
+    """Fails if the cache, an SAE beside it or the global random state shifts a score,
+    or if a second run asks the LM again.
+    """
     alone = ravel.run(make_setup(tmp_path / "a", num_epochs=1), {"one": per_entity()})["one"]
     torch.manual_seed(99)
     random.seed(99)
@@ -464,10 +504,15 @@ def test_requirements_name_the_setting():
     for config in ravel.CONFIG.values():
         assert ravel.requirements(config, {}) == []
     config = ravel.CONFIG["embedded"]
-    assert "only the attribute Country" in ravel.requirements(config | {"entity_attribute_selection": {"city": ["Country"]}}, {})[0]
-    assert "Timezone" in ravel.requirements(config | {"entity_attribute_selection": {"city": ["Country", "Timezone"]}}, {})[0]
+    assert "only the attribute Country" in ravel.requirements(config
+                                                              | {"entity_attribute_selection": {"city": ["Country"]}},
+                                                              {})[0]
+    assert "Timezone" in ravel.requirements(config | {"entity_attribute_selection": {"city": ["Country", "Timezone"]}},
+                                            {})[0]
     facts = {"source": "embedded", "profile": "embedded"}
-    assert ravel.requirements(config, facts) == [] and ravel.requirements(ravel.CONFIG["gemma"], facts | {"source": "hub"}) == []
+    assert ravel.requirements(config,
+                              facts) == [] and ravel.requirements(ravel.CONFIG["gemma"],
+                                                                  facts | {"source": "hub"}) == []
     assert "no entities of the kind 'nobel_prize_winner'" in ravel.requirements(ravel.CONFIG["gemma"], facts)[0]
     assert "n_generated_tokens = 0" in ravel.requirements(config | {"n_generated_tokens": 0}, {})[0]
     for settings in ({"train_test_split": 1.0}, {"llm_batch_size": 0}, {"num_pairs_per_attribute": 5}):

@@ -1,4 +1,6 @@
-"""sae_probes against plain references written from the protocol, on a fake language model with the documented interface."""
+"""sae_probes against plain references written from the protocol,
+on a fake language model with the documented interface.
+"""
 
 import math
 import warnings
@@ -26,7 +28,9 @@ def one_thread():
 
 
 class FakeLM:
-    """Causal: a position holds its token's vector and a hundredth of all before it. Texts are token ids, or bytes if they are words."""
+    """Causal: a position holds its token's vector and a hundredth of all before it.
+    Texts are token ids, or bytes if they are words.
+    """
 
     name, digest, device, d_model, vocab_size, bos, special_ids = "fake", "d1", "cpu", D, VOCABULARY, BOS, {BOS}
 
@@ -51,15 +55,16 @@ class FakeLM:
 def marked(n=240, repeated=0, seed=0):
     """n prompts, those of label 1 ending in MARK; the last `repeated` repeat the first."""
     rng = np.random.default_rng(seed)
-    rows = [(" ".join(map(str, [*rng.integers(4, VOCABULARY, rng.integers(2, 9)), *[MARK] * (i % 2)])), i % 2) for i in range(n)]
+    rows = [(" ".join(map(str, [*rng.integers(4, VOCABULARY, rng.integers(2, 9)), *[MARK] * (i % 2)])), i % 2)
+            for i in range(n)]
     return rows[: n - repeated] + rows[:repeated]
 
 
 def make_setup(tmp_path, monkeypatch, sets, lm=None, seed=0, **config):
     monkeypatch.setattr(probe_sets, "read", lambda source, config: sets)
     config = sae_probes.CONFIG["tiny"] | {"dataset_names": list(sets)} | config
-    return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, 1.0), SimpleNamespace(kind="tiny"), seed,
-                 lambda s: None)
+    return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, 1.0),
+                 SimpleNamespace(kind="tiny"), seed, lambda s: None)
 
 
 def random_sae(features=9):
@@ -74,9 +79,12 @@ def random_sae(features=9):
 
 
 def test_split_repeats_the_reference_stream():
-    """Fails if a draw is left out, made in another order or from another pool, or if a side's size or balance is not the protocol's."""
+    """Fails if a draw is left out, made in another order or from another pool,
+    or if a side's size or balance is not the protocol's.
+    """
     for n, seed in ((240, 3), (305, 4), (2400, 5)):
-        label_N = torch.from_numpy(1 - np.random.default_rng(seed).permutation(n) % 2)  # the odd row of 305 is a positive one
+        # the odd row of 305 is a positive one
+        label_N = torch.from_numpy(1 - np.random.default_rng(seed).permutation(n) % 2)
         positive, negative = np.where(label_N == 1)[0], np.where(label_N == 0)[0]
         n_train = min(n - 100, 1024)
         n_test = n - n_train - 1
@@ -93,8 +101,11 @@ def test_split_repeats_the_reference_stream():
 
 
 def test_selection_normalises_and_the_probe_does_not(tmp_path, monkeypatch):
-    """Fails if the selection is by plain means (feature 1 would win) or means with zeros (2 would), or the probe gets its values."""
-    z_MF = torch.tensor([[2.0, 90.0, 0.0], [2.0, 110.0, 0.0], [2.0, 100.0, 0.0], [0.0, 70.0, 0.0], [0.0, 80.0, 0.0], [2.0, 90.0, 5.0]])
+    """Fails if the selection is by plain means (feature 1 would win) or means with zeros (2 would),
+    or the probe gets its values.
+    """
+    z_MF = torch.tensor([[2.0, 90.0, 0.0], [2.0, 110.0, 0.0], [2.0, 100.0, 0.0], [0.0, 70.0, 0.0], [0.0, 80.0, 0.0],
+                         [2.0, 90.0, 5.0]])
     label_M = torch.tensor([1, 1, 1, 0, 0, 0])
     # mean over positives − negatives: 4/3, 20, −5/3; mean of what is not 0: 2, 90, 5; quotients .667, .222, −.333
     assert sae_probes.by_normalised_difference(z_MF, label_M).tolist() == [0, 2, 1]
@@ -110,7 +121,9 @@ def test_selection_normalises_and_the_probe_does_not(tmp_path, monkeypatch):
 
 
 def test_a_prompt_is_its_last_tokens_and_passes_the_model_once(tmp_path, monkeypatch):
-    """Fails if prompts are cut on the right, BOS is lost, padding is read, or equal prompts of two data sets are computed twice."""
+    """Fails if prompts are cut on the right, BOS is lost, padding is read,
+    or equal prompts of two data sets are computed twice.
+    """
     long = " ".join(str(i) for i in range(4, 30))
     sets = {"a": [("5 6", 1), (long, 0), ("9", 1)], "b": [("5 6", 0), (long, 1), ("9 9 9", 0), ("9", 1)]}
     lm = FakeLM()
@@ -133,7 +146,8 @@ def test_reduced_rows_are_balanced_and_fixed():
     rows = [(f"{i}", int(i % 3 == 0)) for i in range(300)]
     cut = probe_sets.reduced("a", rows, 120)
     assert sum(label for _, label in cut) == 60 == len(cut) / 2 and cut == probe_sets.reduced("a", rows, 120)
-    assert [int(text) for text, _ in cut] == sorted(int(text) for text, _ in cut) and cut != probe_sets.reduced("b", rows, 120)
+    assert [int(text) for text, _ in cut] == sorted(int(text)
+                                                    for text, _ in cut) and cut != probe_sets.reduced("b", rows, 120)
     assert probe_sets.reduced("a", rows, 300) == rows
     assert probe_sets.labelled([("x", "yes"), ("y", "no")]) == [("x", 1), ("y", 0)]
 
@@ -159,17 +173,21 @@ def test_folds_by_number_of_rows(n):
 
 
 def reference_fit(x_MF, label_M, penalty, seed):
-    """The protocol for 128 rows and more, in scikit-learn's calls: all ten C, the first of the best, once more on shuffled rows."""
+    """The protocol for 128 rows and more, in scikit-learn's calls:
+    all ten C, the first of the best, once more on shuffled rows.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
     def model(C):
-        named = {"penalty": "l1"} if tuple(map(int, version("scikit-learn").split(".")[:2])) < (1, 8) else {"l1_ratio": 1}
+        named = ({"penalty": "l1"} if tuple(map(int, version("scikit-learn").split(".")[:2])) < (1, 8)
+                 else {"l1_ratio": 1})
         kind = {"solver": "saga"} | named if penalty == "l1" else {}
         return LogisticRegression(C=C, random_state=seed, max_iter=1000, **kind)
 
     cut = len(x_MF) - min(int(0.2 * len(x_MF)), 100)
-    scores = [roc_auc_score(label_M[cut:], model(10.0**e).fit(x_MF[:cut], label_M[:cut]).predict_proba(x_MF[cut:])[:, 1])
+    scores = [roc_auc_score(label_M[cut:], model(10.0**e).fit(x_MF[:cut],
+                                                              label_M[:cut]).predict_proba(x_MF[cut:])[:, 1])
               for e in np.linspace(5, -5, 10)]
     order = np.random.RandomState(seed).permutation(len(x_MF))
     C = np.logspace(5, -5, 10)[int(np.argmax(scores))]
@@ -177,9 +195,12 @@ def reference_fit(x_MF, label_M, penalty, seed):
 
 
 @pytest.mark.parametrize("penalty", ["l1", "l2"])
-@pytest.mark.parametrize("gap, columns", [(0.7, 1), (3.0, 40), (9.0, 4)])  # every C is as good; a later one is best; the classes are apart
+# every C is as good; a later one is best; the classes are apart
+@pytest.mark.parametrize("gap, columns", [(0.7, 1), (3.0, 40), (9.0, 4)])
 def test_fit_repeats_the_reference(penalty, gap, columns):
-    """Fails for another penalty, solver, grid of C, choice among equals, shuffle or seed, or if the early end changes the choice."""
+    """Fails for another penalty, solver, grid of C, choice among equals, shuffle or seed,
+    or if the early end changes the choice.
+    """
     rng = np.random.default_rng(8)
     label_M = rng.permutation(160) % 2
     x_MF = rng.normal(size=(160, columns))
@@ -193,7 +214,9 @@ def test_fit_repeats_the_reference(penalty, gap, columns):
 
 
 def test_scores_by_hand(monkeypatch):
-    """Fails for another accuracy, AUC or F1, or if deduplicated scores use repeated prompts or count rows instead of classes."""
+    """Fails for another accuracy, AUC or F1, or if deduplicated scores use repeated prompts or
+    count rows instead of classes.
+    """
     probability_M = np.array([0.9, 0.45, 0.4, 0.7, 0.6, 0.2])
     model = SimpleNamespace(predict=lambda x: (probability_M > 0.5).astype(int),
                             predict_proba=lambda x: np.stack([1 - probability_M, probability_M], 1))
@@ -202,7 +225,8 @@ def test_scores_by_hand(monkeypatch):
     new_M = torch.tensor([True, False, True, True, True, True])
     part = sae_probes.Split(label_M, label_M, label_M, label_M, new_M)
     values = sae_probes.score(part, blank, blank, "l1", 0)
-    # two of four and one of two right; of 8 pairs (.45, .6) and (.4, .6) are the wrong way round; F1 is 4/7 for 1 and 2/5 for 0
+    # two of four and one of two right; of 8 pairs (.45, .6) and (.4, .6) are the wrong way round; F1 is 4/7 for 1 and
+    # 2/5 for 0
     assert values == pytest.approx({"test_accuracy": 3 / 6, "test_auc": 6 / 8, "test_f1": (4 * 4 / 7 + 2 * 2 / 5) / 6})
     monkeypatch.setattr(sae_probes, "FEWEST_DISTINCT", 2)
     values = sae_probes.score(part, blank, blank, "l1", 0)
@@ -215,7 +239,9 @@ def test_scores_by_hand(monkeypatch):
 
 
 def test_a_planted_feature_is_found_and_scores_depend_on_nothing_else(tmp_path, monkeypatch):
-    """Fails if labels, rows or columns are mixed up on the way to the probe, or if the cache or an SAE beside it shifts a score."""
+    """Fails if labels, rows or columns are mixed up on the way to the probe,
+    or if the cache or an SAE beside it shifts a score.
+    """
     sets = {"a": marked(repeated=40), "b": marked(230, seed=1)}
     setup = make_setup(tmp_path, monkeypatch, sets, ks=[1, 5])
     alone = sae_probes.run(setup, {"one": random_sae()})["one"]
@@ -224,7 +250,8 @@ def test_a_planted_feature_is_found_and_scores_depend_on_nothing_else(tmp_path, 
     assert all(values["sae_features"][0] == 4 and values["train_rows"] == n - 100 and values["test_rows"] == 99
                for values, n in zip(alone.unstructured.values(), (240, 230)))
     assert {*alone.metrics["llm"], *alone.metrics["sae"], *alone.corrected} == {
-        m for m in declared("sae_probes", "METRICS") if "deduplicated" not in m or m.split("_test")[0] in ("llm", "sae_top_1", "sae_top_5")
+        m for m in declared("sae_probes", "METRICS") if "deduplicated" not in m
+        or m.split("_test")[0] in ("llm", "sae_top_1", "sae_top_5")
         or "minus" in m}
     setup = make_setup(tmp_path, monkeypatch, sets, ks=[1, 5])
     state = torch.get_rng_state(), np.random.get_state()[1].tolist()
@@ -234,7 +261,9 @@ def test_a_planted_feature_is_found_and_scores_depend_on_nothing_else(tmp_path, 
 
 
 def test_the_seed_splits_the_rows(tmp_path, monkeypatch):
-    """Fails if another seed finds the baseline of this one in the cache, takes its split or passes prompts through the model again."""
+    """Fails if another seed finds the baseline of this one in the cache,
+    takes its split or passes prompts through the model again.
+    """
     sets = {"noise": [(text, i // 2 % 2) for i, (text, _) in enumerate(marked())]}
     scores = []
     for seed, folder in ((0, "a"), (1, "a"), (1, "b")):
@@ -245,19 +274,24 @@ def test_the_seed_splits_the_rows(tmp_path, monkeypatch):
 
 
 def test_means_and_errors_are_over_data_sets(tmp_path, monkeypatch):
-    """Fails if rows are pooled, the difference is not paired, the error is not s/√n, or repeated prompts are miscounted."""
-    sets = {"a": marked(repeated=60)} | {name: marked(n, seed=i) for i, (name, n) in enumerate(dict(b=230, c=236, d=232, e=234).items(), 1)}
+    """Fails if rows are pooled, the difference is not paired, the error is not s/√n,
+    or repeated prompts are miscounted.
+    """
+    sets = {"a": marked(repeated=60)} | {name: marked(n, seed=i)
+                                         for i, (name, n) in enumerate(dict(b=230, c=236, d=232, e=234).items(), 1)}
     sae = SimpleNamespace(encode=lambda x: torch.relu(x[:, 1:].float()))  # does not read MARK's direction
     result = sae_probes.run(make_setup(tmp_path, monkeypatch, sets), {"sae": sae})["sae"]
     per_set = [d["sae_top_2_test_auc"] for d in result.details]
     assert [d["sae_metrics_by_k"][2]["test_auc"] for d in result.details] == per_set and len(set(per_set)) > 3
     assert result.metrics["sae"]["sae_top_2_test_auc"] == pytest.approx(np.mean(per_set))
     assert result.stderrs["sae_top_2_test_auc"] == pytest.approx(np.std(per_set, ddof=1) / math.sqrt(5))
-    difference = [v["sae_top_1_test_auc_deduplicated"] - v["llm_test_auc_deduplicated"] for v in result.unstructured.values()]
+    difference = [v["sae_top_1_test_auc_deduplicated"] - v["llm_test_auc_deduplicated"]
+                  for v in result.unstructured.values()]
     assert result.corrected["sae_top_1_minus_llm_test_auc_deduplicated"] == pytest.approx(np.mean(difference))
     assert result.stderrs["sae_top_1_minus_llm_test_auc_deduplicated"] == pytest.approx(np.std(difference, ddof=1) / math.sqrt(5))
     del sets["e"]
-    assert sae_probes.run(make_setup(tmp_path, monkeypatch, sets), {"sae": sae})["sae"].stderrs == {}  # of four data sets
+    # of four data sets
+    assert sae_probes.run(make_setup(tmp_path, monkeypatch, sets), {"sae": sae})["sae"].stderrs == {}
     shares = [v["duplicated_test_share"] for v in result.unstructured.values()]
     texts, part = [text for text, _ in sets["a"]], sae_probes.split(torch.arange(240), torch.arange(240) % 2, 0)
     trained = {texts[i] for i in part.train_M}
@@ -274,7 +308,9 @@ def test_a_dead_sae_is_reported(tmp_path, monkeypatch):
 
 
 def test_non_finite_features_give_no_number_but_a_reason(tmp_path, monkeypatch):
-    """Fails if NaN reaches scikit-learn (it raises), or if a mean is taken over the data sets that happen to be finite."""
+    """Fails if NaN reaches scikit-learn (it raises),
+    or if a mean is taken over the data sets that happen to be finite.
+    """
     sae = SimpleNamespace(encode=lambda x: torch.where(x[:, :1] > 5.0, torch.nan, x.float()))  # NaN on MARK
     clean = [(f"{4 + i % 2} {4 + i // 36} {4 + i % 36}", i % 2) for i in range(240)]
     result = sae_probes.run(make_setup(tmp_path, monkeypatch, {"clean": clean, "dirty": marked()}), {"sae": sae})["sae"]
@@ -284,9 +320,12 @@ def test_non_finite_features_give_no_number_but_a_reason(tmp_path, monkeypatch):
 
 
 def test_a_data_set_that_cannot_be_split_or_deduplicated_is_named(tmp_path, monkeypatch):
-    """Fails if one class too small, or a test set without new prompts, ends in an exception or a mean over what is left."""
+    """Fails if one class too small, or a test set without new prompts,
+    ends in an exception or a mean over what is left.
+    """
     one_class = [(text, int(i < 3)) for i, (text, _) in enumerate(marked())]
-    result = sae_probes.run(make_setup(tmp_path / "a", monkeypatch, {"good": marked(), "bad": one_class}), {"sae": random_sae()})["sae"]
+    result = sae_probes.run(make_setup(tmp_path / "a", monkeypatch, {"good": marked(), "bad": one_class}),
+                            {"sae": random_sae()})["sae"]
     assert {*result.metrics["sae"].values(), *result.metrics["llm"].values(), *result.corrected.values()} == {None}
     assert "bad: 3 positive and 237 negative rows" in result.problems[0] and "llm_test_accuracy" in result.problems[1]
 
@@ -294,7 +333,8 @@ def test_a_data_set_that_cannot_be_split_or_deduplicated_is_named(tmp_path, monk
     result = sae_probes.run(make_setup(tmp_path / "b", monkeypatch, {"a": repeated}), {"sae": random_sae()})["sae"]
     assert result.metrics["sae"]["sae_top_1_test_auc"] == 1.0 and result.corrected["sae_top_1_test_auc_deduplicated"] is None
     assert "test prompts of each class that do not stand in train" in result.problems[0]
-    both = sae_probes.run(make_setup(tmp_path / "c", monkeypatch, {"a": repeated, "b": marked()}), {"sae": random_sae()})["sae"]
+    both = sae_probes.run(make_setup(tmp_path / "c", monkeypatch, {"a": repeated, "b": marked()}),
+                          {"sae": random_sae()})["sae"]
     assert both.corrected["sae_top_1_test_auc_deduplicated"] == 1.0 and not both.problems
 
 
@@ -302,15 +342,19 @@ def test_the_tiny_profile_runs(tmp_path):
     """Fails if the tiny data sets lack repeated prompts or balance, or do not fit the protocol."""
     source = Source("tiny", cache_dir=tmp_path)
     for rows in probe_sets.read(source, sae_probes.CONFIG["tiny"]).values():
-        assert sum(label for _, label in rows) == len(rows) / 2 and len({text for text, _ in rows}) == len(rows) - probe_sets.REPEATED
-    setup = Setup(FakeLM(), 3, "blocks.3.hook_resid_post", sae_probes.CONFIG["tiny"], None, "", Cache(tmp_path, 1.0), source, 0,
-                  lambda s: None)
+        assert sum(label
+                   for _, label in rows) == len(rows) / 2 and len({text
+                                                                   for text, _ in rows}) == len(rows) - probe_sets.REPEATED
+    setup = Setup(FakeLM(), 3, "blocks.3.hook_resid_post", sae_probes.CONFIG["tiny"], None, "", Cache(tmp_path, 1.0),
+                  source, 0, lambda s: None)
     result = sae_probes.run(setup, {"sae": random_sae()})["sae"]
     assert not result.problems and result.corrected["duplicated_test_share"] > 0 and len(result.details) == len(probe_sets.TINY)
 
 
 def test_wheel_members_are_read_as_data(tmp_path, monkeypatch):
-    """Fails if a compressed member is not found, quoted line breaks are lost, or targets are not numbered in alphabetical order."""
+    """Fails if a compressed member is not found, quoted line breaks are lost,
+    or targets are not numbered in alphabetical order.
+    """
     import zipfile
 
     import pyarrow
@@ -328,7 +372,9 @@ def test_wheel_members_are_read_as_data(tmp_path, monkeypatch):
 
 
 def test_requirements_name_the_setting():
-    """Fails if an unknown data set, a k without a key in SAEBench's schema or too few rows or tokens are let through."""
+    """Fails if an unknown data set, a k without a key in SAEBench's schema or too few rows
+    or tokens are let through.
+    """
     assert len(set(probe_sets.NAMES)) == 113
     for profile, kind in (("gemma", "hub"), ("embedded", "embedded"), ("tiny", "tiny")):
         assert sae_probes.requirements(sae_probes.CONFIG[profile], {"source": kind}) == []

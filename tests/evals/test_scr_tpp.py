@@ -1,4 +1,6 @@
-"""scr and tpp: probes, effects and closed-form ablations against plain slow references, scores by hand, runs on a fake language model."""
+"""scr and tpp: probes, effects and closed-form ablations against plain slow references, scores by hand,
+runs on a fake language model.
+"""
 
 import math
 from types import SimpleNamespace
@@ -32,7 +34,9 @@ WORDS = sorted({word for nouns, verbs, places in tiny.TOPICS.values() for phrase
 
 
 class FakeLM:
-    """Words have vectors and a position a hundredth of what came before. Channels 0 to 3 know the topic, 4 the half of the adjectives."""
+    """Words have vectors and a position a hundredth of what came before.
+    Channels 0 to 3 know the topic, 4 the half of the adjectives.
+    """
 
     name, digest, device, d_model, bos, special_ids = "fake", "d1", "cpu", D, BOS, {BOS, EOS, PAD}
 
@@ -48,7 +52,8 @@ class FakeLM:
 
     def tokenizer(self, texts, add_special_tokens, truncation, max_length):
         assert not add_special_tokens and truncation
-        return {"input_ids": [[WORDS.index(word) + 3 for word in text.replace(".", "").split()][:max_length] for text in texts]}
+        return {"input_ids": [[WORDS.index(word) + 3 for word in text.replace(".", "").split()][:max_length]
+                              for text in texts]}
 
     def residual(self, tokens_BT, layer):
         self.rows += len(tokens_BT)
@@ -71,7 +76,8 @@ def random_sae(seed, features=30):
 
 def make_setup(tmp_path, module, limit_gb=1.0, seed=0, **config):
     config = {**module.CONFIG["tiny"], "llm_batch_size": 7, "sae_batch_size": 5, **config}
-    return Setup(FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, limit_gb), Source("tiny"), seed, lambda s: None)
+    return Setup(FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, limit_gb), Source("tiny"),
+                 seed, lambda s: None)
 
 
 # ------------------------------------------------------------------------------------------------ probes
@@ -99,7 +105,9 @@ def reference_probe(x_ND, fit, select, seed):
 
 
 def test_probes_trained_together_are_the_probes_trained_alone():
-    """Fails for another initialisation, optimiser, penalty, row order or choice of epoch, or if stacked probes touch each other."""
+    """Fails for another initialisation, optimiser, penalty, row order or choice of epoch,
+    or if stacked probes touch each other.
+    """
     g = torch.Generator().manual_seed(0)
     x_ND = torch.randn(160, D, generator=g)
     fits, selects = [], []
@@ -110,17 +118,21 @@ def test_probes_trained_together_are_the_probes_trained_alone():
     together = concept_probes.fit(x_ND, fits, selects, [torch.Generator().manual_seed(s) for s in range(4)], PROBE)
     alone = [reference_probe(x_ND, fits[s], selects[s], s) for s in range(4)]
     assert together.epoch_P.tolist() == [epoch for _, epoch, _ in alone] and len(set(together.epoch_P.tolist())) > 1
-    torch.testing.assert_close(together.weight_PD, torch.stack([weight_D for weight_D, _, _ in alone]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(together.weight_PD, torch.stack([weight_D for weight_D, _, _ in alone]), atol=1e-6,
+                               rtol=1e-5)
 
 
 def test_corrected_probes_see_no_test_row(tmp_path):
-    """Fails if a test row chooses the corrected probes' epoch, or if the compatible ones' is not chosen by the test rows."""
+    """Fails if a test row chooses the corrected probes' epoch,
+    or if the compatible ones' is not chosen by the test rows.
+    """
     x_ND = torch.randn(120, D, generator=torch.Generator().manual_seed(1))
     label_N = (x_ND[:, 0] + torch.randn(120, generator=torch.Generator().manual_seed(2)) > 0).long()
 
     def trained(flip):
         def examples(name, rng):
-            return tuple((row_M, label_N[row_M] ^ swap) for row_M, swap in ((torch.arange(80), 0), (torch.arange(80, 120), flip)))
+            return tuple((row_M, label_N[row_M] ^ swap)
+                         for row_M, swap in ((torch.arange(80), 0), (torch.arange(80, 120), flip)))
         return concept_probes.trained(make_setup(tmp_path, tpp), "set", ["a", "b"], examples, x_ND)
 
     plain, flipped = trained(0), trained(1)
@@ -133,11 +145,14 @@ def test_corrected_probes_see_no_test_row(tmp_path):
 
 @pytest.mark.parametrize("kind", ["compatible", "corrected"])
 def test_closed_form_is_the_ablation_of_every_token(tmp_path, kind):
-    """Fails if what features add at masked positions is dropped from the compatible ablation or enters the corrected one."""
+    """Fails if what features add at masked positions is dropped from the compatible ablation
+    or enters the corrected one.
+    """
     sae, setup = random_sae(3), make_setup(tmp_path, tpp)
     sets = pooling.labelled(setup)
     (texts,) = concept_probes.pooled(setup, {"sae": sae}, "tpp", sets, {"sae": []})
-    found = concept_probes.Probes(torch.randn(2, D, generator=torch.Generator().manual_seed(4)), torch.tensor([0.3, -0.2]), torch.zeros(2))
+    found = concept_probes.Probes(torch.randn(2, D, generator=torch.Generator().manual_seed(4)),
+                                  torch.tensor([0.3, -0.2]), torch.zeros(2))
     ablation = concept_probes.ablations({"compatible": found, "corrected": found}, texts, "sae", sae)[kind]
     selected_n, row_m = torch.tensor([7, 2, 21, 11]), torch.tensor([5, 40, 2])
 
@@ -174,7 +189,9 @@ def measured(clean1, before1, after1, clean2, before2, after2):
 
 
 def test_scr_scores_by_hand():
-    """Fails for another direction, denominator, bound or treatment of ties than the protocol's (compatible) or the header's (corrected)."""
+    """Fails for another direction, denominator, bound or treatment of ties than the protocol's
+    (compatible) or the header's (corrected).
+    """
     def scores(*accuracies):
         return scr._scores(measured(*accuracies), measured(*accuracies))
 
@@ -191,11 +208,16 @@ def test_scr_scores_by_hand():
 
 
 def test_tpp_scores_by_hand():
-    """Fails if intended and unintended are exchanged, others' losses are summed, or a feature that speaks against a class is ablated."""
-    rows = {split: {name: torch.arange(8) + 8 * c + 24 * s for c, name in enumerate("abc")} for s, split in enumerate(("train", "test"))}
+    """Fails if intended and unintended are exchanged, others' losses are summed,
+    or a feature that speaks against a class is ablated.
+    """
+    rows = {split: {name: torch.arange(8) + 8 * c + 24 * s for c, name in enumerate("abc")}
+            for s, split in enumerate(("train", "test"))}
     class_N = torch.arange(48) // 8 % 3
-    z_NF = torch.cat([functional.one_hot(class_N, 3).float(), (class_N > 0).float()[:, None]], dim=1)  # a class each, and "b or c"
-    # c's feature serves a's probe as well; "b or c" serves b's and speaks against a and c, more strongly than a's own feature for a
+    # a class each, and "b or c"
+    z_NF = torch.cat([functional.one_hot(class_N, 3).float(), (class_N > 0).float()[:, None]], dim=1)
+    # c's feature serves a's probe as well; "b or c" serves b's and speaks against a and c, more strongly than a's own
+    # feature for a
     dot_FP = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [2.0, 0.0, 2.0], [-5.0, 3.0, -4.0]])
     logit_NP = 2 * z_NF[:, :3] - 1
     logit_NP[class_N == 2, 0] = 1.0  # a's probe takes the texts of c for its own, until c's feature is ablated
@@ -204,10 +226,12 @@ def test_tpp_scores_by_hand():
     ablation = Ablation(logit_NP, dot_FP, z_NF, torch.zeros(4), torch.zeros(48))
 
     values = tpp._scores(setup, "corrected", texts, lambda name, rng: tpp._examples(rows, name, rng), ablation)
-    assert list(values) == [f"tpp_threshold_{n}_{part}" for n in (1, 4) for part in tpp.PARTS], "20 features of 4 were ablated"
+    assert list(values) == [f"tpp_threshold_{n}_{part}" for n in (1, 4)
+                            for part in tpp.PARTS], "20 features of 4 were ablated"
     total, intended, unintended = (values[f"tpp_threshold_1_{part}"] for part in tpp.PARTS)
     assert intended == pytest.approx({"a": 0.5, "b": 0.5, "c": 0.5})
-    assert unintended == pytest.approx({"a": 0.0, "b": 0.0, "c": -0.125})  # a quarter of a's examples are mended, none of b's
+    # a quarter of a's examples are mended, none of b's
+    assert unintended == pytest.approx({"a": 0.0, "b": 0.0, "c": -0.125})
     assert total == pytest.approx({"a": 0.5, "b": 0.5, "c": 0.625})
     for part in tpp.PARTS:
         for name in "ac":  # which have one feature with a positive effect
@@ -218,7 +242,9 @@ def test_tpp_scores_by_hand():
 
 
 def test_tpp_finds_features_of_single_classes(tmp_path):
-    """Fails if rows, classes, probes or features are mixed up on the way from the texts: the planted SAE has a feature per topic."""
+    """Fails if rows, classes, probes or features are mixed up on the way from the texts:
+    the planted SAE has a feature per topic.
+    """
     setup = make_setup(tmp_path, tpp)
     result = tpp.run(setup, {"sae": channels()})["sae"]
     assert not result.problems and set(result.metrics["tpp_metrics"]) | set(result.corrected) == set(declared("tpp", "METRICS"))
@@ -231,7 +257,9 @@ def test_tpp_finds_features_of_single_classes(tmp_path):
 
 
 def test_scr_removes_a_planted_attribute(tmp_path, monkeypatch):
-    """Fails if the wrong attribute's features are ablated or the wrong one is tested; probes that lean on the adjectives are given."""
+    """Fails if the wrong attribute's features are ablated or the wrong one is tested;
+    probes that lean on the adjectives are given.
+    """
     topic_D, adjective_D = torch.eye(D)[0] - torch.eye(D)[2], torch.eye(D)[4]
     given = {"first": topic_D, "second": adjective_D, "biased": 0.3 * topic_D + adjective_D}
 
@@ -251,14 +279,18 @@ def test_scr_removes_a_planted_attribute(tmp_path, monkeypatch):
 
 
 def test_scr_errors_are_the_spread_over_new_test_texts():
-    """Fails if the error is that between the runs (here equal, so none), or if numerator and denominator are not drawn together."""
+    """Fails if the error is that between the runs (here equal, so none),
+    or if numerator and denominator are not drawn together.
+    """
     setup, mixed = SimpleNamespace(seed=0, config={"n_values": [2]}), 20
     rows = {"test": {sign: torch.arange(c * 30, c * 30 + (30 if sign in ("++", "--") else mixed))
                      for c, sign in enumerate(pairs.COMBINATIONS)}}
     texts = concept_probes.Texts("run", rows, torch.zeros(120, 1), None, {})
 
     def right(rng):
-        """Each text right before with .6, after with .75, by the attribute's own probe with .95; not independent of each other."""
+        """Each text right before with .6, after with .75, by the attribute's own probe with .95;
+        not independent of each other.
+        """
         def of(row_M):
             luck_M = torch.rand(len(row_M), generator=rng)
             return {"before": luck_M < 0.6, "after": {2: luck_M < 0.75}, "clean": (luck_M < 0.95)}
@@ -266,7 +298,8 @@ def test_scr_errors_are_the_spread_over_new_test_texts():
                 {d: scr._labelled(rows["test"], tested) for d, (_, tested) in scr.DIRECTIONS.items()}.items()}
 
     def scored(right):
-        return scr._scores(*[{d: scr._each(of, lambda r: r.double().mean().item()) for d, (_, of) in right.items()}] * 2)
+        return scr._scores(*[{d: scr._each(of, lambda r: r.double().mean().item())
+                              for d, (_, of) in right.items()}] * 2)
 
     sampled = [right(torch.Generator().manual_seed(seed)) for seed in range(300)]
     for metric in ("scr_dir1_threshold_2", "scr_metric_threshold_2", "scr_metric_threshold_2_corrected"):
@@ -274,12 +307,15 @@ def test_scr_errors_are_the_spread_over_new_test_texts():
         drawn = [scr._drawn_scores(setup, texts, {"compatible": one, "corrected": one}) for one in sampled[:25]]
         stated = [scr._error(metric, {"run": scores}) for scores in drawn]
         assert pd.Series(stated).mean() == pytest.approx(spread, rel=0.3), metric
-    assert scr._drawn_scores(setup, texts._replace(rows={"test": {sign: r[:4] for sign, r in rows["test"].items()}}), sampled[0]) == []
+    assert scr._drawn_scores(setup, texts._replace(rows={"test": {sign: r[:4] for sign, r in rows["test"].items()}}),
+                             sampled[0]) == []
 
 
 @pytest.mark.parametrize("module", [scr, tpp])
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path, module):
-    """Fails if the cache, an SAE beside it or the global random state shifts a score, or if anything SAE-independent is done twice."""
+    """Fails if the cache, an SAE beside it or the global random state shifts a score,
+    or if anything SAE-independent is done twice.
+    """
     alone = module.run(make_setup(tmp_path / "a", module), {"one": random_sae(1)})["one"]
     torch.manual_seed(99)
     state = torch.get_rng_state()
@@ -288,12 +324,15 @@ def test_a_score_depends_on_nothing_but_its_inputs(tmp_path, module):
     assert setup.lm.rows == 0 and setup.cache.misses == []
     assert alone == cached == module.run(make_setup(tmp_path / "b", module, limit_gb=0), {"one": random_sae(1)})["one"]
     assert torch.equal(torch.get_rng_state(), state)
-    assert alone.unstructured != module.run(make_setup(tmp_path / "a", module, seed=1), {"one": random_sae(1)})["one"].unstructured
+    assert alone.unstructured != module.run(make_setup(tmp_path / "a", module, seed=1),
+                                            {"one": random_sae(1)})["one"].unstructured
 
 
 @pytest.mark.parametrize("module", [scr, tpp])
 def test_what_cannot_be_measured_has_no_number_but_a_reason(tmp_path, module, monkeypatch):
-    """Fails if too few texts or non-finite features end the run or give a number, or if a dead SAE passes for a measured one."""
+    """Fails if too few texts or non-finite features end the run or give a number,
+    or if a dead SAE passes for a measured one.
+    """
     nan = SimpleNamespace(encode=lambda x: x.float() / 0.0, W_dec=torch.eye(D))
     dead = SimpleNamespace(encode=lambda x: torch.zeros_like(x.float()), W_dec=torch.eye(D))
     results = module.run(make_setup(tmp_path, module), {"nan": nan, "dead": dead, "good": random_sae(1)})
@@ -302,7 +341,8 @@ def test_what_cannot_be_measured_has_no_number_but_a_reason(tmp_path, module, mo
     assert "NaN or inf" in results["nan"].problems[0] and "dead SAE" in results["dead"].problems[0] and not results["good"].problems
 
     monkeypatch.setattr(tiny, "ADJECTIVES", ["old", "old"])
-    monkeypatch.setattr(tiny, "TOPICS", {topic: tuple(words[:1] for words in lists) for topic, lists in tiny.TOPICS.items()})
+    monkeypatch.setattr(tiny, "TOPICS", {topic: tuple(words[:1] for words in lists)
+                                         for topic, lists in tiny.TOPICS.items()})
     few = module.run(make_setup(tmp_path / "few", module), {"sae": random_sae(1)})["sae"]
     assert set(few.corrected.values()) == {None} and "no score" in few.problems[0] and "texts" in few.problems[0]
 
@@ -311,7 +351,9 @@ def test_what_cannot_be_measured_has_no_number_but_a_reason(tmp_path, module, mo
 
 
 def test_scr_sets_have_the_right_combinations():
-    """Fails if a set's sides are not balanced over the other attribute, or if a text is in two combinations or in train and test."""
+    """Fails if a set's sides are not balanced over the other attribute,
+    or if a text is in two combinations or in train and test.
+    """
     ((_, texts),) = pairs.Source(Source("tiny")).probing(scr.CONFIG["tiny"]).items()
     every = [text for splits in texts.values() for side in splits.values() for text in side]
     assert len(every) == len(set(every)) == 6 * (64 + 32) // 4
@@ -332,7 +374,8 @@ def test_scr_sets_have_the_right_combinations():
 
 def test_hub_texts_are_the_first_of_each_combination():
     """Fails if rows are shuffled, columns exchanged, or the pure combinations are not twice the mixed ones."""
-    frame = pd.DataFrame({"hard_text": [f"t{i}" for i in range(40)], "profession": [21, 13] * 20, "gender": [0, 0, 1, 1] * 10})
+    frame = pd.DataFrame({"hard_text": [f"t{i}" for i in range(40)], "profession": [21, 13] * 20,
+                          "gender": [0, 0, 1, 1] * 10})
     found = pairs.first_of_each(frame, pairs.BIOGRAPHIES, (21, 13), 16, "run")
     assert found["++"] == [f"t{i}" for i in range(0, 32, 4)] and found["--"] == [f"t{i}" for i in range(3, 32, 4)]
     assert found["+-"] == ["t2", "t6", "t10", "t14"] and found["-+"] == ["t1", "t5", "t9", "t13"]
@@ -348,4 +391,5 @@ def test_requirements_name_the_setting():
         for wrong in ({"n_values": [3]}, {"context_length": 1}, {"probe_epochs": 0}):
             assert next(iter(wrong)) in module.requirements(config | wrong, {"source": source})[0]
     assert "multiple of 4" in scr.requirements(scr.CONFIG["tiny"] | {"probe_train_set_size": 62}, {"source": "tiny"})[0]
-    assert "'gutenberg'" in scr.requirements(scr.CONFIG["tiny"] | {"dataset_names": ["gutenberg"]}, {"source": "tiny"})[0]
+    assert "'gutenberg'" in scr.requirements(scr.CONFIG["tiny"] | {"dataset_names": ["gutenberg"]},
+                                             {"source": "tiny"})[0]

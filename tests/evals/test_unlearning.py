@@ -1,4 +1,6 @@
-"""unlearning on a fake language model that can be worked out by hand, and against slow references written from the protocol."""
+"""unlearning on a fake language model that can be worked out by hand,
+and against slow references written from the protocol.
+"""
 
 import itertools
 import json
@@ -46,9 +48,11 @@ class Tokenizer:
 
 
 class FakeLM:
-    """It takes the option that holds a word of dimension 0 (right_bio) or 1 (right_past), and says A where it sees neither.
+    """It takes the option that holds a word of dimension 0 (right_bio) or 1 (right_past), and says A where it sees
+    neither.
 
-    Dimensions: 0 right_bio, 1 right_past, 2-5 the options' letters, 6 bio, 7 past, 8 on other words; then the letter it has settled on, 4.
+    Dimensions: 0 right_bio, 1 right_past, 2-5 the options' letters, 6 bio, 7 past, 8 on other words; then the letter it
+    has settled on, 4.
     """
 
     name, digest, device, d_model, vocab_size, bos, special_ids = "fake-it", "d1", "cpu", 13, VOCABULARY, BOS, {BOS, EOS, PAD}
@@ -57,7 +61,8 @@ class FakeLM:
     def __init__(self, fails_at=None):
         self.fails_at = fails_at  # a letter it never takes
         self.table_VD = torch.zeros(VOCABULARY, 13)
-        for word, dimension in (("right_bio", 0), ("right_past", 1), ("A.", 2), ("B.", 3), ("C.", 4), ("D.", 5), ("bio", 6), ("past", 7)):
+        for word, dimension in (("right_bio", 0), ("right_past", 1), ("A.", 2), ("B.", 3), ("C.", 4), ("D.", 5),
+                                ("bio", 6), ("past", 7)):
             self.table_VD[WORDS.index(word), dimension] = 2.0
         self.table_VD[len(WORDS):, 8] = torch.arange(VOCABULARY - len(WORDS)) / 50
         self.prefixes, self.rows = 0, 0
@@ -110,7 +115,8 @@ def make_setup(tmp_path, monkeypatch, given=None, lm=None, config=None, limit_gb
     monkeypatch.setattr(questions, "load", lambda source, config, seed: given or material())
     monkeypatch.setattr(questions, "identity", lambda source, config: "by hand")
     cache = Cache(tmp_path, limit_gb)
-    return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", CONFIG | (config or {}), None, "", cache, None, 0, lambda s: None)
+    return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", CONFIG | (config or {}), None, "", cache, None, 0,
+                 lambda s: None)
 
 
 def sae_of(*dimensions, **variant):
@@ -127,7 +133,9 @@ def score_of(result):
 
 
 def test_a_question_counts_if_right_under_all_24_orders(tmp_path, monkeypatch):
-    """Fails if an order is left out, if the right letter is not moved with its option, or if a lost question is asked again."""
+    """Fails if an order is left out, if the right letter is not moved with its option,
+    or if a lost question is asked again.
+    """
     setup = make_setup(tmp_path, monkeypatch, lm=FakeLM(fails_at=3))
     tricky = [*material().questions["forget"], Question("life", "both", ["right_bio", "right_past", "no", "never"], 0)]
     assert questions.always_right(setup, tricky) == []
@@ -140,7 +148,8 @@ def test_a_question_counts_if_right_under_all_24_orders(tmp_path, monkeypatch):
         told = []
         for order in itertools.permutations(range(4)):
             words = [q.choices[i] for i in order]
-            last = max((i for i, word in enumerate(words) if word.startswith("right")), default=0)  # the fake model takes the last it sees
+            # the fake model takes the last it sees
+            last = max((i for i, word in enumerate(words) if word.startswith("right")), default=0)
             told.append(order[last] == q.answer)
         by_hand += [q] * all(told)
     assert questions.always_right(setup, tricky) == by_hand == tricky[:4]
@@ -152,8 +161,10 @@ def test_the_prompt_is_saebenchs_for_gemma_and_the_template_of_others():
     asked = ("The following are multiple choice questions (with answers) about high school geography.\nWhere?"
              "\nA. z\nB. w\nC. x\nD. y")
     gemma = SimpleNamespace(chat_template="… <start_of_turn> …")
-    assert questions.prompt(gemma, q, (3, 0, 1, 2)) == f"<start_of_turn>user\n{asked}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
-    other = SimpleNamespace(chat_template="…", bos_token="<s>", apply_chat_template=lambda turns, tokenize, add_generation_prompt:
+    assert questions.prompt(gemma, q,
+                            (3, 0, 1, 2)) == f"<start_of_turn>user\n{asked}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
+    other = SimpleNamespace(chat_template="…", bos_token="<s>", apply_chat_template=lambda turns, tokenize,
+                            add_generation_prompt:
                             f"<s>[{turns[0]['role']}]{turns[0]['content']}[/{tokenize}{add_generation_prompt}]")
     assert questions.prompt(other, q, (3, 0, 1, 2)) == f"[user]{asked}[/FalseTrue]Answer: ("
     assert questions.prompt(SimpleNamespace(chat_template=None), q, (3, 0, 1, 2)) == f"{asked}\nAnswer: ("
@@ -165,7 +176,8 @@ def test_answers_are_read_at_the_last_token_and_the_likelier_spelling_counts():
     letters_A4 = questions.letter_tokens(Tokenizer())
     assert letters_A4.tolist() == [[3, 4, 5, 6], [7, 8, 9, 10]]
     logits_bTV = torch.full((2, 3, VOCABULARY), -9.0)
-    logits_bTV[0, 1, [5, 9, 4]] = torch.tensor([2.0, 1.9, 2.1])  # B beats C at its best, though C's spellings add up to more
+    # B beats C at its best, though C's spellings add up to more
+    logits_bTV[0, 1, [5, 9, 4]] = torch.tensor([2.0, 1.9, 2.1])
     logits_bTV[0, 2, 6] = 50.0  # padding
     logits_bTV[1, 2, [7, 20]] = torch.tensor([1.0, 5.0])  # a token that is no answer does not matter
     lm = SimpleNamespace(unembed=lambda h: h)
@@ -176,7 +188,9 @@ def test_answers_are_read_at_the_last_token_and_the_likelier_spelling_counts():
 
 
 def test_rows_and_draws_repeat_the_reference(tmp_path, monkeypatch):
-    """Fails if documents are joined otherwise, BOS is inserted instead of overwriting, or another random stream draws the rows."""
+    """Fails if documents are joined otherwise, BOS is inserted instead of overwriting,
+    or another random stream draws the rows.
+    """
     rows_RT = questions.rows_of(["bio past", "A B C", "past"], Tokenizer(), 4, BOS, EOS)
     assert rows_RT.tolist() == [[BOS, 17, 18, EOS], [BOS, 4, 5, EOS]]
     documents = [f"w{i} x y" for i in range(40)]
@@ -186,7 +200,8 @@ def test_rows_and_draws_repeat_the_reference(tmp_path, monkeypatch):
     assert chosen == expected and sorted(chosen + rest) == sorted(documents)
     assert len(questions.sampled(documents, 100, 5)[1]) == 4, "nothing is left to measure the effect on"
 
-    given = material()._replace(choosing={"forget": [f"w{i} bio" for i in range(90)], "retain": [f"x{i} past" for i in range(70)]})
+    given = material()._replace(choosing={"forget": [f"w{i} bio" for i in range(90)],
+                                          "retain": [f"x{i} past" for i in range(70)]})
     ready = questions.prepared(make_setup(tmp_path, monkeypatch, given))
     torch.manual_seed(0)
     for side, n in (("forget", 13), ("retain", 10)):  # 90·2 + 89 and 70·2 + 69 tokens in rows of 20
@@ -195,14 +210,17 @@ def test_rows_and_draws_repeat_the_reference(tmp_path, monkeypatch):
 
 
 def test_cross_entropy_skips_what_follows_a_special_token():
-    """Fails if BOS, a separator, or the first token of a document enters the sum or its count, or if logits are shifted."""
+    """Fails if BOS, a separator, or the first token of a document enters the sum or its count,
+    or if logits are shifted.
+    """
     lm = SimpleNamespace(unembed=lambda h: h, vocab_size=VOCABULARY, special_ids={BOS, EOS, PAD})
     tokens_bT = torch.tensor([[BOS, 20, 21, EOS, 22, 23], [BOS, 30, 31, 32, 33, 34]])
     h_bTD = torch.randn(2, 6, VOCABULARY, generator=torch.Generator().manual_seed(0))
     expected = [[(1, 21), (4, 23)], [(1, 31), (2, 32), (3, 33), (4, 34)]]
     ce_b, count_b = questions.losses(lm, h_bTD, tokens_bT)
     for row, pairs in enumerate(expected):
-        by_hand = sum(math.log(np.exp(h_bTD[row, t].double().numpy()).sum()) - h_bTD[row, t, target].item() for t, target in pairs)
+        by_hand = sum(math.log(np.exp(h_bTD[row, t].double().numpy()).sum()) - h_bTD[row, t, target].item()
+                      for t, target in pairs)
         assert ce_b[row].item() == pytest.approx(by_hand, abs=1e-5) and count_b[row] == len(pairs)
 
 
@@ -221,8 +239,10 @@ def test_choice_of_features_by_hand():
 def test_densities_count_firings_on_ordinary_tokens(tmp_path, monkeypatch):
     """Fails if BOS or separators enter the count or the total, or if the density is not rounded to 6 decimals."""
     setup = make_setup(tmp_path, monkeypatch)
-    sae = SimpleNamespace(encode=lambda x: torch.cat([x[..., 6:7], torch.ones_like(x[..., :1])], -1), W_dec=torch.eye(13)[:2])
-    tokens = {"forget": torch.tensor([[BOS, 17, EOS, 17, 20], [BOS, 20, 21, 22, 23]]), "retain": torch.tensor([[BOS, 20, PAD, 21, 22]])}
+    sae = SimpleNamespace(encode=lambda x: torch.cat([x[..., 6:7], torch.ones_like(x[..., :1])], -1),
+                          W_dec=torch.eye(13)[:2])
+    tokens = {"forget": torch.tensor([[BOS, 17, EOS, 17, 20], [BOS, 20, 21, 22, 23]]),
+              "retain": torch.tensor([[BOS, 20, PAD, 21, 22]])}
     forget_F, retain_F = unlearning._densities(setup, tokens, {"sae": sae})["sae"]
     assert forget_F.tolist() == [0.285714, 1.0] and retain_F.tolist() == [0.0, 1.0]  # 2 of 7
 
@@ -236,7 +256,9 @@ class MixingLM(FakeLM):
 
 
 def test_edits_equal_a_slow_reference(tmp_path, monkeypatch):
-    """Fails if a clamp reaches position 0 or padding, a silent feature is moved, the error term is lost, or shared passes are mixed up."""
+    """Fails if a clamp reaches position 0 or padding, a silent feature is moved, the error term is lost,
+    or shared passes are mixed up.
+    """
     rng = torch.Generator().manual_seed(1)
     setup, lm = make_setup(tmp_path, monkeypatch, lm=MixingLM()), MixingLM()
     lm.table_VD = setup.lm.table_VD = torch.randn(VOCABULARY, 13, generator=rng)
@@ -247,7 +269,8 @@ def test_edits_equal_a_slow_reference(tmp_path, monkeypatch):
     tokens_NT[:, 0] = BOS
     length_N = torch.randint(3, 8, (10,), generator=rng).sort(descending=True).values
     direction_D = torch.randn(13, generator=rng)
-    edits = [Edit(tuple(range(start, stop)), m) for start, stop in ((0, 3), (0, 5), (4, 9), (12, 30)) for m in (2, 7)] + [Edit((), 9)]
+    edits = [Edit(tuple(range(start, stop)), m) for start, stop in ((0, 3), (0, 5), (4, 9), (12, 30))
+             for m in (2, 7)] + [Edit((), 9)]
 
     def harm(h_bTD, index_b):
         return (h_bTD[torch.arange(len(h_bTD)), length_N[index_b] - 1] @ direction_D - clean_N[index_b]).double()
@@ -272,22 +295,29 @@ def test_edits_equal_a_slow_reference(tmp_path, monkeypatch):
 
 
 def test_score_and_precision_by_hand(tmp_path, monkeypatch):
-    """Fails if the wrong side is scored, or if an edit that costs retain questions more than 1 % is taken for the best."""
-    # The first feature is what the model knows of life: without it every answer is A, which is right for one question of four. The
-    # second is the letter of the first option: without it, an A is taken for a B, in history as well.
-    given = material()._replace(choosing={"forget": ["right_bio A. bio right_bio"] * 60, "retain": ["right_past past king"] * 60})
+    """Fails if the wrong side is scored, or if an edit that costs retain questions more than
+    1 % is taken for the best.
+    """
+    # The first feature is what the model knows of life: without it every answer is A, which is right for one question
+    # of four. The second is the letter of the first option: without it, an A is taken for a B, in history as well.
+    given = material()._replace(choosing={"forget": ["right_bio A. bio right_bio"] * 60,
+                                          "retain": ["right_past past king"] * 60})
     result = unlearning.run(make_setup(tmp_path, monkeypatch, given), {"sae": sae_of(0, 2)})["sae"]
-    assert score_of(result) == 0.75 and result.corrected["unlearning_precision"] == 0.75 / 0.25  # no retain question lost: counted as one
+    # no retain question lost: counted as one
+    assert score_of(result) == 0.75 and result.corrected["unlearning_precision"] == 0.75 / 0.25
     assert result.unstructured["questions_right_of"] == {"forget": {"life": (4, 4)}, "retain": {"history": (4, 4)}}
     assert "unlearning_score" not in result.stderrs  # of four questions
     assert {*result.metrics["unlearning"], *result.corrected} <= set(declared("unlearning", "METRICS"))
-    told = [(s["n_features"], s["features"], s["forget"], s["retain"], s["best"]) for s in result.unstructured["settings"]["questions"]]
+    told = [(s["n_features"], s["features"], s["forget"], s["retain"], s["best"])
+            for s in result.unstructured["settings"]["questions"]]
     one, both = (1, [0], 0.75, 0.0, False), (2, [0, 1], None, 0.25, False)
     assert told == [(*one[:4], True), one, both, both, one, one, both, both] and result.problems == []
 
 
 def test_side_effects_are_allowed_up_to_the_bound(tmp_path, monkeypatch):
-    """Fails if an edit at the bound is refused, one above it allowed, or if a weaker edit wins over a stronger one that is allowed."""
+    """Fails if an edit at the bound is refused, one above it allowed,
+    or if a weaker edit wins over a stronger one that is allowed.
+    """
     harms = {"retain": torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]),
              "forget": torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])}
     tried = []
@@ -302,7 +332,8 @@ def test_side_effects_are_allowed_up_to_the_bound(tmp_path, monkeypatch):
     rows = Rows(None, None, torch.ones(4, dtype=torch.float64), torch.arange(4), None)
     for bound, best in ((0.0, 0), (0.25, 1), (0.49, 1), (0.5, 2)):
         task = Task(rows, rows, bound, 0.25, 0.75)
-        outcome = unlearning.assess(None, "x", task, {"sae": None}, {"sae": {"": [Edit((1,), m) for m in range(3)]}})["sae"][""]
+        outcome = unlearning.assess(None, "x", task, {"sae": None},
+                                    {"sae": {"": [Edit((1,), m) for m in range(3)]}})["sae"][""]
         assert outcome.best == best and tried.pop() == ("forget", list(range(best + 1)))
         (forget, retain, precision), spreads = unlearning.summary(outcome, task, torch.Generator().manual_seed(0))
         assert (forget, retain, precision) == ((0.25, 0.0, 1.0), (0.5, 0.25, 2.0), (1.0, 0.5, 2.0))[best]
@@ -310,35 +341,45 @@ def test_side_effects_are_allowed_up_to_the_bound(tmp_path, monkeypatch):
 
 
 def test_standard_errors_are_the_spread_over_new_documents():
-    """Fails if the rows of one document, which an edit harms alike, count as so many, or if a side with too few documents has an error."""
+    """Fails if the rows of one document, which an edit harms alike, count as so many,
+    or if a side with too few documents has an error.
+    """
     def sample(seed, each=3, documents=15):
         g = torch.Generator().manual_seed(seed)
         own, shared = (torch.randn(2, documents, n, generator=g).double() for n in (each, 1))
         harm = (2 * shared + own + 5).flatten(1)
-        rows = Rows(None, None, torch.full((documents * each,), 10.0).double(), torch.arange(documents).repeat_interleave(each), None)
+        rows = Rows(None, None, torch.full((documents * each,), 10.0).double(),
+                    torch.arange(documents).repeat_interleave(each), None)
         task = Task(rows, rows._replace(cluster_N=torch.arange(documents * each)), 1.0, 0.25, 0.75)
         return unlearning.summary(unlearning.Outcome([], harm[1][None], harm[0][None], None, None, 0), task, g)
 
     harms, spreads = zip(*(sample(seed) for seed in range(100)))
     true, stated = torch.tensor(harms).std(0).tolist(), torch.tensor(spreads).mean(0).tolist()
-    assert stated[0] == pytest.approx(true[0], rel=0.3) and stated[1] < 0.7 * true[1]  # retain's rows pass for documents of their own
+    # retain's rows pass for documents of their own
+    assert stated[0] == pytest.approx(true[0], rel=0.3) and stated[1] < 0.7 * true[1]
     assert [spread is None for spread in sample(0, each=20, documents=4)[1]] == [True, False, True]
 
 
 def test_a_row_belongs_to_the_document_most_of_it_is_from():
     """Fails if rows are numbered by their first token, or if separators shift the numbers."""
-    documents = ["A B", "A B C D bio past", "A B C", "A", "B bio"]  # BOS A B EOS | A B C D | bio past EOS A | B C EOS A | EOS B bio
+    # BOS A B EOS | A B C D | bio past EOS A | B C EOS A | EOS B bio
+    documents = ["A B", "A B C D bio past", "A B C", "A", "B bio"]
     rows_RT, document_R = questions.numbered_rows(documents, Tokenizer(), 4, BOS, EOS)
-    assert document_R.tolist() == [0, 1, 1, 2] and torch.equal(rows_RT, questions.rows_of(documents, Tokenizer(), 4, BOS, EOS))
+    assert document_R.tolist() == [0, 1, 1, 2] and torch.equal(rows_RT,
+                                                               questions.rows_of(documents, Tokenizer(), 4, BOS, EOS))
 
 
-# The topic's word chooses the first feature, which no answer needs; what the answers need fires on the retain text as well.
+# The topic's word chooses the first feature, which no answer needs; what the answers need fires on the retain text as
+# well.
 HIDDEN = {"forget": ["bio cell"] * 90, "retain": ["right_bio past king"] * 60}
 
 
 def test_groups_are_clamped_whole(tmp_path, monkeypatch):
-    """Fails if the rest of a chosen feature's group stays, if the plain score is of the group, or if a variant without groups gets one."""
-    saes = {"grouped": sae_of(6, 0, feature_groups=lambda: [[1, 0]]), "control": sae_of(6, 0, feature_groups=lambda: None),
+    """Fails if the rest of a chosen feature's group stays, if the plain score is of the group,
+    or if a variant without groups gets one.
+    """
+    saes = {"grouped": sae_of(6, 0, feature_groups=lambda: [[1, 0]]),
+            "control": sae_of(6, 0, feature_groups=lambda: None),
             "apart": sae_of(6, 0, feature_groups=lambda: [])}
     results = unlearning.run(make_setup(tmp_path, monkeypatch, material()._replace(choosing=HIDDEN)), saes)
     assert [score_of(result) for result in results.values()] == [0.0] * 3
@@ -349,7 +390,9 @@ def test_groups_are_clamped_whole(tmp_path, monkeypatch):
 
 
 def test_stages_add_children_where_something_is_left(tmp_path, monkeypatch):
-    """Fails if stage 1 clamps a feature of layer 1, or if children are added to what is forgotten already, or are not added."""
+    """Fails if stage 1 clamps a feature of layer 1, or if children are added to what is forgotten already,
+    or are not added.
+    """
     def staged(layer_2, child):
         return dict(stages=lambda: {"layer_2": layer_2, "layer_1": ()}, children_of=lambda parents: [child])
 
@@ -357,9 +400,11 @@ def test_stages_add_children_where_something_is_left(tmp_path, monkeypatch):
     given = material()._replace(choosing={"forget": ["right_bio bio"] * 90, "retain": ["past king"] * 90})
     saes = {"topic first": sae_of(0, 6, **staged([1], 0)), "knowledge first": sae_of(0, 6, **staged(range(1), 1))}
     results = unlearning.run(make_setup(tmp_path, monkeypatch, given), saes)
-    scores = {name: [score_of(r), *(r.corrected[f"unlearning_score_stage_{i}"] for i in (1, 2))] for name, r in results.items()}
+    scores = {name: [score_of(r), *(r.corrected[f"unlearning_score_stage_{i}"] for i in (1, 2))]
+              for name, r in results.items()}
     assert scores == {"topic first": [0.75, 0.0, 0.75], "knowledge first": [0.75, 0.75, 0.75]}
-    clamped = {name: [r.unstructured["settings"][f"questions_stage_{i}"][0]["features"] for i in (1, 2)] for name, r in results.items()}
+    clamped = {name: [r.unstructured["settings"][f"questions_stage_{i}"][0]["features"] for i in (1, 2)]
+               for name, r in results.items()}
     assert clamped == {"topic first": [[1], [0, 1]], "knowledge first": [[0], [0]]}
 
 
@@ -368,31 +413,38 @@ def test_rise_on_text_by_hand(tmp_path, monkeypatch):
     setup = make_setup(tmp_path, monkeypatch, config={"min_questions": 5})
     result = unlearning.run(setup, {"sae": sae_of(6, 7)})["sae"]
     assert score_of(result) is None and result.corrected["unlearning_precision"] is None
-    assert result.problems == ["the model answers only 4 of 4 forget questions (life 4 of 4) and 4 of 4 retain questions (history 4 of 4) "
-                               "right under all 24 orders of the options, 5 of each are needed: no unlearning_score, "
-                               "no unlearning_precision"]
-    # after "bio", the logits are 2 for "bio", 3 for A, 1 for B after a space, 0 for 61 others; the clamp makes of the 2 a −50
-    rise = {"bio": 52 + math.log(math.exp(-50) + math.e**3 + math.e + 61) - math.log(math.e**2 + math.e**3 + math.e + 61)}
+    assert result.problems == ["the model answers only 4 of 4 forget questions (life 4 of 4) and 4 of 4 retain "
+                               "questions (history 4 of 4) right under all 24 orders of the options, 5 of each are "
+                               "needed: no unlearning_score, no unlearning_precision"]
+    # after "bio", the logits are 2 for "bio", 3 for A, 1 for B after a space, 0 for 61 others; the clamp makes of the 2
+    # a −50
+    rise = {"bio": 52 + math.log(math.exp(-50) + math.e**3 + math.e
+                                 + 61) - math.log(math.e**2 + math.e**3 + math.e + 61)}
     rise["cell"] = rise["bio"] - 52
     tokens_NT = questions.prepared(setup).measuring["forget"][0]
     word = {WORDS.index("bio"): "bio", Tokenizer.token("cell"): "cell"}
     pairs = [(a, b) for row in tokens_NT.tolist() for a, b in itertools.pairwise(row) if a in word and b in word]
     by_hand = sum(rise[word[b]] for a, b in pairs if word[a] == "bio") / len(pairs)
-    assert result.corrected["text_forget_rise"] == pytest.approx(by_hand, rel=1e-5) and result.corrected["text_retain_rise"] == 0.0
+    assert result.corrected["text_forget_rise"] == pytest.approx(by_hand,
+                                                                 rel=1e-5) and result.corrected["text_retain_rise"] == 0.0
     assert result.corrected["text_unlearning_precision"] == pytest.approx(by_hand / 0.001, rel=1e-5)
 
 
 def test_text_bound_and_dead_saes(tmp_path, monkeypatch):
-    """Fails if an edit that costs the retain text more than 1 % of its cross-entropy counts, or if an idle SAE is not told."""
+    """Fails if an edit that costs the retain text more than 1 % of its cross-entropy counts,
+    or if an idle SAE is not told.
+    """
     # the feature chosen by the topic's word also writes what the retain text needs
     mixed = sae_of(6)
-    mixed.encode = lambda x: torch.relu(x[..., 6:7] + 0.1 * x[..., 7:8] * (x[..., 6:8].sum((-1, -2), keepdim=True) > 12).float())
+    mixed.encode = lambda x: torch.relu(x[..., 6:7]
+                                        + 0.1 * x[..., 7:8] * (x[..., 6:8].sum((-1, -2), keepdim=True) > 12).float())
     mixed.W_dec = (torch.eye(13)[6:7] + torch.eye(13)[7:8]) / math.sqrt(2)
     dead = SimpleNamespace(encode=lambda x: torch.zeros(*x.shape[:-1], 3), W_dec=torch.eye(13)[:3], sae=None)
     given = material()._replace(choosing={"forget": ["bio cell"] * 90, "retain": ["king queen"] * 90})
     results = unlearning.run(make_setup(tmp_path, monkeypatch, given), {"mixed": mixed, "dead": dead})
     for name in results:
-        assert [results[name].corrected[key] for key in ("text_forget_rise", "text_retain_rise", "text_unlearning_precision")] == [0.0] * 3
+        assert [results[name].corrected[key] for key in ("text_forget_rise", "text_retain_rise",
+                                                         "text_unlearning_precision")] == [0.0] * 3
     assert all(s["retain"] > 0.1 for s in results["mixed"].unstructured["settings"]["text"])
     assert results["mixed"].problems == [] and "nothing was clamped" in results["dead"].problems[0] and score_of(results["dead"]) == 0.0
 
@@ -401,7 +453,9 @@ def test_text_bound_and_dead_saes(tmp_path, monkeypatch):
 
 
 def test_a_second_run_takes_no_question_twice_and_gives_the_same(tmp_path, monkeypatch):
-    """Fails if cached parts differ from fresh ones, if another SAE shifts a result, or if the global random state is touched."""
+    """Fails if cached parts differ from fresh ones, if another SAE shifts a result,
+    or if the global random state is touched.
+    """
     saes = {"one": sae_of(0, 6), "two": sae_of(0, 2, 7, feature_groups=lambda: [[0, 1]])}
     first = unlearning.run(make_setup(tmp_path / "a", monkeypatch), saes)
     torch.manual_seed(3)
@@ -417,15 +471,17 @@ def test_a_second_run_takes_no_question_twice_and_gives_the_same(tmp_path, monke
 
 def test_tiny_source(tmp_path):
     """Fails if the tiny profile's data do not fit the eval."""
-    setup = Setup(FakeLM(), 2, "blocks.2.hook_resid_post", unlearning.CONFIG["tiny"], None, "", Cache(tmp_path, 1.0), Source("tiny"), 0,
-                  lambda s: None)
+    setup = Setup(FakeLM(), 2, "blocks.2.hook_resid_post", unlearning.CONFIG["tiny"], None, "", Cache(tmp_path, 1.0),
+                  Source("tiny"), 0, lambda s: None)
     result = unlearning.run(setup, {"sae": sae_of(8)})["sae"]
     assert "0 of 4 forget questions (animals 0 of 4)" in result.problems[0] and "0 of 8 retain" in result.problems[0]
     assert set(result.corrected) >= {"text_forget_rise", "text_retain_rise", "text_unlearning_precision"}
 
 
 def test_hub_data_are_read_as_saebench_reads_them(tmp_path, monkeypatch):
-    """Fails for another data set, split or field than SAEBench's, for short texts let through, or for a message that does not help."""
+    """Fails for another data set, split or field than SAEBench's, for short texts let through,
+    or for a message that does not help.
+    """
     from evals.texts import hub
 
     asked = []
@@ -443,8 +499,10 @@ def test_hub_data_are_read_as_saebench_reads_them(tmp_path, monkeypatch):
     found = questions.load(Source("hub", "x"), config, 0)
     assert found.questions["forget"] == [Question("wmdp-bio", "wmdp-bio?", ["a", "b", "c", "d"], 2)]
     assert [q.subject for q in found.questions["retain"]] == config["retain_subjects"]
-    assert ("cais/wmdp", "wmdp-bio", {"split": "test"}) in asked and ("cais/mmlu", "human_aging", {"split": "test"}) in asked
-    assert len(found.choosing["forget"]) == 18 and len(found.measuring["forget"]) == 2  # of 20 that are long enough, a tenth is kept back
+    assert ("cais/wmdp", "wmdp-bio", {"split": "test"}) in asked and ("cais/mmlu", "human_aging",
+                                                                      {"split": "test"}) in asked
+    # of 20 that are long enough, a tenth is kept back
+    assert len(found.choosing["forget"]) == 18 and len(found.measuring["forget"]) == 2
     assert [found.choosing["retain"][0][:4], found.measuring["retain"][0][:4]] == ["test", "vali"]
     assert ("Salesforce/wikitext", "wikitext-2-raw-v1", {"split": "test"}) in asked
     assert questions.corpus(Source("hub", "x", data_dir=tmp_path), config) == str(corpus)
@@ -452,8 +510,10 @@ def test_hub_data_are_read_as_saebench_reads_them(tmp_path, monkeypatch):
     assert questions.corpus(Source("hub", "x", data_dir=tmp_path), config) == str(tmp_path / "bio-forget-corpus.jsonl")
     assert set(unlearning.repositories(config, Source("hub", "x"))) >= {"cais/wmdp", "cais/mmlu", str(corpus)}
     own = unlearning.repositories(unlearning.CONFIG["gemma"], Source("hub", "x", data_dir=tmp_path))
-    assert own[-1] == str(tmp_path / "bio-forget-corpus.jsonl") and "cais/wmdp-bio-forget-corpus" not in own  # gated: not asked for then
-    with pytest.raises(OSError, match="cannot read the forget corpus .*\n.*gated: ask for access on https://huggingface.co/.*forget_corpus"):
+    # gated: not asked for then
+    assert own[-1] == str(tmp_path / "bio-forget-corpus.jsonl") and "cais/wmdp-bio-forget-corpus" not in own
+    with pytest.raises(OSError, match="cannot read the forget corpus .*\n"
+                                      ".*gated: ask for access on https://huggingface.co/.*forget_corpus"):
         questions.load(Source("hub", "x"), config | {"forget_corpus": str(tmp_path / "absent.jsonl")}, 0)
 
 

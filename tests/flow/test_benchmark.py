@@ -1,4 +1,6 @@
-"""The training benchmark: its floor, and that it runs with little installed. Figures of the floor are those published with it."""
+"""The training benchmark: its floor, and that it runs with little installed.
+Figures of the floor are those published with it.
+"""
 
 import os
 import subprocess
@@ -11,7 +13,8 @@ import experiment
 from tests import PROJECT
 from tests.benchmarks import training
 
-REFUSED = ("simple_parsing", "datasets", "transformer_lens", "sae_lens", "psutil", "sklearn", "pandas", "plotly", "wandb")
+REFUSED = ("simple_parsing", "datasets", "transformer_lens", "sae_lens", "psutil", "sklearn", "pandas", "plotly",
+           "wandb")
 
 
 def floor_of(width: int, batch_size: int) -> float:
@@ -21,7 +24,9 @@ def floor_of(width: int, batch_size: int) -> float:
 
 
 def test_floor():
-    """Fails if a part of the floor is left out or counted twice: it then misses the published 3.41 µs and 192 k tokens/s."""
+    """Fails if a part of the floor is left out or counted twice:
+    it then misses the published 3.41 µs and 192 k tokens/s.
+    """
     config = Gemma2Config(**training.GEMMA, num_hidden_layers=13)
     assert training.lm_flop(config, 13, 1024) == pytest.approx(2.08e9, rel=0.005)
     assert training.sae_flop(2304, 16384) == pytest.approx(0.377e9, rel=0.005)

@@ -1,4 +1,6 @@
-"""What only a GPU can show; skipped without one. Needs torch and transformers alone: python -m tests.flow.test_cuda runs it without pytest."""
+"""What only a GPU can show; skipped without one. Needs torch and transformers alone:
+python -m tests.flow.test_cuda runs it without pytest.
+"""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -60,7 +62,9 @@ def stepped(name: str, device: str, steps: int, inside=nullcontext, free: int = 
 
 
 def test_every_variant_learns_on_a_gpu_what_it_learns_on_the_cpu():
-    """Fails if bf16 autocast, a device or a GPU's own path (dense top-k, auxk without ranking, compiled projection) changes training."""
+    """Fails if bf16 autocast, a device or a GPU's own path (dense top-k, auxk without ranking,
+    compiled projection) changes training.
+    """
     for name in OWN_VARIANTS:
         (here, expected), (there, found) = (stepped(name, device, 48) for device in ("cpu", DEVICE))
         last, last_found = sum(expected[-8:]) / 8, sum(found[-8:]) / 8
@@ -77,11 +81,14 @@ def test_no_step_waits_for_the_gpu():
 
 
 def test_wide_saes_have_the_gradients_of_dense_products():
-    """Fails if the sparse path that a GPU takes from some width on computes something else, or waits where k is fixed."""
+    """Fails if the sparse path that a GPU takes from some width on computes something else,
+    or waits where k is fixed.
+    """
     wide = 2**16
     batch = base.Batch(torch.randn(B, D, generator=torch.Generator().manual_seed(0)).to(DEVICE) / D**0.5)
     progress = base.Progress(50, 100, 50 * B, 100 * B)
-    for name, hyper in (("topk", {"k": 8}), ("batch_topk", {"k": 8}), ("matryoshka_batch_topk", {"k": 8}), ("standard", {})):
+    for name, hyper in (("topk", {"k": 8}), ("batch_topk", {"k": 8}), ("matryoshka_batch_topk", {"k": 8}),
+                        ("standard", {})):
         found = {}
         for sparse in (True, False):
             with mock.patch.object(base, "sparse_pays", lambda *_, sparse=sparse: sparse):
@@ -103,11 +110,13 @@ def random_gemma(dtype: torch.dtype) -> language_model.LanguageModel:
     """Four narrow blocks with Gemma-2's head size, soft-capping and two kinds of mask."""
     from transformers import AutoModelForCausalLM, Gemma2Config
 
-    config = Gemma2Config(vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-                          num_key_value_heads=2, head_dim=256, query_pre_attn_scalar=256, sliding_window=64)
+    config = Gemma2Config(vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
+                          num_attention_heads=4, num_key_value_heads=2, head_dim=256, query_pre_attn_scalar=256,
+                          sliding_window=64)
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").to(DEVICE)
-    return language_model.LanguageModel(hf, SimpleNamespace(bos_token_id=2, eos_token_id=1, pad_token_id=0), "random", "random")
+    return language_model.LanguageModel(hf, SimpleNamespace(bos_token_id=2, eos_token_id=1, pad_token_id=0), "random",
+                                        "random")
 
 
 def test_the_compiled_pass_is_the_plain_one_and_does_not_wait():
@@ -132,7 +141,8 @@ def test_a_step_without_memory_goes_on_in_parts():
     batch = base.Batch(torch.randn(16384, 64, device=DEVICE) / 8)
     sae = variants.load("standard").SAE(64, 16384).to(DEVICE)
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1.5e9) / total)  # z alone, [B, F], is .5 to 1.1 GB
+    # z alone, [B, F], is .5 to 1.1 GB
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1.5e9) / total)
     try:
         loss, _ = base.gradients(sae, batch, base.Progress(50, 100, 0, 1), said.append)
     finally:

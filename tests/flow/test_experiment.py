@@ -45,8 +45,8 @@ def reference(tmp_path_factory, cache):
 
 def start(out, cache, *more):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "experiment.py", *command(out, cache, *more)], cwd=PROJECT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "experiment.py", *command(out, cache, *more)], cwd=PROJECT,
+                            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for(path: Path, process):
@@ -73,10 +73,12 @@ def test_final_info_is_what_the_client_parses(reference):
     """Fails if final_info.json is not {name: {"means": {...}}} or holds what differs between equal runs, or NaN."""
     text = (reference / "final_info.json").read_text()
     section = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} in final_info.json"))["layer_2"]
-    assert {"core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1_test_accuracy", "training.final_loss"} <= set(section["means"])
+    assert {"core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1_test_accuracy",
+            "training.final_loss"} <= set(section["means"])
     assert section["config"]["steps"] == experiment.count_steps(experiment.resolve(experiment.parse_settings(SMALL))[0]) == 38
     assert str(reference.parent) not in text and "seconds" not in text
-    assert list(section["means"]) == sorted(section["means"], key=lambda k: (not k.startswith(("training.", "variant.")), k))
+    assert list(section["means"]) == sorted(section["means"],
+                                            key=lambda k: (not k.startswith(("training.", "variant.")), k))
 
 
 def test_same_seed_same_bytes_with_a_cold_cache_and_another_with_another_seed(reference, tmp_path):
@@ -95,7 +97,8 @@ def test_several_layers_and_a_sweep_share_one_stream_and_change_nothing(referenc
     assert set(many) == {"layer_1.k_8", "layer_1.k_32", "layer_2.k_8", "layer_2.k_32"}
     alone = json.loads((reference / "final_info.json").read_text())["layer_2"]["means"]
     together = many["layer_2.k_32"]["means"]
-    assert {k: together[k] for k in alone if not k.startswith("sparse")} == {k: v for k, v in alone.items() if not k.startswith("sparse")}
+    assert {k: together[k] for k in alone
+            if not k.startswith("sparse")} == {k: v for k, v in alone.items() if not k.startswith("sparse")}
     assert many["layer_2.k_8"]["means"]["core.l0"] < 8.5
 
 
@@ -103,13 +106,16 @@ def test_a_sweep_of_two_hyper_parameters_trains_every_combination():
     """Fails if combinations are missing, values go to the wrong name, or a list without a name is let through."""
     module = variants.load("topk")
     settings = experiment.parse_settings(["--sweep=k=8,16,auxk_alpha=0,0.5", "--hyper=auxk_alpha=1"])
-    assert experiment.hypers_of(settings, module) == {f".k_{k}.auxk_alpha_{a}": dict(k=k, auxk_alpha=a) for k in (8, 16) for a in (0, 0.5)}
+    assert experiment.hypers_of(settings, module) == {f".k_{k}.auxk_alpha_{a}": dict(k=k, auxk_alpha=a) for k in (8, 16)
+                                                      for a in (0, 0.5)}
     with pytest.raises(ValueError, match="does not begin with a name"):
         experiment.hypers_of(experiment.parse_settings(["--sweep=8,16"]), module)
 
 
 def test_the_fingerprint_covers_what_a_variant_imports(tmp_path):
-    """Fails if an edit to the variant that mine derives from would pass as the same code: its old result would be reported again."""
+    """Fails if an edit to the variant that mine derives from would pass as the same code:
+    its old result would be reported again.
+    """
     file = tmp_path / "mine.py"
     file.write_text("from variants import batch_topk\n\nclass SAE(batch_topk.SAE):\n    grad_clip = 0.5\n")
     names = {path.name for path in variants.sources(str(file))}
@@ -144,7 +150,8 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(reference,
     process.send_signal(how)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == -how if how == signal.SIGKILL else process.returncode in (128 + how, 0), stderr
-    again = subprocess.run([sys.executable, "experiment.py", *command(out, cache, "--checkpoint_seconds=0")], cwd=PROJECT,
+    again = subprocess.run([sys.executable, "experiment.py", *command(out, cache, "--checkpoint_seconds=0")],
+                           cwd=PROJECT,
                            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     assert (out / "final_info.json").read_bytes() == (reference / "final_info.json").read_bytes()
@@ -189,17 +196,20 @@ def test_a_typo_leaves_no_heap_of_folders(cache, tmp_path):
 
 
 def test_a_local_folder_and_a_local_file_stand_for_gemma(cache, tmp_path):
-    """Fails if the path that Gemma takes (profile gemma, streamed text, bf16 model, core on another data set) breaks anywhere."""
+    """Fails if the path that Gemma takes (profile gemma, streamed text, bf16 model,
+    core on another data set) breaks anywhere.
+    """
     from evals.texts import tiny
 
     for name, split in (("train", "train"), ("core", "heldout")):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in tiny.documents(split)))
-    small = {"core": dict(batch_size_prompts=4, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=3, context_size=32)}
+    small = {"core": dict(batch_size_prompts=4, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=3,
+                          context_size=32)}
     assert experiment.main([
-        "--profile=gemma", f"--model={tiny.model_folder(cache)}", f"--dataset={tmp_path / 'train.jsonl'}", "--layers=1", "--device=cpu",
-        f"--core_dataset={tmp_path / 'core.jsonl'}", "--context=32", "--num_tokens=8192", "--block_tokens=2048", "--d_sae=128",
-        "--batch_size=256", "--lm_batch_size=16", "--evals=core", f"--eval_config={json.dumps(small)}", f"--out_dir={tmp_path / 'run'}",
-        f"--cache_dir={cache}"]) == 0
+        "--profile=gemma", f"--model={tiny.model_folder(cache)}", f"--dataset={tmp_path / 'train.jsonl'}", "--layers=1",
+        "--device=cpu", f"--core_dataset={tmp_path / 'core.jsonl'}", "--context=32", "--num_tokens=8192",
+        "--block_tokens=2048", "--d_sae=128", "--batch_size=256", "--lm_batch_size=16", "--evals=core",
+        f"--eval_config={json.dumps(small)}", f"--out_dir={tmp_path / 'run'}", f"--cache_dir={cache}"]) == 0
     section = json.loads((tmp_path / "run/final_info.json").read_text())["layer_1"]
     assert section["config"]["dtype"] == "bfloat16" and section["config"]["model"] == Path(tiny.model_folder(cache)).name
     assert 0 < section["means"]["core.r2"] < 1 and section["means"]["core.total_tokens_eval_reconstruction"] == 256
@@ -232,7 +242,8 @@ def test_each_wrong_input_ends_in_one_clear_message(tmp_path, cache, capsys, arg
     broken = tmp_path / "broken.py"
     broken.write_text(NAN.format("(batch.x.sum() * 0)"))
     begun = time.monotonic()
-    assert experiment.main(command(tmp_path / "run", cache, *(a.replace("BROKEN", str(broken)) for a in arguments))) == 1
+    assert experiment.main(command(tmp_path / "run", cache, *(a.replace("BROKEN", str(broken))
+                                                              for a in arguments))) == 1
     took, stderr = time.monotonic() - begun, capsys.readouterr().err
     assert words in stderr and len(stderr) <= 1200, stderr
     assert "Traceback" not in stderr
@@ -254,15 +265,18 @@ def test_an_exploding_loss_stops_with_step_term_and_checkpoint(tmp_path, cache, 
     variant.write_text("from variants import topk\n\nclass SAE(topk.SAE):\n    def loss(self, batch, progress):\n"
                        "        loss, terms = super().loss(batch, progress)\n"
                        "        return loss * (float('nan') if progress.step == 97 else 1.0), terms\n")
-    assert experiment.main(command(tmp_path / "run", cache, f"--variant={variant}", "--allow_identical", "--batch_size=32",
-                                   "--checkpoint_seconds=0")) == 1
+    assert experiment.main(command(tmp_path / "run", cache, f"--variant={variant}", "--allow_identical",
+                                   "--batch_size=32", "--checkpoint_seconds=0")) == 1
     stderr = capsys.readouterr().err
     assert "step 97" in stderr and "checkpoint.pt" in stderr and (tmp_path / "run/checkpoint.pt").exists()
 
 
 def test_help_imports_nothing_heavy():
-    """Fails if --help pays for transformers, scikit-learn, datasets or TransformerLens (it must answer within two seconds)."""
+    """Fails if --help pays for transformers, scikit-learn, datasets or TransformerLens
+    (it must answer within two seconds).
+    """
     code = ("import sys, experiment\ntry: experiment.main(['--help'])\nexcept SystemExit: pass\n"
-            "print({'transformers', 'sklearn', 'datasets', 'transformer_lens', 'sae_lens', 'pandas'} & set(sys.modules))")
+            "print({'transformers', 'sklearn', 'datasets', 'transformer_lens', 'sae_lens', 'pandas'} & "
+            "set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.stdout.rstrip().endswith("set()") and "--num_tokens" in done.stdout

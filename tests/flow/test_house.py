@@ -9,7 +9,8 @@ from tests import PROJECT
 
 PACKAGES = ("evals", "runs", "variants")
 # what the modules of a place may not import (HOUSE: experiment → runs → evals, variants; texts know no model)
-CLOSED = {"evals": ("experiment", "runs", "variants"), "variants": ("experiment", "runs", "evals"), "runs": ("experiment",),
+CLOSED = {"evals": ("experiment", "runs", "variants"), "variants": ("experiment", "runs", "evals"),
+          "runs": ("experiment",),
           "evals.texts": ("evals.model", "evals.common"), "evals.model": ("evals.common",),
           "evals.storage": ("evals.texts", "evals.model", "evals.common"), "evals.cache": ("evals",)}
 
@@ -18,7 +19,8 @@ def modules() -> dict[str, ast.Module]:
     """{dotted name: syntax tree} of the program's own modules."""
     files = [PROJECT / "experiment.py", *(file for package in PACKAGES for file in (PROJECT / package).rglob("*.py"))]
     inside = [file for file in files if "baseline" not in file.parts]
-    named = {".".join(file.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__"): file for file in inside}
+    named = {".".join(file.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__"): file
+             for file in inside}
     return {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in named.items()}
 
 
@@ -28,8 +30,10 @@ def imports() -> dict[str, set[str]]:
     found = {}
     for name, tree in trees.items():
         asked = [(alias.name, "") for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-        asked += [(node.module or "", alias.name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
-        assert not any(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), f"{name}: a relative import"
+        asked += [(node.module or "", alias.name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                  for alias in node.names]
+        assert not any(node.level for node in ast.walk(tree)
+                       if isinstance(node, ast.ImportFrom)), f"{name}: a relative import"
         found[name] = {f"{a}.{b}" if f"{a}.{b}" in trees else a for a, b in asked} & trees.keys()
     return found
 

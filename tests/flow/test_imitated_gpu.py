@@ -1,4 +1,6 @@
-"""What only shows off the CPU: devices that do not mix, steps that wait, memory that ends; on a GPU imitated in host memory."""
+"""What only shows off the CPU: devices that do not mix, steps that wait, memory that ends;
+on a GPU imitated in host memory.
+"""
 
 import json
 import os
@@ -13,7 +15,8 @@ import torch
 from tests import imitated_gpu
 from tests.flow.test_experiment import PROJECT, wait_for
 
-pytestmark = [pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has real GPUs: tests/flow/test_cuda.py"),
+pytestmark = [pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has real GPUs: "
+                                                                        "tests/flow/test_cuda.py"),
               pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")]
 
 EVALS = "core,sparse_probing,absorption,tpp,scr,ravel,unlearning,sae_probes"
@@ -77,12 +80,15 @@ def test_the_imitation_refuses_what_a_gpu_refuses(tmp_path):
 
 
 def test_steps_on_a_gpu(tmp_path):
-    """Fails if a variant mixes devices, learns something else in bf16, waits for the device in a step, or dies of a step's memory."""
+    """Fails if a variant mixes devices, learns something else in bf16, waits for the device in a step,
+    or dies of a step's memory.
+    """
     tests = ("every_variant_learns_on_a_gpu_what_it_learns_on_the_cpu", "no_step_waits_for_the_gpu",
              "a_step_without_memory_goes_on_in_parts",
              "wide_saes_have_the_gradients_of_dense_products")
     script = tmp_path / "steps.py"
-    script.write_text("import sys\nsys.path.insert(0, '.')\nfrom tests.flow import test_cuda\nfrom tests.variants import test_variants\n"
+    script.write_text("import sys\nsys.path.insert(0, '.')\nfrom tests.flow import test_cuda\n"
+                      "from tests.variants import test_variants\n"
                       + "".join(f"test_cuda.test_{name}()\n" for name in tests)
                       + "for every in (13, 5, 2):\n    test_variants.auxk_against_its_formula('cuda', every)\n")
     ended(on_gpu(script))
@@ -107,11 +113,15 @@ sparse.main()
 
 
 def test_evals_give_the_same_on_a_gpu(tmp_path):
-    """Fails if an eval mixes devices, draws from a generator of the device, or takes another path there that gives other results."""
-    subprocess.run([sys.executable, *tiny(tmp_path / "sae", tmp_path, "--evals=none", "--device=cpu")], cwd=PROJECT, check=True)
+    """Fails if an eval mixes devices, draws from a generator of the device,
+    or takes another path there that gives other results.
+    """
+    subprocess.run([sys.executable, *tiny(tmp_path / "sae", tmp_path, "--evals=none", "--device=cpu")], cwd=PROJECT,
+                   check=True)
     evaluate = [f"--init_from={tmp_path / 'sae'}", "--num_tokens=0", f"--evals={EVALS}", "--activation_cache_gb=0"]
     ended(on_gpu(*tiny(tmp_path / "gpu", tmp_path, *evaluate)))
-    subprocess.run([sys.executable, *tiny(tmp_path / "cpu", tmp_path, *evaluate, "--device=cpu")], cwd=PROJECT, check=True)
+    subprocess.run([sys.executable, *tiny(tmp_path / "cpu", tmp_path, *evaluate, "--device=cpu")], cwd=PROJECT,
+                   check=True)
     here, there = means(tmp_path / "cpu"), means(tmp_path / "gpu")
     assert len(here) > 80 and there == pytest.approx(here, rel=1e-5)
 
@@ -119,8 +129,9 @@ def test_evals_give_the_same_on_a_gpu(tmp_path):
 def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
     """Fails if a checkpoint does not bring everything back to the device: a bf16 model, a sweep, two layers."""
     def run(name, *more):
-        return on_gpu(*tiny(tmp_path / name, tmp_path, "--num_tokens=100000", "--variant=batch_topk", "--sweep=k=4,8", "--layers=1,2",
-                            "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none", "--checkpoint_seconds=0.1", *more))
+        return on_gpu(*tiny(tmp_path / name, tmp_path, "--num_tokens=100000", "--variant=batch_topk", "--sweep=k=4,8",
+                            "--layers=1,2", "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none",
+                            "--checkpoint_seconds=0.1", *more))
 
     whole, killed = run("whole"), run("killed")
     wait_for(tmp_path / "killed/checkpoint.pt", killed)
@@ -138,12 +149,14 @@ def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
 def test_a_run_ends_well_with_less_memory_than_it_was_promised(tmp_path):
     """Fails if running out of memory in the language model, a step or an eval ends a run or changes its result."""
     def run(name, **environment):
-        return ended(on_gpu(*tiny(tmp_path / name, tmp_path, "--activation_cache_gb=0", "--evals=core,sparse_probing", "--num_tokens=65536",
-                                  "--block_tokens=65536", "--lm_batch_size=2048", "--d_sae=4096", "--batch_size=4096",
+        return ended(on_gpu(*tiny(tmp_path / name, tmp_path, "--activation_cache_gb=0", "--evals=core,sparse_probing",
+                                  "--num_tokens=65536", "--block_tokens=65536", "--lm_batch_size=2048", "--d_sae=4096",
+                                  "--batch_size=4096",
                                   '--eval_config={"core": {"batch_size_prompts": 512}}'), **environment))
 
     assert "out of GPU memory" not in run("enough")
     said = run("little", IMITATED_GPU_LEFT="90e6")
-    for part in ("a language-model batch of 1024 rows", "each batch in 2 parts", "in the features: going on", "in the logits: going on"):
+    for part in ("a language-model batch of 1024 rows", "each batch in 2 parts", "in the features: going on",
+                 "in the logits: going on"):
         assert part in said, said[-3000:]
     assert means(tmp_path / "little") == pytest.approx(means(tmp_path / "enough"), rel=0.05, abs=0.05)

@@ -1,4 +1,6 @@
-"""Several processes under torchrun (gloo, CPU): the same results as one, whoever is killed and however many continue."""
+"""Several processes under torchrun (gloo, CPU):
+the same results as one, whoever is killed and however many continue.
+"""
 
 import dataclasses
 import json
@@ -25,11 +27,13 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def torchrun(*arguments, processes=2):
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *map(str, arguments)]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
+            *map(str, arguments)]
 
 
 def run(*arguments):
-    done = subprocess.run(torchrun(*arguments), cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(torchrun(*arguments), cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -46,9 +50,12 @@ def distance(a: Path, b: Path, sae="layer_2") -> float:
 
 
 def test_two_ranks_make_the_gradients_of_one(tmp_path):
-    """Fails if a data-parallel variant takes something over its share that is meant over the batch: top-k, theta, auxk, L0, counters."""
+    """Fails if a data-parallel variant takes something over its share that is meant over the batch:
+    top-k, theta, auxk, L0, counters.
+    """
     run("tests/ranks_worker.py", "gradients", tmp_path / "found.pt")
-    found = {(name, together): result for name, together, result in torch.load(tmp_path / "found.pt", weights_only=True)}
+    found = {(name, together): result
+             for name, together, result in torch.load(tmp_path / "found.pt", weights_only=True)}
     names = {name for name, _ in found}
     assert {"topk", "batch_topk", "jumprelu", "p_anneal"} <= names
     for name in names:
@@ -59,12 +66,17 @@ def test_two_ranks_make_the_gradients_of_one(tmp_path):
 
 
 def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
-    """Fails if ranks train on other batches than one process, drift apart, write twice, or split what declares no data_parallel."""
-    chosen = {"shared": ["--variant=standard", "--sweep=l1_penalty=0.05,0.1"], "spread": ["--variant=standard", "--shard"],
-              "alone": ["--variant=hierarchical"], "rows": ["--variant=attention_contrastive"], "ties": ["--variant=topk"]}
+    """Fails if ranks train on other batches than one process, drift apart, write twice,
+    or split what declares no data_parallel.
+    """
+    chosen = {"shared": ["--variant=standard", "--sweep=l1_penalty=0.05,0.1"],
+              "spread": ["--variant=standard", "--shard"],
+              "alone": ["--variant=hierarchical"], "rows": ["--variant=attention_contrastive"],
+              "ties": ["--variant=topk"]}
 
     def commands(kind):
-        return {name: [*SMALL, f"--cache_dir={cache}", f"--out_dir={tmp_path / kind / name}", *more] for name, more in chosen.items()}
+        return {name: [*SMALL, f"--cache_dir={cache}", f"--out_dir={tmp_path / kind / name}", *more]
+                for name, more in chosen.items()}
 
     for command in commands("one").values():
         assert experiment.main(command) == 0
@@ -72,7 +84,8 @@ def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
     assert said.count("training: ") == len(chosen)  # by the first rank alone
     one, two = tmp_path / "one", tmp_path / "two"
     for sae in ("layer_2.l1_penalty_0.05", "layer_2.l1_penalty_0.1"):
-        assert 0 < distance(one / "shared", two / "shared", sae) < 0.01  # Adam makes 1e-3 of a rounding error; other batches make 1
+        # Adam makes 1e-3 of a rounding error; other batches make 1
+        assert 0 < distance(one / "shared", two / "shared", sae) < 0.01
     assert distance(one / "spread", two / "spread") < 0.01
     assert distance(one / "ties", two / "ties") < 0.01
     for name in ("alone", "rows"):  # the language model's rows have other neighbours in their batch, the SAE has not
@@ -85,8 +98,11 @@ def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
 
 
 def test_ranks_deal_out_the_evals(tmp_path, cache):
-    """Fails if a rank evaluates an SAE that it did not train or that was spread, does more than its share, or fails for all."""
-    chosen = {"alone": ["--variant=hierarchical"], "spread": ["--variant=standard", "--shard"], "shared": ["--variant=standard"]}
+    """Fails if a rank evaluates an SAE that it did not train or that was spread, does more than its share,
+    or fails for all.
+    """
+    chosen = {"alone": ["--variant=hierarchical"], "spread": ["--variant=standard", "--shard"],
+              "shared": ["--variant=standard"]}
 
     def commands(kind):
         return {name: [*SMALL, f"--cache_dir={cache}", f"--out_dir={tmp_path / kind / name}", *more, "--layers=1,2",
@@ -102,7 +118,8 @@ def test_ranks_deal_out_the_evals(tmp_path, cache):
 
     for name in chosen:
         for layer in (1, 2):
-            assert means("two", name, layer) == pytest.approx(means("one", name, layer), rel=0.02, abs=0.02), (name, layer)
+            assert means("two", name, layer) == pytest.approx(means("one", name, layer), rel=0.02,
+                                                              abs=0.02), (name, layer)
         said = (tmp_path / "two" / name / "log.txt").read_text()
         assert [line for line in said.splitlines() if line.startswith("eval ")] == [
             "eval core, layer 1: 1 SAE", "eval sparse_probing, layer 1: 1 SAE"], said  # the other rank has layer 2
@@ -110,14 +127,15 @@ def test_ranks_deal_out_the_evals(tmp_path, cache):
     assert "eval core, layer 2" in (tmp_path / "fragile/shared/log.txt").read_text()
 
 
-LONG = ["--profile=tiny", "--variant=standard", "--num_tokens=200000", "--block_tokens=8192", "--lr=1e-4", "--device=cpu", "--evals=none",
-        "--checkpoint_seconds=0"]
+LONG = ["--profile=tiny", "--variant=standard", "--num_tokens=200000", "--block_tokens=8192", "--lr=1e-4",
+        "--device=cpu", "--evals=none", "--checkpoint_seconds=0"]
 
 
 def start(out, cache, processes, *more):
     command = ["experiment.py", *LONG, f"--cache_dir={cache}", f"--out_dir={out}", *more]
     command = torchrun(*command, processes=processes) if processes > 1 else [sys.executable, *command]
-    return subprocess.Popen(command, cwd=PROJECT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=PROJECT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def wait_for_step(out, beyond, process):
@@ -136,7 +154,9 @@ def wait_for_step(out, beyond, process):
 
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
 def test_killed_ranks_continue_in_other_numbers(tmp_path, cache, shard):
-    """Fails if a lost rank leaves the others hanging, or a checkpoint binds a run to its number of ranks: 2, one of them killed → 1 → 2."""
+    """Fails if a lost rank leaves the others hanging, or a checkpoint binds a run to its number of ranks:
+    2, one of them killed → 1 → 2.
+    """
     assert experiment.main([*LONG, f"--cache_dir={cache}", f"--out_dir={tmp_path / 'whole'}"]) == 0
     out = tmp_path / "run"
     first = start(out, cache, 2, *shard)
@@ -157,16 +177,20 @@ def test_killed_ranks_continue_in_other_numbers(tmp_path, cache, shard):
 
 def test_an_sae_too_wide_for_a_rank_is_spread_if_that_makes_it_fit():
     """Fails if a run is refused that fits spread, or accepted where even that does not fit, or spread without need."""
-    settings, _ = experiment.resolve(experiment.parse_settings(["--profile=gemma", "--device=cpu", "--batch_size=4096"]))
+    settings, _ = experiment.resolve(experiment.parse_settings(["--profile=gemma", "--device=cpu",
+                                                                "--batch_size=4096"]))
     settings = dataclasses.replace(settings, device="cuda")
     found = [scaling.findings(2**20, 4096 // 8)]
-    plans = {gb: budget.plan(settings, [12], 100, scaling.GEMMA, found, True, 8, gb * 1e9, 4e14) for gb in (60, 110, 200)}
+    plans = {gb: budget.plan(settings, [12], 100, scaling.GEMMA, found, True, 8, gb * 1e9, 4e14)
+             for gb in (60, 110, 200)}
     assert [facts["shard"] for _, facts, _ in plans.values()] == [True, True, False]
     assert [bool(problem) for *_, problem in plans.values()] == [True, False, False]
 
 
 def test_a_batch_that_does_not_fit_is_worked_on_in_parts():
-    """Fails if a step after out-of-memory has other gradients, forgets a feature that fired in one part, or is tried in vain again."""
+    """Fails if a step after out-of-memory has other gradients, forgets a feature that fired in one part,
+    or is tried in vain again.
+    """
     import variants
 
     class Full(variants.load("standard").SAE):

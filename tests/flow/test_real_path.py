@@ -1,6 +1,8 @@
-"""The whole command on Gemma-2 from a hub: cold, warm, without network, interrupted, refused, and with every request failing once.
+"""The whole command on Gemma-2 from a hub: cold, warm, without network, interrupted, refused, and with every request
+failing once.
 
-The hub is the imitation of tests/hub: real names, files and columns, a tiny random Gemma-2 of 26 blocks, invented texts.
+The hub is the imitation of tests/hub: real names, files and columns, a tiny random Gemma-2 of 26 blocks, invented
+texts.
 """
 
 import json
@@ -17,10 +19,11 @@ from tests.hub import hub, hub_root  # noqa: F401  fixtures
 FEW = {"core": {"batch_size_prompts": 4, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 3},
        "sparse_probing": {"probe_train_set_size": 80, "probe_test_set_size": 40}}
 REST = {"scr": FEW["sparse_probing"], "tpp": FEW["sparse_probing"],
-        "sae_probes": {"max_rows": 300, "max_tokens": 64, "dataset_names": ["5_hist_fig_ismale"]}, "absorption": {"max_words": 200},
+        "sae_probes": {"max_rows": 300, "max_tokens": 64, "dataset_names": ["5_hist_fig_ismale"]},
+        "absorption": {"max_words": 200},
         "unlearning": {"dataset_size": 8, "seq_len": 64, "text_rows": 4, "text_len": 64}}
-SMALL = ["--profile=gemma", "--device=cpu", "--dtype=float32", "--d_sae=64", "--hyper=k=4", "--batch_size=256", "--num_tokens=8192",
-         "--block_tokens=4096"]
+SMALL = ["--profile=gemma", "--device=cpu", "--dtype=float32", "--d_sae=64", "--hyper=k=4", "--batch_size=256",
+         "--num_tokens=8192", "--block_tokens=4096"]
 
 
 @pytest.fixture
@@ -35,7 +38,8 @@ class Places:
         self.hub, self.folder = hub, folder
 
     def command(self, out, *flags, evals=FEW):
-        return [sys.executable, "experiment.py", f"--out_dir={self.folder / out}", *SMALL, f"--eval_config={json.dumps(evals)}", *flags]
+        return [sys.executable, "experiment.py", f"--out_dir={self.folder / out}", *SMALL,
+                f"--eval_config={json.dumps(evals)}", *flags]
 
     def environment(self, token="hf_good", cache=None, **more):
         own = {"XDG_CACHE_HOME": cache or str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -44,8 +48,8 @@ class Places:
     def run(self, out, *flags, status=0, evals=FEW, **environment):
         """The finished process, its output and how many requests it sent."""
         self.hub.reset()
-        done = subprocess.run(self.command(out, *flags, evals=evals), cwd=PROJECT, env=self.environment(**environment), capture_output=True,
-                              text=True)
+        done = subprocess.run(self.command(out, *flags, evals=evals), cwd=PROJECT, env=self.environment(**environment),
+                              capture_output=True, text=True)
         assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
         done.requests = len(self.hub.requests)
         return done
@@ -58,11 +62,13 @@ class Places:
 
 
 def test_cold_then_another_model_then_without_network(places):
-    """Fails if the default run needs more than 100 requests or a warm one more than 25, if two models share what the language model
+    """Fails if the default run needs more than 100 requests or a warm one more than 25, if two models share what the
+    language model
     gave, if anything is asked of the network offline, or what is kept differs from what was read."""
     assert places.run("run_1").requests <= 100
     first = places.section("run_1")
-    commits = {f"dataset:{name}": places.hub.commit("dataset", name) for name in ("monology/pile-uncopyrighted", "Skylion007/openwebtext")}
+    commits = {f"dataset:{name}": places.hub.commit("dataset", name)
+               for name in ("monology/pile-uncopyrighted", "Skylion007/openwebtext")}
     commits["model:google/gemma-2-2b"] = places.hub.commit("model", "google/gemma-2-2b")
     assert commits.items() <= first["config"]["revisions"].items() and len(first["config"]["revisions"]) == 8
     other = places.run("run_2", "--model=google/gemma-2-2b-it")
@@ -80,25 +86,31 @@ def test_cold_then_another_model_then_without_network(places):
 
 def test_all_evals_read_what_they_need_from_the_hub(places):
     """Fails if an eval cannot read its data set's real layout, or an eval without a score says nothing of why."""
-    places.run("run_1", "--evals=all", evals=FEW | REST, cache="")  # the user's own cache: one eval reads a wheel of 44 MB
+    # the user's own cache: one eval reads a wheel of 44 MB
+    places.run("run_1", "--evals=all", evals=FEW | REST, cache="")
     found = places.section("run_1")
     for metric in ("core.ce_loss_score", "sparse_probing.sae_top_1_test_accuracy", "sae_probes.sae_top_1_test_auc",
-                   "scr.scr_metric_threshold_10", "tpp.tpp_threshold_10_total_metric", "unlearning.text_unlearning_precision"):
+                   "scr.scr_metric_threshold_10", "tpp.tpp_threshold_10_total_metric",
+                   "unlearning.text_unlearning_precision"):
         assert isinstance(found["means"][metric], float), metric
-    for name in ("absorption", "autointerp", "ravel", "unlearning"):  # a random model knows no answers, and there is no judge
+    # a random model knows no answers, and there is no judge
+    for name in ("absorption", "autointerp", "ravel", "unlearning"):
         assert any(problem.startswith(f"{name}:") for problem in found["problems"]), name
 
 
 def test_a_killed_run_goes_on_at_the_commit_it_began_with(places):
-    """Fails if a resume reads another state of a data set than the run began with, repeats or leaves out a document of a shard begun,
+    """Fails if a resume reads another state of a data set than the run began with, repeats or leaves out a document of
+    a shard begun,
     or takes a run that was begun on other texts for its own."""
-    pile, more = "monology/pile-uncopyrighted", ["--num_tokens=65536", "--block_tokens=16384", "--evals=core", "--checkpoint_seconds=0",
-                                                 "--activation_cache_gb=0"]
+    pile, more = "monology/pile-uncopyrighted", ["--num_tokens=65536", "--block_tokens=16384", "--evals=core",
+                                                 "--checkpoint_seconds=0", "--activation_cache_gb=0"]
     places.run("whole", *more)
     shards = sum(pile in path and "/cdn/" in path for _, path, _ in places.hub.requests)
-    second = dict(cache=str(places.folder / "second"), HF_HOME=str(places.folder / "second home"))  # a machine that has nothing yet
+    # a machine that has nothing yet
+    second = dict(cache=str(places.folder / "second"), HF_HOME=str(places.folder / "second home"))
     places.hub.reset()
-    places.hub.faults = [dict(match=f"GET /cdn/datasets/{pile}", do="hang", at=shards)]  # the last shard's bytes never come
+    # the last shard's bytes never come
+    places.hub.faults = [dict(match=f"GET /cdn/datasets/{pile}", do="hang", at=shards)]
     run = subprocess.Popen(places.command("run_1", *more), cwd=PROJECT, env=places.environment(**second),
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (places.folder / "run_1/checkpoint.pt").exists() or not places.hub.faults[0].get("fired"):
@@ -119,7 +131,8 @@ def test_a_killed_run_goes_on_at_the_commit_it_began_with(places):
 @pytest.mark.parametrize("token, words", [
     (None, ["google/gemma-2-2b is gated and no token is given", "accept its licence on", "hf auth login"]),
     ("hf_poor", ["google/gemma-2-2b is gated and this user has no access to it yet", "ask for access on"]),
-    ("hf_fine", ["google/gemma-2-2b is gated and this fine-grained token may not read gated repositories", "settings/tokens"]),
+    ("hf_fine", ["google/gemma-2-2b is gated and this fine-grained token may not read gated repositories",
+                 "settings/tokens"]),
     ("hf_expired", ["the hub takes the token for google/gemma-2-2b for invalid or expired", "hf auth login` again"])])
 def test_no_access_is_said_at_once_and_nothing_is_moved(places, token, words):
     """Fails if a refusal comes late, gives advice that does not fit, or costs a run that lies in the folder."""
@@ -133,7 +146,9 @@ def test_no_access_is_said_at_once_and_nothing_is_moved(places, token, words):
 
 
 def test_a_hiccup_never_makes_an_older_model_of_it(places):
-    """Fails if one 503 makes a cached commit stand for the one that was asked for, or if a hub that is gone ends a run, or says nothing."""
+    """Fails if one 503 makes a cached commit stand for the one that was asked for,
+    or if a hub that is gone ends a run, or says nothing.
+    """
     code = """
 import json, sys
 from evals.model import places
@@ -179,8 +194,10 @@ print(json.dumps([texts, places.identity(folder), shape, sorted(p.name for p in 
 
 
 def test_every_request_may_fail_once(places):
-    """Fails if a 429, a 503, a cut body or a dropped connection at any one request ends or changes what is read: each request of a
-    session meets a fault in one of six sessions, each time of another kind; files are downloaded, or (in every second) read as streams."""
+    """Fails if a 429, a 503, a cut body or a dropped connection at any one request ends or changes what is read: each
+    request of a
+    session meets a fault in one of six sessions, each time of another kind; files are downloaded, or (in every second)
+    read as streams."""
     def session(n, downloaded):
         env = places.environment() | {"HF_HOME": str(places.folder / f"home_{n}"), "PYTHONPATH": str(PROJECT)}
         command = [sys.executable, "-c", ASKED, str(places.folder / f"cache_{n}"), str(downloaded)]

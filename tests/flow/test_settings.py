@@ -162,7 +162,10 @@ def test_a_swept_path_stays_in_the_run(tmp_path, cache):  # noqa: F811
 def test_saving_removes_nothing_but_a_saved_sae(tmp_path):
     """Fails if save_sae deletes a folder that it did not write, or one that its path leads to by .. or a link."""
     sae = variants.build(variants.load("topk"), 12, 40, dict(k=4))
-    save = lambda place: variants.kit.saving.save_sae(place, sae, 1.0, variants.path("topk"), dict(k=4), {})  # noqa: E731
+
+    def save(place):
+        variants.kit.saving.save_sae(place, sae, 1.0, variants.path("topk"), dict(k=4), {})
+
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/thesis.txt").write_text("years of work")
     (tmp_path / "link").symlink_to(tmp_path / "precious")
@@ -236,7 +239,8 @@ def test_code_from_elsewhere_runs_only_when_trusted(tmp_path, cache, capsys):  #
             load()
     assert not ran.exists()
     assert (
-        variants.kit.saving.load_sae(place, trust_code=True).encode(torch.zeros(3, 32)).shape == (3, 128) and ran.exists()
+        variants.kit.saving.load_sae(place, trust_code=True).encode(torch.zeros(3, 32)).shape == (3, 128)
+        and ran.exists()
     )
     assert experiment.main([*evaluate, "--trust_code"]) == 0
 
@@ -290,6 +294,7 @@ def test_healthy_figures_are_not_warned_of(means, config):
 
 def test_settings_of_an_eval_that_is_not_chosen_are_said_to_change_nothing(tmp_path, capsys):
     """Fails if a run is refused for them, or they are ignored in silence."""
-    assert experiment.main(["--profile=tiny", "--num_tokens=1024", "--evals=none", '--eval_config={"core": {"batch_size_prompts": 4}}',
-                            "--device=cpu", f"--cache_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'run'}"]) == 0
+    assert experiment.main(["--profile=tiny", "--num_tokens=1024", "--evals=none",
+                            '--eval_config={"core": {"batch_size_prompts": 4}}', "--device=cpu",
+                            f"--cache_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'run'}"]) == 0
     assert "note: --eval_config: core is not among --evals" in capsys.readouterr().out

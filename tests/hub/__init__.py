@@ -1,14 +1,17 @@
-"""An imitation of the Hugging Face hub on loopback: what huggingface_hub, datasets and transformers ask of it, and its faults on demand.
+"""An imitation of the Hugging Face hub on loopback: what huggingface_hub, datasets and transformers ask of it, and its
+faults on demand.
 
     with serving(root) as hub:
         subprocess.run([sys.executable, "experiment.py", ...], env=hub.environment(home=tmp_path))
 
-`root` holds {models,datasets}/OWNER/NAME/REVISION/files as `repositories.build` makes them: REVISION is a branch, percent-quoted
-(main, refs%2Fconvert%2Fparquet); main~1, main~2, ... are what was pushed to main later. Beside the revisions may lie a repo.json:
-{"gated": "manual", "closed": true (nobody has access), "private": true}. Everything is read anew at each request.
+`root` holds {models,datasets}/OWNER/NAME/REVISION/files as `repositories.build` makes them: REVISION is a branch,
+percent-quoted (main, refs%2Fconvert%2Fparquet); main~1, main~2, ... are what was pushed to main later. Beside the
+revisions may lie a repo.json: {"gated": "manual", "closed": true (nobody has access), "private": true}. Everything is
+read anew at each request.
 
-Tokens: hf_good may read all that is not closed; hf_poor nothing that is gated or private; hf_fine is a fine-grained token without the
-right to gated repositories; every other one is invalid. Not imitated: Xet, uploads, the dataset viewer, names without an owner.
+Tokens: hf_good may read all that is not closed; hf_poor nothing that is gated or private; hf_fine is a fine-grained
+token without the right to gated repositories; every other one is invalid. Not imitated: Xet, uploads, the dataset
+viewer, names without an owner.
 """
 
 from __future__ import annotations
@@ -192,10 +195,12 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "429":
             seconds = 1 if seconds is None else seconds
             raise Refused(429, "", "We had to rate limit your IP.", {
-                "Retry-After": str(seconds), "RateLimit": f'"api";r=0;t={seconds}', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'})
+                "Retry-After": str(seconds), "RateLimit": f'"api";r=0;t={seconds}',
+                "RateLimit-Policy": '"fixed window";"api";q=500;w=300'})
         elif kind.isdigit():
             headers = {} if seconds is None else {"Retry-After": str(seconds)}
-            raise Refused(int(kind), "", "Internal Error - We're working hard to fix this as soon as possible!", headers)
+            raise Refused(int(kind), "", "Internal Error - We're working hard to fix this as soon as possible!",
+                          headers)
 
     def leave(self, wait: float | None = 0) -> None:
         """Close the connection without an answer, after a while or (None) when the server ends."""
@@ -236,16 +241,18 @@ class Handler(BaseHTTPRequestHandler):
         if not settings.get("gated") or (access == "full" and not settings.get("closed")):
             return
         if access == "fine":
-            raise Refused(403, "", "Please enable access to public gated repositories in your fine-grained token settings to view this "
-                                   "repository.")
+            raise Refused(403, "", "Please enable access to public gated repositories in your fine-grained token "
+                                   "settings to view this repository.")
         what = f"Access to {self.repository.kind[:-1]} {name} is restricted"
         if access:
-            raise Refused(403, "GatedRepo", f"{what} and you are not in the authorized list. Visit https://huggingface.co/{name} to ask "
-                                            "for access.")
-        raise Refused(401, "GatedRepo", f"{what}. You must have access to it and be authenticated to access it. Please log in.")
+            raise Refused(403, "GatedRepo", f"{what} and you are not in the authorized list. Visit "
+                                            f"https://huggingface.co/{name} to ask for access.")
+        raise Refused(401, "GatedRepo", f"{what}. You must have access to it and be authenticated to access it. Please "
+                                        "log in.")
 
     def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json; charset=utf-8", **(headers or {})})
+        self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json; charset=utf-8",
+                                                       **(headers or {})})
 
     def send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
         """An answer; its body is broken off where a fault says so, by default in the middle."""
@@ -273,13 +280,15 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, revision: str = "main") -> None:
         repository, found = self.repository, self.repository.revision(revision)
         private, gated = (repository.settings.get(key, False) for key in ("private", "gated"))
-        answer = {"_id": sha1(repository.name)[:24], "id": repository.name, "sha": found.commit, "private": private, "gated": gated,
+        answer = {"_id": sha1(repository.name)[:24], "id": repository.name, "sha": found.commit, "private": private,
+                  "gated": gated,
                   "disabled": False, "downloads": 1, "likes": 1, "tags": [],
                   "createdAt": "2024-01-01T00:00:00.000Z", "lastModified": "2025-01-01T00:00:00.000Z",
                   "siblings": [{"rfilename": path} | ({"size": entry.stat().st_size} if self.asked("blobs") else {})
                                for path, entry in found.files.items()]}
         if repository.kind == "models":
-            answer |= {"tags": ["transformers", "safetensors"], "library_name": "transformers", "pipeline_tag": "text-generation"}
+            answer |= {"tags": ["transformers", "safetensors"], "library_name": "transformers",
+                       "pipeline_tag": "text-generation"}
         self.send_json(answer)
 
     def refs(self) -> None:
@@ -334,7 +343,8 @@ class Handler(BaseHTTPRequestHandler):
             cdn = f"http://localhost:{self.server.server_port}/cdn/{place}?Expires={int(time.time()) + 3600}"
             self.send(b"Found", 302, {**headers, "Location": cdn, "X-Linked-Etag": etag(path, file)})
         else:
-            self.send(b"Temporary Redirect", 307, {**headers, "Location": f"/api/resolve-cache/{place}", "ETag": etag(path, file)})
+            self.send(b"Temporary Redirect", 307, {**headers, "Location": f"/api/resolve-cache/{place}",
+                                                   "ETag": etag(path, file)})
 
     def content(self, revision: str, path: str) -> None:
         found = self.repository.revision(revision)
@@ -368,7 +378,8 @@ def below(files: dict[str, Path], folder: str, recursive: bool = False) -> list[
 
 def entry(revision: Revision, path: str, expand: bool) -> dict:
     """What the API says of a file or folder."""
-    last = {"lastCommit": {"id": revision.commit, "title": "Upload", "date": "2025-01-01T00:00:00.000Z"}} if expand else {}
+    last = ({"lastCommit": {"id": revision.commit, "title": "Upload", "date": "2025-01-01T00:00:00.000Z"}} if expand
+            else {})
     if path not in revision.files:
         return {"type": "directory", "oid": sha1(path), "size": 0, "path": path, **last}
     file = revision.files[path]
@@ -386,8 +397,9 @@ class Hub(ThreadingHTTPServer):
     `requests` lists (method, path with its query, status) since the last reset; status 0: left without an answer.
 
     `faults` is a list of rules, of which the first whose turn it is decides:
-        do       an HTTP status ("429", "500", ...); "cut": the body breaks off `after` bytes (unset: half; without a body as "drop");
-                 "drop": no answer; "slow": the answer comes after `seconds`; "hang": no answer, after `seconds` or never
+        do       an HTTP status ("429", "500", ...); "cut": the body breaks off `after` bytes (unset: half; without a
+                 body as "drop"); "drop": no answer; "slow": the answer comes after `seconds`; "hang": no answer, after
+                 `seconds` or never
         match    regular expression, searched for in "METHOD path"; unset: every request
         at       only this one of the matching requests, counted from 1
         every    each so-many-th of them
@@ -411,7 +423,8 @@ class Hub(ThreadingHTTPServer):
         """This process's environment for one that asks this hub, with its own cache below `home`."""
         kept = {key: value for key, value in os.environ.items()
                 if not key.upper().endswith("_PROXY") and not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
+        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
+               "HF_HUB_DISABLE_XET": "1",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         return kept | own | ({"HF_TOKEN": token} if token else {})
 
@@ -445,8 +458,9 @@ class Hub(ThreadingHTTPServer):
         with self.lock:
             self.requests.append((handler.command, handler.path, status))
             if self.log:
-                about = dict(method=handler.command, path=handler.path, status=status, range=handler.headers.get("Range"),
-                             token=bool(handler.headers.get("Authorization")), fault=handler.fault.get("do"), time=round(time.time(), 2))
+                about = dict(method=handler.command, path=handler.path, status=status,
+                             range=handler.headers.get("Range"), token=bool(handler.headers.get("Authorization")),
+                             fault=handler.fault.get("do"), time=round(time.time(), 2))
                 self.log.write(json.dumps(about) + "\n")
 
     def commit(self, kind: str, name: str, revision: str = "main") -> str:

@@ -1,7 +1,8 @@
 """Small repositories with the names, files, columns, configurations and splits of the real ones, and invented texts.
 
-A builder returns a repository's files, {path: content}, from a fixed seed, so that `Hub.push` takes them too. Texts are made of 300
-invented words; those of a class hold some words more often than the rest does, so that a probe can tell the classes.
+A builder returns a repository's files, {path: content}, from a fixed seed, so that `Hub.push` takes them too. Texts are
+made of 300 invented words; those of a class hold some words more often than the rest does, so that a probe can tell the
+classes.
 """
 
 from __future__ import annotations
@@ -72,12 +73,14 @@ def document(rng: random.Random, sentences: int, words: list[str] = WORDS) -> st
 
 def card(about: dict, text: str = "Invented texts.\n") -> Files:
     head = yaml.safe_dump(about, sort_keys=False)
-    return {"README.md": f"---\n{head}---\n{text}".encode(), ".gitattributes": b"*.parquet filter=lfs diff=lfs merge=lfs -text\n"}
+    return {"README.md": f"---\n{head}---\n{text}".encode(), ".gitattributes": b"*.parquet filter=lfs diff=lfs "
+                                                                               b"merge=lfs -text\n"}
 
 
 def configs(patterns: dict[str, dict[str, str]], default: str = "") -> dict:
     """The card's list of configurations {name: {split: pattern of its files}}."""
-    return {"configs": [{"config_name": name, "data_files": [{"split": split, "path": path} for split, path in splits.items()],
+    return {"configs": [{"config_name": name, "data_files": [{"split": split, "path": path}
+                                                             for split, path in splits.items()],
                          **({"default": True} if name == default else {})} for name, splits in patterns.items()]}
 
 
@@ -86,7 +89,8 @@ def features(columns: dict, rows: dict[str, int], config: str = "") -> dict:
 
     A column is given as a dtype, or as what stands beside the name in the card.
     """
-    listed = [{"name": name, **(about if isinstance(about, dict) else {"dtype": about})} for name, about in columns.items()]
+    listed = [{"name": name, **(about if isinstance(about, dict) else {"dtype": about})}
+              for name, about in columns.items()]
     splits = [{"name": split, "num_bytes": 1, "num_examples": n} for split, n in rows.items()]
     named = {"config_name": config} if config else {}
     return {**named, "features": listed, "splits": splits, "download_size": 1, "dataset_size": 1}
@@ -118,7 +122,8 @@ def pile() -> Files:
     files = card({"license": "other"}) | {"removal_script.py": b"# removes the copyrighted parts\n"}
     for name in [f"train/{i:02}" for i in range(30)] + ["val", "test"]:
         rng = random.Random(f"pile {name}")
-        rows = [{"text": document(rng, rng.choice((4, 12, 40))), "meta": {"pile_set_name": rng.choice(("Pile-CC", "ArXiv", "Github"))}}
+        rows = [{"text": document(rng, rng.choice((4, 12, 40))),
+                 "meta": {"pile_set_name": rng.choice(("Pile-CC", "ArXiv", "Github"))}}
                 for _ in range(60)]
         files[f"{name}.jsonl.zst"] = zstandard.ZstdCompressor(level=3).compress(jsonl(rows))
     return files
@@ -134,13 +139,17 @@ def openwebtext() -> Files:
     return files
 
 
-CODE = {".c": "int {}(int {}) {{ return 0; }}", ".h": "#define {} {}", ".py": "def {}({}): pass", ".html": "<p class=\"{}\">{}</p>",
-        ".java": "public static void {}(String {}) {{}}", ".php": "<?php function {}(${}) {{}} ?>", ".js": "var {} = {};",
+CODE = {".c": "int {}(int {}) {{ return 0; }}", ".h": "#define {} {}", ".py": "def {}({}): pass",
+        ".html": "<p class=\"{}\">{}</p>",
+        ".java": "public static void {}(String {}) {{}}", ".php": "<?php function {}(${}) {{}} ?>",
+        ".js": "var {} = {};",
         ".go": "func {}({} int) {{}}", ".md": "# {} {}"}
 
 
 def github_code() -> Files:
-    """A loading script, which `datasets` runs no more, and 8 files (the real one has 1126); about 180 texts of each suffix."""
+    """A loading script, which `datasets` runs no more, and 8 files (the real one has 1126);
+    about 180 texts of each suffix.
+    """
     files = card({"license": ["other"]}) | {"github-code.py": b"# a loading script\n"}
     for i in range(8):
         rng = random.Random(f"code {i}")
@@ -153,9 +162,11 @@ def github_code() -> Files:
 def source(rng: random.Random, suffix: str) -> dict:
     """A source file: a licence of 150 characters or more, then 20 to 40 lines."""
     words = pool(topic(list(CODE).index(suffix)))
-    lines = [f"/* {document(rng, 4)} */", *(CODE[suffix].format(*rng.choices(words, k=2)) for _ in range(rng.randint(20, 40)))]
+    lines = [f"/* {document(rng, 4)} */", *(CODE[suffix].format(*rng.choices(words, k=2))
+                                            for _ in range(rng.randint(20, 40)))]
     content = "\n".join(lines).ljust(640)
-    return {"content": content, "repo_name": "/".join(rng.choices(WORDS, k=2)), "path": f"src/{rng.choice(WORDS)}{suffix}",
+    return {"content": content, "repo_name": "/".join(rng.choices(WORDS, k=2)),
+            "path": f"src/{rng.choice(WORDS)}{suffix}",
             "license": "mit", "size": len(content)}
 
 
@@ -165,14 +176,16 @@ PAIRS = {"bg-cs": 1, "de-en": 1, "en-es": 1, "en-fr": 2, "es-fr": 1, "fr-it": 1,
 
 def europarl() -> Files:
     """A configuration for each pair of languages in alphabetical order, 300 rows a file."""
-    infos = [features({"translation": {"dtype": {"translation": {"languages": pair.split("-")}}}}, {"train": 300 * n}, pair)
+    infos = [features({"translation": {"dtype": {"translation": {"languages": pair.split("-")}}}}, {"train": 300 * n},
+                      pair)
              for pair, n in PAIRS.items()]
     files = card({"dataset_info": infos, **configs({pair: {"train": f"{pair}/train-*"} for pair in PAIRS})})
     words = {language: pool(topic(i)) for i, language in enumerate(LANGUAGES)}
     for pair, n in PAIRS.items():
         for i in range(n):
             rng = random.Random(f"europarl {pair} {i}")
-            rows = [{language: sentence(rng, words[language], 12, 24) for language in pair.split("-")} for _ in range(300)]
+            rows = [{language: sentence(rng, words[language], 12, 24) for language in pair.split("-")}
+                    for _ in range(300)]
             files[f"{pair}/train-{i:05}-of-{n:05}.parquet"] = parquet({"translation": rows})
     return files
 
@@ -207,7 +220,8 @@ def bias_in_bios() -> Files:
 def amazon_reviews() -> Files:
     """Reviews of 34 categories × 2 ratings, 1 and 5 stars. (The real files' names are not known: assumed.)"""
     sizes = {"train": TRAIN, "test": TEST}
-    info = features({"rating": "float64", "text": "string", "category": "int64"}, {split: 68 * n for split, n in sizes.items()})
+    info = features({"rating": "float64", "text": "string", "category": "int64"},
+                    {split: 68 * n for split, n in sizes.items()})
     files = card({"dataset_info": info, **configs({"default": {split: f"data/{split}-*" for split in sizes}})})
     for split, n in sizes.items():
         texts, categories, ratings = zip(*labelled(f"reviews {split}", 34, 2, n))
@@ -219,7 +233,8 @@ def amazon_reviews() -> Files:
 def ag_news() -> Files:
     """News of four classes."""
     sizes = {"train": 2 * TRAIN, "test": 2 * TEST}
-    info = features({"text": "string", "label": classes(("World", "Sports", "Business", "Sci/Tech"))}, {s: 4 * n for s, n in sizes.items()})
+    info = features({"text": "string", "label": classes(("World", "Sports", "Business", "Sci/Tech"))},
+                    {s: 4 * n for s, n in sizes.items()})
     files = card({"dataset_info": info, **configs({"default": {split: f"data/{split}-*" for split in sizes}})})
     for split, n in sizes.items():
         texts, labels, _ = zip(*labelled(f"news {split}", 4, 1, n))
@@ -229,12 +244,14 @@ def ag_news() -> Files:
 
 # ------------------------------------------------------------------------------------------------ unlearning
 
-SUBJECTS = ("college_biology", "college_computer_science", "high_school_geography", "high_school_us_history", "human_aging")
+SUBJECTS = ("college_biology", "college_computer_science", "high_school_geography", "high_school_us_history",
+            "human_aging")
 
 
 def questions(name: str, n: int) -> list[dict]:
     rng = random.Random(f"questions {name}")
-    return [{"question": sentence(rng), "choices": [sentence(rng, WORDS, 2, 5) for _ in range(4)], "answer": rng.randrange(4)}
+    return [{"question": sentence(rng), "choices": [sentence(rng, WORDS, 2, 5) for _ in range(4)],
+             "answer": rng.randrange(4)}
             for _ in range(n)]
 
 
@@ -264,7 +281,8 @@ def forget_corpus() -> Files:
     files = card({"extra_gated_prompt": "WMDP's biology corpus", **configs({"default": {"train": "data/train-*"}})})
     for i in range(2):
         rng = random.Random(f"papers {i}")
-        rows = [{"title": sentence(rng), "abstract": document(rng, 4), "text": document(rng, 60, pool(topic(0))), "doi": "10.1/x"}
+        rows = [{"title": sentence(rng), "abstract": document(rng, 4), "text": document(rng, 60, pool(topic(0))),
+                 "doi": "10.1/x"}
                 for _ in range(30)]
         files[f"data/train-{i:05}-of-00002.parquet"] = parquet(columns_of(rows))
     return files
@@ -272,12 +290,14 @@ def forget_corpus() -> Files:
 
 def wikitext() -> Files:
     """Four configurations; rows are lines: empty ones, headings, paragraphs."""
-    names, splits = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1"), ("test", "train", "validation")
+    names, splits = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1",
+                     "wikitext-2-v1"), ("test", "train", "validation")
     files = card(configs({name: {split: f"{name}/{split}-*" for split in splits} for name in names}))
     for name in names:
         for split in splits:
             rng = random.Random(f"wikitext {split}")
-            lines = [line for _ in range(80) for line in ("", f" = {sentence(rng, WORDS, 1, 3)} = \n", "", f" {document(rng, 8)} \n")]
+            lines = [line for _ in range(80) for line in ("", f" = {sentence(rng, WORDS, 1, 3)} = \n", "",
+                                                          f" {document(rng, 8)} \n")]
             files[f"{name}/{split}-00000-of-00001.parquet"] = parquet({"text": lines})
     return files
 
@@ -296,8 +316,10 @@ def ravel_prompts() -> Files:
         values = {name: [word.capitalize() for word in rng.sample(WORDS, 4)] for name in attributes}
         names = [word.capitalize() for word in rng.sample(WORDS, 40)]
         entities = {name: {attribute: rng.choice(values[attribute]) for attribute in attributes} for name in names}
-        templates = {name: [f"{sentence(rng)} The {name} of %s is", f'[{{"name": "%s", "{name.lower()}": "'] for name in attributes}
-        tables = {"attribute_to_prompts": templates, "entity_attributes": entities, "entity_to_split": split_of(rng, entities),
+        templates = {name: [f"{sentence(rng)} The {name} of %s is", f'[{{"name": "%s", "{name.lower()}": "']
+                     for name in attributes}
+        tables = {"attribute_to_prompts": templates, "entity_attributes": entities,
+                  "entity_to_split": split_of(rng, entities),
                   "prompt_to_split": split_of(rng, [template for both in templates.values() for template in both])}
         files |= {f"ravel_{kind}_{part}.json": json.dumps(table).encode() for part, table in tables.items()}
     return files
@@ -311,26 +333,37 @@ def split_of(rng: random.Random, keys: Iterable[str]) -> dict[str, str]:
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99)),
            "<start_of_turn>", "<end_of_turn>"]
-CHAT = ("{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim + "
-        "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
-SETTINGS = {  # google/gemma-2-2b's config.json; smaller than there: head_dim 256, hidden_size 2304, intermediate_size 9216, 8 heads of
+CHAT = ("{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n"
+        "' + message['content'] | trim + '<end_of_turn>\n"
+        "' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+# google/gemma-2-2b's config.json; smaller than there: head_dim 256, hidden_size 2304, intermediate_size 9216, 8 heads
+# of
+SETTINGS = {
     # attention and 4 of keys, query_pre_attn_scalar 256, vocab_size 256000
-    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": 50.0,
-    "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0, "head_dim": 8,
-    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 32, "initializer_range": 0.02,
+    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0,
+    "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0,
+    "head_dim": 8,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 32,
+    "initializer_range": 0.02,
     "intermediate_size": 64, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 4,
-    "num_hidden_layers": 26, "num_key_value_heads": 2, "pad_token_id": 0, "query_pre_attn_scalar": 8, "rms_norm_eps": 1e-06,
-    "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.42.4", "use_cache": True,
+    "num_hidden_layers": 26, "num_key_value_heads": 2, "pad_token_id": 0, "query_pre_attn_scalar": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.42.4",
+    "use_cache": True,
 }
 ALPHABET = [chr(i) for i in range(33, 127)] + ["▁", "\n", "\t"]
 CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MERGES = [*map(tuple, SYLLABLES), *(("▁", part) for part in (*SYLLABLES, *CAPITALS)), *(("▁" + word[:2], word[2:]) for word in WORDS)]
+MERGES = [*map(tuple, SYLLABLES), *(("▁", part) for part in (*SYLLABLES, *CAPITALS)),
+          *(("▁" + word[:2], word[2:]) for word in WORDS)]
 VOCABULARY = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *ALPHABET, *(a + b for a, b in MERGES)]  # 997
 RARE = len(SPECIAL) + 256
 
 
 def tokenizer(instruct: bool) -> Files:
-    """Gemma's files: BPE with byte fallback, spaces as ▁, a BOS before every text; each of WORDS is a token after a space."""
+    """Gemma's files: BPE with byte fallback, spaces as ▁, a BOS before every text;
+    each of WORDS is a token after a space.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     numbers = {token: i for i, token in enumerate(VOCABULARY)}
@@ -339,15 +372,20 @@ def tokenizer(instruct: bool) -> Files:
     made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous", False)
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    made.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", 2)])
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A <bos>:1 $B:1",
+                                                        special_tokens=[("<bos>", 2)])
     about = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     config = {"add_bos_token": True, "add_eos_token": False,
-              "added_tokens_decoder": {str(i): {"content": token, **about, "special": True} for i, token in enumerate(SPECIAL)},
+              "added_tokens_decoder": {str(i): {"content": token, **about, "special": True}
+                                       for i, token in enumerate(SPECIAL)},
               "additional_special_tokens": SPECIAL[-2:], **named, **({"chat_template": CHAT} if instruct else {}),
-              "clean_up_tokenization_spaces": False, "model_max_length": 1000000000000000019884624838656, "sp_model_kwargs": {},
-              "spaces_between_special_tokens": False, "tokenizer_class": "GemmaTokenizer", "use_default_system_prompt": False}
-    special = {"additional_special_tokens": SPECIAL[-2:], **{key: {"content": token, **about} for key, token in named.items()}}
+              "clean_up_tokenization_spaces": False, "model_max_length": 1000000000000000019884624838656,
+              "sp_model_kwargs": {},
+              "spaces_between_special_tokens": False, "tokenizer_class": "GemmaTokenizer",
+              "use_default_system_prompt": False}
+    special = {"additional_special_tokens": SPECIAL[-2:], **{key: {"content": token, **about}
+                                                             for key, token in named.items()}}
     return {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode(),
             "special_tokens_map.json": json.dumps(special, indent=2).encode(),
             "tokenizer.model": b"\n\r\n\x05<pad>"}  # transformers 5 reads tokenizer.json instead
@@ -355,14 +393,16 @@ def tokenizer(instruct: bool) -> Files:
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """The model's tensors in Gemma's names; the unembedding is the embedding, kept once."""
-    width, inner, heads, pairs, each = (SETTINGS[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads",
-                                                                  "num_key_value_heads", "head_dim"))
+    width, inner, heads, pairs, each = (SETTINGS[key] for key in ("hidden_size", "intermediate_size",
+                                                                  "num_attention_heads", "num_key_value_heads",
+                                                                  "head_dim"))
     found = {"model.embed_tokens.weight": (len(VOCABULARY), width), "model.norm.weight": (width,)}
     for i in range(SETTINGS["num_hidden_layers"]):
         block = f"model.layers.{i}"
         for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             found[f"{block}.{norm}_layernorm.weight"] = (width,)
-        found |= {f"{block}.self_attn.{part}_proj.weight": (n * each, width) for part, n in (("q", heads), ("k", pairs), ("v", pairs))}
+        found |= {f"{block}.self_attn.{part}_proj.weight": (n * each, width)
+                  for part, n in (("q", heads), ("k", pairs), ("v", pairs))}
         found[f"{block}.self_attn.o_proj.weight"] = (width, heads * each)
         found |= {f"{block}.mlp.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
         found[f"{block}.mlp.down_proj.weight"] = (width, inner)
@@ -394,10 +434,12 @@ def gemma(instruct: bool) -> Files:
              "extra_gated_heading": "Access Gemma on Hugging Face"}
     dtype, shards, eos = ("bfloat16", 2, [1, 107]) if instruct else ("float32", 3, 1)
     config = SETTINGS | {"vocab_size": len(VOCABULARY), "torch_dtype": dtype, "eos_token_id": eos}
-    generation = {"_from_model_config": True, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": eos, "pad_token_id": 0,
+    generation = {"_from_model_config": True, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": eos,
+                  "pad_token_id": 0,
                   "transformers_version": "4.42.4"}
     files = card(about | ({"base_model": "google/gemma-2-2b"} if instruct else {})) | tokenizer(instruct)
-    files |= {"config.json": json.dumps(config, indent=2).encode(), "generation_config.json": json.dumps(generation, indent=2).encode()}
+    files |= {"config.json": json.dumps(config, indent=2).encode(),
+              "generation_config.json": json.dumps(generation, indent=2).encode()}
     return files | sharded(weights(int(instruct), getattr(torch, dtype)), shards)
 
 
@@ -428,7 +470,8 @@ def two_configs() -> Files:
     files = card(configs({name: {split: f"{name}/{split}.jsonl" for split in splits} for name in names}))
     for name in names:
         for split, n in splits.items():
-            files[f"{name}/{split}.jsonl"] = jsonl([{"text": text, "id": i} for i, text in enumerate(stories(f"{name} {split}", n))])
+            files[f"{name}/{split}.jsonl"] = jsonl([{"text": text, "id": i}
+                                                    for i, text in enumerate(stories(f"{name} {split}", n))])
     return files
 
 
@@ -444,7 +487,8 @@ def pretokenised() -> Files:
 def null_row() -> Files:
     """Lines of which the third has no text."""
     texts = stories("null", 100)
-    return card({"license": "mit"}) | {"train.jsonl": jsonl([{"text": None if i == 2 else text} for i, text in enumerate(texts)])}
+    return (card({"license": "mit"})
+            | {"train.jsonl": jsonl([{"text": None if i == 2 else text} for i, text in enumerate(texts)])})
 
 
 def one_parquet(name: str) -> Files:

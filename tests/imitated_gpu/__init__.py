@@ -1,10 +1,11 @@
-"""A GPU imitated in host memory, for machines without one: finds what only shows off the CPU. What it refuses and counts: gpu.cpp.
+"""A GPU imitated in host memory, for machines without one: finds what only shows off the CPU. What it refuses and
+counts: gpu.cpp.
 
     python -m tests.imitated_gpu experiment.py --profile=tiny --out_dir=run_1      # any script
     python -m tests.imitated_gpu -m tests.benchmarks.training                      # or module
 
-`IMITATED_GPU_BYTES` is its memory (16e9), `IMITATED_GPU_LEFT` what of it can be had, as if others had taken the rest unseen. Needs a
-C++ compiler and a build of torch without CUDA; nothing is compiled by torch.compile.
+`IMITATED_GPU_BYTES` is its memory (16e9), `IMITATED_GPU_LEFT` what of it can be had, as if others had taken the rest
+unseen. Needs a C++ compiler and a build of torch without CUDA; nothing is compiled by torch.compile.
 """
 
 from __future__ import annotations
@@ -23,16 +24,20 @@ SOURCE = Path(__file__).with_name("gpu.cpp")
 
 
 def build() -> Path:
-    """The compiled library, made once for this source and this torch; subprocess.CalledProcessError where it does not compile."""
+    """The compiled library, made once for this source and this torch;
+    subprocess.CalledProcessError where it does not compile.
+    """
     torch_folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
-    made_for = hashlib.sha256(SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes() + bytes(torch_folder)).hexdigest()[:16]
+    made_for = hashlib.sha256(SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes()
+                              + bytes(torch_folder)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae_experiment"
     library = folder / f"imitated_gpu_{made_for}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([os.environ.get("CXX", "c++"), "-O1", "-std=c++20", "-fPIC", "-shared", str(SOURCE), "-o", str(unfinished),
-                        *(f"-I{torch_folder / 'include' / part}" for part in ("", "torch/csrc/api/include")),
+        subprocess.run([os.environ.get("CXX", "c++"), "-O1", "-std=c++20", "-fPIC", "-shared", str(SOURCE), "-o",
+                        str(unfinished), *(f"-I{torch_folder / 'include' / part}"
+                                           for part in ("", "torch/csrc/api/include")),
                         f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder / 'lib'}"],
                        check=True, capture_output=True, text=True)
         os.replace(unfinished, library)
@@ -51,7 +56,8 @@ def start(library: Path, memory: int, left: int) -> None:
     torch.ops.load_library(str(library))
     gpu, cuda = torch.ops.imitated_gpu, torch.cuda
     gpu.limit(left)
-    properties = types.SimpleNamespace(name="imitated GPU", total_memory=memory, major=9, minor=0, multi_processor_count=1)
+    properties = types.SimpleNamespace(name="imitated GPU", total_memory=memory, major=9, minor=0,
+                                       multi_processor_count=1)
 
     class Event:
         def __init__(self, *args, **kwargs):
@@ -66,10 +72,11 @@ def start(library: Path, memory: int, left: int) -> None:
         def elapsed_time(self, other) -> float:
             return 1e3 * (other.seconds - self.seconds)
 
-    for name, found in dict(is_available=True, is_initialized=True, device_count=1, current_device=0, is_bf16_supported=True,
-                            get_device_name="imitated GPU", get_device_capability=(9, 0), get_device_properties=properties,
-                            _exchange_device=0, _maybe_exchange_device=0, _lazy_init=None, set_device=None, synchronize=None,
-                            empty_cache=None, manual_seed=None, manual_seed_all=None).items():
+    for name, found in dict(is_available=True, is_initialized=True, device_count=1, current_device=0,
+                            is_bf16_supported=True, get_device_name="imitated GPU", get_device_capability=(9, 0),
+                            get_device_properties=properties, _exchange_device=0, _maybe_exchange_device=0,
+                            _lazy_init=None, set_device=None, synchronize=None, empty_cache=None, manual_seed=None,
+                            manual_seed_all=None).items():
         setattr(cuda, name, lambda *args, found=found, **kwargs: found)
     cuda.device, cuda.Event = contextlib.nullcontext, Event
     cuda.memory_allocated = cuda.memory_reserved = lambda *args: gpu.allocated()

@@ -24,7 +24,8 @@ from runs.reading import Run, read
 from tests import PROJECT
 
 GEMMA = PROJECT / "runs/baseline/gemma-2-2b"
-DIRECTIONS = {"core.ce_loss_score": "higher", "core.mse": "lower", "core.l0": "", "sparse_probing.sae_top_1_test_accuracy": "higher"}
+DIRECTIONS = {"core.ce_loss_score": "higher", "core.mse": "lower", "core.l0": "",
+              "sparse_probing.sae_top_1_test_accuracy": "higher"}
 
 
 def entry(means, stderrs=None, **config):
@@ -67,24 +68,29 @@ def test_seeds_are_reported_as_dead_untrained_and_contradictory():
 
 def test_stored_gemma_baselines_hold_the_published_figures():
     """Fails if the conversion lost a section, the model, the layer or a value."""
-    for name, metric, value in (("standard", "core.l0", 8895.810546875), ("jumprelu", "core.ce_loss_score", 0.9950657894736842),
+    for name, metric, value in (("standard", "core.l0", 8895.810546875),
+                                ("jumprelu", "core.ce_loss_score", 0.9950657894736842),
                                 ("topk", "sparse_probing.sae_top_1_test_accuracy", 0.7449374999999999)):
         path = compare.baseline_for({"model": "/some/where/Gemma-2-2B"}, name)
         (section, stored), = read(path).items()
-        assert (section, stored.config["variant"], stored.config["d_sae"], stored.means[metric]) == ("layer_12", name, 16384, value)
+        assert (section, stored.config["variant"], stored.config["d_sae"],
+                stored.means[metric]) == ("layer_12", name, 16384, value)
     assert compare.baseline_for({"model": "org/unheard-of"}) is None
 
 
 def test_sectioned_file_of_the_ai_scientist_template(tmp_path):
-    """Fails if a section is filed under the wrong eval, settings pass for metrics, or the old core shape is not understood.
+    """Fails if a section is filed under the wrong eval, settings pass for metrics, or the old core shape is not
+    understood.
 
-    The eval of the instruction-tuned sibling must not look like a contradiction, nor the constant -100000 like no training.
+    The eval of the instruction-tuned sibling must not look like a contradiction, nor the constant -100000 like no
+    training.
     """
     sae = {"model_name": "google/gemma-2-2b", "d_in": 2304, "d_sae": 16384, "hook_layer": 12,
            "hook_name": "blocks.12.hook_resid_post", "training_tokens": -100000}
     document = {
         "training results for layer 12": {
-            "config": {"trainer_class": "CustomTrainer", "dict_size": 16384, "layer": 12, "lm_name": "google/gemma-2-2b"},
+            "config": {"trainer_class": "CustomTrainer", "dict_size": 16384, "layer": 12,
+                       "lm_name": "google/gemma-2-2b"},
             "final_info": {"training_steps": 2441, "final_loss": float("nan"), "layer": 12, "dict_size": 16384}},
         "absorption evaluation results": {
             "eval_type_id": "absorption_first_letter", "eval_config": {"random_seed": 42, "max_k_value": 10},
@@ -95,7 +101,8 @@ def test_sectioned_file_of_the_ai_scientist_template(tmp_path):
             "metrics": {"sparsity": {"l0": 88.5}, "model_behavior_preservation": {"kl_div_score": -1.0}}},
         "scr and tpp evaluations results": {"eval_result_metrics": {
             "scr_metrics": {"scr_metric_threshold_10": -1.0}, "tpp_threshold_10_total_metric": 0.25}},
-        "sparse probing evaluation results": {"sae": {"sae_top_1_test_accuracy": 0.625, "sae_top_100_test_accuracy": None}},
+        "sparse probing evaluation results": {"sae": {"sae_top_1_test_accuracy": 0.625,
+                                                      "sae_top_100_test_accuracy": None}},
         "unlearning evaluation results": {"eval_config": {"model_name": "google/gemma-2-2b-it"},
                                           "eval_result_metrics": {"unlearning": {"unlearning_score": 0.001}}},
     }
@@ -103,14 +110,17 @@ def test_sectioned_file_of_the_ai_scientist_template(tmp_path):
     (section, found), = read(tmp_path).items()
     assert section == "layer_12" and found.name == tmp_path.name
     assert found.means == {
-        "absorption.mean_absorption_score": 0.016, "core.l0": 88.5, "core.kl_div_score": None, "scr.scr_metric_threshold_10": -1.0,
+        "absorption.mean_absorption_score": 0.016, "core.l0": 88.5, "core.kl_div_score": None,
+        "scr.scr_metric_threshold_10": -1.0,
         "tpp.tpp_threshold_10_total_metric": 0.25, "sparse_probing.sae_top_1_test_accuracy": 0.625,
-        "sparse_probing.sae_top_100_test_accuracy": None, "unlearning.unlearning_score": 0.001, "training.final_loss": None}
+        "sparse_probing.sae_top_100_test_accuracy": None, "unlearning.unlearning_score": 0.001,
+        "training.final_loss": None}
     assert found.config["evals"]["core"] == {"context_size": 128} and found.config["evals"]["absorption"]["max_k_value"] == 10
     assert (found.config["steps"], found.config["d_sae"], found.config["d_in"]) == (2441, 16384, 2304)
     assert compare.warnings(found) == []
 
-    document["training results for layer 19"] = {"final_info": {"training_steps": 7, "layer": 19}, "core evaluation results":
+    document["training results for layer 19"] = {"final_info": {"training_steps": 7, "layer": 19},
+                                                 "core evaluation results":
                                                  {"metrics": {"sparsity": {"l0": 3.5}}}}
     (tmp_path / "final_info.json").write_text(json.dumps(document))
     both = read(tmp_path)
@@ -118,7 +128,9 @@ def test_sectioned_file_of_the_ai_scientist_template(tmp_path):
 
 
 def test_own_shape_with_a_sweep_and_nan(tmp_path):
-    """Fails if NaN stays a number, non-numbers become metrics, or a section's name that contradicts its config is not noted."""
+    """Fails if NaN stays a number, non-numbers become metrics,
+    or a section's name that contradicts its config is not noted.
+    """
     text = """{"layer_3.k_4": {"means": {"core.l0": 4.0, "core.mse": NaN, "note": "x", "ok": true}, "stderrs": {"core.l0": 0.5},
                "config": {"layer": 3, "hook_name": "blocks.3.hook_resid_post"}, "problems": ["p"]},
                "layer_3.k_8": {"means": {"absorption_first_letter.mean_full_absorption_score": 0.5}, "config": {"layer": 4}}}"""
@@ -130,7 +142,8 @@ def test_own_shape_with_a_sweep_and_nan(tmp_path):
     assert compare.warnings(four) == [] and "disagree on the layer" in compare.warnings(eight)[0]
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", '{"a": {"b": 1}}', '{"training_tokens": 5, "hook_name": "blocks.1.x"}', "not json"])
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"a": {"b": 1}}', '{"training_tokens": 5, "hook_name": "blocks.1.x"}',
+                                  "not json"])
 def test_what_records_no_run_is_refused(tmp_path, text):
     """Fails if some other JSON file, an SAE's cfg.json for one, passes for an empty run."""
     (tmp_path / "f.json").write_text(text)
@@ -158,33 +171,43 @@ def test_a_failed_run_says_why(tmp_path):
 def test_twice_the_combined_standard_error(difference, ours, theirs, beyond):
     """Fails if errors are combined otherwise than by their root sum of squares, or an unknown one gives a verdict."""
     errors = [{} if e is None else {"core.mse": e} for e in (ours, theirs)]
-    judged = compare.judge("core.mse", run("a", {"core.mse": 2 + difference}, errors[0]), run("b", {"core.mse": 2.0}, errors[1]), "lower")
+    judged = compare.judge("core.mse", run("a", {"core.mse": 2 + difference}, errors[0]),
+                           run("b", {"core.mse": 2.0}, errors[1]), "lower")
     assert (judged.verdict, judged.beyond) == ("worse", beyond)
 
 
 def test_directions_come_from_the_evals():
     """Fails if a metric of core loses its direction, or if losses of different variants are ranked."""
     known = compare.directions()
-    assert (known["core.ce_loss_score"], known["core.mse"], known["core.l0"], known["training.final_loss"]) == ("higher", "lower", "", "")
+    assert (known["core.ce_loss_score"], known["core.mse"], known["core.l0"],
+            known["training.final_loss"]) == ("higher", "lower", "", "")
 
 
 def test_what_differs_in_setting_is_not_judged():
-    """Fails if another layer or model is compared at all, or if other settings of one eval leave its verdict standing."""
+    """Fails if another layer or model is compared at all,
+    or if other settings of one eval leave its verdict standing.
+    """
     means = {"core.ce_loss_score": 0.9, "sparse_probing.sae_top_1_test_accuracy": 0.8}
-    base = run("standard", {k: v - 0.125 for k, v in means.items()}, evals={"core": {"context_size": 128, "verbose": False}})
+    base = run("standard", {k: v - 0.125 for k, v in means.items()},
+               evals={"core": {"context_size": 128, "verbose": False}})
     other_eval = run("r", means, evals={"core": {"context_size": 64, "verbose": True}})
     lines = compare.compare([other_eval], [base], DIRECTIONS).splitlines()
     assert "not compared: core (context_size 64 / 128)" in lines
     assert next(line for line in lines if line.startswith("core.ce")).split()[1:] == ["0.7750", "0.9000", "–"]
-    assert next(line for line in lines if line.startswith("sparse")).split()[1:] == ["0.6750", "0.8000", "+0.1250", "better", "?"]
-    for config, said in (({"layer": 4, "hook_name": "blocks.4.hook_resid_post"}, "layer 4 / 3"), ({"model": "big"}, "model big / tiny")):
+    assert next(line for line in lines
+                if line.startswith("sparse")).split()[1:] == ["0.6750", "0.8000", "+0.1250", "better", "?"]
+    for config, said in (({"layer": 4, "hook_name": "blocks.4.hook_resid_post"}, "layer 4 / 3"),
+                         ({"model": "big"}, "model big / tiny")):
         text = compare.compare([run("r", means, **config)], [base], DIRECTIONS)
         assert f"not compared: {said}" in text and "better" not in text and "difference" not in text and "0.9000" in text
 
 
 def test_equal_to_the_last_digit():
-    """Fails if what is equal by nature (LM figures, counts, bf16 values) is held against a run, or a copied result is not."""
-    by_nature = {"core.ce_loss_without_sae": 2.8812345, "core.l0": 32.0, "core.total_tokens": 12345, "core.frac_alive": 0.9987654,
+    """Fails if what is equal by nature (LM figures, counts, bf16 values) is held against a run,
+    or a copied result is not.
+    """
+    by_nature = {"core.ce_loss_without_sae": 2.8812345, "core.l0": 32.0, "core.total_tokens": 12345,
+                 "core.frac_alive": 0.9987654,
                  "core.explained_variance": 0.984375, "sparse_probing.llm_top_1_test_accuracy": 0.6543217}
     base = run("standard", {**by_nature, "core.mse": 1.2345678, "core.r2": 0.7654321})
     assert compare.warnings(run("a", {**by_nature, "core.mse": 1.2345679, "core.r2": 0.75}), base) == []
@@ -216,7 +239,8 @@ def test_warnings(means, config, said):
 def test_the_printed_table_fits(tmp_path):
     """Fails if a real run's end does not fit in 100 columns and 25 lines, or if columns are not aligned."""
     means = {m: v * 0.99 if v else v for m, v in next(iter(read(GEMMA / "standard").values())).means.items()}
-    config = {"model": "google/gemma-2-2b", "layer": 12, "hook_name": "blocks.12.hook_resid_post", "d_sae": 16384, "variant": "topk"}
+    config = {"model": "google/gemma-2-2b", "layer": 12, "hook_name": "blocks.12.hook_resid_post", "d_sae": 16384,
+              "variant": "topk"}
     text = compare.summary(record(tmp_path / "run_1", {"layer_12": entry(means, **config)}))
     lines = text.splitlines()
     assert len(lines) <= 25 and max(map(len, lines)) <= 100
@@ -227,11 +251,13 @@ def test_the_printed_table_fits(tmp_path):
 
 def test_a_sweep_is_shown_as_a_frontier(tmp_path):
     """Fails if baseline and run are not interleaved by L0, or if single metrics at different L0 get verdicts."""
-    record(tmp_path / "run_1", {f"layer_3.k_{k}": entry({"core.l0": float(k), "core.ce_loss_score": 0.9 + k / 1000}) for k in (40, 20)})
+    record(tmp_path / "run_1", {f"layer_3.k_{k}": entry({"core.l0": float(k), "core.ce_loss_score": 0.9 + k / 1000})
+                                for k in (40, 20)})
     base = run("standard", {"core.l0": 30.0, "core.ce_loss_score": 0.91})
     lines = compare.compare(read(tmp_path / "run_1"), [base], DIRECTIONS).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("SAE"))
-    assert [line.split("  ")[0] for line in lines[start + 1 :]] == ["layer_3.k_20", "standard (baseline)", "layer_3.k_40"]
+    assert [line.split("  ")[0] for line in lines[start + 1 :]] == ["layer_3.k_20", "standard (baseline)",
+                                                                    "layer_3.k_40"]
     assert lines[start + 1].split()[1:] == ["20.00", "0.9200"]
 
 
@@ -246,8 +272,11 @@ def saes_of(variant, points, **config):
 
 
 def test_between_two_saes_figures_are_linear_in_log_l0():
-    """Fails if L0 itself is the axis (.567 at 20), errors shrink between the two (.0158 by squares), or far SAEs take part."""
-    measured = ((160.0, 0.9, 0.9, {CE: 0.5}), (10.0, 0.5, None, {CE: 0.01, "core.l0": 0.1}), (40.0, 0.7, 0.8, {CE: 0.03}))
+    """Fails if L0 itself is the axis (.567 at 20), errors shrink between the two (.0158 by squares),
+    or far SAEs take part.
+    """
+    measured = ((160.0, 0.9, 0.9, {CE: 0.5}), (10.0, 0.5, None, {CE: 0.01, "core.l0": 0.1}),
+                (40.0, 0.7, 0.8, {CE: 0.03}))
     saes = [run(f"l_{l0:g}", {"core.l0": l0, CE: ce, R2: r2, "core.total_tokens": 10}, errors, variant="standard")
             for l0, ce, r2, errors in measured]
     middle = frontier.at(20.0, saes)  # ln(20/10) / ln(40/10) = 1/2
@@ -261,13 +290,16 @@ def test_between_two_saes_figures_are_linear_in_log_l0():
 
 
 def test_equal_l0_reverses_the_verdict_of_the_nearest_sae():
-    """Fails if a run that is better only by its larger L0 passes for better: alone, in a sweep, in a large sweep or in the CSV."""
+    """Fails if a run that is better only by its larger L0 passes for better:
+    alone, in a sweep, in a large sweep or in the CSV.
+    """
     base = saes_of("standard", TWO_ENDS)
     ours = run("r", {"core.l0": 50.0, CE: 0.85}, {CE: 0.003}, variant="mine")
     assert compare.judge(CE, ours, base[0], "higher").verdict == "better"  # the nearest, by L0: 0.05 above it
     # .8 + .12 · ln(50/20) / ln(100/20) = .8683; twice the combined error: .0072
     lines = compare.compare([ours], base, DIRECTIONS).splitlines()
-    assert next(line for line in lines if line.startswith(CE)).split()[1:] == ["~0.8683", "0.8500", "-0.0183", "worse", "yes"]
+    assert next(line for line in lines
+                if line.startswith(CE)).split()[1:] == ["~0.8683", "0.8500", "-0.0183", "worse", "yes"]
     assert "~ between standard l_20 (L0 20.00) and standard l_100 (L0 100.0)" in " ".join(map(str.strip, lines))
     row = next(r for r in compare._csv([ours], base, DIRECTIONS).splitlines() if CE in r).split(",")
     assert row[6] == "standard at L0 50" and row[-4:] == ["worse", "yes", "50.0", "50.0"]
@@ -280,19 +312,24 @@ def test_equal_l0_reverses_the_verdict_of_the_nearest_sae():
 
 
 def test_a_sweep_beside_a_frontier(tmp_path):
-    """Fails if figures outside the baseline's L0 are judged, metrics mixed up, other settings compared, or the table grows too long."""
+    """Fails if figures outside the baseline's L0 are judged, metrics mixed up, other settings compared,
+    or the table grows too long.
+    """
     more = dict.fromkeys([f"sparse_probing.sae_top_{k}_test_accuracy" for k in (1, 2, 5)], 0.75)
     more |= dict.fromkeys([R2, "core.kl_div_score", "core.frac_alive"], 0.75)
     evals = {"core": {"context_size": 128}, "sparse_probing": {"k_values": [1]}}
-    ours = {f"layer_3.k_{k}": entry({"core.l0": float(k), CE: 0.9 + k / 1e7, **more}, {CE: 0.001}, variant="topk", evals=evals)
+    ours = {f"layer_3.k_{k}": entry({"core.l0": float(k), CE: 0.9 + k / 1e7, **more}, {CE: 0.001}, variant="topk",
+                                    evals=evals)
             for k in (90, 10, 30, 40, 50, 200)}
-    base = [run(sae.name, sae.means | more, sae.stderrs, variant="standard", evals=evals | {"sparse_probing": {"k_values": [2]}})
+    base = [run(sae.name, sae.means | more, sae.stderrs, variant="standard", evals=evals
+                | {"sparse_probing": {"k_values": [2]}})
             for sae in saes_of("standard", TWO_ENDS)]
     lines = compare.compare(read(record(tmp_path / "run_1", ours)), base, compare.directions()).splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 100
     start = next(i for i, line in enumerate(lines) if line.startswith("ce_loss_score"))
     table = [line.split() for line in lines[start : start + 6]]
-    assert table[0] == ["ce_loss_score", "k_10", "10.00", "–", "0.9000"] and table[5] == ["k_200", "200.0", "–", "0.9000"]
+    assert table[0] == ["ce_loss_score", "k_10", "10.00", "–",
+                        "0.9000"] and table[5] == ["k_200", "200.0", "–", "0.9000"]
     assert [row[0] for row in table[1:]] == ["k_30", "k_40", "k_50", "k_90", "k_200"]
     assert table[1][2:] == ["~0.8302", "0.9000", "+0.0698", "better*"]  # .8 + .12 · ln 1.5 / ln 5
     assert table[4][2:] == ["~0.9121", "0.9000", "-0.0121", "worse*"]  # .8 + .12 · ln 4.5 / ln 5
@@ -302,24 +339,30 @@ def test_a_sweep_beside_a_frontier(tmp_path):
 
 
 def test_what_is_no_frontier_is_not_interpolated():
-    """Fails if a line is drawn between variants, widths, training budgets or eval settings, or a far baseline passes for a near one."""
+    """Fails if a line is drawn between variants, widths, training budgets or eval settings,
+    or a far baseline passes for a near one.
+    """
     ours = run("r", {"core.l0": 50.0, CE: 0.85}, {CE: 0.003}, variant="mine")
     (low,), (high,) = saes_of("standard", TWO_ENDS[:1]), saes_of("standard", TWO_ENDS[1:])
     assert compare.frontier_for([ours], [low, high]) == [low, high]
     stated = {"variant": "standard", "num_tokens": 9, "evals": {"core": {"context_size": 128}}}
-    for other in ({"variant": "topk"}, {"d_sae": 500}, {"num_tokens": 7}, {"layer": 4}, {"evals": {"core": {"context_size": 64}}}):
-        strange, first = (run(name, sae.means, **stated | own) for name, sae, own in (("b", high, other), ("a", low, {})))
+    for other in ({"variant": "topk"}, {"d_sae": 500}, {"num_tokens": 7}, {"layer": 4},
+                  {"evals": {"core": {"context_size": 64}}}):
+        strange, first = (run(name, sae.means, **stated | own)
+                          for name, sae, own in (("b", high, other), ("a", low, {})))
         assert compare.frontier_for([ours], [first, strange]) == []
     unnamed = [run(sae.name, sae.means) for sae in (low, high)]  # of variants unknown
     assert compare.frontier_for([ours], unnamed) == []
     lines = compare.compare([ours], [low, *saes_of("topk", TWO_ENDS[1:])], DIRECTIONS).splitlines()
-    assert next(line for line in lines if line.startswith(CE)).split()[1:] == ["0.8000", "0.8500", "+0.0500", "better", "yes"]
+    assert next(line for line in lines
+                if line.startswith(CE)).split()[1:] == ["0.8000", "0.8500", "+0.0500", "better", "yes"]
     assert "not at equal L0: 50.00 / 20.00, a factor of 2.5" in lines
     below = run("r", {"core.l0": 10.0, CE: 0.7}, variant="mine")
     assert "not at equal L0: 10.00 / 20.00, a factor of 2, outside the baseline's L0 20.00 to 100.0" in (
         compare.compare([below], [low, high], DIRECTIONS))
 
-    published = [sae for name in ("jumprelu", "standard", "topk") for sae in read(GEMMA / name).values()]  # L0 4459, 8896, unknown
+    # L0 4459, 8896, unknown
+    published = [sae for name in ("jumprelu", "standard", "topk") for sae in read(GEMMA / name).values()]
     config = {"model": "google/gemma-2-2b", "layer": 12, "hook_name": "blocks.12.hook_resid_post", "variant": "mine"}
     text = compare.compare([run("r", {"core.l0": 6000.0, CE: 0.9}, **config)], published, DIRECTIONS)
     assert "~" not in text and "not at equal L0: 6,000 / 4,459" in text
@@ -332,7 +375,8 @@ def test_a_stored_frontier_in_one_file_or_beside_the_default(tmp_path, monkeypat
     """Fails if SAEs stored in either place are not found, or two files are not one frontier."""
     monkeypatch.setattr(compare, "BASELINES", tmp_path)
     for name, which in files.items():
-        sections = {f"layer_3.l_{i}": entry({"core.l0": TWO_ENDS[i][0], CE: TWO_ENDS[i][1]}, variant="standard", hyper={"l": i})
+        sections = {f"layer_3.l_{i}": entry({"core.l0": TWO_ENDS[i][0], CE: TWO_ENDS[i][1]}, variant="standard",
+                                            hyper={"l": i})
                     for i in which}
         folder.write_json(tmp_path / "tiny/standard" / name, sections)
     ours = run("r", {"core.l0": 50.0, CE: 0.85}, variant="mine")
@@ -344,20 +388,25 @@ def test_a_stored_frontier_in_one_file_or_beside_the_default(tmp_path, monkeypat
 def test_a_sweep_stands_in_for_a_missing_baseline(tmp_path):
     """Fails if only the first SAE of the first of two sweeps is compared with."""
     for name, points in (("a", TWO_ENDS), ("b", ((50.0, 0.85), (60.0, 0.95)))):
-        record(tmp_path / name, {f"layer_3.l_{l0:g}": entry({"core.l0": l0, CE: ce}, variant=name, hyper={"l": l0}) for l0, ce in points})
+        record(tmp_path / name, {f"layer_3.l_{l0:g}": entry({"core.l0": l0, CE: ce}, variant=name, hyper={"l": l0})
+                                 for l0, ce in points})
     text = compare.compare([*read(tmp_path / "a").values(), *read(tmp_path / "b").values()], None, DIRECTIONS)
-    assert "a stands for it" in text and [line.split()[-1] for line in text.splitlines() if "~0." in line] == ["worse?", "better?"]
+    assert "a stands for it" in text and [line.split()[-1] for line in text.splitlines()
+                                          if "~0." in line] == ["worse?", "better?"]
 
 
 def command(*arguments, **options):
-    return subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=60,
+                          **options)
 
 
 def test_command_names_the_nearest(tmp_path):
     """Fails if a wrong run, baseline or flag gives more than one line or no valid name."""
     record(tmp_path / "run_12", {"layer_3": entry({"core.l0": 5.0})})
-    for arguments, said in (([f"{tmp_path}/run_21"], "'run_12'"), ([f"{GEMMA}/topk", "--baseline", "jmprelu"], "'jumprelu'"),
-                            ([f"{GEMMA}/topk", "--markdwn"], "--markdown"), ([f"{tmp_path}/run_12", "--baseline=a/b"], "'gemma-2-2b/")):
+    for arguments, said in (([f"{tmp_path}/run_21"], "'run_12'"), ([f"{GEMMA}/topk", "--baseline", "jmprelu"],
+                                                                   "'jumprelu'"),
+                            ([f"{GEMMA}/topk", "--markdwn"], "--markdown"),
+                            ([f"{tmp_path}/run_12", "--baseline=a/b"], "'gemma-2-2b/")):
         done = command("-m", "runs.compare", *arguments)
         assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
 
@@ -366,10 +415,12 @@ def test_a_thousand_runs_without_heavy_imports(tmp_path):
     """Fails if comparing needs torch or numpy, grows faster than the number of runs, or drops one of them."""
     rest = {f"core.metric_{i}": 0.123 for i in range(50)}
     for n in range(1000):
-        record(tmp_path / f"run_{n}", {"layer_3": entry({**rest, "core.l0": n + 0.1, "core.ce_loss_score": 0.9 + n * 1e-5})})
+        record(tmp_path / f"run_{n}", {"layer_3": entry({**rest, "core.l0": n + 0.1, "core.ce_loss_score": 0.9
+                                                         + n * 1e-5})})
     start = time.monotonic()
     done = command("-c", "import sys, runs.compare\ncode = runs.compare.main(sys.argv[1:])\n"
-                         "sys.exit(code or len({'torch', 'numpy'} & set(sys.modules)))", *map(str, sorted(tmp_path.iterdir())), "--csv")
+                         "sys.exit(code or len({'torch', 'numpy'} & set(sys.modules)))",
+                   *map(str, sorted(tmp_path.iterdir())), "--csv")
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 10  # measured: 1 s
     rows = done.stdout.splitlines()
@@ -379,9 +430,12 @@ def test_a_thousand_runs_without_heavy_imports(tmp_path):
 
 
 def test_work_grows_with_the_number_of_runs_alone(tmp_path, monkeypatch, capsys):
-    """Fails if comparing reads a run's file twice or does something for each pair, or if the end of a run looks at the runs beside it."""
+    """Fails if comparing reads a run's file twice or does something for each pair,
+    or if the end of a run looks at the runs beside it.
+    """
     opened, really = [], io.open
-    monkeypatch.setattr(io, "open", lambda file, *args, **options: opened.append(str(file)) or really(file, *args, **options))
+    monkeypatch.setattr(io, "open", lambda file, *args, **options: opened.append(str(file))
+                        or really(file, *args, **options))
     (stored,) = json.loads((PROJECT / "runs/baseline/smollm2-135m-instruct/topk/final_info.json").read_text()).values()
 
     def work(call, *arguments) -> tuple[int, list[str]]:
@@ -404,7 +458,8 @@ def test_work_grows_with_the_number_of_runs_alone(tmp_path, monkeypatch, capsys)
             assert len(files) < n + 60  # and once each the evals' sources and the baseline
         sections = read(folders[0])
         ends[n] = [(count, len(files)) for count, files in (
-            work(compare.summary, folders[0]), work(report.write, folders[0], sections, compare.stored_baselines(sections), []))]
+            work(compare.summary, folders[0]), work(report.write, folders[0], sections,
+                                                    compare.stored_baselines(sections), []))]
     capsys.readouterr()
     assert all(calls[1000, flags] < 10 * calls[100, flags] for flags in ((), ("--csv",)))
     assert ends[1000] == ends[100]
@@ -427,9 +482,11 @@ class Tags(html.parser.HTMLParser):
 def test_report_is_self_contained_small_and_escaped(tmp_path):
     """Fails if text from outside becomes markup, the page loads anything, grows past 1 MB, or NaN reaches a drawing."""
     evil = "<script>alert(1)</script>\ud800\n"
-    sections = {f"layer_3.{evil}{k}": run(f"r {evil}{k}", {"core.l0": k + 1.0, "core.ce_loss_score": 0.9}, variant=evil) for k in range(2)}
+    sections = {f"layer_3.{evil}{k}": run(f"r {evil}{k}", {"core.l0": k + 1.0, "core.ce_loss_score": 0.9}, variant=evil)
+                for k in range(2)}
     sections["x"] = Run("x", {"core.l0": None}, {}, {}, [evil], Path("/nowhere/x.json"))
-    log = [{"sae": evil + str(k), "step": s, "tokens": s * 100, "loss": math.nan if s % 2 else 1 / (s + 1), "auxk": "", "l0": "32.5"}
+    log = [{"sae": evil + str(k), "step": s, "tokens": s * 100, "loss": math.nan if s % 2 else 1 / (s + 1), "auxk": "",
+            "l0": "32.5"}
            for s in range(3000) for k in range(8)]
     context = [(evil, 1.5), (" word", 0.0), ("\"'&", math.nan)] * 43
     board = {"density": 0.01, "max_activation": 1.5, "contexts": [context] * 10, "top_logits": [(evil, 1.0)]}
@@ -444,7 +501,9 @@ def test_report_is_self_contained_small_and_escaped(tmp_path):
 
 
 def test_chart_puts_points_where_they_belong():
-    """Fails if axes are swapped or flipped: the corners of a 360 × 230 chart follow from its margins and 5 % room in y."""
+    """Fails if axes are swapped or flipped: the corners of a 360 × 230 chart follow from its
+    margins and 5 % room in y.
+    """
     svg = report.chart("t", [("a", [(0.0, 0.0), (10.0, 1.0)])], "x", "y")
     y = [230 - 42 - (value + 0.05) / 1.1 * (230 - 30 - 42) for value in (0.0, 1.0)]
     assert f'd="M58.0 {y[0]:.1f}L346.0 {y[1]:.1f}' in svg
@@ -452,7 +511,9 @@ def test_chart_puts_points_where_they_belong():
 
 
 def test_the_frontier_is_drawn_by_log_l0_with_its_errors(tmp_path):
-    """Fails if L0 is on a linear axis, bars are no standard errors, points of several dials are joined, or a baseline's line is missing."""
+    """Fails if L0 is on a linear axis, bars are no standard errors, points of several dials are joined,
+    or a baseline's line is missing.
+    """
     svg = report.chart("t", [("a", [(10.0, 0.5, 0.1), (100.0, 0.6, 0.0), (1000.0, 0.9, 0.1)])], "x", "y", True, True)
     # y from .4 to 1.0 with 5 % room: .37 to 1.03 over 158 units, so that the bar of ±.1 around .5 goes from .6 to .4
     low, high = (230 - 42 - (value - 0.37) / 0.66 * 158 for value in (0.4, 0.6))
@@ -475,7 +536,9 @@ def test_the_frontier_is_drawn_by_log_l0_with_its_errors(tmp_path):
 
 
 def test_json_is_strict_and_whole(tmp_path, monkeypatch):
-    """Fails if NaN is written, order is changed, or a crash while writing harms the old file or leaves a new one behind."""
+    """Fails if NaN is written, order is changed,
+    or a crash while writing harms the old file or leaves a new one behind.
+    """
     path = tmp_path / "deep/a.json"
     folder.write_json(path, {"b": [math.nan, (math.inf, 1.5)], "a": "ü"})
     assert path.read_text(encoding="utf-8") == '{\n "b": [\n  null,\n  [\n   null,\n   1.5\n  ]\n ],\n "a": "ü"\n}\n'
@@ -492,7 +555,9 @@ def claimed(out, mark):
 
 
 def test_claim_keeps_what_is_ours_and_moves_the_rest(tmp_path, capsys):
-    """Fails if a folder is resumed under another fingerprint, a finished one without results passes, or anything is lost."""
+    """Fails if a folder is resumed under another fingerprint, a finished one without results passes,
+    or anything is lost.
+    """
     out = tmp_path / "a/run_1"
     assert claimed(out, "m") == "new"
     (out / ".log.txt.0a1b2c3d.tmp").touch()  # what a process killed while writing leaves behind
@@ -515,7 +580,8 @@ HOLD = "import sys, time; from runs import folder; held = folder.claim(sys.argv[
 
 def test_second_process_fails_at_once_and_a_kill_frees_the_folder(tmp_path):
     """Fails if the second process waits or goes on, or if kill -9 leaves the folder locked."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run_1"], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run_1"], cwd=PROJECT, stdout=subprocess.PIPE,
+                              text=True)
     try:
         assert holder.stdout.readline() == "new\n"
         start = time.monotonic()
@@ -534,7 +600,8 @@ def test_a_kill_in_the_middle_of_moving_loses_nothing(tmp_path):
     (tmp_path / "run_1/sub").mkdir(parents=True)
     (tmp_path / "run_1/sub/x").write_text("mine")
     (tmp_path / "run_1/y").write_text("mine too")
-    killed = command("-c", "import os, sys; from runs import folder; os.link = lambda *_: os._exit(9); folder.claim(sys.argv[1], 'm')",
+    killed = command("-c", "import os, sys; from runs import folder; os.link = lambda *_: os._exit(9); "
+                           "folder.claim(sys.argv[1], 'm')",
                      str(tmp_path / "run_1"))
     assert killed.returncode == 9
     assert (tmp_path / "run_1.previous-1/sub/x").exists() and (tmp_path / "run_1.previous-1/y").exists()
@@ -592,14 +659,17 @@ def test_of_processes_that_claim_together_one_wins(tmp_path):
 
 
 def test_places_that_are_no_run_folder(tmp_path, monkeypatch):
-    """Fails if a file, the working folder, the project, what contains them, a link to them or a mount could be moved away."""
+    """Fails if a file, the working folder, the project, what contains them,
+    a link to them or a mount could be moved away.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(PROJECT)
     (tmp_path / "here").symlink_to(tmp_path)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for out, said in (("file", "is a file"), (".", "current folder"), (tmp_path.parent, "current folder"), ("here", "current folder"),
-                      (PROJECT, "project's folder"), (PROJECT.parent, "(project's|current) folder"), ("link", "project's folder"),
+    for out, said in (("file", "is a file"), (".", "current folder"), (tmp_path.parent, "current folder"),
+                      ("here", "current folder"), (PROJECT, "project's folder"),
+                      (PROJECT.parent, "(project's|current) folder"), ("link", "project's folder"),
                       (PROJECT / "variants", "own folder variants/"), (PROJECT / "runs/baseline/x", "own folder runs/"),
                       ("/proc", "mount point"), ("loop", "loop")):
         with pytest.raises(ValueError, match=said):
@@ -615,13 +685,16 @@ def test_places_that_are_no_run_folder(tmp_path, monkeypatch):
 
 
 def test_seeds_of_one_setting_become_one_row(tmp_path, capsys):
-    """Fails if runs of different settings are averaged, the error is not std/√n, or a difference inside the errors is marked."""
+    """Fails if runs of different settings are averaged, the error is not std/√n,
+    or a difference inside the errors is marked.
+    """
     from runs import seeds
 
     for name, variant, hyper, seed, r2 in (("a0", "standard", {"w": 1}, 0, 0.70), ("a1", "standard", {"w": 1}, 1, 0.74),
                                            ("b0", "mine", {"w": 1}, 0, 0.90), ("b1", "mine", {"w": 1}, 1, 0.92),
                                            ("c0", "mine", {"w": 0}, 0, 0.5)):
-        record = dict(means={"core.r2": r2, "core.l0": 30.0}, stderrs={}, problems=[], config=dict(variant=variant, hyper=hyper, seed=seed))
+        record = dict(means={"core.r2": r2, "core.l0": 30.0}, stderrs={}, problems=[],
+                      config=dict(variant=variant, hyper=hyper, seed=seed))
         (tmp_path / name).mkdir()
         (tmp_path / name / "final_info.json").write_text(json.dumps({"layer_9": record}))
     assert seeds.main([str(tmp_path / name) for name in ("a0", "a1", "b0", "b1", "c0")] + ["--metrics=core.r2"]) == 0
@@ -631,7 +704,9 @@ def test_seeds_of_one_setting_become_one_row(tmp_path, capsys):
 
 
 def test_evals_that_the_frontier_lacks_are_compared_with_the_nearest_sae():
-    """Fails if an eval that only the baseline itself ran has no figure beside a run between two L0, or that figure looks interpolated."""
+    """Fails if an eval that only the baseline itself ran has no figure beside a run between two L0,
+    or that figure looks interpolated.
+    """
     evals = {"core": {}, "scr": {}}
 
     def sae(name, l0, **means):
@@ -651,4 +726,5 @@ def test_every_eval_has_a_headline():
     first = [f"core.m{i}" for i in range(compare.HEADLINE_LINES)]
     rest = ["core.more", "scr.scr_metric_threshold_10", "absorption.other", "absorption.mean_absorption_fraction_score",
             "scr.scr_metric_threshold_20"]
-    assert compare._headlines(first + rest) == [*first, "scr.scr_metric_threshold_10", "absorption.mean_absorption_fraction_score"]
+    assert compare._headlines(first + rest) == [*first, "scr.scr_metric_threshold_10",
+                                                "absorption.mean_absorption_fraction_score"]

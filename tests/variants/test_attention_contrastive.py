@@ -20,7 +20,8 @@ def attending_batch(n_tokens: int, d_in: int, layers=(-2, -1, 0, 1), tau=0.2, dt
     """Tokens of four contexts of 7 and their synthetic attention; the last token attends to none."""
     fields = contexts.synthetic(torch.randn(n_tokens, d_in).to(dtype), layers, tau, seed=3)
     kept_P = fields["pairs"][0] != n_tokens - 1
-    return base.Batch(**fields | dict(pairs=fields["pairs"][:, kept_P], pair_attention=fields["pair_attention"][kept_P].to(dtype)))
+    return base.Batch(**fields | dict(pairs=fields["pairs"][:, kept_P],
+                                      pair_attention=fields["pair_attention"][kept_P].to(dtype)))
 
 
 def sums(z, pairs, attention, logits, tau, tau_c) -> list[float]:
@@ -42,7 +43,9 @@ def sums(z, pairs, attention, logits, tau, tau_c) -> list[float]:
 
 
 def test_loss_is_the_written_one():
-    """Fails if a term, the softmax of the layers, τ on s instead of on α, query → key, k ≠ i or the mean over all tokens is wrong."""
+    """Fails if a term, the softmax of the layers, τ on s instead of on α, query → key,
+    k ≠ i or the mean over all tokens is wrong.
+    """
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(6, 20, tau=0.2, lambda_c=0.7, tau_c=0.3, l1_penalty=0.4).double()
     for p in sae.parameters():
@@ -50,16 +53,21 @@ def test_loss_is_the_written_one():
     batch = attending_batch(28, 6, dtype=torch.float64)
     z_BF = sae.encode(batch.x).detach()
     expected = sums(z_BF, batch.pairs, batch.pair_attention, sae.layer_logit.tolist(), 0.2, 0.3)
-    below = sum(max(row) > 0.2 for row in batch.pair_attention.tolist()) - (sae.strength(batch.pair_attention) > 0.2).sum().item()
-    assert below > 0 and 0.0 in expected and max(expected) > 0  # candidates that are no positives, and tokens without any
+    below = sum(max(row) > 0.2
+                for row in batch.pair_attention.tolist()) - (sae.strength(batch.pair_attention) > 0.2).sum().item()
+    # candidates that are no positives, and tokens without any
+    assert below > 0 and 0.0 in expected and max(expected) > 0
     loss, terms = sae.loss(batch, WARMING)
     error = (batch.x - z_BF @ sae.W_dec - sae.b_dec).pow(2).sum().item() / 28
-    assert [t.item() for t in terms.values()] == pytest.approx([error, z_BF.sum().item() / 28, sum(expected) / 28], rel=1e-6)
+    assert [t.item() for t in terms.values()] == pytest.approx([error, z_BF.sum().item() / 28, sum(expected) / 28],
+                                                               rel=1e-6)
     assert loss.item() == pytest.approx(error + 0.4 * 0.5 * z_BF.sum().item() / 28 + 0.7 * sum(expected) / 28, rel=1e-6)
 
 
 def test_gradients_by_finite_differences():
-    """Fails if the product's own backward drops a half, or the norms or the layers' logits pass no or another gradient."""
+    """Fails if the product's own backward drops a half,
+    or the norms or the layers' logits pass no or another gradient.
+    """
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(6, 20, tau=0.1).double()
     batch = attending_batch(14, 6, tau=0.1, dtype=torch.float64)
@@ -76,7 +84,9 @@ def test_gradients_by_finite_differences():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tokens_without_features_and_bf16(autocast):
-    """Fails if a token with z = 0 gives NaN or takes part with another cosine than 0, or bf16 loses more than its products' rounding."""
+    """Fails if a token with z = 0 gives NaN or takes part with another cosine than 0,
+    or bf16 loses more than its products' rounding.
+    """
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(16, 40, tau=0.2)
     batch = attending_batch(28, 16)
@@ -102,11 +112,13 @@ def trained(steps=4, **hyper) -> base.SAE:
 
 
 def test_every_setting_changes_training():
-    """Fails if the term, the layers, τ, τc or λ1 have no effect, if λc = 0 is not `standard`, or if w is not learned."""
+    """Fails if the term, the layers, τ, τc or λ1 have no effect, if λc = 0 is not `standard`,
+    or if w is not learned.
+    """
     full = trained()
     assert full.layer_logit.abs().min() > 0.006  # Adam's first four steps of 3e-3 each
-    for hyper in (dict(lambda_c=0), dict(attention_layers=(0,)), dict(attention_layers=(-1, 1)), dict(tau=0.2), dict(tau_c=0.2),
-                  dict(l1_penalty=0), dict(logit_lr=10)):
+    for hyper in (dict(lambda_c=0), dict(attention_layers=(0,)), dict(attention_layers=(-1, 1)), dict(tau=0.2),
+                  dict(tau_c=0.2), dict(l1_penalty=0), dict(logit_lr=10)):
         assert not torch.equal(trained(**hyper).W_enc, full.W_enc), hyper
     torch.manual_seed(0)
     standard = variants.load("standard").SAE(16, 40)
@@ -118,23 +130,31 @@ def test_every_setting_changes_training():
 
 @pytest.mark.parametrize("hyper", [{}, {"attention_layers": (0,)}])
 def test_preflight_has_nothing_to_say(hyper):
-    """Fails if the single-layer SAE has a weight that cannot learn, or something per step is of the size B × B × F or F × F."""
-    found = check.run("attention_contrastive", hyper, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0,
-                      train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, context=128, room=(2, 1))
+    """Fails if the single-layer SAE has a weight that cannot learn,
+    or something per step is of the size B × B × F or F × F.
+    """
+    found = check.run("attention_contrastive", hyper, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441,
+                      lr=3e-4, seed=0, train_step=experiment.train_step, make_optimizer=experiment.make_optimizer,
+                      context=128, room=(2, 1))
     assert found.notes == [] and found.step_peak_bytes < 1e9  # F × F in fp32 alone is 1.07e9
 
 
 def test_report_counts():
-    """Fails if positives, contexts without any, bytes or controls are counted wrongly, by hand on six tokens of three contexts."""
+    """Fails if positives, contexts without any, bytes or controls are counted wrongly,
+    by hand on six tokens of three contexts.
+    """
     batch = base.Batch(x=torch.eye(6), tokens=torch.arange(6), positions=torch.tensor([1, 2, 3, 1, 1, 2]),
                        contexts=torch.tensor([0, 0, 0, 1, 2, 2]), pairs=torch.tensor([[1, 2, 2, 5], [0, 0, 1, 4]]),
                        pair_attention=torch.tensor([[0.1, 0.5], [0.3, 0.3], [0.2, 0.02], [0.06, 0.0]]))
     sae = attention_contrastive.SAE(6, 12, attention_layers=(-1, 0), tau=0.05)
     context = base.Context(None, 3, base.TrainedSAE(attention_contrastive.SAE(6, 12), 1.0), 0, lambda n: batch)
     numbers, files = sae.report(context)
-    assert {k: numbers[k] for k in ("positives_per_token", "tokens_without_positive", "contexts_without_positive")} == pytest.approx(
-        {"positives_per_token": 3 / 6, "tokens_without_positive": 4 / 6, "contexts_without_positive": 2 / 3})  # .03 is not above τ
-    assert (numbers["attention_bytes_per_token"], numbers["dense_attention_bytes_per_token"]) == (4 * 12 / 6, 3 * 2 * 16 * 2 / 6)
+    assert {k: numbers[k] for k in ("positives_per_token", "tokens_without_positive",
+                                    "contexts_without_positive")} == pytest.approx(
+        # .03 is not above τ
+        {"positives_per_token": 3 / 6, "tokens_without_positive": 4 / 6, "contexts_without_positive": 2 / 3})
+    assert (numbers["attention_bytes_per_token"],
+            numbers["dense_attention_bytes_per_token"]) == (4 * 12 / 6, 3 * 2 * 16 * 2 / 6)
     assert (numbers["attention_layer-1"], numbers["weight_layer+0"]) == pytest.approx((0.2, 0.5))
     assert all(files[name].startswith(b"\x89PNG") for name in ("attention_weights.png", "pair_cosines.png"))
     assert sae.report(context)[0] == numbers

@@ -26,7 +26,7 @@ def line_of(file, text):
     return 1 + next(i for i, line in enumerate(Path(file).read_text().splitlines()) if text in line)
 
 
-# ------------------------------------------------------------------------------------------------ what is wrong, where, what to do
+# ------------------------------------------------------------------------------------- what is wrong, where, what to do
 
 
 @pytest.mark.parametrize("name, place, words", [
@@ -100,7 +100,9 @@ def test_settings_that_train_nothing_are_refused():
 
 @pytest.mark.parametrize("file", sorted(GOOD.glob("*.py")), ids=lambda p: p.stem)
 def test_good_variant_passes_without_a_remark(file):
-    """Fails if the check refuses what researchers do: sampled Gram terms, EMA buffers, gates, other widths, curricula."""
+    """Fails if the check refuses what researchers do:
+    sampled Gram terms, EMA buffers, gates, other widths, curricula.
+    """
     assert run(file).notes == []
 
 
@@ -137,7 +139,8 @@ def test_ablation_is_a_remark_not_an_error():
 def test_sizes_that_only_fit_the_real_width_are_tried_at_it(tmp_path):
     """Fails if hyper-parameters that must add up to d_sae make a variant uncheckable."""
     file = tmp_path / "groups.py"
-    file.write_text((GOOD / "wider.py").read_text().replace("l1_penalty=0.02):", "l1_penalty=0.02, groups=(100, 300)):\n        "
+    file.write_text((GOOD / "wider.py").read_text().replace("l1_penalty=0.02):",
+                                                            "l1_penalty=0.02, groups=(100, 300)):\n        "
                     "assert sum(groups) == d_sae"))
     run(file, d_sae=400)
     with pytest.raises(AssertionError, match="groups.py"):
@@ -153,7 +156,7 @@ def test_nothing_of_the_process_is_changed():
     assert not torch.is_anomaly_enabled() and torch.get_num_threads() == threads
 
 
-# ------------------------------------------------------------------------------------------------ same as a known variant
+# ---------------------------------------------------------------------------------------------- same as a known variant
 
 
 def edited(tmp_path, old, new):
@@ -166,9 +169,11 @@ def edited(tmp_path, old, new):
 
 def test_an_effect_on_dead_features_late_in_the_run_is_seen(tmp_path):
     """Fails if the steps never exercise auxk at the end of the run: this edit changes nothing else."""
-    late = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 0.99 else 1),")
+    late = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 0.99 else "
+                                                       "1),")
     assert run(late).notes == []
-    never = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 1.5 else 1),")
+    never = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 1.5 else "
+                                                        "1),")
     with pytest.raises(ValueError, match=r"edited.py:\d+: .*bit-identically to topk"):
         run(never)
     assert "bit-identically to topk" in run(never, allow_identical=True).notes[0]
@@ -190,7 +195,9 @@ def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, mo
 
 
 def test_comments_and_defaults_do_not_make_another_variant(tmp_path):
-    """Fails if a copy with a new comment is refused as ineffective, or one with another default is called unmodified."""
+    """Fails if a copy with a new comment is refused as ineffective,
+    or one with another default is called unmodified.
+    """
     copy = edited(tmp_path, "        self.note_fired", "        # remember them\n        self.note_fired")
     assert run(copy).notes == ["this is the unmodified topk"]
     assert run(edited(tmp_path, "k=32,", "k=48,")).notes == ["this is topk with k=48"]
@@ -200,7 +207,9 @@ def test_comments_and_defaults_do_not_make_another_variant(tmp_path):
 
 
 def test_grown_tells_products_from_sums_and_samples():
-    """Fails if a dimension is extrapolated by the wrong law. Small B, D, F = 50, 20, 100; ladders to 200, 80, 1600; real 10x those."""
+    """Fails if a dimension is extrapolated by the wrong law. Small B, D, F = 50, 20, 100; ladders to 200, 80, 1600;
+    real 10x those.
+    """
     def length(rule):
         small = (50, 20, 100)
         def at(axis, factor):
@@ -217,10 +226,13 @@ def test_grown_tells_products_from_sums_and_samples():
     assert length(lambda B, D, F: 7) == 7
 
 
-@pytest.mark.parametrize("file", [*SHIPPED, GOOD / "gram_sample.py", GOOD / "two_decoders.py", BROKEN / "gram_matrix.py"],
+@pytest.mark.parametrize("file", [*SHIPPED, GOOD / "gram_sample.py", GOOD / "two_decoders.py",
+                                  BROKEN / "gram_matrix.py"],
                          ids=lambda p: p.stem)
 def test_forecast_agrees_with_a_measured_step(file, monkeypatch):
-    """Fails if the forecast is off by a tenth from what torch's own allocator reports for one real step, too large to be just measured."""
+    """Fails if the forecast is off by a tenth from what torch's own allocator reports for one real step,
+    too large to be just measured.
+    """
     B, D, F = 4160, 32, 4096
     monkeypatch.setattr(base, "sparse_pays", lambda *_: False)  # the path that is followed from size to size
     module = variants.load(str(file))
@@ -247,7 +259,9 @@ def test_forecast_agrees_with_a_measured_step(file, monkeypatch):
 
 
 def test_tensors_that_cannot_fit_are_named():
-    """Fails if an F x F or B x B x F tensor is missed, misplaced or misjudged at the real size, or a sample taken for one."""
+    """Fails if an F x F or B x B x F tensor is missed, misplaced or misjudged at the real size,
+    or a sample taken for one.
+    """
     gram, pairs = BROKEN / "gram_matrix.py", BROKEN / "token_pairs.py"
     message = check.too_large(run(gram), 4 * 2**30)
     assert f"[16384, 16384] (1.0 GiB) at gram_matrix.py:{line_of(gram, 'cosine_FF =')}" in message
@@ -259,7 +273,9 @@ def test_tensors_that_cannot_fit_are_named():
 
 
 def test_forecast_takes_the_path_of_the_machine():
-    """Fails if topk's forecast for a GPU leaves out the dense features [B, F], or a measured CPU step does not leave them out."""
+    """Fails if topk's forecast for a GPU leaves out the dense features [B, F],
+    or a measured CPU step does not leave them out.
+    """
     gpu = run("topk", accelerator=True).step_peak_bytes
     assert gpu > 4 * 2048 * 16384 * 4  # z before and after the choice, their gradients, besides decoder-sized tensors
     sizes = dict(d_in=64, d_sae=16384, batch_size=1024)
@@ -271,11 +287,15 @@ def test_forecast_takes_the_path_of_the_machine():
 
 
 def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
-    """Fails if host synchronisation, a CPU tensor or a dtype clash under autocast goes unnoticed on a machine without a GPU."""
+    """Fails if host synchronisation, a CPU tensor or a dtype clash under autocast goes unnoticed
+    on a machine without a GPU.
+    """
     def notes(lines):
         file = tmp_path / "mine.py"
-        file.write_text("import torch\nfrom variants import base\n\n\nclass SAE(base.SAE):\n    def loss(self, batch, progress):\n"
-                        "        a_BF = (batch.x - self.b_dec) @ self.W_enc\n" + "".join(f"        {line}\n" for line in lines)
+        file.write_text("import torch\nfrom variants import base\n\n\nclass SAE(base.SAE):\n"
+                        "    def loss(self, batch, progress):\n"
+                        "        a_BF = (batch.x - self.b_dec) @ self.W_enc\n"
+                        + "".join(f"        {line}\n" for line in lines)
                         + "        r = base.reconstruction_loss(batch.x - self.decode(torch.relu(a_BF + self.b_enc)))\n"
                           "        return r, {'r': r}\n")
         return run(file).notes
@@ -285,10 +305,13 @@ def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
     assert ["mine.py:8 waits for the GPU" in n for n in notes(["kept = a_BF[a_BF > 0].sum()"])] == [True]
     assert ["mine.py:8 mixes devices" in n for n in notes(["a_BF = a_BF * torch.ones(a_BF.shape[1])"])] == [True]
     assert ["mine.py:9 fails under bf16 autocast" in n for n in notes([
-        "top, index = a_BF.topk(8, -1)", "a_BF = torch.zeros(a_BF.shape, device=a_BF.device).scatter(1, index, top)"])] == [True]
+        "top, index = a_BF.topk(8, -1)",
+        "a_BF = torch.zeros(a_BF.shape, device=a_BF.device).scatter(1, index, top)"])] == [True]
 
 
 def test_a_variant_that_differs_in_its_groups_alone_is_no_reason_to_refuse_either():
-    """Fails if `clustered`, which trains exactly like `standard`, is refused, or makes the unmodified `standard` refused."""
+    """Fails if `clustered`, which trains exactly like `standard`, is refused,
+    or makes the unmodified `standard` refused.
+    """
     assert any("bit-identically to standard" in note for note in run("clustered").notes)
     assert run("standard", reference_files=[variants.path("clustered")]).notes == []

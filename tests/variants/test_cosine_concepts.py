@@ -1,4 +1,6 @@
-"""cosine_concepts: its loss against a plain dense reference, schedules, AdamW, every ablation, and its report on planted firings."""
+"""cosine_concepts: its loss against a plain dense reference, schedules, AdamW, every ablation,
+and its report on planted firings.
+"""
 
 import math
 
@@ -25,9 +27,12 @@ def scrambled(**hyper) -> base.SAE:
     return sae
 
 
-@pytest.mark.parametrize("k, adaptive", [(1, False), (4, False), (4, True)])  # k = 1 of 30 concepts takes the sparse path on a CPU
+# k = 1 of 30 concepts takes the sparse path on a CPU
+@pytest.mark.parametrize("k, adaptive", [(1, False), (4, False), (4, True)])
 def test_loss_equals_dense_autograd(k, adaptive):
-    """Fails if a term, its weight, the choice of concepts, or any parameter's gradient differs from plain autograd in fp64."""
+    """Fails if a term, its weight, the choice of concepts,
+    or any parameter's gradient differs from plain autograd in fp64.
+    """
     sae = scrambled(k=k, adaptive_topk=adaptive, l1_base=0.3, l1_concept=0.7, w1_penalty=0.5, w2_peak=2.0)
     x_BD = torch.randn(9, 6, dtype=torch.float64)
     loss, terms = sae.loss(base.Batch(x_BD), MIDDLE)
@@ -49,7 +54,8 @@ def test_loss_equals_dense_autograd(k, adaptive):
     w2 = 0.001 + 1.999 * (1 - math.cos(math.pi * 0.05)) / 2
     whole = sum(w * part for w, part in zip((1, 0.5 * 0.3, 0.5 * 0.7, 0.5, w2), parts))
     whole.backward()
-    assert [t.item() for t in terms.values()] == pytest.approx([p.item() for p in parts], rel=1e-6)  # the penalties are summed in fp32
+    # the penalties are summed in fp32
+    assert [t.item() for t in terms.values()] == pytest.approx([p.item() for p in parts], rel=1e-6)
     assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
     for name, p in sae.named_parameters():
         assert torch.allclose(found[name], p.grad, rtol=1e-6, atol=1e-8), name
@@ -70,9 +76,10 @@ def steps(hyper: dict, n: int = 6) -> list[torch.Tensor]:
     return [p.detach() for p in sae.parameters()]
 
 
-@pytest.mark.parametrize("ablation", [dict(l1_base=0), dict(l1_concept=0), dict(w1_penalty=0), dict(w2_start=0, w2_peak=0),
-                                      dict(w2_peak=0.4), dict(k=5), dict(concept_std=0.02), dict(preset="precise"), dict(preset="previous"),
-                                      dict(adaptive_topk=True), dict(restarts=1), dict(weight_decay=0)])
+@pytest.mark.parametrize("ablation", [dict(l1_base=0), dict(l1_concept=0), dict(w1_penalty=0),
+                                      dict(w2_start=0, w2_peak=0), dict(w2_peak=0.4), dict(k=5), dict(concept_std=0.02),
+                                      dict(preset="precise"), dict(preset="previous"), dict(adaptive_topk=True),
+                                      dict(restarts=1), dict(weight_decay=0)])
 def test_every_ablation_changes_training(ablation):
     """Fails where a hyper-parameter is never passed on or its term has no effect."""
     full, other = steps({}), steps(ablation)
@@ -80,7 +87,9 @@ def test_every_ablation_changes_training(ablation):
 
 
 def test_presets_and_schedules_by_hand():
-    """Fails if a preset's number, an explicit value's precedence, λ_w2(t), its length or the warm restarts are wrong."""
+    """Fails if a preset's number, an explicit value's precedence, λ_w2(t),
+    its length or the warm restarts are wrong.
+    """
     torch.manual_seed(0)
     precise, previous = (cosine_concepts.SAE(16, 1000, preset=p) for p in ("precise", "previous"))
     assert (precise.n_1, precise.k, precise.l1_concept, previous.k, previous.l1_concept) == (800, 10, 0.35, 10, 0.35)
@@ -89,7 +98,8 @@ def test_presets_and_schedules_by_hand():
     assert cosine_concepts.SAE(16, 1000, preset="previous", w2_peak=0.3, k=7).k == 7
     weights = [precise.w2_penalty(base.Progress(t, 20_000, 0, 1)) for t in (0, 2500, 5000, 9000)]
     assert weights == pytest.approx([0.001, 0.0605, 0.12, 0.12])
-    assert precise.w2_penalty(base.Progress(50, 100, 0, 1)) == pytest.approx(0.0605)  # a short run anneals over its whole length
+    # a short run anneals over its whole length
+    assert precise.w2_penalty(base.Progress(50, 100, 0, 1)) == pytest.approx(0.0605)
     assert previous.w2_penalty(base.Progress(5000, 20_000, 0, 1)) == pytest.approx(0.4)
     twice = cosine_concepts.SAE(16, 100, restarts=1)
     scales = [twice.lr_scale(base.Progress(t, 80, 0, 1)) for t in (0, 10, 20, 40, 60)]
@@ -130,7 +140,8 @@ def test_report_numbers_against_other_libraries():
     rng = np.random.default_rng(0)
     base_NC = rng.random((400, 7)) < 0.3
     concepts_NP = np.stack([base_NC[:, 2], ~base_NC[:, 3], base_NC[:, 0] | base_NC[:, 1], rng.random(400) < 0.1], 1)
-    found = cosine_concepts_report.largest_nmi(torch.tensor(base_NC).float(), torch.tensor(concepts_NP).float(), chunk=3)
+    found = cosine_concepts_report.largest_nmi(torch.tensor(base_NC).float(), torch.tensor(concepts_NP).float(),
+                                               chunk=3)
     wanted = [max(normalized_mutual_info_score(c, b) for b in base_NC.T) for c in concepts_NP.T]
     assert found.tolist() == pytest.approx(wanted, rel=1e-6)
     assert wanted[:2] == pytest.approx([1, 1]) and 0.2 < wanted[2] < 0.8  # a copy, a negation, a union
@@ -151,7 +162,9 @@ class FakeContext:
 
 
 def test_report_is_deterministic_and_survives_dead_concepts():
-    """Fails if numbers or pictures differ between two reports, a picture is missing, or dead concepts give NaN instead of None."""
+    """Fails if numbers or pictures differ between two reports, a picture is missing,
+    or dead concepts give NaN instead of None.
+    """
     torch.manual_seed(0)
     sae = cosine_concepts.SAE(8, 100).eval()
     (numbers, files), (again, same_files) = sae.report(FakeContext()), sae.report(FakeContext())
@@ -166,6 +179,6 @@ def test_preflight_passes():
     """Fails if the variant waits for the device, loses state, breaks under bf16, or cannot be forecast."""
     rivals = [variants.path(n) for n in ("standard", "topk")]
     findings = check.run("cosine_concepts", {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                         reference_files=rivals, train_step=experiment.train_step, make_optimizer=experiment.make_optimizer,
-                         accelerator=True)
+                         reference_files=rivals, train_step=experiment.train_step,
+                         make_optimizer=experiment.make_optimizer, accelerator=True)
     assert not findings.notes

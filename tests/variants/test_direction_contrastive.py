@@ -53,22 +53,27 @@ def by_hand(sae, x_BD, top=0.1, normalise=True, weighting=True, directional=Fals
     return [*terms, terms[0] + l1_penalty * 0.5 * terms[1] + lambda_c * terms[2]]
 
 
-@pytest.mark.parametrize("hyper", [{}, dict(top=0.4), dict(normalise=False), dict(weighting=False), dict(lambda_c=0.7, l1_penalty=0.1),
-                                   dict(importance="directional")])
+@pytest.mark.parametrize("hyper", [{}, dict(top=0.4), dict(normalise=False), dict(weighting=False),
+                                   dict(lambda_c=0.7, l1_penalty=0.1), dict(importance="directional")])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_terms_by_hand(monkeypatch, hyper, sparse):
-    """Fails if a term, a flag, either side of the mask, its diagonal or the warm-up differs from the formula, on either path."""
+    """Fails if a term, a flag, either side of the mask, its diagonal or the warm-up differs from the formula,
+    on either path.
+    """
     monkeypatch.setattr(base, "sparse_pays", lambda *_: sparse)
     sae, x_BD = scrambled(**hyper), x_of()
     loss, terms = sae.loss(base.Batch(x_BD), WARMING)
-    expected = by_hand(sae, x_BD, **{k: v for k, v in hyper.items() if k != "importance"}, directional="importance" in hyper)
+    expected = by_hand(sae, x_BD, **{k: v for k, v in hyper.items() if k != "importance"},
+                       directional="importance" in hyper)
     assert [t.item() for t in (*terms.values(), loss)] == pytest.approx(expected, rel=1e-6)
     assert abs(expected[2]) > 1e-4
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_gradient_is_that_of_the_dense_sum(monkeypatch, chunk):
-    """Fails if the gradient made along with the value is not the derivative of Σ cos∘mask∘(zᵀz), or chunks lose or repeat tokens."""
+    """Fails if the gradient made along with the value is not the derivative of Σ cos∘mask∘(zᵀz),
+    or chunks lose or repeat tokens.
+    """
     monkeypatch.setattr(direction_contrastive, "CHUNK", chunk)
     sae, x_BD = scrambled(top=0.3), x_of(20)
     _, terms = sae.loss(base.Batch(x_BD), WARMING)
@@ -110,14 +115,16 @@ def trained(steps=60, **hyper):
     for step in range(steps):
         if step == steps // 3:
             sae.b_enc.data[:20] = -9  # dead from now on
-        experiment.train_step(sae, optimizer, base.Batch(x_NBD[step]), base.Progress(step, steps, step * 64, steps * 64), 3e-3)
+        experiment.train_step(sae, optimizer, base.Batch(x_NBD[step]),
+                              base.Progress(step, steps, step * 64, steps * 64), 3e-3)
     return sae
 
 
 def test_every_flag_changes_training():
     """Fails if an ablation is read and then ignored: its decoder would be that of the full variant."""
-    flags = [dict(lambda_c=0.0), dict(lambda_c=0.2), dict(top=0.05), dict(top=0.2), dict(normalise=False), dict(weighting=False),
-             dict(importance="directional"), dict(resets=False), dict(warmup_steps=9000), dict(l1_penalty=0.0)]
+    flags = [dict(lambda_c=0.0), dict(lambda_c=0.2), dict(top=0.05), dict(top=0.2), dict(normalise=False),
+             dict(weighting=False), dict(importance="directional"), dict(resets=False), dict(warmup_steps=9000),
+             dict(l1_penalty=0.0)]
     full = trained()
     for hyper in flags:
         assert not torch.equal(trained(**hyper).W_dec, full.W_dec), hyper
@@ -137,7 +144,9 @@ def test_resets_revive_dead_features_after_the_warm_up_only():
 
 
 def test_capture_of_pairs_by_hand():
-    """Fails if co-active pairs, two- and one-sided selection or their chance level are counted otherwise than defined."""
+    """Fails if co-active pairs, two- and one-sided selection or their chance level are
+    counted otherwise than defined.
+    """
     sae = scrambled(top=0.2)
     z_NF = torch.relu(torch.randn(200, F, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
     z_NF[:, 1] = z_NF[:, 0] * (torch.arange(200) % 5 > 0)
@@ -148,13 +157,15 @@ def test_capture_of_pairs_by_hand():
     chosen = {i: sorted((j for j in range(F) if j != i), key=lambda j: -cos[i][j])[:2] for i in range(F)}
     alive = [i for i in range(F) if i != 9]
     pairs = [(i, j) for i in alive for j in alive if i < j]
-    coactive = [(i, j) for i, j in pairs if torch.corrcoef(on[:, [i, j]].T)[0, 1] >= 0.2 and (on[:, i] * on[:, j]).sum() >= 5]
+    coactive = [(i, j) for i, j in pairs if torch.corrcoef(on[:, [i, j]].T)[0, 1] >= 0.2
+                and (on[:, i] * on[:, j]).sum() >= 5]
 
     def share(of, both):
         hits = [(j in chosen[i], i in chosen[j]) for i, j in of]
         return sum(any(h) if both else sum(h) / 2 for h in hits) / len(of)
 
     assert {(0, 1), (4, 7)} <= set(coactive) and len(coactive) < len(pairs)
-    expected = dict(coactive_pairs=len(coactive), capture_two_sided=share(coactive, True), capture_one_sided=share(coactive, False),
-                    chance_two_sided=share(pairs, True), chance_one_sided=share(pairs, False))
+    expected = dict(coactive_pairs=len(coactive), capture_two_sided=share(coactive, True),
+                    capture_one_sided=share(coactive, False), chance_two_sided=share(pairs, True),
+                    chance_one_sided=share(pairs, False))
     assert {k: found[k] for k in expected} == pytest.approx(expected, rel=1e-5)

@@ -1,4 +1,6 @@
-"""The hierarchical variant: each loss term against a plain reference, the curriculum, its ablations, the hierarchy it reports."""
+"""The hierarchical variant: each loss term against a plain reference, the curriculum, its ablations,
+the hierarchy it reports.
+"""
 
 import types
 
@@ -34,7 +36,9 @@ def trained(steps=STEPS, seed=0, **hyper):
 
 @torch.no_grad()
 def reference(sae, x_BD):
-    """Every quantity of the loss, token by token and feature by feature, with one encoder on the concatenation [x − b_dec, h1]."""
+    """Every quantity of the loss, token by token and feature by feature,
+    with one encoder on the concatenation [x − b_dec, h1].
+    """
     n_1 = round(0.8 * F_SAE)
     W_encoder_2 = torch.cat([sae.W_enc2, sae.W_12])
     total = dict(reconstruction=0.0, composition=0.0, skip_1=0.0, skip_2=0.0)
@@ -49,10 +53,12 @@ def reference(sae, x_BD):
         total["reconstruction"] += float(((x - out_1 - out_2 - sae.b_dec) ** 2).sum())
         total["skip_1"] += float(((x - out_1 - sae.b_dec) ** 2).sum())
         total["skip_2"] += float(((x - out_2 - sae.b_dec) ** 2).sum())
-        total["composition"] += sum((sum(a * float(sae.W_comp[f, j]) for f, a in enumerate(h1)) - b) ** 2 for j, b in enumerate(h2))
+        total["composition"] += sum((sum(a * float(sae.W_comp[f, j]) for f, a in enumerate(h1)) - b) ** 2
+                                    for j, b in enumerate(h2))
         z.append(h1 + h2)
     l1 = sum(abs(float(w)) for row in sae.W_comp for w in row) / (F_SAE - n_1)
-    return {name: value / len(x_BD) for name, value in total.items()} | dict(comp_l1=l1, z=torch.tensor(z, dtype=x_BD.dtype))
+    return {name: value / len(x_BD)
+            for name, value in total.items()} | dict(comp_l1=l1, z=torch.tensor(z, dtype=x_BD.dtype))
 
 
 def keep(values, k):
@@ -79,7 +85,8 @@ def test_loss_and_features_equal_a_slow_reference(random_sae):
         got = {name: value.item() for name, value in terms.items()}
         assert got == pytest.approx({"reconstruction": want["reconstruction"], "composition": want["composition"],
                                      "comp_l1": want["comp_l1"], "skip": want["skip_1"] + want["skip_2"]}, rel=1e-10)
-        whole = want["reconstruction"] + 0.7 * (want["composition"] + 0.3 * want["comp_l1"]) + 0.2 * (want["skip_1"] + want["skip_2"])
+        whole = want["reconstruction"] + 0.7 * (want["composition"]
+                                                + 0.3 * want["comp_l1"]) + 0.2 * (want["skip_1"] + want["skip_2"])
         assert loss.item() == pytest.approx(whole, rel=1e-10)
     loss, _ = sae.loss(base.Batch(x=x_BD), progress(7))
     assert loss.item() == pytest.approx(1.2 * want["skip_1"], rel=1e-10)  # layer 1 alone
@@ -103,7 +110,8 @@ def test_gradient_equals_finite_differences_where_both_layers_learn(random_sae):
                 p += sign * 1e-6 * direction
                 values.append(sae.loss(base.Batch(x=x_BD), progress(19))[0].item())
                 p -= sign * 1e-6 * direction
-        assert (p.grad * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4, abs=1e-8), name
+        assert (p.grad * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4,
+                                                                  abs=1e-8), name
 
 
 LAYER_1 = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -111,7 +119,9 @@ LAYER_1 = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 @pytest.mark.parametrize("until, step, moving", [(6, 7, 1), (12, 13, 2), (18, 19, 3)])
 def test_the_curriculum_moves_one_layer_bit_for_bit(until, step, moving):
-    """Fails if a frozen parameter moves: by Adam's momentum, by renormalisation, or by a gradient that leaks; or a trained one stays."""
+    """Fails if a frozen parameter moves: by Adam's momentum, by renormalisation, or by a gradient that leaks;
+    or a trained one stays.
+    """
     sae, optimizer = trained(steps=until)
     decoders = {1: [sae.W_dec], 2: [sae.W_dec2], 3: [sae.W_dec, sae.W_dec2]}[moving]
     with torch.no_grad():
@@ -137,7 +147,8 @@ def test_without_the_curriculum_all_learn_from_the_start_at_the_full_rate():
     assert sae.lr_scale(progress(19)) == 1.0
 
 
-@pytest.mark.parametrize("hyper", [dict(curriculum=False), dict(lambda_comp=0), dict(lambda_skip=0), dict(alpha_comp=0)], ids=str)
+@pytest.mark.parametrize("hyper", [dict(curriculum=False), dict(lambda_comp=0), dict(lambda_skip=0),
+                                   dict(alpha_comp=0)], ids=str)
 def test_every_ablation_changes_what_is_learned(hyper):
     """Fails if a term or the curriculum has no effect."""
     full, ablated = trained()[0], trained(**hyper)[0]
@@ -147,7 +158,9 @@ def test_every_ablation_changes_what_is_learned(hyper):
 
 
 def hand_made():
-    """Layer 1 has features 0 to 31, layer 2 32 to 39; parent 32 is made of 3, 5 and (negatively) 9, parent 33 of 7 alone."""
+    """Layer 1 has features 0 to 31, layer 2 32 to 39;
+    parent 32 is made of 3, 5 and (negatively) 9, parent 33 of 7 alone.
+    """
     sae = fresh()
     with torch.no_grad():
         sae.W_comp[[3, 5, 9, 11], 0] = torch.tensor([1.0, 0.5, -0.11, 0.1])
@@ -159,7 +172,8 @@ def test_children_and_stages_by_hand():
     """Fails if layers are swapped, numbers shifted, the 10 % level or the sign is treated otherwise."""
     sae = hand_made()
     assert sae.stages() == {"layer_2": range(32, 40), "layer_1": range(32)}
-    assert sae.children_of([32]) == [3, 5, 9] and sae.children_of([33, 32]) == [3, 5, 7, 9] and sae.children_of([32], most=2) == [3, 5]
+    assert sae.children_of([32]) == [3, 5, 9] and sae.children_of([33,
+                                                                   32]) == [3, 5, 7, 9] and sae.children_of([32], most=2) == [3, 5]
     assert sae.children_of([34]) == [] and sae.children_of([]) == []
     with pytest.raises(ValueError, match="leave layer 2"):
         sae.children_of([3, 32])

@@ -1,4 +1,6 @@
-"""The imperative form: foreign trainers run as variants, as their own library would run them, and can be interrupted and saved."""
+"""The imperative form: foreign trainers run as variants, as their own library would run them,
+and can be interrupted and saved.
+"""
 
 import io
 import json
@@ -31,7 +33,8 @@ def built(file, hyper=None, **setting):
 
 def steps(sae, x_SBD, first=0, last=60):
     state = imperative.TrainerState(sae)
-    return [experiment.train_step(sae, state, base.Batch(x_SBD[i].clone()), base.Progress(i, 60, i * 56, 60 * 56))[0].item()
+    return [experiment.train_step(sae, state, base.Batch(x_SBD[i].clone()),
+                                  base.Progress(i, 60, i * 56, 60 * 56))[0].item()
             for i in range(first, last)]
 
 
@@ -45,7 +48,9 @@ def x_SBD():
 
 @pytest.fixture
 def library(monkeypatch):
-    """dictionary_learning without two packages that it imports for other purposes: reading models, and logging to a server."""
+    """dictionary_learning without two packages that it imports for other purposes:
+    reading models, and logging to a server.
+    """
     for name, attribute in (("nnsight", "LanguageModel"), ("wandb", "init")):
         module = types.ModuleType(name)
         setattr(module, attribute, None)
@@ -54,12 +59,16 @@ def library(monkeypatch):
 
 
 @pytest.mark.parametrize("name, trainer, hyper", [
-    ("standard", "StandardTrainer", {}), ("standard", "StandardTrainerAprilUpdate", {}), ("top_k", "TopKTrainer", dict(k=6)),
-    ("batch_top_k", "BatchTopKTrainer", dict(k=6)), ("jumprelu", "JumpReluTrainer", {}), ("gdm", "GatedSAETrainer", {}),
-    ("p_anneal", "PAnnealTrainer", dict(p_end=0.2, sparsity_function="Lp^p")), ("gated_anneal", "GatedAnnealTrainer", dict(p_end=0.2)),
-    ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer", dict(k=6, group_fractions=[0.25, 0.75]))])
+    ("standard", "StandardTrainer", {}), ("standard", "StandardTrainerAprilUpdate", {}),
+    ("top_k", "TopKTrainer", dict(k=6)), ("batch_top_k", "BatchTopKTrainer", dict(k=6)),
+    ("jumprelu", "JumpReluTrainer", {}), ("gdm", "GatedSAETrainer", {}),
+    ("p_anneal", "PAnnealTrainer", dict(p_end=0.2, sparsity_function="Lp^p")),
+    ("gated_anneal", "GatedAnnealTrainer", dict(p_end=0.2)), ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer",
+                                                              dict(k=6, group_fractions=[0.25, 0.75]))])
 def test_the_librarys_trainers_follow_its_own_loop(library, tmp_path, x_SBD, name, trainer, hyper):
-    """Fails if a trainer gets other batches, steps or keywords than it would in its library, or its random state is disturbed."""
+    """Fails if a trainer gets other batches, steps or keywords than it would in its library,
+    or its random state is disturbed.
+    """
     from dictionary_learning.training import trainSAE
 
     file = tmp_path / "mine.py"
@@ -91,17 +100,21 @@ def test_the_librarys_trainers_follow_its_own_loop(library, tmp_path, x_SBD, nam
 def test_pasted_code_runs_to_a_finished_evaluation(file, tmp_path, tmp_path_factory):
     """Fails if code in the style of this workflow's history needs an edit to run: one habit per file."""
     cache = tmp_path_factory.getbasetemp() / "cache0"  # shared by the files
-    arguments = ["--profile=tiny", "--num_tokens=8192", "--device=cpu", "--evals=core", f"--cache_dir={cache}", f"--variant={file}"]
+    arguments = ["--profile=tiny", "--num_tokens=8192", "--device=cpu", "--evals=core", f"--cache_dir={cache}",
+                 f"--variant={file}"]
     assert experiment.main([*arguments, f"--out_dir={tmp_path / 'run'}"]) == 0
     means = json.loads((tmp_path / "run/final_info.json").read_text())["layer_2"]["means"]
     assert 0 < means["core.l0"] < 100 and means["core.frac_alive"] > 0.3 and means["core.r2"] > 0.2
     loaded = variants.kit.saving.load_sae(tmp_path / "run/sae/layer_2", trust_code=True)
-    assert loaded.W_dec.shape[1] == 32 and torch.allclose(loaded.W_dec.norm(dim=1), torch.ones(len(loaded.W_dec)), atol=1e-4)
+    assert loaded.W_dec.shape[1] == 32 and torch.allclose(loaded.W_dec.norm(dim=1), torch.ones(len(loaded.W_dec)),
+                                                          atol=1e-4)
 
 
 @pytest.mark.parametrize("file", HABITS, ids=lambda p: p.stem)
 def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD):
-    """Fails if something that training changes on the trainer is not in the checkpoint: tensors, counters, queues, optimisers."""
+    """Fails if something that training changes on the trainer is not in the checkpoint:
+    tensors, counters, queues, optimisers.
+    """
     whole = built(file)
     steps(whole, x_SBD)
     half = built(file)
@@ -119,7 +132,9 @@ def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD)
 
 
 def test_a_killed_trainer_ends_in_the_same_bytes(tmp_path):
-    """Fails if the run's checkpoint does not hold the trainer: resampling counters and an optimiser's moments decide the result."""
+    """Fails if the run's checkpoint does not hold the trainer:
+    resampling counters and an optimiser's moments decide the result.
+    """
     file = next(f for f in HABITS if f.stem == "resampling")
     more = [f"--variant={file}", "--evals=none", "--checkpoint_seconds=0"]
     for name in ("whole", "killed"):
@@ -195,8 +210,9 @@ class CustomTrainer(SAETrainer):
 
 
 @pytest.mark.parametrize("answer, expected", [
-    ("lambda loss: None", (False, ["reconstruction"])), ("lambda loss: loss.item()", (True, [])), ("lambda loss: loss", (True, [])),
-    ("lambda loss: {'loss': loss.item(), 'l1': 0.5, 'note': 'text'}", (True, ["l1"]))])
+    ("lambda loss: None", (False, ["reconstruction"])), ("lambda loss: loss.item()", (True, [])),
+    ("lambda loss: loss", (True, [])), ("lambda loss: {'loss': loss.item(), 'l1': 0.5, 'note': 'text'}",
+                                        (True, ["l1"]))])
 def test_update_may_return_nothing_a_number_or_a_dict(tmp_path, x_SBD, answer, expected):
     """Fails if one of the forms is refused or its numbers are lost; also for a file pasted without a single import."""
     file = tmp_path / "pasted.py"
@@ -211,7 +227,9 @@ def test_update_may_return_nothing_a_number_or_a_dict(tmp_path, x_SBD, answer, e
 
 
 def test_keywords_by_the_rule(tmp_path):
-    """Fails if a keyword is passed that is not accepted, a schedule longer than the run is kept, or --hyper is not what counts."""
+    """Fails if a keyword is passed that is not accepted, a schedule longer than the run is kept,
+    or --hyper is not what counts.
+    """
     file = tmp_path / "pasted.py"
     file.write_text(PASTED.replace("RETURN", "None"))
     assert built(file).trainer.seen == dict(warmup=3, steps=60, lr=3e-3, l1=0.01)
@@ -241,7 +259,9 @@ def test_evals_see_any_leading_dimensions_and_every_decoder():
 
 
 def test_what_hangs_on_the_ae_is_saved_and_moved(x_SBD):
-    """Fails if a mask, a list of running means or a changed number on the ae is lost by saving, or stays on its device."""
+    """Fails if a mask, a list of running means or a changed number on the ae is lost by saving,
+    or stays on its device.
+    """
     file = next(f for f in HABITS if f.stem == "plain_tensors")
     sae = built(file)
     steps(sae, x_SBD)
@@ -260,9 +280,11 @@ def test_lists_dicts_and_changing_numbers_come_back_from_a_file(tmp_path):
     from safetensors.torch import load_file, save_file
 
     file = tmp_path / "pasted.py"
-    file.write_text(PASTED.replace("RETURN", "None").replace("CustomSAE", "SAE").replace(  # a name that the runner uses, too
+    # a name that the runner uses, too
+    file.write_text(PASTED.replace("RETURN", "None").replace("CustomSAE", "SAE").replace(
         "        self.W_enc =",
-        "        self.offsets, self.shadow, self.theta, self.level, self.bound = [], {}, {}, 0, 0.0\n        self.W_enc ="))
+        "        self.offsets, self.shadow, self.theta, self.level, self.bound = [], {}, {}, 0, 0.0\n"
+        "        self.W_enc ="))
     sae, again = built(file), built(file)
     sae.ae.offsets += [torch.full((3,), float(i)) for i in range(13)]
     sae.ae.shadow["encoder.weight"] = torch.ones(2)
@@ -276,7 +298,9 @@ def test_lists_dicts_and_changing_numbers_come_back_from_a_file(tmp_path):
 
 
 def test_numbers_that_update_returns_are_no_losses(x_SBD):
-    """Fails if a counter or a mean over nothing ends the run, a column of the log is overwritten, or a loss that comes late is 0."""
+    """Fails if a counter or a mean over nothing ends the run, a column of the log is overwritten,
+    or a loss that comes late is 0.
+    """
     from runs import training_log
 
     sae = built(next(f for f in HABITS if f.stem == "plain_tensors"))
@@ -287,7 +311,8 @@ def test_numbers_that_update_returns_are_no_losses(x_SBD):
     job = experiment.Job("layer_2", 2, {}, sae, None)
     recent = {"layer_2": [(torch.tensor(0.5), {"tokens": torch.tensor(2e9), "dead": torch.tensor(float("nan"))})]}
     clock = dict(start=0.0, step=0)
-    row = training_log.rows([job], recent, {"layer_2": x_SBD[0]}, base.Progress(1, 60, 56, 60 * 56), 56, clock, 1, lambda t: t)[0]
+    row = training_log.rows([job], recent, {"layer_2": x_SBD[0]}, base.Progress(1, 60, 56, 60 * 56), 56, clock, 1,
+                            lambda t: t)[0]
     assert row["tokens"] == 56 and row["own_tokens"] == 2e9 and row["loss"] == 0.5
 
 
@@ -309,10 +334,11 @@ def test_the_first_tensor_of_the_features_shape_is_taken_and_that_is_said():
     found = check.run(str(file), {}, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0,
                       train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
     line = 1 + next(i for i, text in enumerate(file.read_text().splitlines()) if "def encode" in text)
-    assert any(f"encode_pair.py:{line}: ae.encode returned 3 values, of which the first of shape [tokens, 160]" in n for n in found.notes)
+    assert any(f"encode_pair.py:{line}: ae.encode returned 3 values, of which the first of shape [tokens, 160]" in n
+               for n in found.notes)
 
 
-# ------------------------------------------------------------------------------------------------ pasted files that change nothing
+# ------------------------------------------------------------------------------------- pasted files that change nothing
 
 TEMPLATE = PASTED.replace("RETURN", "lambda loss: None").replace("warmup_steps=400", "warmup_steps=1000").replace(
     "        self.optimizer = ConstrainedAdam(self.ae.parameters(), [self.ae.W_dec], lr=lr)\n", """\
@@ -321,7 +347,8 @@ TEMPLATE = PASTED.replace("RETURN", "lambda loss: None").replace("warmup_steps=4
 """).replace("        self.optimizer.step()\n", "        self.optimizer.step()\n        self.warm.step()\n")
 EDITS = {
     "another return": ("lambda loss: None", "lambda loss: loss.item()"),
-    "a term times zero": ("        self.optimizer.zero_grad()", "        loss = loss + 0.0 * z.norm()\n        self.optimizer.zero_grad()"),
+    "a term times zero": ("        self.optimizer.zero_grad()", "        loss = loss + 0.0 * z.norm()\n"
+                                                                "        self.optimizer.zero_grad()"),
     "a detached term": ("        self.optimizer.zero_grad()",
                         "        loss = loss + z.norm().detach()\n        self.optimizer.zero_grad()"),
     "an unused parameter": ("        self.optimizer = Con",

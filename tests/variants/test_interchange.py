@@ -1,4 +1,6 @@
-"""SAEs of SAELens and dictionary_learning read as variants: features against each library's formulas, written out or its own."""
+"""SAEs of SAELens and dictionary_learning read as variants:
+features against each library's formulas, written out or its own.
+"""
 
 import json
 
@@ -45,19 +47,26 @@ TOPK = dict(k=torch.tensor(K, dtype=torch.int), threshold=torch.tensor(0.7))
 # class, random tensors, given tensors, trainer's configuration, features, variant, hyper-parameters
 DICTIONARIES = [
     ("AutoEncoder", LINEAR | {"bias": (D,)}, {}, {}, relu_codes, "standard", {}),
-    ("AutoEncoder", LINEAR | {"bias": (D,)}, {}, {"trainer_class": "StandardTrainerAprilUpdate"}, relu_codes, "standard_april", {}),
+    ("AutoEncoder", LINEAR | {"bias": (D,)}, {}, {"trainer_class": "StandardTrainerAprilUpdate"}, relu_codes,
+     "standard_april", {}),
     ("AutoEncoderNew", LINEAR | {"decoder.bias": (D,)}, {}, {},
      lambda s, x: torch.relu(x @ s["encoder.weight"].T + s["encoder.bias"]), "standard_april", {}),
     ("GatedAutoEncoder", {"encoder.weight": (N_FEATURES, D), "decoder.weight": (D, N_FEATURES), "decoder_bias": (D,),
-                          "r_mag": (N_FEATURES,), "gate_bias": (N_FEATURES,), "mag_bias": (N_FEATURES,)}, {}, {}, gated_codes, "gated", {}),
+                          "r_mag": (N_FEATURES,), "gate_bias": (N_FEATURES,), "mag_bias": (N_FEATURES,)}, {}, {},
+     gated_codes, "gated", {}),
     # thresholds from below 0, where the library's ReLU decides, to above
-    ("JumpReluAutoEncoder", PLAIN, {"threshold": torch.linspace(-1, 2, N_FEATURES)}, {"target_l0": 7}, jumprelu_codes, "jumprelu",
+    ("JumpReluAutoEncoder", PLAIN, {"threshold": torch.linspace(-1, 2, N_FEATURES)}, {"target_l0": 7}, jumprelu_codes,
+     "jumprelu",
      {"target_l0": 7}),
-    ("AutoEncoderTopK", LINEAR | {"b_dec": (D,)}, TOPK, {"k": K}, lambda s, x: k_largest(relu_codes(s, x), K), "topk", {"k": K}),
-    ("BatchTopKSAE", LINEAR | {"b_dec": (D,)}, TOPK, {"k": K}, lambda s, x: relu_codes(s, x, 0.7), "batch_topk", {"k": K}),
+    ("AutoEncoderTopK", LINEAR | {"b_dec": (D,)}, TOPK, {"k": K}, lambda s, x: k_largest(relu_codes(s, x), K), "topk",
+     {"k": K}),
+    ("BatchTopKSAE", LINEAR | {"b_dec": (D,)}, TOPK, {"k": K}, lambda s, x: relu_codes(s, x, 0.7), "batch_topk",
+     {"k": K}),
     # no threshold yet: the library then passes all that ReLU does
-    ("BatchTopKSAE", LINEAR | {"b_dec": (D,)}, TOPK | dict(threshold=torch.tensor(-1.0)), {}, relu_codes, "batch_topk", {"k": K}),
-    ("MatryoshkaBatchTopKSAE", PLAIN, TOPK | dict(group_sizes=torch.tensor([8, 32])), {"group_weights": [5, 4, 3, 2, 1]}, matryoshka_codes,
+    ("BatchTopKSAE", LINEAR | {"b_dec": (D,)}, TOPK | dict(threshold=torch.tensor(-1.0)), {}, relu_codes, "batch_topk",
+     {"k": K}),
+    ("MatryoshkaBatchTopKSAE", PLAIN, TOPK | dict(group_sizes=torch.tensor([8, 32])),
+     {"group_weights": [5, 4, 3, 2, 1]}, matryoshka_codes,
      "matryoshka_batch_topk", {"k": K, "weights": (5, 4, 3, 2, 1)}),
 ]
 
@@ -71,12 +80,15 @@ def write_dictionary(folder, dict_class, state, config):
 
 @pytest.mark.parametrize("dict_class, shapes, given, config, codes, variant, hyper", DICTIONARIES)
 def test_dictionaries_keep_their_features(tmp_path, dict_class, shapes, given, config, codes, variant, hyper):
-    """Fails if a tensor goes to the wrong place, untransposed or unscaled, or if centring or a threshold's sign is misread."""
+    """Fails if a tensor goes to the wrong place, untransposed or unscaled,
+    or if centring or a threshold's sign is misread.
+    """
     torch.manual_seed(0)
     state = {name: torch.randn(shape) for name, shape in shapes.items()} | given
     write_dictionary(tmp_path / "ae", dict_class, state, config)
     (name, found), = interchange.find(str(tmp_path / "ae")).items()
-    assert (name, found.variant, found.hyper, found.d_in, found.d_sae, found.scale) == ("ae", variant, hyper, D, N_FEATURES, None)
+    assert (name, found.variant, found.hyper, found.d_in, found.d_sae,
+            found.scale) == ("ae", variant, hyper, D, N_FEATURES, None)
     assert found.metadata == dict(model_name="org/lm", hook_name="blocks.3.hook_resid_post", layer=3)
     x = 2 * torch.randn(3, 50, D)
     sae, expected = interchange.build(found), codes(state, x)
@@ -88,7 +100,9 @@ def test_dictionaries_keep_their_features(tmp_path, dict_class, shapes, given, c
 
 
 def test_a_folder_of_dictionaries_gives_one_entry_each_in_order(tmp_path):
-    """Fails if only the first is read, if trainer_10 comes before trainer_2, or if the file itself is no valid place."""
+    """Fails if only the first is read, if trainer_10 comes before trainer_2,
+    or if the file itself is no valid place.
+    """
     torch.manual_seed(0)
     for i in (10, 2):
         state = {name: torch.randn(shape) for name, shape in (LINEAR | {"bias": (D,)}).items()}
@@ -114,15 +128,19 @@ def random_saelens(cfg):
 
 
 SAELENS = [
-    ({"architecture": "standard"}, "standard"), ({"architecture": "gated"}, "gated"), ({"architecture": "jumprelu"}, "jumprelu"),
-    ({"architecture": "topk", "k": K}, "topk"), ({"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": True}, "topk"),
+    ({"architecture": "standard"}, "standard"), ({"architecture": "gated"}, "gated"),
+    ({"architecture": "jumprelu"}, "jumprelu"),
+    ({"architecture": "topk", "k": K}, "topk"), ({"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": True},
+                                                 "topk"),
 ]
 
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("cfg, variant", SAELENS)
 def test_saelens_folders_keep_their_features(tmp_path, cfg, variant, centred):
-    """Fails if centring is folded with the wrong sign or into one gate only, norms do not reach the ranking, or thresholds become one."""
+    """Fails if centring is folded with the wrong sign or into one gate only, norms do not reach the ranking,
+    or thresholds become one.
+    """
     metadata = dict(model_name="lm", hook_name="blocks.4.hook_resid_post", sae_lens_version="6.0.0")
     if variant == "jumprelu":  # so it says, but its thresholds differ
         metadata["training_architecture"] = "batchtopk"
@@ -140,7 +158,8 @@ def test_saelens_folders_keep_their_features(tmp_path, cfg, variant, centred):
 
 @pytest.mark.parametrize("cfg, variant, hyper", [
     ({"architecture": "batchtopk", "k": 4}, "batch_topk", {"k": 4}),
-    ({"architecture": "matryoshka_batchtopk", "k": 4, "matryoshka_widths": [10, N_FEATURES]}, "matryoshka_batch_topk", {"k": 4}),
+    ({"architecture": "matryoshka_batchtopk", "k": 4, "matryoshka_widths": [10, N_FEATURES]}, "matryoshka_batch_topk",
+     {"k": 4}),
     ({"architecture": "standard", "training": True}, "standard_april", {}),
 ])
 def test_what_saelens_trained_goes_on_as_the_same_architecture(tmp_path, cfg, variant, hyper):
@@ -154,7 +173,8 @@ def test_what_saelens_trained_goes_on_as_the_same_architecture(tmp_path, cfg, va
     from sae_lens import SAE
 
     x = 2 * torch.randn(50, D)
-    torch.testing.assert_close(interchange.build(found).encode(x), SAE.load_from_disk(tmp_path / "theirs").encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(interchange.build(found).encode(x), SAE.load_from_disk(tmp_path / "theirs").encode(x),
+                               rtol=1e-5, atol=1e-5)
 
 
 OLD = dict(d_in=D, d_sae=N_FEATURES, hook_point="blocks.7.hook_resid_pre", hook_point_layer=7, model_name="gpt2-small",
@@ -174,11 +194,13 @@ def write_saelens(folder, cfg, **tensors):
 def test_saelens_folders_of_before_version_6(tmp_path):
     """Fails if the old names of activation, k or hook are not known, or a fine-tuning factor touches the features."""
     factor = torch.linspace(0.5, 2, N_FEATURES)
-    w = write_saelens(tmp_path / "old", OLD | dict(activation_fn_str="topk", activation_fn_kwargs={"k": K}, finetuning_scaling_factor=True),
+    w = write_saelens(tmp_path / "old", OLD | dict(activation_fn_str="topk", activation_fn_kwargs={"k": K},
+                                                   finetuning_scaling_factor=True),
                       finetuning_scaling_factor=factor)
     found = interchange.find(str(tmp_path / "old"))["old"]
     assert (found.variant, found.hyper) == ("topk", {"k": K})
-    assert found.metadata == dict(model_name="gpt2-small", hook_name="blocks.7.hook_resid_pre", layer=6)  # which left block 6
+    # which left block 6
+    assert found.metadata == dict(model_name="gpt2-small", hook_name="blocks.7.hook_resid_pre", layer=6)
     sae, x = interchange.build(found), torch.randn(50, D)
     z = k_largest(torch.relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), K)
     torch.testing.assert_close(sae.encode(x), z, rtol=1e-5, atol=1e-5)
@@ -188,7 +210,9 @@ def test_saelens_folders_of_before_version_6(tmp_path):
 
 
 def test_a_pretrained_release_is_read_like_a_folder(monkeypatch):
-    """Fails if the hub's SAE is converted otherwise than a saved one, or a hub that cannot be reached ends in a traceback of its own."""
+    """Fails if the hub's SAE is converted otherwise than a saved one,
+    or a hub that cannot be reached ends in a traceback of its own.
+    """
     import sae_lens
 
     theirs = random_saelens({"architecture": "jumprelu", "apply_b_dec_to_input": False})
@@ -206,7 +230,8 @@ def test_a_pretrained_release_is_read_like_a_folder(monkeypatch):
     interchange.read_release.cache_clear()
     for wrong, error, message in [
         (place, ConnectionError, "did not give it: name not known\ncheck the connection"),
-        (place.replace("2b-pt-res-canonical", "2b-res-canonical"), FileNotFoundError, "nearest is 'gemma-scope-2b-pt-res-canonical'\n"),
+        (place.replace("2b-pt-res-canonical", "2b-res-canonical"), FileNotFoundError,
+         "nearest is 'gemma-scope-2b-pt-res-canonical'\n"),
         (place.replace("16k", "16"), ValueError, "nearest is 'layer_12/width_16k/canonical'\n"),
     ]:
         with pytest.raises(error, match=message.replace("(", r"\(")) as raised:
@@ -214,11 +239,13 @@ def test_a_pretrained_release_is_read_like_a_folder(monkeypatch):
         assert str(raised.value).count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------ runs, scales, refusals
+# ----------------------------------------------------------------------------------------------- runs, scales, refusals
 
 
 def trained(name, scale=1.0, **hyper):
-    """A variant with random weights on activations divided by `scale`: unit rows, random biases, thresholds from .2 to 1."""
+    """A variant with random weights on activations divided by `scale`:
+    unit rows, random biases, thresholds from .2 to 1.
+    """
     torch.manual_seed(0)
     sae = variants.build(variants.load(name), D, N_FEATURES, hyper)
     base.normalise_decoder(sae.W_dec)
@@ -231,13 +258,16 @@ def trained(name, scale=1.0, **hyper):
 
 
 def test_a_run_gives_its_saes_by_name_in_either_format(tmp_path):
-    """Fails if a threshold SAE comes back as SAELens' JumpReLU, the own format loses its scale, or a half-written folder is read."""
+    """Fails if a threshold SAE comes back as SAELens' JumpReLU, the own format loses its scale,
+    or a half-written folder is read.
+    """
     source = tmp_path / "mine.py"
     source.write_text("from variants import topk\n\nclass SAE(topk.SAE):\n"
                       "    def encode(self, x):\n        return super().encode(x) ** 2\n")
     mine, batch = trained(str(source), k=K), trained("batch_topk", k=4)
     metadata = dict(model_name="lm", hook_name="model.layers.2", context_size=8)
-    for name, sae, file, hyper in [("layer_2.k_5", mine, source, {"k": K}), ("layer_2", batch, variants.path("batch_topk"), {})]:
+    for name, sae, file, hyper in [("layer_2.k_5", mine, source, {"k": K}),
+                                   ("layer_2", batch, variants.path("batch_topk"), {})]:
         variants.kit.saving.save_sae(tmp_path / "run_1" / "sae" / name, sae, 3.0, file, hyper, metadata)
     (tmp_path / "run_1" / "sae" / ".layer_3.tmp").mkdir()
     (tmp_path / "run_1" / "sae" / ".layer_3.tmp" / "cfg.json").write_text("{}")
@@ -255,7 +285,9 @@ def test_a_run_gives_its_saes_by_name_in_either_format(tmp_path):
 
 @pytest.mark.parametrize("name", ["standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka_batch_topk"])
 def test_rescaling_by_hand(name):
-    """Fails if a bias or threshold keeps its raw unit, r_mag or a weight is divided, or "no threshold yet" becomes one."""
+    """Fails if a bias or threshold keeps its raw unit, r_mag or a weight is divided,
+    or "no threshold yet" becomes one.
+    """
     sae, x = trained(name), torch.randn(50, D)
     expected, x_hat = sae.encode(x), sae.decode(sae.encode(x))
     assert 0.05 < (expected > 0).float().mean() < 0.95
@@ -272,21 +304,26 @@ V6 = dict(architecture="standard", d_in=D, d_sae=N_FEATURES, normalize_activatio
 
 
 @pytest.mark.parametrize("cfg, message", [
-    (V6 | dict(normalize_activations="expected_average_only_in"), "'expected_average_only_in'.*\n.*fold_activation_norm_scaling_factor"),
+    (V6 | dict(normalize_activations="expected_average_only_in"),
+     "'expected_average_only_in'.*\n.*fold_activation_norm_scaling_factor"),
     (OLD | dict(normalize_activations=True), "'expected_average_only_in'"),
     (V6 | dict(normalize_activations="layer_norm"), "'layer_norm'.*\n.*another SAE"),
     (V6 | dict(reshape_activations="hook_z", metadata=dict(hook_name="blocks.1.attn.hook_z")), "reads hook_z.*\n"),
     (OLD | dict(hook_point="blocks.1.hook_mlp_out"), "reads blocks.1.hook_mlp_out.*\n"),
-    (V6 | dict(metadata=dict(hook_name="blocks.1.hook_mlp_in", hook_name_out="blocks.1.hook_mlp_out")), "transcoder from .*hook_mlp_in"),
+    (V6 | dict(metadata=dict(hook_name="blocks.1.hook_mlp_in", hook_name_out="blocks.1.hook_mlp_out")),
+     "transcoder from .*hook_mlp_in"),
     (V6 | dict(architecture="skip_transcoder"), "'skip_transcoder'\nknown: standard, topk, gated, jumprelu"),
     (V6 | dict(architecture="batchtopk"), "'batchtopk'\n.*save_inference_model"),
     (V6 | dict(architecture="topk"), "says no k\n"),
     (OLD | dict(activation_fn_str="tanh-relu"), "'tanh-relu'\n"),
-    (V6 | dict(architecture="gated"), "do not fit the variant gated: missing: b_gate, b_mag, r_mag; unexpected: b_enc\n"),
+    (V6 | dict(architecture="gated"),
+     "do not fit the variant gated: missing: b_gate, b_mag, r_mag; unexpected: b_enc\n"),
     (V6 | dict(d_sae=7), "of another shape: b_enc .39. instead of .40.\n"),
 ])
 def test_refusals_of_saelens(tmp_path, cfg, message):
-    """Fails if what changes the features, or weights of another architecture, are read without a word, or the advice is missing."""
+    """Fails if what changes the features, or weights of another architecture, are read without a word,
+    or the advice is missing.
+    """
     write_saelens(tmp_path / "sae", cfg, **({"b_enc": torch.zeros(39)} if cfg["d_sae"] == 7 else {}))
     with pytest.raises(ValueError, match=message) as raised:
         interchange.build(interchange.find(str(tmp_path / "sae"))["sae"])
@@ -299,7 +336,8 @@ def test_refusals_of_other_places(tmp_path):
     torch.save({"bias": torch.zeros(1)}, tmp_path / "x.pt")
     write_dictionary(tmp_path / "custom" / "ae", "CustomSAE", {"W": torch.zeros(1)}, {})
     write_dictionary(tmp_path / "code" / "ae", "AutoEncoder", {"bias": RefusedCode()}, {})
-    write_dictionary(tmp_path / "mlp" / "ae", "AutoEncoder", {n: torch.zeros(s) for n, s in (LINEAR | {"bias": (D,)}).items()},
+    write_dictionary(tmp_path / "mlp" / "ae", "AutoEncoder",
+                     {n: torch.zeros(s) for n, s in (LINEAR | {"bias": (D,)}).items()},
                      {"submodule_name": "mlp_out_layer_3"})
     (tmp_path / "bare" / "ae").mkdir(parents=True)
     (tmp_path / "bare" / "ae" / "cfg.json").write_text("{}")
@@ -325,7 +363,9 @@ class RefusedCode:
 
 
 def test_an_edited_variant_is_not_used_for_weights_it_was_not_made_for(tmp_path, monkeypatch):
-    """Fails if variants/topk.py, edited in place, evaluates earlier weights as if nothing had changed, or is saved as SAELens' TopK."""
+    """Fails if variants/topk.py, edited in place, evaluates earlier weights as if nothing had changed,
+    or is saved as SAELens' TopK.
+    """
     sae, original = trained("topk", k=K), variants.path("topk")
     variants.kit.saving.save_sae(tmp_path / "before", sae, 3.0, original, {"k": K}, {})
     edited = tmp_path / "topk.py"
@@ -340,4 +380,5 @@ def test_an_edited_variant_is_not_used_for_weights_it_was_not_made_for(tmp_path,
     assert not (tmp_path / "after" / "sae_weights.safetensors").exists()
     x = 3 * torch.randn(20, D)
     again = variants.kit.saving.load_sae(tmp_path / "after").encode(x)
-    assert torch.equal(again, base.TrainedSAE(changed, 3.0).encode(x)) and not torch.equal(again, base.TrainedSAE(sae, 3.0).encode(x))
+    assert torch.equal(again, base.TrainedSAE(changed,
+                                              3.0).encode(x)) and not torch.equal(again, base.TrainedSAE(sae, 3.0).encode(x))

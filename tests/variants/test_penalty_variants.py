@@ -17,7 +17,9 @@ WARMING = base.Progress(5, 100, 500, 10_000)  # half of the sparsity warm-up, wh
 
 
 def scrambled(sae: base.SAE) -> base.SAE:
-    """Untied weights, rows of various norms, biases off zero: nothing that the initialisation makes equal stays equal."""
+    """Untied weights, rows of various norms, biases off zero:
+    nothing that the initialisation makes equal stays equal.
+    """
     for p in sae.parameters():
         p.data += torch.randn_like(p) * 0.2
     return sae.double()
@@ -30,12 +32,15 @@ def pre_activations(sae: base.SAE, x_D, i: int) -> float:
 
 @torch.no_grad()
 def squared_error(sae: base.SAE, x_D, z_F) -> float:
-    return sum(float(x_D[d] - sae.b_dec[d] - sum(z * sae.W_dec[i, d] for i, z in enumerate(z_F))) ** 2 for d in range(len(x_D)))
+    return sum(float(x_D[d] - sae.b_dec[d] - sum(z * sae.W_dec[i, d] for i, z in enumerate(z_F))) ** 2
+               for d in range(len(x_D)))
 
 
 @pytest.mark.parametrize("name", ["standard_april", "p_anneal"])
 def test_relu_losses_by_hand(name):
-    """Fails if april forgets the decoder norms, p_anneal the power, or either the warm-up, a sum over D or a mean over B."""
+    """Fails if april forgets the decoder norms, p_anneal the power, or either the warm-up,
+    a sum over D or a mean over B.
+    """
     torch.manual_seed(0)
     sae = scrambled(variants.load(name).SAE(4, 7, l1_penalty=0.3))
     x_BD = torch.randn(5, 4, dtype=torch.float64)
@@ -64,7 +69,8 @@ def test_gated_loss_by_hand():
         a_F = [pre_activations(sae, x_D, i) for i in range(7)]
         gate_F = [a + sae.b_gate[i].item() for i, a in enumerate(a_F)]
         size_F = [a * 2.718281828459045 ** sae.r_mag[i].item() + sae.b_mag[i].item() for i, a in enumerate(a_F)]
-        errors.append(squared_error(sae, x_D, [max(0.0, size) if gate > 0 else 0.0 for gate, size in zip(gate_F, size_F)]))
+        errors.append(squared_error(sae, x_D, [max(0.0, size) if gate > 0 else 0.0
+                                               for gate, size in zip(gate_F, size_F)]))
         auxiliary.append(squared_error(sae, x_D, [max(0.0, gate) for gate in gate_F]))
         penalties.append(sum(max(0.0, gate) for gate in gate_F))
     loss, terms = sae.loss(base.Batch(x_BD), WARMING)
@@ -74,7 +80,9 @@ def test_gated_loss_by_hand():
 
 
 def test_gated_auxiliary_term_trains_the_gate_and_not_the_decoder():
-    """Fails if aux's decoder is not frozen: W_dec would get a gradient, b_dec more than what comes through the encoder."""
+    """Fails if aux's decoder is not frozen: W_dec would get a gradient,
+    b_dec more than what comes through the encoder.
+    """
     torch.manual_seed(0)
     sae = scrambled(gated.SAE(6, 20))
     _, terms = sae.loss(base.Batch(torch.randn(30, 6, dtype=torch.float64)), WARMING)
@@ -88,7 +96,9 @@ def test_gated_auxiliary_term_trains_the_gate_and_not_the_decoder():
 
 
 def test_p_anneal_penalty_is_continuous_and_p_ends_at_its_end():
-    """Fails if α is rescaled by the inverse ratio or not at all, a move is missed or not equal, or p stops short of .2."""
+    """Fails if α is rescaled by the inverse ratio or not at all, a move is missed or not equal,
+    or p stops short of .2.
+    """
     torch.manual_seed(0)
     sae = p_anneal.SAE(6, 30, l1_penalty=0.3)
     x_BD = torch.randn(50, 6)
@@ -201,7 +211,8 @@ def test_preflight_passes(name):
     """Fails if preflight refuses the variant, or finds it to train like another one."""
     others = [variants.path(other) for other in ["standard", "topk", *NAMES] if other != name]
     findings = check.run(name, {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, reference_files=others)
+                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer,
+                         reference_files=others)
     assert not findings.notes
 
 

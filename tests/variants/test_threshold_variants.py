@@ -39,7 +39,8 @@ def reference(sae, x_BD, k, prefixes):
 @pytest.mark.parametrize("make, prefixes", [
     (lambda: batch_topk.SAE(6, 40, k=4, auxk_alpha=0.3), [(40, 1)]),
     # groups of 40: 40/32, 40/16, 40/8, 40/4 rounded down, and what is left
-    (lambda: matryoshka_batch_topk.SAE(6, 40, k=4, auxk_alpha=0.3, weights=(5, 4, 3, 2, 1)), [(1, 5), (3, 4), (8, 3), (18, 2), (40, 1)]),
+    (lambda: matryoshka_batch_topk.SAE(6, 40, k=4, auxk_alpha=0.3, weights=(5, 4, 3, 2, 1)),
+     [(1, 5), (3, 4), (8, 3), (18, 2), (40, 1)]),
 ])
 def test_batch_topk_losses_equal_dense_autograd(make, prefixes):
     """Fails if a term, its weight, or any parameter's gradient differs from plain autograd in fp64."""
@@ -76,7 +77,8 @@ def test_batch_topk_keeps_exactly_k_times_batch():
     random_BF = torch.relu(torch.randn(40, 50))
     untypical = torch.rand(2000)
     untypical[::17] += 10  # all that the bound is taken from is large
-    for acts_BF in (random_BF, random_BF.round(), torch.ones(40, 50), torch.zeros(40, 50), untypical.view(40, 50), -untypical.view(40, 50)):
+    for acts_BF in (random_BF, random_BF.round(), torch.ones(40, 50), torch.zeros(40, 50), untypical.view(40, 50),
+                    -untypical.view(40, 50)):
         keep_BF = base.batch_topk(acts_BF, 5)
         best = sorted(acts_BF.flatten().tolist(), reverse=True)[:200]
         assert keep_BF.sum() == 200 and sorted(acts_BF[keep_BF].tolist(), reverse=True) == best
@@ -125,7 +127,9 @@ def test_a_whole_number_written_as_a_fraction_is_one():
 
 
 def test_theta_decides_alone_at_inference():
-    """Fails if encode ranks within the batch, takes theta for its own decay, or gives nothing before there is a theta."""
+    """Fails if encode ranks within the batch, takes theta for its own decay,
+    or gives nothing before there is a theta.
+    """
     torch.manual_seed(0)
     for sae in (batch_topk.SAE(6, 40, k=4), matryoshka_batch_topk.SAE(6, 40, k=4)):
         x_BD = torch.randn(30, 6)
@@ -175,8 +179,8 @@ def test_jumprelu_loss_and_gradients_equal_a_dense_loop():
                 if abs(z_pre_BF[b, f] - sae.theta[f]) < eps / 2:
                     d_theta[f] += float(-sae.theta[f] / eps * g_BF[b, f] - g_l0 / eps)
         d_z_pre_BF = g_BF * (z_BF != 0)
-        wanted = dict(W_enc=x_BD.T @ d_z_pre_BF, b_enc=d_z_pre_BF.sum(0), W_dec=-2 / B * z_BF.T @ e_BD, b_dec=-2 / B * e_BD.sum(0),
-                      theta=torch.tensor(d_theta, dtype=torch.float64))
+        wanted = dict(W_enc=x_BD.T @ d_z_pre_BF, b_enc=d_z_pre_BF.sum(0), W_dec=-2 / B * z_BF.T @ e_BD,
+                      b_dec=-2 / B * e_BD.sum(0), theta=torch.tensor(d_theta, dtype=torch.float64))
     assert terms["reconstruction"].item() == pytest.approx((e_BD**2).sum().item() / B, rel=1e-12)
     assert terms["sparsity"].item() == pytest.approx((l0.item() / target - 1) ** 2, rel=1e-12) and l0 != target
     assert loss.item() == pytest.approx(terms["reconstruction"].item() + sp * terms["sparsity"].item(), rel=1e-12)
@@ -207,7 +211,8 @@ def test_a_training_step_never_waits_for_the_device(name):
         sae = variants.load(name).SAE(16, 64)
         optimizer = torch.optim.Adam(sae.parameter_groups(1e-3), betas=sae.adam_betas, foreach=True)
         for step in (0, 10, 90):
-            loss, terms = experiment.train_step(sae, optimizer, base.Batch(torch.empty(32, 16)), base.Progress(step, 100, step * 32, 3200))
+            loss, terms = experiment.train_step(sae, optimizer, base.Batch(torch.empty(32, 16)),
+                                                base.Progress(step, 100, step * 32, 3200))
     assert loss.shape == () and all(term.shape == () for term in terms.values())
 
 
@@ -215,14 +220,17 @@ def test_a_training_step_never_waits_for_the_device(name):
 def test_preflight_passes_without_a_note(name):
     """Fails if preflight finds features that depend on other tokens, lost state, an idle term or a step that waits."""
     rivals = [variants.path(n) for n in ("standard", "topk", *NAMES) if n != name]
-    found = check.run(name, {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0, reference_files=rivals,
-                      train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, accelerator=True)
+    found = check.run(name, {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
+                      reference_files=rivals, train_step=experiment.train_step,
+                      make_optimizer=experiment.make_optimizer, accelerator=True)
     assert found.notes == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, name):
-    """Fails if threshold or centring is lost or left in normalised units: scale 37, biases, decoder rows of any norm."""
+    """Fails if threshold or centring is lost or left in normalised units:
+    scale 37, biases, decoder rows of any norm.
+    """
     from sae_lens import SAE as SAELens
 
     torch.manual_seed(0)
@@ -246,7 +254,9 @@ def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, na
 @pytest.mark.parametrize("theta", [0.02, 0.3])
 @pytest.mark.parametrize("D, F", [(32, 256), (256, 1024)])
 def test_jumprelu_under_autocast_is_that_of_fp32(D, F, theta):
-    """Fails if z_pre goes through bf16 on its way to theta: its steps are wider than the window, the gradient is noise."""
+    """Fails if z_pre goes through bf16 on its way to theta:
+    its steps are wider than the window, the gradient is noise.
+    """
     torch.manual_seed(0)
     sae = jumprelu.SAE(D, F, target_l0=8)
     sae.theta.data.fill_(theta)
@@ -285,7 +295,9 @@ def test_biases_and_results_are_not_rounded_under_autocast(name):
 
 
 def test_gradients_of_rounded_factors_are_those_of_the_product():
-    """Fails if a gradient of the product under autocast is left out, or has another sign or shape: x, W, bias, centre."""
+    """Fails if a gradient of the product under autocast is left out, or has another sign or shape:
+    x, W, bias, centre.
+    """
     torch.manual_seed(0)
     shapes = (2, 3, 4), (4, 5), (5,), (4,)
     x, W_DF, b_F, centre_D = (torch.randn(shape).requires_grad_() for shape in shapes)

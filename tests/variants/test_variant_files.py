@@ -25,8 +25,9 @@ def run(tmp_path, tmp_path_factory, capsys):
 
     def call(out, *arguments):
         capsys.readouterr()
-        status = experiment.main(["--profile=tiny", "--num_tokens=8192", "--device=cpu", "--evals=core", f"--cache_dir={cache}",
-                                  f"--out_dir={tmp_path / out}", "--allow_identical", *arguments])
+        status = experiment.main(["--profile=tiny", "--num_tokens=8192", "--device=cpu", "--evals=core",
+                                  f"--cache_dir={cache}", f"--out_dir={tmp_path / out}", "--allow_identical",
+                                  *arguments])
         return status, *capsys.readouterr()
 
     return call
@@ -36,15 +37,17 @@ def info(folder: Path) -> dict:
     return json.loads((folder / "final_info.json").read_text())["layer_2"]
 
 
-# ------------------------------------------------------------------------------------------------ what Python cannot read or run
+# --------------------------------------------------------------------------------------- what Python cannot read or run
 
 
 @pytest.mark.parametrize("content, words", [
-    (TOPK.replace("def __init__(self", "def __init__((self").encode(), ["mine.py:22: invalid syntax", "correct that line"]),
+    (TOPK.replace("def __init__(self", "def __init__((self").encode(), ["mine.py:22: invalid syntax",
+                                                                        "correct that line"]),
     ('"""café"""\nfrom variants import topk\n'.encode("latin-1"), ["mine.py:1: ", "utf-8", "save the file as UTF-8"]),
     (b"x = 1\nyy\0\n", ["mine.py:2: the file holds a NUL byte", "save the file as UTF-8"]),
     (b"import sys\n\nsys.exit()\n", ["mine.py:3: the file ends the whole program", '__name__ == "__main__"']),
-    ((TOPK + "\nimport argparse\nargparse.ArgumentParser().parse_args(['--x'])\n").encode(), ["the file ends the whole program"]),
+    ((TOPK + "\nimport argparse\nargparse.ArgumentParser().parse_args(['--x'])\n").encode(),
+     ["the file ends the whole program"]),
 ], ids=["syntax", "latin-1", "NUL", "exit", "argparse"])
 def test_a_file_that_cannot_be_run_is_named_with_its_line(run, tmp_path, content, words):
     """Fails if the mistake ends in status 0, in words without file and line, or without an error.json."""
@@ -78,7 +81,7 @@ def test_an_edit_while_the_run_is_under_way_is_the_next_runs(run, tmp_path, monk
     assert status == 0 and "moved" in out and info(tmp_path / "run")["means"]["core.l0"] < 9
 
 
-# ------------------------------------------------------------------------------------------------ the variant's own report
+# --------------------------------------------------------------------------------------------- the variant's own report
 
 
 def test_a_report_that_fails_costs_neither_training_nor_evals(run, tmp_path, monkeypatch):

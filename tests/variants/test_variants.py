@@ -18,7 +18,9 @@ LATE = base.Progress(50, 100, 5000, 10_000)
 
 @pytest.mark.parametrize("F", [20, 120])
 def test_topk_sparse_paths_equal_dense_autograd(F):
-    """Fails if a gradient of the encoder, decoder or auxk, sparse or dense as the widths suggest, differs from plain autograd in fp64."""
+    """Fails if a gradient of the encoder, decoder or auxk, sparse or dense as the widths suggest,
+    differs from plain autograd in fp64.
+    """
     torch.manual_seed(0)
     B, D, K = 9, 6, 4
     assert base.sparse_pays(torch.device("cpu"), K, F) == (F == 120)
@@ -42,14 +44,17 @@ def test_topk_sparse_paths_equal_dense_autograd(F):
     auxk = ((residual_BD - aux_BD) ** 2).sum(1).mean() / ((residual_BD - residual_BD.mean(0)) ** 2).sum(1).mean()
     dense = (e_BD**2).sum(1).mean() + auxk / 32
     dense.backward()
-    assert loss.item() == pytest.approx(dense.item(), rel=1e-12) and terms["auxk"].item() == pytest.approx(auxk.item(), rel=1e-12)
+    assert loss.item() == pytest.approx(dense.item(),
+                                        rel=1e-12) and terms["auxk"].item() == pytest.approx(auxk.item(), rel=1e-12)
     for name, p in sae.named_parameters():
         assert torch.allclose(sparse[name], p.grad, rtol=1e-10, atol=1e-12), name
 
 
 @pytest.mark.parametrize("shift", [0.0, 2.3])
 def test_products_of_few_positive_features_equal_dense_autograd(shift):
-    """Fails if a product or gradient from the positive entries alone differs from plain autograd, also in rows without any."""
+    """Fails if a product or gradient from the positive entries alone differs from plain autograd,
+    also in rows without any.
+    """
     torch.manual_seed(0)
     pre_BF, W_FN = torch.randn(6, 2000, dtype=torch.float64) - shift, torch.randn(2000, 5, dtype=torch.float64)
     pre_BF[[0, 3, 5]] = -1.0
@@ -79,7 +84,9 @@ def test_auxk_reaches_dead_features_and_only_them():
 
 
 def test_auxk_of_a_residual_without_variance_is_zero():
-    """Fails if one token, equal tokens or a perfect reconstruction give 1e10 or a gradient, or if little counts as none."""
+    """Fails if one token, equal tokens or a perfect reconstruction give 1e10 or a gradient,
+    or if little counts as none.
+    """
     torch.manual_seed(0)
     sae, dead_F = topk.SAE(8, 40, k=4), torch.arange(40) >= 30
     x_BD, e_D = torch.randn(64, 8), torch.randn(8)
@@ -96,7 +103,9 @@ def test_auxk_of_a_residual_without_variance_is_zero():
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 0.99])
 def test_a_dominant_mean_is_where_b_dec_begins(share):
-    """Fails if a mean of ten times the spread stays in scale, b_dec or an encoder of x, or an ordinary stream is touched."""
+    """Fails if a mean of ten times the spread stays in scale, b_dec or an encoder of x,
+    or an ordinary stream is touched.
+    """
     torch.manual_seed(0)
     mean_D, noise_ND = torch.nn.functional.normalize(torch.randn(16), dim=0), torch.randn(20_000, 16) / 4
     raw_ND = 7 * (share**0.5 * mean_D + (1 - share) ** 0.5 * (noise_ND - noise_ND.mean(0)))
@@ -117,7 +126,9 @@ def test_a_dominant_mean_is_where_b_dec_begins(share):
 
 @pytest.mark.parametrize("every", [13, 5, 2])
 def test_auxk_is_its_formula(every):
-    """Fails if few dead features, more than auxk takes or half of all give another loss or gradient than plain autograd of the formula."""
+    """Fails if few dead features, more than auxk takes or half of all give another loss or gradient than
+    plain autograd of the formula.
+    """
     auxk_against_its_formula("cpu", every)
 
 
@@ -147,13 +158,16 @@ def auxk_against_its_formula(device, every):
 @pytest.mark.parametrize("dead", [None, 0, 3])
 @pytest.mark.parametrize("name", [name for name in OWN_VARIANTS if variants.load(name).SAE.data_parallel])
 def test_a_training_step_never_waits_for_the_device(name, dead):
-    """Fails if a step reads a value back: the meta device has none to give. Covers loss, projection, clip, counters, theta."""
+    """Fails if a step reads a value back: the meta device has none to give.
+    Covers loss, projection, clip, counters, theta.
+    """
     with torch.device("meta"):
         sae = variants.load(name).SAE(16, 64)
         sae.dead_on_host = dead
         optimizer = torch.optim.Adam(sae.parameters(), foreach=True)
         for step in (0, 10, 90):
-            loss, terms = experiment.train_step(sae, optimizer, base.Batch(torch.empty(32, 16)), base.Progress(step, 100, step * 32, 3200))
+            loss, terms = experiment.train_step(sae, optimizer, base.Batch(torch.empty(32, 16)),
+                                                base.Progress(step, 100, step * 32, 3200))
     assert loss.shape == () and all(term.shape == () for term in terms.values())
 
 
@@ -230,28 +244,35 @@ def test_a_variant_saelens_does_not_know_is_saved_whole(tmp_path):
     """Fails if the own format forgets hyper-parameters, buffers or the scale."""
     file = tmp_path / "mine.py"
     file.write_text("import torch\nfrom variants import base\n\nclass SAE(base.SAE):\n"
-                    "    def __init__(self, d_in, d_sae, power=1.0):\n        super().__init__(d_in, d_sae)\n        self.power = power\n"
+                    "    def __init__(self, d_in, d_sae, power=1.0):\n        super().__init__(d_in, d_sae)\n"
+                    "        self.power = power\n"
                     "        self.register_buffer('offset', torch.zeros(d_sae))\n"
-                    "    def encode(self, x):\n        return torch.relu(self.pre_activations(x) - self.offset) ** self.power\n"
+                    "    def encode(self, x):\n        return torch.relu(self.pre_activations(x) - self.offset) ** "
+                    "self.power\n"
                     "    def loss(self, batch, progress):\n        return self.encode(batch.x).sum(), {}\n")
     module = variants.load(str(file))
     sae = variants.build(module, 6, 10, {"power": 2.0})
     sae.offset += 0.05
     variants.kit.saving.save_sae(tmp_path / "sae", sae, 5.0, file, {"power": 2.0}, {})
     x = torch.randn(20, 6) * 5
-    assert torch.equal(variants.kit.saving.load_sae(tmp_path / "sae", trust_code=True).encode(x), base.TrainedSAE(sae, 5.0).encode(x))
+    assert torch.equal(variants.kit.saving.load_sae(tmp_path / "sae", trust_code=True).encode(x),
+                       base.TrainedSAE(sae, 5.0).encode(x))
 
 
 def test_a_variant_that_inherits_a_saelens_name_but_computes_something_else_is_saved_as_it_is(tmp_path):
-    """Fails if an edited encode under topk's `saelens` is written as SAELens' TopK: other features than were evaluated."""
+    """Fails if an edited encode under topk's `saelens` is written as SAELens' TopK:
+    other features than were evaluated.
+    """
     file = tmp_path / "edited.py"
-    file.write_text("from variants import topk\n\nclass SAE(topk.SAE):\n    def encode(self, x):\n        return super().encode(x) ** 2\n")
+    file.write_text("from variants import topk\n\nclass SAE(topk.SAE):\n    def encode(self, x):\n"
+                    "        return super().encode(x) ** 2\n")
     torch.manual_seed(0)
     sae = variants.build(variants.load(str(file)), 12, 40, {"k": 5})
     variants.kit.saving.save_sae(tmp_path / "sae", sae, 3.0, file, {"k": 5}, {})
     x = torch.randn(20, 12) * 3
     assert not (tmp_path / "sae/sae_weights.safetensors").exists()
-    assert torch.equal(variants.kit.saving.load_sae(tmp_path / "sae", trust_code=True).encode(x), base.TrainedSAE(sae, 3.0).encode(x))
+    assert torch.equal(variants.kit.saving.load_sae(tmp_path / "sae", trust_code=True).encode(x),
+                       base.TrainedSAE(sae, 3.0).encode(x))
 
 
 def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():
@@ -268,7 +289,9 @@ def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():
 
 
 def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_path):
-    """Fails if a further file in variants/, sound or broken, stops the collection of a test or becomes a case of one."""
+    """Fails if a further file in variants/, sound or broken,
+    stops the collection of a test or becomes a case of one.
+    """
     project, beside = PROJECT, tmp_path / "project"
     for part in ("evals", "runs", "tests", "variants"):
         shutil.copytree(project / part, beside / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -276,6 +299,6 @@ def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_pa
     shutil.copy(project / "README.md", beside)
     shutil.copy(beside / "variants/topk.py", beside / "variants/mine.py")
     (beside / "variants/broken.py").write_text("import sys\nsys.exit(3)\n")
-    collected = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"], cwd=beside, text=True,
-                               capture_output=True, timeout=300)
+    collected = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
+                               cwd=beside, text=True, capture_output=True, timeout=300)
     assert collected.returncode == 0 and "mine]" not in collected.stdout and "broken]" not in collected.stdout, collected.stdout[-2000:]

@@ -1,7 +1,7 @@
 """Names that trainers written for dictionary_learning and for this workflow's history lean on.
 
-A file in the imperative form (see variants/kit/imperative.py) may import them, `from variants.kit.compat import *`, or use them without any
-import: those it uses and never defines are lent to it when it is loaded.
+A file in the imperative form (see variants/kit/imperative.py) may import them, `from variants.kit.compat import *`, or
+use them without any import: those it uses and never defines are lent to it when it is loaded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn, optim
 from torch.nn import functional
 
 t, F = torch, functional
-__all__ = ["Any", "Callable", "ConstrainedAdam", "CustomSAEConfig", "Dict", "F", "List", "Optional", "SAETrainer", "Tensor", "Tuple",
-           "Union", "dataclass", "defaultdict", "deque", "field", "math", "namedtuple", "nn", "np", "optim", "t", "torch"]
+__all__ = ["Any", "Callable", "ConstrainedAdam", "CustomSAEConfig", "Dict", "F", "List", "Optional", "SAETrainer",
+           "Tensor", "Tuple", "Union", "dataclass", "defaultdict", "deque", "field", "math", "namedtuple", "nn", "np",
+           "optim", "t", "torch"]
 
 
 class SAETrainer:
@@ -38,8 +39,9 @@ class SAETrainer:
 class ConstrainedAdam(torch.optim.Adam):
     """Adam that keeps the features' directions in `constrained_params` at unit norm.
 
-    The gradient's part along each direction is removed before the step, the norm restored after it. Features are the longer side
-    of a matrix: the rows of W_dec [d_sae, d_in], the columns of an nn.Linear decoder's weight [d_in, d_sae]; rows if it is square.
+    The gradient's part along each direction is removed before the step, the norm restored after it. Features are the
+    longer side of a matrix: the rows of W_dec [d_sae, d_in], the columns of an nn.Linear decoder's weight [d_in,
+    d_sae]; rows if it is square.
     """
 
     def __init__(self, params, constrained_params, lr: float, betas: tuple[float, float] = (0.9, 0.999), **adam):
@@ -67,4 +69,5 @@ class CustomSAEConfig(SimpleNamespace):
     """Whatever such code records about its SAE: CustomSAEConfig(model_name, d_in, d_sae, hook_name, hook_layer, …)."""
 
     def __init__(self, model_name=None, d_in=None, d_sae=None, hook_name=None, hook_layer=None, **more):
-        super().__init__(model_name=model_name, d_in=d_in, d_sae=d_sae, hook_name=hook_name, hook_layer=hook_layer, **more)
+        super().__init__(model_name=model_name, d_in=d_in, d_sae=d_sae, hook_name=hook_name, hook_layer=hook_layer,
+                         **more)

@@ -1,10 +1,13 @@
-"""Whole contexts and attention patterns, for the variants that need them: what a block of activations holds, and batches from it.
+"""Whole contexts and attention patterns, for the variants that need them: what a block of activations holds, and
+batches from it.
 
-A block holds the trainable tokens of R rows (contexts) of T positions, in their order. Position 0 of a row is its BOS, which is left
-out of training like every other BOS, so the positions of a row start at 1 and have gaps.
+A block holds the trainable tokens of R rows (contexts) of T positions, in their order. Position 0 of a row is its BOS,
+which is left out of training like every other BOS, so the positions of a row start at 1 and have gaps.
     tokens_N, place_N           int32; place = row·T + position, ascending
-    attention_RATT              fp16, mean over heads, query × key position, for A layers; or, instead, its entries above a threshold:
-    pair_query_P, pair_key_P    int32, indices into the block's N tokens, sorted by query; key before query, in the same row
+    attention_RATT              fp16, mean over heads, query × key position, for A layers; or, instead, its entries
+                                above a threshold:
+    pair_query_P, pair_key_P    int32, indices into the block's N tokens, sorted by query; key before query, in the same
+                                row
     pair_attention_PA           fp16
 place_N, pair_query_P and pair_key_P stay on the host, where batches are put together; the others may lie on the device.
 
@@ -21,8 +24,10 @@ from torch import Tensor
 SYNTHETIC_CONTEXT = 8  # positions
 
 
-def sparse_attention(pattern_RATT: Tensor, place_N: Tensor, context: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(query_P, key_P int32, value_PA): pairs of different tokens for which one of the A layers exceeds the threshold, by query.
+def sparse_attention(pattern_RATT: Tensor, place_N: Tensor, context: int,
+                     threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(query_P, key_P int32, value_PA): pairs of different tokens for which one of the A layers exceeds the threshold,
+    by query.
 
     `place_N` and the pairs count from the first of these rows and of their tokens.
     """
@@ -38,17 +43,21 @@ def sparse_attention(pattern_RATT: Tensor, place_N: Tensor, context: int, thresh
 
 
 def rows_of_step(n_rows: int, steps: int, order_R: Tensor) -> list[Tensor]:
-    """The rows of each step: all of `order_R`, whole, in equal shares. ValueError where there are fewer rows than steps."""
+    """The rows of each step: all of `order_R`, whole, in equal shares.
+    ValueError where there are fewer rows than steps.
+    """
     if steps > n_rows:
         raise ValueError(f"{steps} steps cannot share {n_rows} contexts: each needs at least one\n"
                          "make --batch_size at least as large as --context")
     return [order_R[i * n_rows // steps:(i + 1) * n_rows // steps] for i in range(steps)]
 
 
-def take(block: dict[str, Tensor], rows: Tensor, context: int, layer_x_ND: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+def take(block: dict[str, Tensor], rows: Tensor, context: int, layer_x_ND: Tensor, device: torch.device
+         | str) -> dict[str, Tensor]:
     """The rows of a block (host int64 [C], in the order wanted) as fields of base.Batch on `device`, x in fp32.
 
-    Sizes and indices are worked out on the host from the block's place_N and pair_query_P, so nothing waits for the device.
+    Sizes and indices are worked out on the host from the block's place_N and pair_query_P, so nothing waits for the
+    device.
     """
     place_N = block["place_N"]
     start_C, stop_C = torch.searchsorted(place_N, torch.stack([rows, rows + 1]).to(place_N.dtype) * context)
@@ -69,7 +78,9 @@ def take(block: dict[str, Tensor], rows: Tensor, context: int, layer_x_ND: Tenso
 
 
 def _runs(start_C: Tensor, stop_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ranges start..stop one after the other: indices [n], number of the range [n], and what moves an index to its place [C]."""
+    """The ranges start..stop one after the other:
+    indices [n], number of the range [n], and what moves an index to its place [C].
+    """
     length_C = stop_C - start_C
     shift_C = length_C.cumsum(0) - stop_C
     range_n = torch.repeat_interleave(length_C)
@@ -82,7 +93,9 @@ def _pick(values: Tensor, index: Tensor, device: torch.device | str) -> Tensor:
 
 
 def synthetic(x_BD: Tensor, attention_layers: tuple[int, ...], threshold: float | None, seed: int) -> dict[str, Tensor]:
-    """Fields of base.Batch for activations x_BD, in contexts of 7 tokens with random ids and random causal attention patterns."""
+    """Fields of base.Batch for activations x_BD,
+    in contexts of 7 tokens with random ids and random causal attention patterns.
+    """
     generator = torch.Generator().manual_seed(seed)
     B, T = len(x_BD), SYNTHETIC_CONTEXT
     rows = torch.arange(-(-B // (T - 1)))
@@ -106,7 +119,9 @@ def synthetic(x_BD: Tensor, attention_layers: tuple[int, ...], threshold: float 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the batches of an SAE at `layer` hold of attention: layers relative to its own, dense or above a threshold."""
+    """What the batches of an SAE at `layer` hold of attention:
+    layers relative to its own, dense or above a threshold.
+    """
 
     layer: int
     offsets: tuple[int, ...]
@@ -122,7 +137,9 @@ class Attention:
         return [self.layer + offset for offset in self.offsets]
 
     def keep(self, pattern: dict[int, Tensor], place_N: Tensor, first: int) -> dict[str, Tensor]:
-        """Of the patterns {layer: [B, T, T]} of a few rows, what a block holds; `place_N` counts from these rows, `first` in the block."""
+        """Of the patterns {layer: [B, T, T]} of a few rows, what a block holds;
+        `place_N` counts from these rows, `first` in the block.
+        """
         pattern_RATT = torch.stack([pattern[layer] for layer in self.layers], 1)
         if self.threshold is None:
             return dict(attention_RATT=pattern_RATT)
@@ -142,7 +159,8 @@ class Attention:
         return f"attention_{self.layer}_{','.join(map(str, self.offsets))}_{self.threshold}"
 
 
-def gather(block: dict[str, Tensor], rows: Tensor, context: int, layer: int, attention: Attention | None, device: str) -> dict[str, Tensor]:
+def gather(block: dict[str, Tensor], rows: Tensor, context: int, layer: int, attention: Attention | None,
+           device: str) -> dict[str, Tensor]:
     """`take` for an SAE at `layer` from a block that may serve several."""
     return take(attention.of_block(block) if attention else block, rows, context, block[f"x_{layer}"], device)
 

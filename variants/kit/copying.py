@@ -9,14 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-ATOMS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+ATOMS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.FunctionType,
+         types.BuiltinFunctionType)
 
 
 def duplicate(sae: nn.Module, device: torch.device | str | None = None, but: tuple = ()) -> nn.Module:
     """An independent copy, on `device` where one is given; what is in `but` is shared with it.
 
-    Tensors kept with their graph, which cannot be copied, lose it; generators keep their state. Where a device is given, no second copy
-    is made on the present one, which need not hold two.
+    Tensors kept with their graph, which cannot be copied, lose it; generators keep their state. Where a device is
+    given, no second copy is made on the present one, which need not hold two.
     """
     memo = {id(shared): shared for shared in but}
     for leaf in leaves(sae, set(memo)):
@@ -28,7 +29,9 @@ def duplicate(sae: nn.Module, device: torch.device | str | None = None, but: tup
 
 
 def leaves(value, seen: set[int]) -> Iterator[Tensor | torch.Generator]:
-    """Every tensor and generator that hangs on a module or object, each once: in attributes, containers and helper objects."""
+    """Every tensor and generator that hangs on a module or object, each once:
+    in attributes, containers and helper objects.
+    """
     if isinstance(value, ATOMS) or id(value) in seen:
         return
     seen.add(id(value))

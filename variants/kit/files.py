@@ -16,7 +16,8 @@ def size(n_bytes: float) -> str:
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Give a written file or folder its name, so that after a power cut the name stands for the whole content or for the old one.
+    """Give a written file or folder its name, so that after a power cut the name stands for the whole content or for
+    the old one.
 
     A file must be synced already; of a folder all files are here.
     """

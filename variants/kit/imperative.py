@@ -1,11 +1,13 @@
-"""The imperative form of a variant: a trainer class with `.ae` and `.update(step, activations)`, as in dictionary_learning.
+"""The imperative form of a variant: a trainer class with `.ae` and `.update(step, activations)`, as in
+dictionary_learning.
 
-The class is the one called `Trainer`, or else the only class of the file with an `update` method; of several, the one that derives from
-SAETrainer, or that has `.ae`. Of the keywords it accepts it is given the sizes, steps, seed, device, layer and model name, and the
-learning rate if one is set; all others are its hyper-parameters. `update` gets x [B, D] with E‖x‖² = 1 and returns nothing, the loss,
-or a dict of numbers; `.ae` has encode(x [N, D]) -> [N, F] and decode. What else hangs on `.ae`, tensors and numbers, is part of its
-state. The class may declare `needs_contexts` and `attention_layers` (its update then names an argument `batch`) and define `report` and
-`feature_groups` as variants/base.py describes them.
+The class is the one called `Trainer`, or else the only class of the file with an `update` method; of several, the one
+that derives from SAETrainer, or that has `.ae`. Of the keywords it accepts it is given the sizes, steps, seed, device,
+layer and model name, and the learning rate if one is set; all others are its hyper-parameters. `update` gets x [B, D]
+with E‖x‖² = 1 and returns nothing, the loss, or a dict of numbers; `.ae` has encode(x [N, D]) -> [N, F] and decode.
+What else hangs on `.ae`, tensors and numbers, is part of its state. The class may declare `needs_contexts` and
+`attention_layers` (its update then names an argument `batch`) and define `report` and `feature_groups` as
+variants/base.py describes them.
 """
 
 from __future__ import annotations
@@ -32,12 +34,15 @@ from variants.kit.copying import duplicate
 # what the runner gives, under the names in use
 SUPPLIED = {
     "d_in": ("activation_dim", "d_in", "input_dim", "d_model", "act_size", "n_inputs"),
-    "d_sae": ("dict_size", "d_sae", "n_features", "hidden_dim", "n_latents", "num_latents", "latent_dim", "d_hidden", "num_features"),
-    "steps": ("steps", "total_steps", "num_steps"), "lr": ("lr", "learning_rate"), "seed": ("seed",), "device": ("device",),
+    "d_sae": ("dict_size", "d_sae", "n_features", "hidden_dim", "n_latents", "num_latents", "latent_dim", "d_hidden",
+              "num_features"),
+    "steps": ("steps", "total_steps", "num_steps"), "lr": ("lr", "learning_rate"), "seed": ("seed",),
+    "device": ("device",),
     "layer": ("layer", "hook_layer"), "lm_name": ("lm_name", "model_name"), "hook_name": ("hook_name",),
     "submodule_name": ("submodule_name",), "wandb_name": ("wandb_name", "run_name"),
 }
-SETTING = dict(steps=10_000, lr=None, seed=0, device="cpu", layer=0, lm_name="")  # for an SAE that is only to be read back
+# for an SAE that is only to be read back
+SETTING = dict(steps=10_000, lr=None, seed=0, device="cpu", layer=0, lm_name="")
 ONLY_IF_NEEDED = {"wandb_name", "submodule_name"}
 # lengths in steps that suit long runs: (usual length, most as a share of the run)
 SHRUNK = {"warmup_steps": (1000, 0.05), "sparsity_warmup_steps": (5000, 0.1), "threshold_start_step": (1000, 0.05),
@@ -46,25 +51,31 @@ MOST_ITEMS = 64  # tensors in a list or dict on the ae that are taken for its st
 GLANCE = 128  # tokens of each batch encoded once more, to see which features fire
 
 
-# ------------------------------------------------------------------------------------------------ finding and calling the class
+# ---------------------------------------------------------------------------------------- finding and calling the class
 
 
 def lent(tree: ast.Module) -> dict:
-    """Names of compat that a file with a trainer uses; what it imports or defines itself comes later and replaces them."""
+    """Names of compat that a file with a trainer uses;
+    what it imports or defines itself comes later and replaces them.
+    """
     classes = [c for c in ast.walk(tree) if isinstance(c, ast.ClassDef)]
-    if not any(c.name == "Trainer" or any(isinstance(f, ast.FunctionDef) and f.name == "update" for f in c.body) for c in classes):
+    if not any(c.name == "Trainer" or any(isinstance(f, ast.FunctionDef) and f.name == "update" for f in c.body)
+               for c in classes):
         return {}
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     return {name: getattr(compat, name) for name in compat.__all__ if name in used}
 
 
 def trainer_of(module: ModuleType, tree: ast.Module) -> type | None:
-    """The trainer class of a module, or None if it has none. AttributeError if it has several and none is called Trainer."""
+    """The trainer class of a module, or None if it has none.
+    AttributeError if it has several and none is called Trainer.
+    """
     file = Path(module.__file__).name
     if inspect.isclass(getattr(module, "Trainer", None)):
         if not callable(getattr(module.Trainer, "update", None)):
             methods = [n for n, f in vars(module.Trainer).items() if callable(f) and n[0] != "_"]
-            raise AttributeError(f"the class Trainer in {file} has no method update; it has {', '.join(methods) or 'none'}\n"
+            raise AttributeError(f"the class Trainer in {file} has no method update; it has "
+                                 f"{', '.join(methods) or 'none'}\n"
                                  "write def update(self, step, activations): one training step on activations [B, d_in]")
         return module.Trainer
     having = [c for c in vars(module).values() if inspect.isclass(c) and callable(getattr(c, "update", None))
@@ -76,7 +87,8 @@ def trainer_of(module: ModuleType, tree: ast.Module) -> type | None:
         if len(found) > 1:
             found = [c for c in found if is_trainer(c)] or found
     if len(found) > 1:
-        places = [f"{c.__name__} in line {definitions[c.__name__].lineno}" if c.__name__ in definitions else c.__name__ for c in found]
+        places = [f"{c.__name__} in line {definitions[c.__name__].lineno}" if c.__name__ in definitions else c.__name__
+                  for c in found]
         raise AttributeError(f"{file} defines {len(found)} classes with an update method ({', '.join(places)})\n"
                              f"call the one to run Trainer, or add a line: Trainer = {found[-1].__name__}")
     return found[0] if found else None
@@ -95,14 +107,17 @@ def _has_ae(c: type, definitions: dict[str, ast.ClassDef]) -> bool:
 
 def adapted(trainer_class: type) -> type[Imperative]:
     """The SAE class that runs a trainer class."""
-    declared = {name: getattr(trainer_class, name) for name in ("needs_contexts", "attention_layers", "attention_threshold")
+    declared = {name: getattr(trainer_class, name) for name in ("needs_contexts", "attention_layers",
+                                                                "attention_threshold")
                 if hasattr(trainer_class, name)}
-    return type("SAE", (Imperative,), {"trainer_class": trainer_class, "__module__": trainer_class.__module__, **declared})
+    return type("SAE", (Imperative,), {"trainer_class": trainer_class, "__module__": trainer_class.__module__,
+                                       **declared})
 
 
 def parameters_of(trainer_class: type) -> dict[str, inspect.Parameter]:
     """The named parameters of the trainer's __init__."""
-    return {n: p for n, p in inspect.signature(trainer_class).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {n: p for n, p in inspect.signature(trainer_class).parameters.items()
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def hyperparameters(trainer_class: type) -> dict[str, object]:
@@ -115,8 +130,8 @@ def hyperparameters(trainer_class: type) -> dict[str, object]:
 
 def keywords(trainer_class: type, d_in: int, d_sae: int, setting: dict, hyper: dict) -> dict:
     """What the trainer is constructed with; TypeError names what it needs and nobody gives."""
-    values = dict(d_in=d_in, d_sae=d_sae, hook_name=f"blocks.{setting['layer']}.hook_resid_post", wandb_name=trainer_class.__name__,
-                  submodule_name=f"resid_post_layer_{setting['layer']}", **setting)
+    values = dict(d_in=d_in, d_sae=d_sae, hook_name=f"blocks.{setting['layer']}.hook_resid_post",
+                  wandb_name=trainer_class.__name__, submodule_name=f"resid_post_layer_{setting['layer']}", **setting)
     accepted, given, missing = parameters_of(trainer_class), {}, []
     length = setting.get("schedule", setting["steps"])  # the preflight's few steps see schedules at their end
     for name, parameter in accepted.items():
@@ -142,11 +157,13 @@ def keywords(trainer_class: type, d_in: int, d_sae: int, setting: dict, hyper: d
     return given
 
 
-# ------------------------------------------------------------------------------------------------ the SAE that training and evals see
+# ---------------------------------------------------------------------------------- the SAE that training and evals see
 
 
 class Imperative(base.SAE):
-    """A trainer's `.ae` under the contract of base.SAE: any leading dimensions, one feature tensor, a decoder [F, D]."""
+    """A trainer's `.ae` under the contract of base.SAE:
+    any leading dimensions, one feature tensor, a decoder [F, D].
+    """
 
     trainer_class: type
     attention_threshold = None
@@ -160,7 +177,8 @@ class Imperative(base.SAE):
             near = [n for n, value in vars(trainer).items() if isinstance(value, nn.Module)]
             has = f"; it has {', '.join(near)}" if near else ""
             raise AttributeError(f"{type(trainer).__name__} has no module called ae{has}\n"
-                                 f"evals use trainer.ae.encode and trainer.ae.decode: set self.ae{f' = self.{near[0]}' if near else ''}")
+                                 f"evals use trainer.ae.encode and trainer.ae.decode: set "
+                                 f"self.ae{f' = self.{near[0]}' if near else ''}")
         self.ae = trainer.ae
         for method, given in (("encode", "x"), ("decode", "features")):
             check_called(self.ae, method, given)
@@ -184,9 +202,12 @@ class Imperative(base.SAE):
 
     @torch.no_grad()
     def _width(self) -> int:
-        """Number of features: of a copy of the ae, in eval mode, on rows like a batch's, so that looking changes nothing."""
+        """Number of features: of a copy of the ae, in eval mode, on rows like a batch's,
+        so that looking changes nothing.
+        """
         generator = torch.Generator().manual_seed(0)
-        x_ND = nn.functional.normalize(torch.randn(GLANCE, self.d_in, generator=generator), dim=1).to(self.setting["device"])
+        x_ND = nn.functional.normalize(torch.randn(GLANCE, self.d_in, generator=generator),
+                                       dim=1).to(self.setting["device"])
         probe, devices = duplicate(self.ae, but=(self.trainer,)), [x_ND.device] if x_ND.is_cuda else []
         with torch.random.fork_rng(devices), looking(probe):
             return self._features(probe, x_ND).shape[-1]
@@ -201,12 +222,14 @@ class Imperative(base.SAE):
         wide = [part for part in parts if isinstance(part, Tensor) and part.ndim == 2 and len(part) == len(x_ND)]
         counters = self._buffers.get("tokens_since_fired")
         width = self.d_sae if counters is None else len(counters)
-        fitting = [part for part in wide if part.shape[1] == width] or [part for part in wide if part.shape[1] != self.d_in]
+        fitting = [part for part in wide if part.shape[1] == width] or [part for part in wide
+                                                                        if part.shape[1] != self.d_in]
         what = f"{len(parts)} values" if parts else f"a {type(found).__name__}"
         if not fitting:
             raise TypeError(f"{place_of(ae.encode)}: ae.encode returned {what}: evals need one tensor of "
                             "features [tokens, number of features]\n"
-                            "return the features alone; what update needs besides, give behind a keyword: encode(x, return_gate=False)")
+                            "return the features alone; what update needs besides, give behind a keyword: encode(x, "
+                            "return_gate=False)")
         self.__dict__["returned"] = f"{what}, of which the first of shape [tokens, {fitting[0].shape[1]}] is taken as the features"
         return fitting[0]
 
@@ -221,7 +244,9 @@ class Imperative(base.SAE):
 
     @property
     def decoder(self) -> Tensor:
-        """[F, D]: the ae's own matrix where four of its rows agree with what decode does, else decode applied to each feature."""
+        """[F, D]: the ae's own matrix where four of its rows agree with what decode does,
+        else decode applied to each feature.
+        """
         with looking(self.ae):
             return self._decoder()
 
@@ -243,7 +268,9 @@ class Imperative(base.SAE):
         return torch.cat([decoded(part) for part in torch.arange(F, device=device).split(512)])
 
     def update(self, batch: base.Batch, progress: base.Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """The trainer's own step; returns its loss and numbers. Where it gives no loss: ‖x − x_hat‖² of some tokens after the step."""
+        """The trainer's own step; returns its loss and numbers. Where it gives no loss:
+        ‖x − x_hat‖² of some tokens after the step.
+        """
         named = {"batch": batch} if self._takes_batch else {}
         out = self.trainer.update(progress.step, batch.x, **named)
         if self.trainer.ae is not self.ae:  # replaced by a wider one, say
@@ -268,7 +295,8 @@ class Imperative(base.SAE):
     @property
     def default_lr(self) -> float:
         """The learning rate the trainer chose."""
-        return next((float(lr) for lr in (getattr(self.trainer, n, None) for n in SUPPLIED["lr"]) if lr is not None), base.SAE.default_lr)
+        return next((float(lr) for lr in (getattr(self.trainer, n, None) for n in SUPPLIED["lr"]) if lr is not None),
+                    base.SAE.default_lr)
 
     def report(self, context: dict):
         """What the trainer reports, and the numbers it names for logging."""
@@ -297,7 +325,8 @@ class Imperative(base.SAE):
 
     def load_state_dict(self, state, strict: bool = True, assign: bool = False):
         formal = nn.Module.state_dict(self).keys()
-        own = {name: tensor for name, tensor in state.items() if name not in formal and self.holder_of(name) is not None}
+        own = {name: tensor for name, tensor in state.items() if name not in formal
+               and self.holder_of(name) is not None}
         result = super().load_state_dict({name: t for name, t in state.items() if name not in own}, strict, assign)
         for name in sorted(own, key=lambda name: (len(name), name)):  # a list's second entry before its tenth
             _put(self.holder_of(name), *PLACE.match(name).group(2, 3), own[name])
@@ -320,7 +349,8 @@ def check_called(ae: nn.Module, method: str, given: str) -> None:
     function = getattr(ae, method, None)
     if not callable(function):
         raise AttributeError(f"{type(ae).__name__} has no method {method}\n"
-                             "evals need ae.encode(x) -> features [tokens, number of features] and ae.decode(features) -> x_hat")
+                             "evals need ae.encode(x) -> features [tokens, number of features] and ae.decode(features) "
+                             "-> x_hat")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # built in, or made by a compiler: what it takes is seen when it is called
@@ -344,7 +374,9 @@ def dtype_of(ae: nn.Module) -> torch.dtype:
 
 
 def takes_batch(update) -> bool:
-    """Whether a trainer's update asks for the whole batch: by the argument's name alone, behind step and activations."""
+    """Whether a trainer's update asks for the whole batch:
+    by the argument's name alone, behind step and activations.
+    """
     return "batch" in list(inspect.signature(update).parameters)[2:]
 
 
@@ -442,7 +474,9 @@ PLAIN_NUMBERS = (bool, int, float)
 
 
 def captured(value, depth: int = 0):
-    """Tensors, numbers, containers, modules, optimisers, schedulers as plain containers of tensors and numbers; `Skip` for the rest."""
+    """Tensors, numbers, containers, modules, optimisers, schedulers as plain containers of tensors and numbers;
+    `Skip` for the rest.
+    """
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, np.generic):
@@ -456,7 +490,8 @@ def captured(value, depth: int = 0):
     if isinstance(value, nn.Module):
         own = {k: v for k, v in vars(value).items() if k not in MODULE_INTERNALS}
         below = {name: m for name, m in value.named_modules() if name}
-        below = {n: captured({k: v for k, v in vars(m).items() if k not in MODULE_INTERNALS}, depth + 1) for n, m in below.items()}
+        below = {n: captured({k: v for k, v in vars(m).items() if k not in MODULE_INTERNALS}, depth + 1)
+                 for n, m in below.items()}
         return dict(state=dict(value.state_dict()), own=captured(own, depth + 1), modules=below)
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         # the counters of an optimiser written in the file are not in its state dict
@@ -489,7 +524,8 @@ def tensors_of(value, name: str = "", depth: int = 0) -> dict[str, Tensor]:
         parts = dict(enumerate(value))
     else:
         parts = vars(value) if depth == 0 else {}
-    return {k: t for key, part in parts.items() if depth < 6 for k, t in tensors_of(part, f"{name}.{key}".lstrip("."), depth + 1).items()}
+    return {k: t for key, part in parts.items() if depth < 6
+            for k, t in tensors_of(part, f"{name}.{key}".lstrip("."), depth + 1).items()}
 
 
 GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
@@ -500,7 +536,8 @@ def _generator_state(generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
         return list(generator.getstate())
-    state = generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state(legacy=False)
+    state = generator.bit_generator.state if isinstance(generator,
+                                                        np.random.Generator) else generator.get_state(legacy=False)
     return captured(state)
 
 
@@ -510,7 +547,8 @@ def _set_generator_state(generator, state) -> None:
     elif isinstance(generator, random.Random):
         generator.setstate((state[0], tuple(state[1]), state[2]))
     else:
-        plain = {k: {n: v.numpy() if isinstance(v, Tensor) else v for n, v in part.items()} if isinstance(part, dict) else part
+        plain = {k: {n: v.numpy() if isinstance(v, Tensor) else v for n, v in part.items()} if isinstance(part, dict)
+                 else part
                  for k, part in state.items()}
         if isinstance(generator, np.random.Generator):
             generator.bit_generator.state = plain
@@ -531,7 +569,9 @@ MODULE_INTERNALS = set(vars(nn.Module()))
 
 
 def restored(here, saved):
-    """Put `saved` back into `here`, in place where tensors and containers allow it, so that aliases stay aliases; returns the value."""
+    """Put `saved` back into `here`, in place where tensors and containers allow it, so that aliases stay aliases;
+    returns the value.
+    """
     if isinstance(here, Tensor) and isinstance(saved, Tensor):
         if here.shape == saved.shape and here.dtype == saved.dtype:
             return here.copy_(saved)

@@ -1,13 +1,14 @@
 """SAEs made elsewhere, read as variants of this project: `find` says what lies at a place, `build` makes the module.
 
 A place is one of
-    a folder in SAELens' format (cfg.json + sae_weights.safetensors, of any version) or in the own format of variants/kit/saving.py
-    a dictionary_learning folder (ae.pt + config.json), or a folder that holds several (trainer_0, trainer_1, …)
-    a run folder: everything under its sae/
+    a folder in SAELens' format (cfg.json + sae_weights.safetensors, of any version) or in the own format of
+    variants/kit/saving.py a dictionary_learning folder (ae.pt + config.json), or a folder that holds several
+    (trainer_0, trainer_1, …) a run folder: everything under its sae/
     `release:sae_id` from SAELens' list of pretrained SAEs, fetched from the Hugging Face hub
 
-Features are those the file's own library gives. What that library does besides this project's formulas (centring, decoder norms,
-factors) is folded into the weights; what no weights can express is refused. D = d_in, F = d_sae, N any number of rows.
+Features are those the file's own library gives. What that library does besides this project's formulas (centring,
+decoder norms, factors) is folded into the weights; what no weights can express is refused. D = d_in, F = d_sae, N any
+number of rows.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from variants.kit.copying import duplicate
 class Found:
     """One SAE at a place, its weights not kept in memory yet."""
 
-    variant: str  # a variant's name; or the path of the variant.py beside the weights (own format), if it is none of variants/
+    # a variant's name; or the path of the variant.py beside the weights (own format), if it is none of variants/
+    variant: str
     d_in: int
     d_sae: int
     hyper: dict  # the hyper-parameters that follow from the file
     scale: float | None  # own format: what training divided activations by; None: the weights take raw activations
-    metadata: dict  # model_name, hook_name, layer (the residual stream after this block); None where the file does not say
+    # model_name, hook_name, layer (the residual stream after this block); None where the file does not say
+    metadata: dict
     load: Callable[[], dict[str, Tensor]]  # the state dict, in the variant's names and shapes
     place: str = ""  # for messages
     setting: dict = dataclasses.field(default_factory=dict)  # what its trainer was told of the run (variants.build)
@@ -51,12 +54,14 @@ class Found:
 # ------------------------------------------------------------------------------------------------ what lies where
 
 FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "ae.pt", "config.json"}
-EXPECTED = ("give a SAELens folder (cfg.json, sae_weights.safetensors), a dictionary_learning folder (ae.pt, config.json), "
-            "a run folder (sae/), or release:sae_id of SAELens")
+EXPECTED = ("give a SAELens folder (cfg.json, sae_weights.safetensors), a dictionary_learning folder (ae.pt, "
+            "config.json), a run folder (sae/), or release:sae_id of SAELens")
 
 
 def find(place: str) -> dict[str, Found]:
-    """Every SAE at a place, by the name of its folder. FileNotFoundError, ValueError, or ConnectionError if the hub gives nothing."""
+    """Every SAE at a place, by the name of its folder.
+    FileNotFoundError, ValueError, or ConnectionError if the hub gives nothing.
+    """
     path = Path(place)
     release, colon, sae_id = place.partition(":")
     if colon and not path.exists() and not Path(release).exists():
@@ -69,7 +74,8 @@ def find(place: str) -> dict[str, Found]:
     folders = [folder] if holds_sae(folder) else inside(folder / "sae") or inside(folder)
     if not folders:
         there = [p.name for p in sorted(folder.iterdir())] if folder.is_dir() else ["a file"]
-        raise ValueError(f"{place}: no SAE found; there is {', '.join(there[:8] + ['…'] * (len(there) > 8)) or 'nothing'}\n{EXPECTED}")
+        raise ValueError(f"{place}: no SAE found; there is "
+                         f"{', '.join(there[:8] + ['…'] * (len(there) > 8)) or 'nothing'}\n{EXPECTED}")
     return {one.name: read(one) for one in folders}
 
 
@@ -78,7 +84,9 @@ def holds_sae(folder: Path) -> bool:
 
 
 def inside(folder: Path) -> list[Path]:
-    """The folders in a folder that hold an SAE, trainer_2 before trainer_10; a name with a dot in front is a half-written one."""
+    """The folders in a folder that hold an SAE, trainer_2 before trainer_10;
+    a name with a dot in front is a half-written one.
+    """
     found = [p for p in folder.iterdir() if p.name[0] != "." and holds_sae(p)] if folder.is_dir() else []
     return sorted(found, key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])
 
@@ -99,7 +107,8 @@ def read_json(file: Path) -> dict:
     except ValueError as error:  # also for bytes that are no UTF-8
         raise ValueError(f"{file} is not JSON: {error}\nwas it cut off, or edited?") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__} and not an object of settings\nwas it cut off, or edited?")
+        raise ValueError(f"{file} holds a {type(found).__name__} and not an object of settings\n"
+                         "was it cut off, or edited?")
     return found
 
 
@@ -115,7 +124,9 @@ AGAIN = "it was cut off or garbled: copy it again from where it came, or train t
 
 
 def undamaged(file: Path, cfg: dict) -> Path:
-    """A file of weights that can be opened and has the bytes it was written with, as far as cfg.json says which; else ValueError."""
+    """A file of weights that can be opened and has the bytes it was written with, as far as cfg.json says which;
+    else ValueError.
+    """
     from safetensors import SafetensorError, safe_open
 
     from evals.storage.identity import file_digest
@@ -151,7 +162,8 @@ def check_trusted(found: Found) -> None:
     trained_as = read_json(Path(found.variant).with_name("cfg.json")).get("variant")
     differs = f" (it differs from variants/{trained_as}.py)" if trained_as in variants.names() else ""
     raise ValueError(f"{found.variant} is code that is not in variants/{differs}: it would be run\n"
-                     "read it, then give --trust_code (in Python: trust_code=True); or copy it into variants/ under a name of its own")
+                     "read it, then give --trust_code (in Python: trust_code=True); or copy it into variants/ under a "
+                     "name of its own")
 
 
 def metadata_of(cfg: dict) -> dict:
@@ -176,7 +188,8 @@ def check_residual(hook: str | None, place: str) -> None:
 
 
 def build(found: Found, trust_code: bool = False) -> base.SAE:
-    """The variant's module with the weights found, fp32, on the CPU. ValueError if they do not fit, or the variant's file was edited.
+    """The variant's module with the weights found, fp32, on the CPU. ValueError if they do not fit, or the variant's
+    file was edited.
 
     A variant.py that is none of variants/ is run with `trust_code` alone, else refused by ValueError.
     """
@@ -189,13 +202,17 @@ def build(found: Found, trust_code: bool = False) -> base.SAE:
     sae = variants.build(module, found.d_in, found.d_sae, hyper, found.setting)
     state = fill(sae, found)
     if not own and not unedited(sae, found.variant, hyper, state):
-        raise ValueError(f"{found.place}: variants/{found.variant}.py gives these weights other features than they were trained to give\n"
-                         f"if you edited it, keep the edit under a name of its own and restore variants/{found.variant}.py")
+        raise ValueError(f"{found.place}: variants/{found.variant}.py gives these weights other features than they "
+                         "were trained to give\n"
+                         f"if you edited it, keep the edit under a name of its own and restore "
+                         f"variants/{found.variant}.py")
     return sae
 
 
 def fill(sae: base.SAE, found: Found) -> dict[str, Tensor]:
-    """Put the weights found into a module, and return them; ValueError names those that are missing, left over or misshapen."""
+    """Put the weights found into a module, and return them;
+    ValueError names those that are missing, left over or misshapen.
+    """
     try:
         state = found.load()
     except KeyError as error:
@@ -204,9 +221,11 @@ def fill(sae: base.SAE, found: Found) -> dict[str, Tensor]:
     # no foreign file has the counters of a training run
     needed = expected if found.scale is not None else dict(sae.named_parameters())
     plain = {name for name in state.keys() - expected.keys() if sae.holder_of(name) is not None}  # of a trainer's ae
-    wrong = {"missing": sorted(needed.keys() - state.keys()), "unexpected": sorted(state.keys() - expected.keys() - plain),
+    wrong = {"missing": sorted(needed.keys() - state.keys()),
+             "unexpected": sorted(state.keys() - expected.keys() - plain),
              "of another shape": [f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}"
-                                  for name in sorted(expected.keys() & state.keys()) if state[name].shape != expected[name].shape]}
+                                  for name in sorted(expected.keys() & state.keys())
+                                  if state[name].shape != expected[name].shape]}
     if any(wrong.values()):
         raise ValueError(f"{found.place}: the weights do not fit the variant {found.variant}: "
                          + "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
@@ -217,7 +236,9 @@ def fill(sae: base.SAE, found: Found) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def unedited(sae: base.SAE, variant: str, hyper: dict, state: dict[str, Tensor]) -> bool:
-    """Whether a variant's file still computes the published features, on random activations of any scale around b_dec."""
+    """Whether a variant's file still computes the published features,
+    on random activations of any scale around b_dec.
+    """
     directions_ND = F.normalize(torch.randn(64, sae.d_in, generator=torch.Generator().manual_seed(0)), dim=1)
     reach = state["b_dec"].norm().clamp_min(1.0)  # far smaller steps from b_dec would drown in its rounding
     x_ND = state["b_dec"] + torch.logspace(-2, 3, 64)[:, None] * reach * directions_ND
@@ -245,7 +266,9 @@ def published(variant: str, hyper: dict, state: dict[str, Tensor], x_ND: Tensor)
 
 @torch.no_grad()
 def rescale(sae: base.SAE, scale: float) -> None:
-    """Turn weights for raw activations into weights for activations divided by `scale`, in place: x_raw/scale gives z_raw/scale."""
+    """Turn weights for raw activations into weights for activations divided by `scale`, in place:
+    x_raw/scale gives z_raw/scale.
+    """
     for name in ("b_enc", "b_dec", "b_gate", "b_mag", "theta"):
         tensor = getattr(sae, name, None)
         if tensor is not None:
@@ -265,13 +288,15 @@ def recentred(state: dict[str, Tensor], now: bool, wanted: bool) -> dict[str, Te
 
 # ------------------------------------------------------------------------------------------------ SAELens
 
-ARCHITECTURES = {  # SAELens' name -> variants that give the same features: the first, unless the file says how it was trained
+# SAELens' name -> variants that give the same features: the first, unless the file says how it was trained
+ARCHITECTURES = {
     "standard": ("standard", "standard_april", "p_anneal"),
     "topk": ("topk", "batch_topk", "matryoshka_batch_topk"),
     "gated": ("gated",),
     "jumprelu": ("jumprelu", "batch_topk", "matryoshka_batch_topk"),
 }
-# SAELens 6 trains "standard" with free decoder norms, and saves these three for inference under another name or the same
+# SAELens 6 trains "standard" with free decoder norms, and saves these three for inference under another name or the
+# same
 TRAINED_AS = {"standard": "standard_april", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka_batch_topk"}
 FOLDED_BY = {  # SAELens' methods for the normalisations that weights can hold
     "expected_average_only_in": "fold_activation_norm_scaling_factor(factor)",
@@ -300,7 +325,8 @@ def read_release(release: str, sae_id: str) -> Found:
     known, place = get_pretrained_saes_directory(), f"{release}:{sae_id}"
     if release not in known:
         near = difflib.get_close_matches(release, known, 1, 0)[0]
-        raise FileNotFoundError(f"{place}: there is no such folder, and SAELens has no release {release!r}; the nearest is {near!r}\n"
+        raise FileNotFoundError(f"{place}: there is no such folder, and SAELens has no release {release!r}; the "
+                                f"nearest is {near!r}\n"
                                 f"{EXPECTED}")
     ids = known[release].saes_map
     if sae_id not in ids:
@@ -312,13 +338,14 @@ def read_release(release: str, sae_id: str) -> Found:
     except OSError as error:  # the hub's own errors and those of its connections are of this kind
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ConnectionError(f"{place}: the Hugging Face hub did not give it: {reason[:300]}\n"
-                              "check the connection, and for a gated repository HF_TOKEN; or save it where the hub is reached "
-                              "(SAE.from_pretrained(…).save_model(folder)) and give that folder") from error
+                              "check the connection, and for a gated repository HF_TOKEN; or save it where the hub is "
+                              "reached (SAE.from_pretrained(…).save_model(folder)) and give that folder") from error
     weights = theirs.state_dict()
     return saelens_found(theirs.cfg.to_dict(), weights["W_enc"].shape, weights.get("threshold"), lambda: weights, place)
 
 
-def saelens_found(cfg: dict, shape, threshold_F: Tensor | None, load: Callable[[], dict[str, Tensor]], place: str) -> Found:
+def saelens_found(cfg: dict, shape, threshold_F: Tensor | None, load: Callable[[], dict[str, Tensor]],
+                  place: str) -> Found:
     """What SAELens' configuration and weights amount to here; ValueError for what weights cannot express."""
     architecture, k = refused(cfg, place)
     variant, hyper = trained_as(cfg, architecture, threshold_F)
@@ -326,11 +353,14 @@ def saelens_found(cfg: dict, shape, threshold_F: Tensor | None, load: Callable[[
         hyper = hyper | {"k": k}
     if variant == "jumprelu":
         hyper = {"target_l0": min(32, shape[1])} | hyper
-    return Found(variant, *shape, hyper, None, metadata_of(cfg), lambda: saelens_state(load(), cfg, variant, place), place)
+    return Found(variant, *shape, hyper, None, metadata_of(cfg), lambda: saelens_state(load(), cfg, variant, place),
+                 place)
 
 
 def refused(cfg: dict, place: str) -> tuple[str, int | None]:
-    """SAELens' architecture and k, after refusing by ValueError what changes the features and cannot be folded into weights."""
+    """SAELens' architecture and k, after refusing by ValueError what changes the features and
+    cannot be folded into weights.
+    """
     activation = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"  # these two before version 6
     architecture = "topk" if activation == "topk" else cfg.get("architecture") or "standard"
     k = (cfg.get("activation_fn_kwargs") or {}).get("k") or cfg.get("k")
@@ -340,32 +370,41 @@ def refused(cfg: dict, place: str) -> tuple[str, int | None]:
                          + (f"save it for inference: sae.save_inference_model(folder) writes one of {known}"
                             if architecture in TRAINED_AS else f"known: {known}"))
     if activation not in ("relu", "topk"):
-        raise ValueError(f"{place}: no variant has the activation function {activation!r}\nchoose an SAE with relu or topk")
+        raise ValueError(f"{place}: no variant has the activation function {activation!r}\n"
+                         "choose an SAE with relu or topk")
     if architecture == "topk" and not k:
         raise ValueError(f"{place}: a topk SAE whose cfg.json says no k\nadd \"k\": … to {Path(place) / 'cfg.json'}")
     normalise = cfg.get("normalize_activations") or "none"
-    normalise = "expected_average_only_in" if normalise is True else normalise  # the two values it once had were True and False
+    # the two values it once had were True and False
+    normalise = "expected_average_only_in" if normalise is True else normalise
     if normalise != "none":
-        raise ValueError(f"{place}: it takes activations normalised by {normalise!r}, and its weights do not hold that\n"
-                         + (f"fold it in SAELens first: sae.{FOLDED_BY[normalise]}, then sae.save_model(folder)" if normalise in FOLDED_BY
+        raise ValueError(f"{place}: it takes activations normalised by {normalise!r}, and its weights do not hold "
+                         "that\n"
+                         + (f"fold it in SAELens first: sae.{FOLDED_BY[normalise]}, then sae.save_model(folder)"
+                            if normalise in FOLDED_BY
                             else "it differs from token to token, which no weights express; choose another SAE"))
     said = cfg | (cfg.get("metadata") or {})
     hook = said.get("hook_name") or said.get("hook_point") or ""
     if said.get("hook_name_out") not in (None, hook):
-        raise ValueError(f"{place}: a transcoder from {hook} to {said['hook_name_out']}\nchoose an SAE: it reconstructs what it reads")
+        raise ValueError(f"{place}: a transcoder from {hook} to {said['hook_name_out']}\n"
+                         "choose an SAE: it reconstructs what it reads")
     check_residual(cfg["reshape_activations"] if cfg.get("reshape_activations") == "hook_z" else hook, place)
     return architecture, k
 
 
 def trained_as(cfg: dict, architecture: str, threshold_F: Tensor | None) -> tuple[str, dict]:
-    """The variant a SAELens file was trained as, with its hyper-parameters, if the file says so; else the architecture's first."""
+    """The variant a SAELens file was trained as, with its hyper-parameters, if the file says so;
+    else the architecture's first.
+    """
     said = cfg.get("metadata") or {}
     variant, hyper = said.get("architecture_variant"), said.get("hyper") or {}
     if variant is None:
         details = said.get("training_architecture_details") or {}
         variant, hyper = TRAINED_AS.get(said.get("training_architecture")), {k: v for k, v in details.items() if k == "k"}
-    one_threshold = threshold_F is not None and bool(threshold_F.max() - threshold_F.min() <= 1e-5 * threshold_F.abs().max())
-    if variant not in ARCHITECTURES[architecture] or (architecture == "jumprelu" and variant != "jumprelu" and not one_threshold):
+    one_threshold = (threshold_F is not None
+                     and bool(threshold_F.max() - threshold_F.min() <= 1e-5 * threshold_F.abs().max()))
+    if variant not in ARCHITECTURES[architecture] or (architecture == "jumprelu" and variant != "jumprelu"
+                                                      and not one_threshold):
         return architecture, {}
     return variant, hyper
 
@@ -373,7 +412,8 @@ def trained_as(cfg: dict, architecture: str, threshold_F: Tensor | None) -> tupl
 def saelens_state(weights: dict[str, Tensor], cfg: dict, variant: str, place: str) -> dict[str, Tensor]:
     """SAELens' tensors as the variant's state: factors, decoder norms and centring folded."""
     state = {name: tensor.detach().float() for name, tensor in weights.items()}
-    for name in {"scaling_factor", "finetuning_scaling_factor"} & state.keys():  # before version 6: on features, for the decoder only
+    # before version 6: on features, for the decoder only
+    for name in {"scaling_factor", "finetuning_scaling_factor"} & state.keys():
         factor_F = state.pop(name)
         if cfg.get("finetuning_scaling_factor"):
             state["W_dec"] = factor_F[:, None] * state["W_dec"]
@@ -403,19 +443,23 @@ DICTIONARIES = {  # class -> variant, and whether the class encodes x − b_dec
     "BatchTopKSAE": ("batch_topk", True),
     "MatryoshkaBatchTopKSAE": ("matryoshka_batch_topk", True),
 }
-RENAMED = {"bias": "b_dec", "decoder_bias": "b_dec", "decoder.bias": "b_dec", "encoder.bias": "b_enc", "gate_bias": "b_gate",
+RENAMED = {"bias": "b_dec", "decoder_bias": "b_dec", "decoder.bias": "b_dec", "encoder.bias": "b_enc",
+           "gate_bias": "b_gate",
            "mag_bias": "b_mag", "threshold": "theta"}
 TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}  # nn.Linear keeps [out, in]
 
 
-def from_dictionary_learning(dict_class: str, state: dict[str, Tensor], config: dict) -> tuple[str, dict, dict[str, Tensor]]:
-    """Variant, hyper-parameters and state dict of a dictionary of the library; `config` is config.json or its "trainer".
+def from_dictionary_learning(dict_class: str, state: dict[str, Tensor],
+                             config: dict) -> tuple[str, dict, dict[str, Tensor]]:
+    """Variant, hyper-parameters and state dict of a dictionary of the library; `config` is config.json or its
+    "trainer".
 
     A matryoshka's groups do not matter to its features; trained further it has those of the variant.
     """
     config = config.get("trainer", config)
     if dict_class not in DICTIONARIES:
-        raise ValueError(f"no variant reads dictionary_learning's class {dict_class!r}\nknown: {', '.join(DICTIONARIES)}")
+        raise ValueError(f"no variant reads dictionary_learning's class {dict_class!r}\n"
+                         f"known: {', '.join(DICTIONARIES)}")
     variant, centred = DICTIONARIES[dict_class]
     if dict_class == "AutoEncoder" and config.get("trainer_class") == "StandardTrainerAprilUpdate":
         variant = "standard_april"  # which leaves decoder norms free
@@ -439,7 +483,9 @@ def from_dictionary_learning(dict_class: str, state: dict[str, Tensor], config: 
 
 
 def flipped(file: Path) -> str | None:
-    """The first record of torch's zip archive whose bytes do not have its CRC-32, which torch.load does not look at; else None."""
+    """The first record of torch's zip archive whose bytes do not have its CRC-32, which torch.load does not look at;
+    else None.
+    """
     if not zipfile.is_zipfile(file):  # an older form, or cut off: opening it says so
         return None
     return _flipped(str(file), file.stat().st_size, file.stat().st_mtime_ns)
@@ -472,13 +518,16 @@ def read_dictionary_learning(folder: Path) -> Found:
         d_in, d_sae = state["W_enc"].shape
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and zipfile.is_zipfile(folder / "ae.pt"):
-            raise ValueError(f"{folder}: ae.pt holds more than tensors, and is not read for that reason\nsave ae.state_dict()") from None
+            raise ValueError(f"{folder}: ae.pt holds more than tensors, and is not read for that reason\n"
+                             "save ae.state_dict()") from None
         raise ValueError(f"{folder / 'ae.pt'} holds no readable weights\n{AGAIN}") from None
-    except (RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:  # torch's words for an archive that is cut off
+    # torch's words for an archive that is cut off
+    except (RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(f"{folder / 'ae.pt'} holds no readable weights: {reason}\n{AGAIN}") from None
     except KeyError as error:
-        raise ValueError(f"{folder}: ae.pt lacks {error}\nwas it made by another class than {trainer.get('dict_class')}?") from None
+        raise ValueError(f"{folder}: ae.pt lacks {error}\n"
+                         f"was it made by another class than {trainer.get('dict_class')}?") from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     layer, hook = trainer.get("layer"), trainer.get("submodule_name")
@@ -489,25 +538,29 @@ def read_dictionary_learning(folder: Path) -> Found:
     return Found(variant, d_in, d_sae, hyper, None, metadata, lambda: converted()[2], str(folder))
 
 
-# ------------------------------------------------------------------------------------------------ as the beginning of a run
+# -------------------------------------------------------------------------------------------- as the beginning of a run
 
 
 def settings_of(place: str, trust_code: bool = False) -> dict:
-    """What the SAEs at a place say of the settings left open: variant, width, layers. ValueError for code that is not trusted."""
+    """What the SAEs at a place say of the settings left open: variant, width, layers.
+    ValueError for code that is not trusted.
+    """
     found = list(find(place).values())
     for one in [] if trust_code else found:
         check_trusted(one)
     if len({(f.variant, f.d_sae) for f in found if f.scale is None}) > 1:
         raise ValueError(f"{place}: SAEs of several variants or widths\nname one of {', '.join(find(place))}")
     layers = sorted({f.metadata["layer"] for f in found if f.metadata["layer"] is not None})
-    return dict(variant=found[0].variant, d_sae=found[0].d_sae) | ({"layers": ",".join(map(str, layers))} if layers else {})
+    return dict(variant=found[0].variant, d_sae=found[0].d_sae) | ({"layers": ",".join(map(str, layers))} if layers
+                                                                   else {})
 
 
 def check_width(place: str, d_in: int) -> None:
     """ValueError where an SAE at a place was trained on another residual stream than one of `d_in` dimensions."""
     for one in find(place).values():
         if one.d_in != d_in:
-            raise ValueError(f"{one.place}: an SAE of {one.d_in} dimensions, and the model's residual stream has {d_in}\n"
+            raise ValueError(f"{one.place}: an SAE of {one.d_in} dimensions, and the model's residual stream has "
+                             f"{d_in}\n"
                              f"it was trained on {one.metadata['model_name'] or 'another model'}: give --model")
 
 
@@ -518,29 +571,39 @@ def files(place: str) -> list[Path]:
 
 
 def of_trainer(sae) -> base.SAE | None:
-    """The variant with the weights of an imperative trainer's ae, where it is of a class that dictionary_learning has; else None."""
+    """The variant with the weights of an imperative trainer's ae, where it is of a class that dictionary_learning has;
+    else None.
+    """
     try:
         config = getattr(sae.trainer, "config", None)
         config = config if isinstance(config, dict) else {}
         variant, hyper, state = from_dictionary_learning(type(sae.ae).__name__, sae.ae.state_dict(), config)
         return build(Found(variant, *state["W_enc"].shape, hyper, None, {}, lambda: state, variant))
-    except Exception:  # noqa: BLE001  a class of the same name that is another: whatever does not fit, the own format holds
+    # a class of the same name that is another: whatever does not fit, the own format holds
+    except Exception:  # noqa: BLE001
         return None
 
 
 def suffix(name: str) -> str:
-    """What tells an SAE from its siblings: `layer_12.k_40` -> `.k_40`, `layer_12` and a folder of any other name -> ``."""
-    return re.sub(r"^layer_\d+", "", name) if name.startswith("layer_") else f".{name}" if name.startswith("trainer_") else ""
+    """What tells an SAE from its siblings: `layer_12.k_40` -> `.k_40`,
+    `layer_12` and a folder of any other name -> ``.
+    """
+    return re.sub(r"^layer_\d+", "",
+                  name) if name.startswith("layer_") else f".{name}" if name.startswith("trainer_") else ""
 
 
 def hypers_of(place: str, known: dict, fixed: dict) -> dict[str, dict]:
-    """Hyper-parameters per SAE of a layer, by the suffix of its name: those found, where the variant knows them, and the fixed ones."""
+    """Hyper-parameters per SAE of a layer, by the suffix of its name:
+    those found, where the variant knows them, and the fixed ones.
+    """
     return {suffix(name): {k: v for k, v in f.hyper.items() if k in known} | fixed for name, f in find(place).items()}
 
 
 @torch.no_grad()
 def fold_norms(sae: base.SAE, place: str) -> None:
-    """Give an SAE decoder rows of unit norm without changing what it does, in place; ValueError where its activation forbids that."""
+    """Give an SAE decoder rows of unit norm without changing what it does, in place;
+    ValueError where its activation forbids that.
+    """
     norm_F, before = sae.W_dec.norm(dim=1).clamp_min(1e-12), base.TrainedSAE(duplicate(sae), 1.0)
     if (norm_F - 1).abs().max() < 1e-4:
         return
@@ -552,22 +615,26 @@ def fold_norms(sae: base.SAE, place: str) -> None:
     x_ND = sae.b_dec + torch.randn(64, sae.d_in, generator=torch.Generator().manual_seed(0))
     z_NF = before.encode(x_ND)
     if (base.TrainedSAE(sae, 1.0).encode(x_ND) - z_NF).norm() > 1e-3 * z_NF.norm():
-        raise ValueError(f"{place}: its decoder rows have norms {float(norm_F.min()):.3g} to {float(norm_F.max()):.3g}, and this variant "
-                         "keeps them at 1, which would select other features\n--num_tokens=0 evaluates it; to train it further choose "
-                         "--variant standard_april, or one of your own without unit_norm_decoder")
+        raise ValueError(f"{place}: its decoder rows have norms {float(norm_F.min()):.3g} to "
+                         f"{float(norm_F.max()):.3g}, and this variant keeps them at 1, which would select other "
+                         "features\n--num_tokens=0 evaluates it; to train it further choose --variant standard_april, "
+                         "or one of your own without unit_norm_decoder")
     sae.requires_grad_(True).train()  # TrainedSAE freezes what it wraps
 
 
 def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> float | None:
-    """Give a fresh SAE the weights found for `name` (layer_12.k_40); returns the scale they are relative to, None for raw activations.
+    """Give a fresh SAE the weights found for `name` (layer_12.k_40); returns the scale they are relative to, None for
+    raw activations.
 
     Weights of another variant are taken where names and shapes agree, encoder and decoder at least. ValueError.
     """
     found = find(place)
     layer = re.match(r"layer_(\d+)", name)[1]
-    fitting = [f for key, f in found.items() if suffix(key) == suffix(name) and f.metadata["layer"] in (None, int(layer))]
+    fitting = [f for key, f in found.items() if suffix(key) == suffix(name)
+               and f.metadata["layer"] in (None, int(layer))]
     if name not in found and len(fitting) != 1:
-        raise ValueError(f"{place}: none of its SAEs is {name}\nthere are {', '.join(found)}: choose --layers and --sweep accordingly")
+        raise ValueError(f"{place}: none of its SAEs is {name}\n"
+                         f"there are {', '.join(found)}: choose --layers and --sweep accordingly")
     one = found[name] if name in found else fitting[0]
     like = build(one, trust_code)
     if sae.unit_norm_decoder:
@@ -578,7 +645,8 @@ def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> flo
     state, mine = recentred(like.state_dict(), like.centred, sae.centred), sae.state_dict()
     taken = {k: t for k, t in state.items() if k in mine and t.shape == mine[k].shape}
     if not {"W_enc", "W_dec"} <= taken.keys():
-        raise ValueError(f"{one.place}: the weights of {one.variant} do not fit {type(sae).__module__}, not even W_enc and W_dec\n"
+        raise ValueError(f"{one.place}: the weights of {one.variant} do not fit {type(sae).__module__}, not even W_enc "
+                         "and W_dec\n"
                          "leave out --variant, or choose one of the same form and width")
     sae.load_state_dict(taken, strict=False)
     return one.scale

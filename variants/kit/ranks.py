@@ -1,9 +1,10 @@
 """Several processes that train together under torchrun: which one this is, and what they tell each other.
 
-torch.distributed does the work, NCCL between GPUs, gloo between CPUs and for what the hosts agree on. In one process every function
-here is the identity. Ranks *train together* (`together`) where a variant declares `data_parallel`: each takes an equal share of every
-batch, gradients are averaged, and what is not a mean over tokens goes through `mean`, `smallest`, `any_of`. Else the first
-rank trains alone on whole batches, and the others only do their part of the language model's passes.
+torch.distributed does the work, NCCL between GPUs, gloo between CPUs and for what the hosts agree on. In one process
+every function here is the identity. Ranks *train together* (`together`) where a variant declares `data_parallel`: each
+takes an equal share of every batch, gradients are averaged, and what is not a mean over tokens goes through `mean`,
+`smallest`, `any_of`. Else the first rank trains alone on whole batches, and the others only do their part of the
+language model's passes.
 
 Shapes: N tokens of a block, n those of this rank, W ranks, and as in base.py.
 """
@@ -31,14 +32,17 @@ def join(device: str) -> None:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # a lost process ends the others at once, by torchrun; the time is what a rank may need for a preflight with downloads, or for evals
+    # a lost process ends the others at once, by torchrun; the time is what a rank may need for a preflight with
+    # downloads, or for evals
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=24))
     _number, _count = dist.get_rank(), dist.get_world_size()
 
 
 def through(sae) -> bool:
-    """At the end of training, when all ranks are; whether the trained SAE is elsewhere: spread over them, or on the first alone."""
+    """At the end of training, when all ranks are; whether the trained SAE is elsewhere:
+    spread over them, or on the first alone.
+    """
     elsewhere = is_sharded(sae) or (_number > 0 and not _together)
     train_together(False)
     meet()
@@ -52,7 +56,8 @@ def meet() -> None:
 
 
 def dealt(items: list) -> Iterator:
-    """Of several ranks, each gets its share; then, when all are through, the first those of the others: some may have failed there.
+    """Of several ranks, each gets its share; then, when all are through, the first those of the others: some may have
+    failed there.
 
     The ranks part (`leave`) before that.
     """
@@ -65,7 +70,9 @@ def dealt(items: list) -> Iterator:
 
 
 def leave() -> bool:
-    """At the end of what is done together; whether this rank is the first, which goes on alone. The others keep their number."""
+    """At the end of what is done together; whether this rank is the first, which goes on alone.
+    The others keep their number.
+    """
     global _count, _together
     _count, _together = 1, False
     if dist.is_initialized():
@@ -74,7 +81,9 @@ def leave() -> bool:
 
 
 def end(status: int) -> None:
-    """End the process with that exit status; of several ranks at once: threads of a group may abort a process that unwinds."""
+    """End the process with that exit status; of several ranks at once:
+    threads of a group may abort a process that unwinds.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -136,7 +145,9 @@ def total(value: float) -> float:
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """The first rank goes through the body before the others begin it: it may download or convert what all of them read."""
+    """The first rank goes through the body before the others begin it:
+    it may download or convert what all of them read.
+    """
     if number():
         agreed(lambda: None)
     yield
@@ -144,7 +155,7 @@ def first_before_others() -> Iterator[None]:
         agreed(lambda: None)
 
 
-# ------------------------------------------------------------------------------------------------ inside a step: nothing waits
+# ----------------------------------------------------------------------------------------- inside a step: nothing waits
 
 
 def mean(value: Tensor) -> Tensor:
@@ -192,7 +203,9 @@ def average_gradients(sae: torch.nn.Module) -> None:
 
 
 def shares(rows_RT: Tensor, index_N: Tensor) -> tuple[list[int], Tensor]:
-    """Where each rank's share of a block's rows, and of its tokens at the flat positions index_N, begins; last, where the block ends."""
+    """Where each rank's share of a block's rows, and of its tokens at the flat positions index_N, begins;
+    last, where the block ends.
+    """
     rows = [-(-len(rows_RT) * rank // count()) for rank in range(count() + 1)]  # the first rank has some, if any
     return rows, torch.searchsorted(index_N, torch.tensor(rows) * rows_RT.shape[1])
 
@@ -200,8 +213,8 @@ def shares(rows_RT: Tensor, index_N: Tensor) -> tuple[list[int], Tensor]:
 def in_order(x_nD: Tensor, starts: list[int], order_N: Tensor, batch: int) -> Tensor:
     """This rank's share of every batch of a shuffled block, [steps·batch/W, D], in the order of the steps.
 
-    `x_nD` holds the tokens starts[rank]..starts[rank + 1] of the block; batch i is order_N[i·batch:(i + 1)·batch] (host, int64) as in
-    one process, rank r's share its r-th part. One all-to-all; indices are worked out on the host.
+    `x_nD` holds the tokens starts[rank]..starts[rank + 1] of the block; batch i is order_N[i·batch:(i + 1)·batch]
+    (host, int64) as in one process, rank r's share its r-th part. One all-to-all; indices are worked out on the host.
     """
     W, r = count(), number()
     wanted_W = order_N.view(-1, W, batch // W).unbind(1)  # [steps, batch/W] for each rank
@@ -236,7 +249,9 @@ def first_rows(x_nD: Tensor, start: int, wanted: int) -> Tensor:
 
 
 def to_first(block: dict[str, Tensor], row: int, token: int, context: int) -> dict[str, Tensor]:
-    """On the first rank the whole block of which every rank has a part, from this row and this token on; on the others nothing."""
+    """On the first rank the whole block of which every rank has a part, from this row and this token on;
+    on the others nothing.
+    """
     if count() == 1:
         return block
     shift = dict(place_N=row * context, pair_query_P=token, pair_key_P=token)
@@ -260,23 +275,27 @@ def to_first(block: dict[str, Tensor], row: int, token: int, context: int) -> di
     return {} if number() else out
 
 
-# ------------------------------------------------------------------------------------------------ an SAE too wide for one rank
+# ----------------------------------------------------------------------------------------- an SAE too wide for one rank
 
 
 def shard(sae: torch.nn.Module) -> None:
-    """Spread parameters, gradients and optimiser state over the ranks with FSDP2, by features wherever a dimension has their number.
+    """Spread parameters, gradients and optimiser state over the ranks with FSDP2, by features wherever a dimension has
+    their number.
 
-    During a step each rank holds the whole parameters and gradients for a while. An optimiser must be made anew after it.
+    During a step each rank holds the whole parameters and gradients for a while. An optimiser must be made anew after
+    it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
     def by_features(parameter: Tensor) -> Shard:
-        return Shard(next((i for i, size in enumerate(parameter.shape) if size == sae.d_sae and size % count() == 0), 0))
+        return Shard(next((i for i, size in enumerate(parameter.shape) if size == sae.d_sae and size % count() == 0),
+                          0))
 
     kind = next(sae.parameters()).device.type
-    fully_shard(sae, mesh=init_device_mesh(kind, (count(),)), reshard_after_forward=False, shard_placement_fn=by_features)
+    fully_shard(sae, mesh=init_device_mesh(kind, (count(),)), reshard_after_forward=False,
+                shard_placement_fn=by_features)
     for method in ("loss", "encode", "decode"):
         register_fsdp_forward_method(sae, method)
 
@@ -286,7 +305,9 @@ def is_sharded(sae: torch.nn.Module) -> bool:
 
 
 def whole(state):
-    """A state dict with every sharded tensor put together, on the first rank's host; what is not sharded stays as it is."""
+    """A state dict with every sharded tensor put together, on the first rank's host;
+    what is not sharded stays as it is.
+    """
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -312,5 +333,6 @@ def load_optimizer(optimizer, state: dict) -> None:
         optimizer.load_state_dict(state)
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = state | dict(state={i: {k: parted(v, parameters[i]) for k, v in s.items()} for i, s in state["state"].items()})
+    state = (state | dict(state={i: {k: parted(v, parameters[i]) for k, v in s.items()}
+                                 for i, s in state["state"].items()}))
     optimizer.load_state_dict(state)

@@ -1,8 +1,8 @@
 """Trained SAEs on disk: SAELens' format where SAELens has the architecture, else the variant's own file with its state.
 
-SAELens' format (cfg.json + sae_weights.safetensors, read by `sae_lens.SAE.load_from_disk(folder)`): W_enc [D, F], b_enc [F] (gated:
-b_gate, b_mag, r_mag; jumprelu: also threshold), W_dec [F, D] with unit rows, b_dec [D], on raw activations: the training
-normalisation is folded into biases and thresholds.
+SAELens' format (cfg.json + sae_weights.safetensors, read by `sae_lens.SAE.load_from_disk(folder)`): W_enc [D, F], b_enc
+[F] (gated: b_gate, b_mag, r_mag; jumprelu: also threshold), W_dec [F, D] with unit rows, b_dec [D], on raw activations:
+the training normalisation is folded into biases and thresholds.
 Own format (cfg.json with architecture "variant", state.safetensors, variant.py). Either is read by one line:
 
     sae = variants.kit.saving.load_sae("run_1/sae/layer_12")   # encode(x_raw), decode(features), W_dec
@@ -27,7 +27,9 @@ FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "variant.py
 
 
 def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dict, metadata: dict) -> None:
-    """Write a trained SAE to `folder`, which appears whole or not at all. `source`: the variant's file. ValueError: `check_place`."""
+    """Write a trained SAE to `folder`, which appears whole or not at all. `source`: the variant's file. ValueError:
+    `check_place`.
+    """
     from safetensors.torch import save_file
 
     check_place(folder)
@@ -59,7 +61,9 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
 
 
 def note_digest(folder: Path) -> None:
-    """Note in cfg.json the SHA-256 of the weights beside it: no format of weights says by itself that a bit was flipped."""
+    """Note in cfg.json the SHA-256 of the weights beside it:
+    no format of weights says by itself that a bit was flipped.
+    """
     weights = next(folder.glob("*.safetensors"))
     cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     cfg["metadata"] = (cfg.get("metadata") or {}) | {interchange.DIGEST: files.digest(weights)}
@@ -67,13 +71,17 @@ def note_digest(folder: Path) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """ValueError where `save_sae` would write elsewhere than `folder` says, or remove what it has not written itself."""
+    """ValueError where `save_sae` would write elsewhere than `folder` says,
+    or remove what it has not written itself.
+    """
     if ".." in folder.parts or folder.is_symlink():
-        raise ValueError(f"{folder}: an SAE is saved in a folder of its own, without .. in its path, and through no link\n"
+        raise ValueError(f"{folder}: an SAE is saved in a folder of its own, without .. in its path, and through no "
+                         "link\n"
                          "give the path of that folder itself")
     others = sorted({file.name for file in folder.iterdir()} - FILES) if folder.is_dir() else []
     if others or folder.is_file():
-        raise ValueError(f"{folder} holds {', '.join(others[:3]) or 'a file'}, which is no saved SAE: it is not replaced\n"
+        raise ValueError(f"{folder} holds {', '.join(others[:3]) or 'a file'}, which is no saved SAE: it is not "
+                         "replaced\n"
                          "move that away, or save elsewhere")
 
 
@@ -92,7 +100,8 @@ def write_saelens(folder: Path, trained: base.TrainedSAE, cfg: dict) -> bool:
         (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
         if same(trained, load_sae(folder)):
             return True
-    except Exception:  # noqa: BLE001  other weights or shapes, a variant's file edited or deleted meanwhile: the own format holds all
+    # other weights or shapes, a variant's file edited or deleted meanwhile: the own format holds all
+    except Exception:  # noqa: BLE001
         pass
     for name in ("sae_weights.safetensors", "cfg.json"):
         (folder / name).unlink(missing_ok=True)
@@ -106,7 +115,8 @@ def same(trained: base.TrainedSAE, other: base.TrainedSAE) -> bool:
     x_ND = spread_ND + trained.decode(torch.zeros(1, len(trained.gain_F)))
     z_NF = trained.encode(x_ND)
     pairs = (z_NF, other.encode(x_ND)), (trained.decode(z_NF), other.decode(z_NF))
-    return all((one - two).norm() <= 1e-3 * one.norm() for one, two in pairs)  # features at a threshold may fall either way
+    # features at a threshold may fall either way
+    return all((one - two).norm() <= 1e-3 * one.norm() for one, two in pairs)
 
 
 def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:
@@ -125,7 +135,8 @@ def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_sae(folder: str | Path, trust_code: bool = False) -> base.TrainedSAE:
-    """Read a folder written by `save_sae` (either format), or any other that `interchange` knows; the result takes raw activations.
+    """Read a folder written by `save_sae` (either format), or any other that `interchange` knows; the result takes raw
+    activations.
 
     Its variant.py is run if it equals one in variants/, or with `trust_code`; else ValueError.
     """

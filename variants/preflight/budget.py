@@ -1,7 +1,7 @@
 """Whether a run fits the machine: memory by part and training time, before a weight is read.
 
-Host figures measured on the embedded profile (torch 2.13, CPU): 0.42 GB for the process when training starts, 0.36 GB more for the
-libraries of the evals; nothing of it lies in a GPU's memory, where the allocator's own figures count.
+Host figures measured on the embedded profile (torch 2.13, CPU): 0.42 GB for the process when training starts, 0.36 GB
+more for the libraries of the evals; nothing of it lies in a GPU's memory, where the allocator's own figures count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from variants.preflight.check import Findings, too_large
 
 PROCESS = {"cpu": 0.42e9, "cuda": 0.0}  # Python, torch, transformers, texts
 EVAL_LIBRARIES = {"cpu": 0.36e9, "cuda": 0.0}  # TransformerLens, scikit-learn
-LOGITS = {"cpu": 2**28, "cuda": 2**32}  # what the core eval allows itself for logits, and never more than an eighth of the memory
+# what the core eval allows itself for logits, and never more than an eighth of the memory
+LOGITS = {"cpu": 2**28, "cuda": 2**32}
 PASS_WIDTHS = 24  # activations a pass of the language model holds per token, in units of d_model
 FEATURES = 1  # fp32 tensors as wide as the SAE that an eval holds per token
 ACHIEVED = {"cpu": 0.8, "cuda": 0.4}  # shares of the matrix-product rate seen in practice
@@ -24,11 +25,13 @@ ACHIEVED = {"cpu": 0.8, "cuda": 0.4}  # shares of the matrix-product rate seen i
 
 def need(findings: Findings, copies: int, shape: dict, block_tokens: int, lm_tokens: int, itemsize: int, evals: bool,
          device: str, spread: int = 1, available: float = math.inf) -> dict[str, float]:
-    """Bytes by part for `copies` SAEs like the largest one, with gradients and Adam's two moments, stepped one after the other.
+    """Bytes by part for `copies` SAEs like the largest one, with gradients and Adam's two moments, stepped one after
+    the other.
 
-    shape: d_model and bytes of the language model; `block_tokens` times layers are kept, `lm_tokens` make one pass of the model, both
-    with `itemsize` bytes a number. `training` and `evals` are not needed at the same time: see `peak`. An SAE may be `spread` over
-    ranks; then its whole parameters and gradients are there beside its part of everything for the time of a step.
+    shape: d_model and bytes of the language model; `block_tokens` times layers are kept, `lm_tokens` make one pass of
+    the model, both with `itemsize` bytes a number. `training` and `evals` are not needed at the same time: see `peak`.
+    An SAE may be `spread` over ranks; then its whole parameters and gradients are there beside its part of everything
+    for the time of a step.
     """
     row = shape["d_model"] * itemsize
     features = FEATURES * 4 * lm_tokens * findings.parameters // (2 * shape["d_model"])
@@ -42,7 +45,8 @@ def need(findings: Findings, copies: int, shape: dict, block_tokens: int, lm_tok
 
 
 def rows_per_pass(free: float, context: int, row_bytes: int, device: str) -> int:
-    """Rows of a language-model pass: a power of two, within an eighth of the `free` bytes, no more tokens than still make it faster.
+    """Rows of a language-model pass: a power of two, within an eighth of the `free` bytes, no more tokens than still
+    make it faster.
 
     A GPU's matrix products reach their rate from some 10⁴ tokens on; on a CPU the caches are full with 2¹¹.
     """
@@ -55,47 +59,56 @@ def peak(parts: dict[str, float]) -> float:
     return parts["process"] + parts["lm"] + parts["saes"] + max(parts["training"], parts["evals"])
 
 
-def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Findings], evals: bool, sharing: int, available: float,
-         matmul_rate: float, limit: str = "") -> tuple[str, dict, str]:
-    """What a run with these settings needs of a rank's machine: in one line, as facts, and the problem where it does not fit, else "".
+def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Findings], evals: bool, sharing: int,
+         available: float, matmul_rate: float, limit: str = "") -> tuple[str, dict, str]:
+    """What a run with these settings needs of a rank's machine: in one line, as facts, and the problem where it does
+    not fit, else "".
 
-    Memory `available` in bytes, `limit` being what bounds it if not the machine itself, `matmul_rate` in FLOP/s; `sharing`: ranks that
-    share a batch. The facts also hold what follows from it: `lm_batch_size`, rows of a language-model pass, and `shard`, whether SAEs are
-    spread over the ranks.
+    Memory `available` in bytes, `limit` being what bounds it if not the machine itself, `matmul_rate` in FLOP/s;
+    `sharing`: ranks that share a batch. The facts also hold what follows from it: `lm_batch_size`, rows of a
+    language-model pass, and `shard`, whether SAEs are spread over the ranks.
     """
     largest, copies = max(findings, key=lambda f: f.parameter_bytes + f.step_peak_bytes), len(layers) * len(findings)
     itemsize, rows = getattr(torch, settings.dtype).itemsize, settings.lm_batch_size
     if rows == "auto":
         rows = rows_per_pass(available - shape["bytes"], settings.context, shape["d_model"] * itemsize, settings.device)
     block = min(settings.block_tokens, settings.num_tokens) * len(layers)
-    block = 4 * block // sharing if sharing > 1 else block  # while ranks exchange it: before and after, on its way, the last pass's
+    # while ranks exchange it: before and after, on its way, the last pass's
+    block = 4 * block // sharing if sharing > 1 else block
     lm_tokens = rows * settings.context
-    needs = [need(largest, copies, shape, block, lm_tokens, itemsize, evals, settings.device, spread, available) for spread in (1, sharing)]
+    needs = [need(largest, copies, shape, block, lm_tokens, itemsize, evals, settings.device, spread, available)
+             for spread in (1, sharing)]
     shard = sharing > 1 and (settings.shard or peak(needs[0]) > available)
     parts, all_ranks = needs[shard], ranks.count()
     flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) / all_ranks
                                        + 3 * settings.passes * copies * largest.parameters / sharing)
     line = "  ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
-    line += (f"  -> peak {peak(parts) / 1e9:.2f} GB of {available / 1e9:.1f} GB on {settings.device}; {copies} SAE{'s' * (copies > 1)} of "
-             f"{largest.parameters:,} parameters, {steps:,} steps of {settings.batch_size:,} tokens")
+    line += (f"  -> peak {peak(parts) / 1e9:.2f} GB of {available / 1e9:.1f} GB on {settings.device}; {copies} "
+             f"SAE{'s' * (copies > 1)} of {largest.parameters:,} parameters, {steps:,} steps of "
+             f"{settings.batch_size:,} tokens")
     if settings.lm_batch_size == "auto":
         line += f", {rows} rows of {settings.context} tokens a language-model pass"
     if all_ranks > 1:
-        line += f", {all_ranks} processes: " + ("each SAE spread over them" if shard else "each with its share of every batch"
-                                                if sharing > 1 else "each with its share of the language model's passes, one with the SAEs")
+        line += f", {all_ranks} processes: " + ("each SAE spread over them" if shard
+                                                else "each with its share of every batch"
+                                                if sharing > 1 else "each with its share of the language model's "
+                                                                    "passes, one with the SAEs")
     facts = dict(forecast_bytes=parts | dict(peak=peak(parts), available=available), lm_batch_size=rows, shard=shard,
                  forecast_training_seconds=round(flops / matmul_rate / ACHIEVED[settings.device]))
     if peak(parts) <= available:
         return line, facts, ""
     row = shape["d_model"] * itemsize
-    taken = dict(step=largest.step_peak_bytes, block=block * row, passes=lm_tokens * PASS_WIDTHS * row, saes=parts["saes"], lm=parts["lm"],
-                 process=parts["process"])
-    return line, facts, problem(settings, parts, taken, largest, available, dict(copies=copies, layers=len(layers), rows=rows), limit)
+    taken = dict(step=largest.step_peak_bytes, block=block * row, passes=lm_tokens * PASS_WIDTHS * row,
+                 saes=parts["saes"], lm=parts["lm"], process=parts["process"])
+    return line, facts, problem(settings, parts, taken, largest, available,
+                                dict(copies=copies, layers=len(layers), rows=rows), limit)
 
 
-def problem(settings, parts: dict[str, float], taken: dict[str, float], largest: Findings, available: float, counts: dict,
-            limit: str) -> str:
-    """What does not fit and what to do about it, by the part that takes most. `taken`: the bytes of each thing a setting decides."""
+def problem(settings, parts: dict[str, float], taken: dict[str, float], largest: Findings, available: float,
+            counts: dict, limit: str) -> str:
+    """What does not fit and what to do about it, by the part that takes most. `taken`:
+    the bytes of each thing a setting decides.
+    """
     there = f"there are {size(available)}" + (f" (by {limit})" if limit else "")
     if peak(parts | dict(evals=0.0)) <= available:
         return (f"training fits, but the evals need {size(parts['evals'])} beside the language model's and the SAEs' "
@@ -110,18 +123,21 @@ def problem(settings, parts: dict[str, float], taken: dict[str, float], largest:
     layers = f" × {n} layers" if n > 1 else ""
     tokens = min(settings.block_tokens, settings.num_tokens)
     what, advice = {
-        "block": (f"the block of activations (--block_tokens: {tokens:,} tokens{layers})", smaller_block(settings, taken, rest, available)),
+        "block": (f"the block of activations (--block_tokens: {tokens:,} tokens{layers})",
+                  smaller_block(settings, taken, rest, available)),
         "passes": (f"a pass of the language model (--lm_batch_size: {counts['rows']:,} rows of {width})",
                    "reduce --lm_batch_size, or --context"),
         "step": (f"a training step (--batch_size: {settings.batch_size:,} tokens)", "reduce --batch_size or --d_sae"),
-        "saes": (f"{counts['copies']} SAE{'s' * (counts['copies'] > 1)} with gradients and Adam's moments (--d_sae={settings.d_sae:,})",
+        "saes": (f"{counts['copies']} SAE{'s' * (counts['copies'] > 1)} with gradients and Adam's moments "
+                 f"(--d_sae={settings.d_sae:,})",
                  "reduce --d_sae" + (", or train fewer at once: --layers, --sweep" if counts["copies"] > 1 else "")),
-        "process": ("the process itself (Python, torch, texts)", "give it more memory: this is the least that a run needs"),
+        "process": ("the process itself (Python, torch, texts)", "give it more memory: this is the least that a run "
+                                                                 "needs"),
         "lm": (f"the language model ({settings.model} in {settings.dtype})",
                "choose a smaller --model" + (", or --dtype=bfloat16" if settings.dtype == "float32" else "")),
     }[dominant]
-    return (f"{what} alone takes {size(taken[dominant])} of the {size(peak(parts | dict(evals=0.0)))} that training needs, and "
-            f"{there}\n{advice}")
+    return (f"{what} alone takes {size(taken[dominant])} of the {size(peak(parts | dict(evals=0.0)))} that training "
+            f"needs, and {there}\n{advice}")
 
 
 def smaller_block(settings, taken: dict[str, float], rest: float, available: float) -> str:

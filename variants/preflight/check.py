@@ -1,7 +1,7 @@
 """Preflight of a variant: a few training steps on synthetic data, on the CPU, in seconds, before anything expensive.
 
-Every failure is one exception whose message is "file.py:line: what is wrong\\nwhat to do". The trial itself is in trial.py,
-the memory forecast in memory.py, the wording in messages.py; here is what is demanded.
+Every failure is one exception whose message is "file.py:line: what is wrong\\nwhat to do". The trial itself is in
+trial.py, the memory forecast in memory.py, the wording in messages.py; here is what is demanded.
 
 Shapes: B tokens, D = d_in, F = number of features.
 """
@@ -71,31 +71,35 @@ class Findings:
     parameters: int  # number of trainable and fixed parameters
     parameter_bytes: int
     buffer_bytes: int
-    step_peak_bytes: int  # most alive at once in loss, backward and after_step, besides parameters, gradients and optimiser
+    # most alive at once in loss, backward and after_step, besides parameters, gradients and optimiser
+    step_peak_bytes: int
     largest: tuple[int, tuple[int, ...], str]  # bytes, shape and "file.py:line" of the largest tensor of a step
     notes: list[str]
     active: float = 0.0  # share of the features that is active on the average token
 
 
-def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total_steps: int, lr: float | None, seed: int,
-        train_step: Callable, make_optimizer: Callable, reference_files: Iterable = (), against: str = "", allow_identical: bool = False,
-        allow_dense: bool = False, accelerator: bool = False, context: int | None = None, room: tuple[int, int] = (0, 0),
-        told: dict | None = None) -> Findings:
+def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total_steps: int, lr: float | None,
+        seed: int, train_step: Callable, make_optimizer: Callable, reference_files: Iterable = (), against: str = "",
+        allow_identical: bool = False, allow_dense: bool = False, accelerator: bool = False, context: int | None = None,
+        room: tuple[int, int] = (0, 0), told: dict | None = None) -> Findings:
     """Check a variant, by name or path, for training at the given real sizes; raises on the first thing that is wrong.
 
-    `train_step(sae, optimizer, batch, progress, lr)` and `make_optimizer(sae, lr)` are the training loop's. `reference_files`
-    are variants from which this one must differ in effect, unless `allow_identical`; `against` is another, of which it is said how far
-    this one gets from it. A code that is not sparse is refused unless `allow_dense`. With `accelerator` the memory forecast is for a GPU,
-    where shared functions take other paths. `context`: tokens per row; `room`: layers below and above the SAE's;
-    `told`: what a trainer is told of the run besides (layer, lm_name).
+    `train_step(sae, optimizer, batch, progress, lr)` and `make_optimizer(sae, lr)` are the training loop's.
+    `reference_files` are variants from which this one must differ in effect, unless `allow_identical`; `against` is
+    another, of which it is said how far this one gets from it. A code that is not sparse is refused unless
+    `allow_dense`. With `accelerator` the memory forecast is for a GPU, where shared functions take other paths.
+    `context`: tokens per row; `room`: layers below and above the SAE's; `told`: what a trainer is told of the run
+    besides (layer, lm_name).
     """
     if total_steps < 1:
         raise ValueError(f"{total_steps} training steps: there are fewer tokens than one batch of {batch_size}\n"
                          "raise --num_tokens or lower --batch_size")
     if lr is not None and not lr > 0:
-        raise ValueError(f"the learning rate is {lr}: nothing would be trained\nset --lr to a positive number, such as 3e-4")
+        raise ValueError(f"the learning rate is {lr}: nothing would be trained\n"
+                         "set --lr to a positive number, such as 3e-4")
     v = read(name, hyper)
-    setting = imperative.SETTING | (told or {}) | dict(steps=max(total_steps, STEPS), schedule=STEPS, lr=Plan.learning_rate, seed=seed)
+    setting = imperative.SETTING | (told or {}) | dict(steps=max(total_steps, STEPS), schedule=STEPS,
+                                                       lr=Plan.learning_rate, seed=seed)
     v = dataclasses.replace(v, setting=setting)
     check_signatures(v)
     with random_state(seed), one_thread():
@@ -138,8 +142,8 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
     if figures.waits:
         first, *others = sorted(figures.waits)
         lines = ", ".join([at(v, first), *map(str, others)])
-        notes.append(f"{lines} wait{'s' * (not others)} for the GPU in every step (.item(), float(), a condition on a tensor, or a mask "
-                     "as an index)")
+        notes.append(f"{lines} wait{'s' * (not others)} for the GPU in every step (.item(), float(), a condition on a "
+                     "tensor, or a mask as an index)")
     return Findings(figures.parameters, figures.parameter_bytes, figures.buffer_bytes, figures.peak_bytes,
                     (n_bytes, shape, place), notes, active)
 
@@ -166,9 +170,10 @@ def too_large(findings: Findings, limit_bytes: int) -> str | None:
         return None
     n_bytes, shape, place = findings.largest
     largest = f"a tensor of shape {list(shape)} ({in_units(n_bytes)}) at {place} is the largest; " if n_bytes else ""
-    return (f"{largest}training needs {in_units(need)}, {in_units(findings.step_peak_bytes)} of it in a step; the machine has "
-            f"{in_units(limit_bytes)}\n"
-            "reduce --batch_size or --d_sae, or make that tensor smaller: a sample of rows, one chunk at a time, only the pairs needed")
+    return (f"{largest}training needs {in_units(need)}, {in_units(findings.step_peak_bytes)} of it in a step; the "
+            f"machine has {in_units(limit_bytes)}\n"
+            "reduce --batch_size or --d_sae, or make that tensor smaller: a sample of rows, one chunk at a time, only "
+            "the pairs needed")
 
 
 def in_units(n_bytes: float) -> str:
@@ -191,11 +196,13 @@ def check_signatures(v: Variant) -> None:
         try:
             signature.bind(*[None] * 3, **named)
         except TypeError:
-            fail(v, defined(v, "update"), f"update{signature} has the wrong arguments, it is called as update(self, step, activations)",
-                 "write def update(self, step, activations):, and behind them batch if it needs contexts or attention; what else it "
-                 "takes needs a default")
+            fail(v, defined(v, "update"), f"update{signature} has the wrong arguments, it is called as update(self, "
+                                          "step, activations)",
+                 "write def update(self, step, activations):, and behind them batch if it needs contexts or attention; "
+                 "what else it takes needs a default")
         if (getattr(trainer, "needs_contexts", False) or getattr(trainer, "attention_layers", ())) and not named:
-            fail(v, defined(v, "update"), f"{trainer.__name__} declares contexts or attention, and update{signature} cannot be given them",
+            fail(v, defined(v, "update"), f"{trainer.__name__} declares contexts or attention, and update{signature} "
+                                          "cannot be given them",
                  "write def update(self, step, activations, batch):")
         return
     if v.module.SAE.loss is base.SAE.loss:
@@ -207,18 +214,24 @@ def check_signatures(v: Variant) -> None:
         try:
             signature.bind(*[None] * len(wanted.split(",")))
         except TypeError:
-            fail(v, defined(v, method), f"{method}{signature} has the wrong arguments, it is called as {method}{wanted}",
+            fail(v, defined(v, method),
+                 f"{method}{signature} has the wrong arguments, it is called as {method}{wanted}",
                  f"write def {method}{wanted}:")
 
 
 def check_needs(v: Variant, sae: base.SAE, batch_size: int, context: int | None, room: tuple[int, int]) -> None:
-    """The contexts and layers a variant asks for exist: what cannot be given is refused, never passed as a silent None."""
+    """The contexts and layers a variant asks for exist:
+    what cannot be given is refused, never passed as a silent None.
+    """
     offsets, threshold = sae.attention_layers, sae.attention_threshold
-    if not isinstance(offsets, (tuple, list)) or any(type(o) is not int for o in offsets) or len(set(offsets)) < len(offsets):
-        fail(v, declared(v, "attention_layers"), f"attention_layers = {offsets!r} is no tuple of different whole numbers",
+    if not isinstance(offsets, (tuple, list)) or any(type(o) is not int
+                                                     for o in offsets) or len(set(offsets)) < len(offsets):
+        fail(v, declared(v, "attention_layers"), f"attention_layers = {offsets!r} is no tuple of different whole "
+                                                 "numbers",
              "write offsets from the SAE's own layer: attention_layers = (-1, 0)")
     if beyond := [o for o in offsets if not -room[0] <= o <= room[1]]:
-        fail(v, declared(v, "attention_layers"), f"attention_layers asks for layer {beyond[0]:+d} from the SAE's own, and the model has "
+        fail(v, declared(v, "attention_layers"), f"attention_layers asks for layer {beyond[0]:+d} from the SAE's own, "
+                                                 "and the model has "
              f"{room[0]} below and {room[1]} above", "choose offsets inside, or other --layers")
     if threshold is not None and not (offsets and 0 <= threshold < 1):
         fail(v, declared(v, "attention_threshold"), f"attention_threshold = {threshold!r} "
@@ -229,11 +242,13 @@ def check_needs(v: Variant, sae: base.SAE, batch_size: int, context: int | None,
              f"give --batch_size {context} or more, or a shorter --context")
 
 
-# ------------------------------------------------------------------------------------------------ what the steps have shown
+# -------------------------------------------------------------------------------------------- what the steps have shown
 
 
 def reconstruction_error(v: Variant, sae: base.SAE, plan: Plan) -> float | None:
-    """‖x − x_hat‖² of the held-out batch, summed over D, averaged over B; None where encode does not return features."""
+    """‖x − x_hat‖² of the held-out batch, summed over D, averaged over B;
+    None where encode does not return features.
+    """
     probe = duplicate(sae).eval()
     with torch.no_grad(), random_state(plan.seed), attempting(v, "in encode and decode on [tokens, d_in]", plan.sizes):
         z_BF = probe.encode(plan.x_BD)
@@ -241,16 +256,21 @@ def reconstruction_error(v: Variant, sae: base.SAE, plan: Plan) -> float | None:
 
 
 def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str], allow_dense: bool) -> tuple[float, list[str]]:
-    """Some features fire, and not all of them always, unless what keeps them apart was set to 0, or allowed; the share that is active."""
-    line = defined(v, "encode") if v.is_trainer or v.module.SAE.encode is not base.SAE.encode else defined(v, "__init__")
+    """Some features fire, and not all of them always, unless what keeps them apart was set to 0, or allowed;
+    the share that is active.
+    """
+    line = defined(v,
+                   "encode") if v.is_trainer or v.module.SAE.encode is not base.SAE.encode else defined(v, "__init__")
     if not (z_BF > 0).any():
         if zero_weights:
             names = " and ".join(name.removeprefix("ae.") for name in zero_weights)
             advice = "start from random rows of unit norm, with the encoder their transpose" if v.is_trainer else (
                 "start from random rows, as base.SAE does, with W_enc = W_dec transposed")
-            fail(v, zeroed(v, zero_weights[0]) or line, f"no feature ever fires: {names} start{'s' * (len(zero_weights) == 1)} as all "
+            fail(v, zeroed(v, zero_weights[0]) or line, f"no feature ever fires: {names} "
+                                                        f"start{'s' * (len(zero_weights) == 1)} as all "
                  "zeros, so no gradient flows", advice)
-        fail(v, line, f"no feature ever fires: encode gives only zeros after {STEPS} steps (activations have E‖x‖² = 1)",
+        fail(v, line,
+             f"no feature ever fires: encode gives only zeros after {STEPS} steps (activations have E‖x‖² = 1)",
              "lower the threshold or the penalty, or check the sign of the bias and the initialisation")
     active = (z_BF != 0).float().mean().item()
     what = f"{active:.0%} of the features are active on the average token: this is no sparse code"
@@ -258,7 +278,8 @@ def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str], allow_dens
         return active, []
     why = "--allow_dense" if allow_dense else ", ".join(ablated(v))
     if not why:
-        fail(v, line, what, "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it; --allow_dense runs it "
+        fail(v, line, what, "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it; "
+                            "--allow_dense runs it "
              "all the same, marked")
     return active, [f"{at(v, line)}: {what} (with {why})"]
 
@@ -269,7 +290,9 @@ def ablated(v: Variant) -> list[str]:
 
 
 def check_gradients(v: Variant, sae: base.SAE, evidence: Evidence) -> list[str]:
-    """Every parameter and every loss term takes part in training, unless declared in no_gradient or ablated by a zero."""
+    """Every parameter and every loss term takes part in training,
+    unless declared in no_gradient or ablated by a zero.
+    """
     zeros = ablated(v)
     notes = []
 
@@ -283,21 +306,24 @@ def check_gradients(v: Variant, sae: base.SAE, evidence: Evidence) -> list[str]:
             continue
         line = computed(v, term)
         if term not in evidence.differentiable:
-            report(line, f"the loss term {term!r} has no gradient in any of {STEPS} steps: it is detached, a constant or a comparison",
+            report(line, f"the loss term {term!r} has no gradient in any of {STEPS} steps: it is detached, a constant "
+                         "or a comparison",
                    f"compute it from parameters without .detach(), .item() or >; or list it: no_gradient = ({term!r},)")
         elif term not in evidence.effective:
             report(line, f"the gradient of the loss term {term!r} is exactly 0 in all of {STEPS} steps",
-                   f"it has no effect on any parameter: check what it is computed from, or list it: no_gradient = ({term!r},)")
+                   f"it has no effect on any parameter: check what it is computed from, or list it: no_gradient = "
+                   f"({term!r},)")
         elif term in evidence.weighted:
             continue
         elif term in evidence.outside:
             report(line, f"the loss term {term!r} is returned but never added to the loss",
                    f"add it with its weight; or, if it is only to be logged, list it: no_gradient = ({term!r},)")
         elif term in evidence.unclear:
-            notes.append(f"{at(v, line)}: the loss does not contain the tensor returned as {term!r}; if it is not added in another "
-                         "form, it has no effect")
+            notes.append(f"{at(v, line)}: the loss does not contain the tensor returned as {term!r}; if it is not "
+                         "added in another form, it has no effect")
         else:
-            report(line, f"the loss term {term!r} is multiplied by 0 in all of {STEPS} steps, from the start of the run to its end",
+            report(line, f"the loss term {term!r} is multiplied by 0 in all of {STEPS} steps, from the start of the "
+                         "run to its end",
                    "give it a weight above 0, or take it out")
     for name, parameter in sae.named_parameters():
         if parameter.requires_grad and name not in evidence.trained and name not in sae.no_gradient:
@@ -317,13 +343,17 @@ def check_moved(v: Variant, sae: base.SAE, start: dict[str, Tensor], evidence: E
 
 
 def check_falls(v: Variant, before: tuple[list[float], float], after: tuple[list[float], float], plan: Plan) -> None:
-    """Training lowers the loss, as the beginning, the middle or the end of the run defines it, and not at x_hat's expense."""
+    """Training lowers the loss, as the beginning, the middle or the end of the run defines it,
+    and not at x_hat's expense.
+    """
     advice = "check the sign of every term and of every gradient written by hand, and what is detached"
     if not any(late < early for early, late in zip(before[0], after[0])) and not learns_by_heart(v, plan):
-        fail(v, defined(v, "loss"), f"the loss does not fall: {before[0][1]:.4g} before, {after[0][1]:.4g} after {STEPS} steps on "
+        fail(v, defined(v, "loss"), f"the loss does not fall: {before[0][1]:.4g} before, {after[0][1]:.4g} after "
+                                    f"{STEPS} steps on "
              "synthetic data", advice)
     if after[1] > max(before[1], 1.0):
-        fail(v, defined(v, "loss"), f"the reconstruction gets worse while the loss falls: ‖x − x_hat‖² is {before[1]:.4g} before and "
+        fail(v, defined(v, "loss"), f"the reconstruction gets worse while the loss falls: ‖x − x_hat‖² is "
+                                    f"{before[1]:.4g} before and "
              f"{after[1]:.4g} after {STEPS} steps, where 1 is no better than x_hat = 0", advice)
 
 
@@ -336,7 +366,8 @@ def finite(v: Variant, sae: imperative.Imperative, *_) -> None:
                  "guard divisions by a count that may be 0, roots and logarithms of 0; clip the gradient")
 
 
-def check_trained(v: Variant, sae: imperative.Imperative, start: dict[str, Tensor], before: float, after: float, plan: Plan) -> list[str]:
+def check_trained(v: Variant, sae: imperative.Imperative, start: dict[str, Tensor], before: float, after: float,
+                  plan: Plan) -> list[str]:
     """A trainer's update changes parameters and lowers ‖x − x_hat‖²; parameters it leaves alone are noted."""
     still = [n.removeprefix("ae.") for n, p in sae.named_parameters() if n in start and torch.equal(p, start[n])]
     line = defined(v, "update")
@@ -354,7 +385,8 @@ def check_trained(v: Variant, sae: imperative.Imperative, start: dict[str, Tenso
             pass
         after = reconstruction_error(again, fresh, whole)
         if after >= before:
-            fail(v, line, f"the reconstruction does not get better: ‖x − x_hat‖² is {before:.4g} before and {after:.4g} after {n} steps on "
+            fail(v, line, f"the reconstruction does not get better: ‖x − x_hat‖² is {before:.4g} before and "
+                          f"{after:.4g} after {n} steps on "
                  "synthetic data, where 1 is no better than x_hat = 0",
                  "check the sign of every term, what is detached, and the learning rate")
     return [f"{at(v, line)}: {', '.join(still)} did not change in {STEPS} steps"] if still else []
@@ -381,14 +413,17 @@ def check_resumed(v: Variant, plan: Plan) -> list[str]:
             why = "its next step differs"
         except Exception as error:  # noqa: BLE001  whatever a foreign trainer cannot take back
             why = str(error).splitlines()[0][:160]
-    return [f"{at(v, defined(v, '__init__'))}: an interrupted run cannot continue exactly ({why}): keep what training changes as tensors, "
-            "numbers, lists or dicts on the trainer"]
+    return [f"{at(v, defined(v, '__init__'))}: an interrupted run cannot continue exactly ({why}): keep what training "
+            "changes as tensors, numbers, lists or dicts on the trainer"]
 
 
 def learns_by_heart(v: Variant, plan: Plan) -> bool:
-    """Whether the loss of one batch falls when that batch is all there is: a second chance where k is 1 or the penalty strong."""
+    """Whether the loss of one batch falls when that batch is all there is:
+    a second chance where k is 1 or the penalty strong.
+    """
     middle = plan.points[STEPS // 2]
-    plan = dataclasses.replace(plan, x_SBD=plan.x_BD.expand(STEPS, -1, -1), points=[middle] * STEPS, learning_rate=1e-3, dead_at=())
+    plan = dataclasses.replace(plan, x_SBD=plan.x_BD.expand(STEPS, -1, -1), points=[middle] * STEPS, learning_rate=1e-3,
+                               dead_at=())
     losses = list(train(v, initialised(v, plan.sizes, plan), plan))
     return losses[-1] < losses[0]
 
@@ -403,7 +438,8 @@ def check_silent(v: Variant, sae: base.SAE, plan: Plan) -> None:
         if getattr(quiet, "b_dec", None) is not None and quiet.b_dec.shape == x_BD[0].shape:
             x_BD[0] = quiet.b_dec
     with random_state(plan.seed):
-        examine(v, Evidence(), quiet, as_batch(sae, x_BD), plan.points[-1], "where some features never fire and a token has none")
+        examine(v, Evidence(), quiet, as_batch(sae, x_BD), plan.points[-1],
+                "where some features never fire and a token has none")
 
 
 # ------------------------------------------------------------------------------------------------ encode and decode
@@ -418,7 +454,9 @@ def check_decoder(v: Variant, sae: base.SAE) -> None:
 
 
 def matches(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding; a few entries may differ where rounding changes which of two near-equal features is kept."""
+    """Equal up to rounding; a few entries may differ where rounding changes which of two
+    near-equal features is kept.
+    """
     return a.shape == b.shape and ((a - b).abs() > 1e-4 * a.abs().max().clamp_min(1e-12)).float().mean().item() < 5e-4
 
 
@@ -427,7 +465,8 @@ def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
     """encode on [B, D] gives a tensor [B, F], the same each time, and changes nothing; returns it."""
     probe, line = duplicate(sae).eval(), defined(v, "encode")
     with attempting(v, "in encode on [tokens, d_in]", plan.sizes):
-        probe.encode(plan.x_BD), probe.decoder  # once before: what follows from the weights may be stale after a step  # noqa: B018
+        # once before: what follows from the weights may be stale after a step  # noqa: B018
+        probe.encode(plan.x_BD), probe.decoder
         state = {k: t.clone() for k, t in probe.state_dict().items()}
         z_BF = probe.encode(plan.x_BD)
     if not isinstance(z_BF, Tensor):
@@ -435,7 +474,8 @@ def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
              "return z alone; what loss needs besides belongs into another method")
     width = len(probe.decoder)
     if z_BF.shape != (plan.sizes.B, width):
-        fail(v, line, f"encode gave shape {list(z_BF.shape)} for x [{plan.sizes.B}, {plan.sizes.D}]; the decoder has {width} rows",
+        fail(v, line, f"encode gave shape {list(z_BF.shape)} for x [{plan.sizes.B}, {plan.sizes.D}]; the decoder has "
+                      f"{width} rows",
              "encode must return one number per decoder row: (..., d_in) -> (..., number of features)")
     if not z_BF.isfinite().all():
         fail(v, line, "encode gives NaN or infinity", "guard divisions, roots and logarithms of 0")
@@ -443,10 +483,12 @@ def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
         again_BF = probe.encode(plan.x_BD)
     changed = [k for k, t in probe.state_dict().items() if not torch.equal(t, state[k])]
     if changed:
-        advice = "change it in update alone, or only while self.training" if v.is_trainer else "move the update into loss or after_step"
+        advice = ("change it in update alone, or only while self.training" if v.is_trainer
+                  else "move the update into loss or after_step")
         fail(v, line, f"encode changes {', '.join(changed)}: evals would alter the SAE they measure", advice)
     if not torch.equal(z_BF, again_BF):
-        fail(v, line, "encode gives different features for the same x", "no noise or dropout in encode unless self.training")
+        fail(v, line, "encode gives different features for the same x",
+             "no noise or dropout in encode unless self.training")
     return z_BF
 
 
@@ -461,29 +503,34 @@ def check_shapes(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[st
     if not isinstance(z, Tensor) or z.shape != (*contexts, z_BF.shape[1]):
         fail(v, defined(v, "encode"), f"encode gave {described(z)} for x {[*contexts, D]}", advice)
     if not matches(z_BF, z.reshape(z_BF.shape)):
-        fail(v, defined(v, "encode"), f"encode gives other features for x {[*contexts, D]} than for the same tokens as {[B, D]}", advice)
+        fail(v, defined(v, "encode"), f"encode gives other features for x {[*contexts, D]} than for the same tokens as "
+                                      f"{[B, D]}", advice)
     with attempting(v, "in decode on [tokens, features]", plan.sizes):
         x_hat_BD = probe.decode(z_BF)
-    with attempting(v, f"in decode on [batch, context, features] = {list(z.shape)}; [tokens, features] works", plan.sizes):
+    with attempting(v, f"in decode on [batch, context, features] = {list(z.shape)}; [tokens, features] works",
+                    plan.sizes):
         x_hat = probe.decode(z)
     for shape, found in (((B, D), x_hat_BD), ((*contexts, D), x_hat)):
         if not isinstance(found, Tensor) or found.shape != shape:
             fail(v, defined(v, "decode"), f"decode gave {described(found)} where {list(shape)} was due", advice)
     if not matches(x_hat_BD, x_hat.reshape(B, D)):
-        fail(v, defined(v, "decode"), "decode gives another reconstruction for [batch, context, features] than for [tokens, features]",
+        fail(v, defined(v, "decode"), "decode gives another reconstruction for [batch, context, features] than for "
+                                      "[tokens, features]",
              advice)
     trained = base.TrainedSAE(probe, 1.0)
     with attempting(v, "in encode on bf16 activations", plan.sizes):
         bf16 = trained.encode(plan.x_BD.bfloat16())
     if not torch.equal(bf16, trained.encode(plan.x_BD.bfloat16().float())):
-        fail(v, defined(v, "encode"), "encode gives other features for bf16 activations than for the same numbers in fp32",
+        fail(v, defined(v, "encode"), "encode gives other features for bf16 activations than for the same numbers in "
+                                      "fp32",
              "compute in the dtype of the weights")
     notes = []
     if not matches(z_BF[: B // 4], probe.encode(plan.x_BD[: B // 4])):
-        notes.append(f"{at(v, defined(v, 'encode'))}: a token's features depend on the other tokens passed with it, and evals pass others")
+        notes.append(f"{at(v, defined(v, 'encode'))}: a token's features depend on the other tokens passed with it, "
+                     "and evals pass others")
     if not matches(x_hat_BD - probe.decode(torch.zeros_like(z_BF)), z_BF @ probe.decoder):
-        notes.append(f"{at(v, defined(v, 'decode'))}: decode(z) is not z @ decoder plus a constant; evals that use decoder rows "
-                     "see other directions")
+        notes.append(f"{at(v, defined(v, 'decode'))}: decode(z) is not z @ decoder plus a constant; evals that use "
+                     "decoder rows see other directions")
     return notes
 
 
@@ -499,7 +546,8 @@ def check_saved(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[str
              "create every parameter and buffer in __init__, with its final shape")
     fresh.train(sae.training)
     if lost := state_outside(sae, fresh, lambda model: duplicate(model).eval().encode(plan.x_BD)):
-        fail(v, assigned(v, lost), f"a saved and loaded SAE gives other features: {lost} is learned, but it is no parameter or buffer",
+        fail(v, assigned(v, lost), f"a saved and loaded SAE gives other features: {lost} is learned, but it is no "
+                                   "parameter or buffer",
              f'use self.register_buffer("{lost.split(".")[-1]}", torch.tensor(…)) and change it in place')
 
     def loss(model):
@@ -509,8 +557,8 @@ def check_saved(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[str
     if v.is_trainer:  # check_resumed looks at what it goes on from
         return []
     lost = state_outside(sae, fresh, loss, plan.seed)
-    return [f"{at(v, assigned(v, lost))}: {lost} changes in training but is no parameter or buffer: an interrupted run cannot "
-            "continue exactly"] if lost else []
+    return [f"{at(v, assigned(v, lost))}: {lost} changes in training but is no parameter or buffer: an interrupted run "
+            "cannot continue exactly"] if lost else []
 
 
 def state_outside(sae: base.SAE, fresh: base.SAE, compute: Callable, seed: int = 0) -> str | None:
@@ -554,7 +602,7 @@ def check_scale(v: Variant, sae: base.SAE, plan: Plan) -> None:
              "encode must depend on x, the parameters and the buffers alone")
 
 
-# ------------------------------------------------------------------------------------------------ against known variants
+# ----------------------------------------------------------------------------------------------- against known variants
 
 
 def code(tree: ast.Module) -> str:
@@ -563,7 +611,8 @@ def code(tree: ast.Module) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body:
             first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if isinstance(first, ast.Expr) and isinstance(first.value,
+                                                          ast.Constant) and isinstance(first.value.value, str):
                 node.body = node.body[1:] or [ast.Pass()]
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             node.args.defaults = [ast.Constant(0)] * len(node.args.defaults)
@@ -572,12 +621,16 @@ def code(tree: ast.Module) -> str:
 
 
 def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:
-    """Lines of the statements of `mine` that `theirs` does not have; where there is none, of the functions with other arguments."""
+    """Lines of the statements of `mine` that `theirs` does not have;
+    where there is none, of the functions with other arguments.
+    """
     def statements(tree):
-        return [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt) and not hasattr(n, "body")]
+        return [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt)
+                and not hasattr(n, "body")]
 
     def headers(tree):
-        return [(f"{n.name}({ast.unparse(n.args)})", n.lineno) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        return [(f"{n.name}({ast.unparse(n.args)})", n.lineno) for n in ast.walk(tree)
+                if isinstance(n, ast.FunctionDef)]
 
     def new(parts) -> list[int]:
         known = {text for text, _ in parts(theirs)}
@@ -587,7 +640,9 @@ def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:
 
 
 def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, against: str = "") -> list[str]:
-    """The variant's change has an effect: it does not train bit for bit like one of the reference files, or like the one asked for."""
+    """The variant's change has an effect: it does not train bit for bit like one of the reference files,
+    or like the one asked for.
+    """
     notes, seen, mine = [], set(), None
     asked = variants.path(against) if against else None
     for file in [*([asked] if asked else []), *map(Path, files)]:
@@ -604,7 +659,8 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
         if code(other.tree) == code(v.tree):
             defaults = variants.hyperparameters(other.module)
             edited = [f"{k}={value}" for k, value in v.hyper.items() if defaults.get(k, value) != value]
-            notes.append(f"this is {known_as} with {', '.join(edited)}" if edited else f"this is the unmodified {known_as}")
+            notes.append(f"this is {known_as} with {', '.join(edited)}" if edited
+                         else f"this is the unmodified {known_as}")
             continue
         mine = mine or list(trajectory(v, plan))
         apart = distance(mine, other, plan, to_the_end=file == asked)
@@ -612,8 +668,10 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
             what = f"this variant trains bit-identically to {known_as}: its change has no effect"
             grouping = [groups(v), groups(other)]
             zeros = ablated(v)
-            if allowed or zeros or any(grouping):  # an ablation may leave the variant it came from; groups act in evals, not in training
-                notes += [what + " on training" + f" (with {', '.join(zeros)})" * bool(zeros)] * bool(allowed or zeros or grouping[0])
+            # an ablation may leave the variant it came from; groups act in evals, not in training
+            if allowed or zeros or any(grouping):
+                notes += [what + " on training"
+                          + f" (with {', '.join(zeros)})" * bool(zeros)] * bool(allowed or zeros or grouping[0])
                 continue
             lines = changed_lines(v.tree, other.tree)
             fail(v, lines[0] if lines else None, what + (f" (it differs in line{'s' if len(lines) > 1 else ''} "
@@ -621,7 +679,8 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
                  "make sure the new code is called and its result used; --allow_identical runs it all the same")
         if file == asked:
             how = "cannot be compared in its features" if apart is None else f"differ by {apart:.2g} of their size"
-            notes.append(f"trains differently from {known_as}: after {STEPS} steps on synthetic data the reconstructions {how}")
+            notes.append(f"trains differently from {known_as}: after {STEPS} steps on synthetic data the "
+                         f"reconstructions {how}")
     return notes
 
 
@@ -632,13 +691,16 @@ def groups(v: Variant) -> bool:
 
 
 def like(v: Variant, other: Variant, plan: Plan) -> Variant:
-    """Another variant with the hyper-parameters and schedules that this one runs with, where it knows them. ValueError if one is open."""
+    """Another variant with the hyper-parameters and schedules that this one runs with, where it knows them.
+    ValueError if one is open.
+    """
     mine = v.hyper
     if v.is_trainer:  # as it is constructed: a schedule is cut to the run in both or in neither
         mine = v.hyper | imperative.keywords(v.module.SAE.trainer_class, plan.sizes.D, plan.sizes.F, v.setting, v.given)
     known = variants.hyperparameters(other.module)
     shared = {key: mine[key] for key in known if key in mine}
-    if missing := [key for key, value in (known | shared).items() if value is inspect.Parameter.empty and key not in imperative.SHRUNK]:
+    if missing := [key for key, value in (known | shared).items() if value is inspect.Parameter.empty
+                   and key not in imperative.SHRUNK]:
         raise ValueError(f"its hyper-parameter {missing[0]!r} has no value")
     return Variant(other.module, other.file, other.tree, shared, known | shared, v.setting)
 
@@ -667,7 +729,8 @@ def trajectory(v: Variant, plan: Plan):
 def distance(mine: list[Moment], other: Variant, plan: Plan, to_the_end: bool = False) -> float | None:
     """0.0 where the other's features, reconstructions and shared parameters are mine to the last bit after every step.
 
-    Else ‖x_hat − theirs‖/‖x_hat‖ after the step at which they part, or the last one; None where the other cannot run here.
+    Else ‖x_hat − theirs‖/‖x_hat‖ after the step at which they part, or the last one; None where the other cannot run
+    here.
     """
     apart = 0.0
     try:
@@ -684,7 +747,7 @@ def distance(mine: list[Moment], other: Variant, plan: Plan, to_the_end: bool = 
     return apart
 
 
-# ------------------------------------------------------------------------------------------------ the variant's own report
+# --------------------------------------------------------------------------------------------- the variant's own report
 
 
 def reports(v: Variant) -> bool:
@@ -696,7 +759,9 @@ def reports(v: Variant) -> bool:
 
 def check_report(name: str, hyper: dict, d_in: int, d_sae: int, report: Callable, *, seed: int, train_step: Callable,
                  make_optimizer: Callable) -> None:
-    """The variant's own report, tried after a few steps on `report(sae)`, which gives it a little text of a tiny model of `d_in`."""
+    """The variant's own report, tried after a few steps on `report(sae)`,
+    which gives it a little text of a tiny model of `d_in`.
+    """
     setting = imperative.SETTING | dict(steps=STEPS, schedule=STEPS, lr=Plan.learning_rate, seed=seed)
     v = dataclasses.replace(read(name, hyper), setting=setting)
     if not reports(v):
@@ -709,14 +774,17 @@ def check_report(name: str, hyper: dict, d_in: int, d_sae: int, report: Callable
         for _ in train(v, sae, plan):
             pass
         line = defined(v, "report")
-        with attempting(v, "in report, tried on a little text of a tiny model", line=line), limited(10 * SECONDS, "in report"):
+        with attempting(v, "in report, tried on a little text of a tiny model",
+                        line=line), limited(10 * SECONDS, "in report"):
             returned = report(sae.eval())
         form = "return {name: number}, {file name: text or bytes}"
-        if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(part, dict) for part in returned)):
+        if not (isinstance(returned, tuple) and len(returned) == 2
+                and all(isinstance(part, dict) for part in returned)):
             fail(v, line, f"report returned {described(returned)} instead of two dicts", form)
         for key, value in returned[0].items():
             if not (value is None or isinstance(value, (bool, int, float))):
-                fail(v, line, f"report gives {described(value)} as the number {key!r}", f"{form}: float(…) makes a number of a tensor")
+                fail(v, line, f"report gives {described(value)} as the number {key!r}",
+                     f"{form}: float(…) makes a number of a tensor")
         for key, value in returned[1].items():
             if not isinstance(value, (str, bytes)):
                 fail(v, line, f"report gives {described(value)} as the file {key!r}", form)
@@ -738,15 +806,19 @@ def accelerator_notes(v: Variant, sae: base.SAE, plan: Plan) -> list[str]:
             notes.append(f"{place} fails under bf16 autocast, as used on a GPU: {str(error).splitlines()[0][:160]}")
         try:  # the meta device computes shapes only, and like a GPU it is not where torch.zeros(n) is
             batch = as_batch(sae, plan.x_BD)
-            duplicate(sae).to("meta").loss(base.Batch(**{k: t.to("meta") for k, t in vars(batch).items()}), plan.points[-1])
+            duplicate(sae).to("meta").loss(base.Batch(**{k: t.to("meta") for k, t in vars(batch).items()}),
+                                           plan.points[-1])
         except Exception as error:  # noqa: BLE001  a condition on a tensor cannot run there and says nothing
             if "device" in str(error) and "cpu" in str(error) and (place := where(error, v.file)):
-                notes.append(f"{place} mixes devices, which fails on a GPU: create tensors with device=x.device, or as buffers")
+                notes.append(f"{place} mixes devices, which fails on a GPU: create tensors with device=x.device, or as "
+                             "buffers")
     return notes
 
 
 def forecast(v: Variant, small: Sizes, real: Sizes, plan: Plan, accelerator: bool) -> memory.Forecast:
-    """Memory at the real sizes, for the run's last step and for its first, when periodic work is done, if that differs."""
+    """Memory at the real sizes, for the run's last step and for its first, when periodic work is done,
+    if that differs.
+    """
     def traced(sizes: Sizes, progress: base.Progress, device: str = "cpu") -> memory.Trace:
         with torch.device(device):
             sae = build(v, sizes).train()

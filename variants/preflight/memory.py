@@ -1,9 +1,10 @@
 """How much memory one training step of a variant needs at the real sizes, found out without allocating it.
 
 One loss + backward + after_step runs at small sizes under a dispatch mode that notes every new storage and when it is
-freed. Each of B, D and F is then doubled, alone, until the step takes `AFFORDABLE` bytes or the real size is reached: how a
-tensor's dimensions grow along these ladders gives its size at the real B, D, F (an F×F product, a sample of 512 rows that
-stops growing at F = 512, a concatenation D + F), and replaying the small run's allocations with those sizes gives the peak.
+freed. Each of B, D and F is then doubled, alone, until the step takes `AFFORDABLE` bytes or the real size is reached:
+how a tensor's dimensions grow along these ladders gives its size at the real B, D, F (an F×F product, a sample of 512
+rows that stops growing at F = 512, a concatenation D + F), and replaying the small run's allocations with those sizes
+gives the peak.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from variants.kit import imperative
 
 AFFORDABLE = 32 * 2**20  # bytes of a step after which a size is not doubled further
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")  # results the host must have to go on
+# results the host must have to go on
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim")
 
 
 class Sizes(NamedTuple):
@@ -49,7 +51,8 @@ class Trace:
     events: list[tuple[int, int]] = field(default_factory=list)  # (+1 allocated | −1 freed, index into made)
     gradients: set[int] = field(default_factory=set)  # indices that ended up as a parameter's gradient
     waits: set[int] = field(default_factory=set)  # lines that need a value on the host
-    state: dict[str, tuple[tuple[int, ...], int, bool]] = field(default_factory=dict)  # name: shape, itemsize, is a parameter
+    # name: shape, itemsize, is a parameter
+    state: dict[str, tuple[tuple[int, ...], int, bool]] = field(default_factory=dict)
 
     def peak(self, n_bytes: list[float]) -> float:
         """Most bytes alive at once, gradients of parameters left out."""
@@ -79,14 +82,16 @@ class Recorder(TorchDispatchMode):
     def __init__(self, file: str, existing: list[torch.Tensor]):
         super().__init__()
         self.file, self.trace = file, Trace()
-        self.held = [t.untyped_storage() for t in existing]  # a tensor replaced in the step must not leave its address to a new one
+        # a tensor replaced in the step must not leave its address to a new one
+        self.held = [t.untyped_storage() for t in existing]
         self.known = {storage._cdata for storage in self.held}
         self.alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
-        masked = name.startswith("index") and any(isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1:]))
+        masked = name.startswith("index") and any(isinstance(t, torch.Tensor) and t.dtype == torch.bool
+                                                  for t in tree_leaves(args[1:]))
         if (name in WAITS or masked) and (line := variant_line(self.file, direct=True)):
             self.trace.waits.add(line)
         for tensor in tree_leaves(out):
@@ -135,7 +140,8 @@ def trace_step(file: str, sae, batch, progress) -> Trace:
         trace.state[name] = (tuple(tensor.shape), tensor.element_size(), name in parameters)
     counted = {id(t) for t in (*sae.parameters(), *sae.buffers())}
     for name, tensor in own.items():
-        if id(tensor) not in counted and not name.startswith("optimiser."):  # two moments are counted for every parameter
+        # two moments are counted for every parameter
+        if id(tensor) not in counted and not name.startswith("optimiser."):
             trace.state[f"trainer.{name}"] = (tuple(tensor.shape), tensor.element_size(), False)
     return trace
 
@@ -144,7 +150,7 @@ def n_bytes(trace: Trace) -> list[int]:
     return [math.prod(m.shape) * m.itemsize for m in trace.made]
 
 
-# ------------------------------------------------------------------------------------------------ from small sizes to the real ones
+# ------------------------------------------------------------------------------------ from small sizes to the real ones
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,8 @@ def climb(measure: Callable[[Sizes], Trace], base: Trace, small: Sizes, real: Si
 
 
 def grown(base: int, cross: int, ladders: list[tuple[int, int, int, float]]) -> float:
-    """One dimension of a tensor at the real sizes, from its length at the small ones and along the ladders of B, D and F.
+    """One dimension of a tensor at the real sizes, from its length at the small ones and along the ladders of B, D and
+    F.
 
     Lengths grow as a product (F, B·F, F²) or as a sum (D + F); `cross`, where all sizes are doubled, tells which.
     """
@@ -219,7 +226,9 @@ def shapes_like(base: Trace, other: Trace) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Memory at the real sizes; `largest` is (bytes, shape, line or None for the backward pass) of a tensor of a step or a buffer."""
+    """Memory at the real sizes; `largest` is (bytes, shape,
+    line or None for the backward pass) of a tensor of a step or a buffer.
+    """
 
     peak_bytes: int
     largest: tuple[int, tuple[int, ...], int | str | None]
@@ -247,7 +256,8 @@ def forecast(measure: Callable[[Sizes], Trace], small: Sizes, real: Sizes) -> Fo
         def of(trace, name=name, shape=shape):
             return trace.state.get(name, (shape,))[0]
 
-        full = shape_at_real(shape, of(cross), [(of(lad.two), of(lad.low), of(lad.high), lad.growth) for lad in ladders])
+        full = shape_at_real(shape, of(cross), [(of(lad.two), of(lad.low), of(lad.high), lad.growth)
+                                                for lad in ladders])
         state[name] = (tuple(map(round, full)), itemsize, is_parameter)
     return summed(base, sizes, [tuple(map(round, s)) for s in shapes], state)
 
@@ -260,6 +270,8 @@ def measured(trace: Trace) -> Forecast:
 def summed(trace: Trace, sizes: list[float], shapes: list[tuple[int, ...]], state: dict) -> Forecast:
     made = [(round(n), shape, m.line) for n, shape, m in zip(sizes, shapes, trace.made)]
     parameters = [(math.prod(shape), itemsize) for shape, itemsize, is_parameter in state.values() if is_parameter]
-    buffers = [(math.prod(shape) * itemsize, shape, name) for name, (shape, itemsize, is_parameter) in state.items() if not is_parameter]
+    buffers = [(math.prod(shape) * itemsize, shape, name) for name, (shape, itemsize, is_parameter) in state.items()
+               if not is_parameter]
     return Forecast(round(trace.peak(sizes)), max(made + buffers, key=lambda t: t[0], default=(0, (), None)),
-                    sum(n for n, _ in parameters), sum(n * size for n, size in parameters), sum(n for n, _, _ in buffers), trace.waits)
+                    sum(n for n, _ in parameters), sum(n * size for n, size in parameters),
+                    sum(n for n, _, _ in buffers), trace.waits)

@@ -42,7 +42,9 @@ class Variant:
 
 
 def where(error: BaseException, file: Path | str) -> str | None:
-    """`file.py:line` of the last frame inside `file`, along the chain of causes; None where the error never was there."""
+    """`file.py:line` of the last frame inside `file`, along the chain of causes;
+    None where the error never was there.
+    """
     file, seen = Path(file).resolve(), set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -70,7 +72,8 @@ def fail(v: Variant, line: int | None, what: str, advice: str):
 
 ADVICE = (  # (what is said, what helps a variant, what helps a trainer where that differs)
     (r"before Module.__init__", "call super().__init__(d_in, d_sae) first", "call super().__init__() first"),
-    (r"second time|already been freed", "a tensor kept from an earlier step still carries its graph: store it with .detach()", ""),
+    (r"second time|already been freed", "a tensor kept from an earlier step still carries its graph: store it with "
+                                        ".detach()", ""),
     (r"inplace operation",
      "a tensor that the gradient needs was changed in place: write y = y + … instead of y += …, or .clone() first", ""),
     (r"does not require grad",
@@ -81,7 +84,8 @@ ADVICE = (  # (what is said, what helps a variant, what helps a trainer where th
      "what cannot be copied (an open file, a lock) belongs on the trainer, not on ae"),
 )
 OF_SIZES = re.compile("shape|size|dimension|unpack|index|broadcast|mat1|match|rank|stack|dim ")
-SECONDS = 20.0  # that a step of the preflight may take; importing a file twice that, for what it imports from a cold disk
+# that a step of the preflight may take; importing a file twice that, for what it imports from a cold disk
+SECONDS = 20.0
 
 
 class TooSlow(BaseException):
@@ -90,14 +94,17 @@ class TooSlow(BaseException):
 
 @contextmanager
 def limited(seconds: float, doing: str):
-    """Raise TooSlow inside the code that runs after so many seconds; where signals cannot do that (Windows, threads), no limit."""
+    """Raise TooSlow inside the code that runs after so many seconds;
+    where signals cannot do that (Windows, threads), no limit.
+    """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_):
         raise TooSlow(f"nothing came of it within {seconds:.0f} s ({doing})\n"
-                      "a loop without an end, or work that belongs outside: data is read and scripts are run before the import")
+                      "a loop without an end, or work that belongs outside: data is read and scripts are run before "
+                      "the import")
 
     before = signal.signal(signal.SIGALRM, stop)
     remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -117,13 +124,15 @@ def explained(error: BaseException, file: Path, doing: str, sizes: Sizes | None 
     if isinstance(error, SyntaxError):
         message = error.msg + (f": {error.text.strip()}" if error.text else "")
         advice = "save the file as UTF-8" if "utf-8" in message.lower() else "correct that line"
-    elif not (advice and isinstance(error, (ValueError, AttributeError, TypeError, TooSlow)) and len(advice.split("\n")) == 1):
+    elif not (advice and isinstance(error, (ValueError, AttributeError, TypeError, TooSlow))
+              and len(advice.split("\n")) == 1):
         message = f"{message if len(message) <= 240 else message[:239] + '…'} ({doing})"
         advice = advice_for(error, sizes, trainer)
     text = f"{message}\n{advice}" if message.startswith(file.name) else f"{place}: {message}\n{advice}"
     kind = type(error) if isinstance(error, Exception) else TimeoutError if isinstance(error, TooSlow) else RuntimeError
     # of the same type, whatever its own signature and its own way to show itself (KeyError quotes)
-    worded = type(kind.__name__, (kind,), {"__str__": lambda self: text, "__init__": lambda self, *_: None, "__module__": kind.__module__})
+    worded = type(kind.__name__, (kind,), {"__str__": lambda self: text, "__init__": lambda self, *_: None,
+                                           "__module__": kind.__module__})
     again = worded.__new__(worded, text)
     if isinstance(error, SyntaxError):
         again.filename, again.lineno = error.filename, error.lineno
@@ -152,7 +161,8 @@ def said(error: BaseException) -> str:
     if isinstance(error, KeyError) and len(error.args) == 1:
         key = error.args[0]
         return f"{described(key)} is no key" if isinstance(key, Tensor) else f"there is no key {key!r}"
-    if error.args and not isinstance(error.args[0], (str, int, float)) and not isinstance(error, (OSError, UnicodeError)):
+    if error.args and not isinstance(error.args[0],
+                                     (str, int, float)) and not isinstance(error, (OSError, UnicodeError)):
         return ", ".join(described(value) for value in error.args)
     return str(error) or type(error).__name__
 
@@ -187,8 +197,10 @@ def advice_for(error: BaseException, sizes: Sizes | None, trainer: bool) -> str:
 def nearest(error: BaseException) -> str | None:
     """For a misspelt attribute, the nearest one that exists."""
     if isinstance(error, AttributeError) and getattr(error, "obj", None) is not None and error.name:
-        kind, own = type(error.obj).__name__, [n for n, _ in error.obj.named_parameters()] if isinstance(error.obj, nn.Module) else []
-        close = difflib.get_close_matches(error.name, own, 1, 0.5) or difflib.get_close_matches(error.name, dir(error.obj), 1, 0.5)
+        kind, own = type(error.obj).__name__, [n
+                                               for n, _ in error.obj.named_parameters()] if isinstance(error.obj, nn.Module) else []
+        close = difflib.get_close_matches(error.name, own, 1,
+                                          0.5) or difflib.get_close_matches(error.name, dir(error.obj), 1, 0.5)
         told = [f"the nearest attribute of {kind} is {close[0]!r}"] if close else []
         told += [f"its parameters are {', '.join(own)}"] if own else []
         return "; ".join(told) or None
@@ -208,7 +220,9 @@ def attempting(v: Variant, doing: str, sizes: Sizes | None = None, line: int | C
 
 
 def defined(v: Variant, method: str) -> int | None:
-    """Line of `def method` in the class SAE, else of the class; of a trainer, in whichever class has it, the trainer's before others."""
+    """Line of `def method` in the class SAE, else of the class;
+    of a trainer, in whichever class has it, the trainer's before others.
+    """
     wanted = v.module.SAE.trainer_class.__name__ if v.is_trainer else "SAE"
     classes = [node for node in v.tree.body if isinstance(node, ast.ClassDef)]
     first = [node for node in classes if node.name == wanted]
@@ -220,17 +234,21 @@ def defined(v: Variant, method: str) -> int | None:
 
 
 def assigned(v: Variant, name: str) -> int | None:
-    """Line that creates `self.name` (for `gate.weight`: self.gate; for a trainer's `ae.gate`: in the ae's class), or registers it.
+    """Line that creates `self.name` (for `gate.weight`: self.gate; for a trainer's `ae.gate`: in the ae's class), or
+    registers it.
 
     None if base.SAE does.
     """
     parts = [part for part in name.split(".") if not (v.is_trainer and part == "ae")]
     for attribute in parts[:1] + parts[-1:]:
         for node in ast.walk(v.tree):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-            if any(isinstance(t, ast.Attribute) and t.attr == attribute for target in targets for t in ast.walk(target)):
+            targets = node.targets if isinstance(node,
+                                                 ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            if any(isinstance(t, ast.Attribute) and t.attr == attribute for target in targets
+                   for t in ast.walk(target)):
                 return node.lineno
-            if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("register_")
+            if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                and node.func.attr.startswith("register_")
                     and node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == attribute):
                 return node.lineno
     return None
@@ -248,7 +266,9 @@ def zeroed(v: Variant, name: str) -> int | None:
 
 
 def computed(v: Variant, term: str) -> int | None:
-    """Line where a loss term is computed: the last assignment of the variable that stands beside its name in the dict."""
+    """Line where a loss term is computed: the last assignment of the variable that stands
+    beside its name in the dict.
+    """
     for function in ast.walk(v.tree):
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -258,7 +278,8 @@ def computed(v: Variant, term: str) -> int | None:
                 pairs = [(node.targets[0].slice, node.value)]
             for key, value in pairs:
                 if isinstance(key, ast.Constant) and key.value == term:
-                    names = [a.lineno for a in ast.walk(function) if isinstance(a, ast.Assign) and isinstance(value, ast.Name)
+                    names = [a.lineno for a in ast.walk(function) if isinstance(a, ast.Assign)
+                             and isinstance(value, ast.Name)
                              and any(isinstance(t, ast.Name) and t.id == value.id for t in a.targets)]
                     return names[-1] if names else key.lineno
     return defined(v, "loss")

@@ -2,8 +2,8 @@
 
 Measuring is done on copies and under a random state that is given back, so looking changes nothing.
 
-Shapes: B tokens, D = d_in, F = number of features, all small and all different; S training steps, A directions of the data,
-N any number of rows, P parameters and T loss terms in all.
+Shapes: B tokens, D = d_in, F = number of features, all small and all different; S training steps, A directions of the
+data, N any number of rows, P parameters and T loss terms in all.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from variants.preflight.messages import (
 )
 
 STEPS = 24  # training steps, spread over the whole run so that schedules and curricula are seen
-DURATION = re.compile("step|warm|every|interval|period|freq|seed|token|epoch|refresh|window")  # integers that are no widths
+# integers that are no widths
+DURATION = re.compile("step|warm|every|interval|period|freq|seed|token|epoch|refresh|window")
 COUNTER = re.compile("since|dead|inactive|silent")  # buffers that tell how long a feature has been silent
 
 
@@ -61,7 +62,8 @@ class Plan:
     make_optimizer: Callable
     seed: int
     learning_rate: float = 3e-3  # Adam's, for problems this small
-    dead_at: tuple[int, ...] = (7, 15, 23)  # steps before which features are marked as dead: early, in the middle, the very last
+    # steps before which features are marked as dead: early, in the middle, the very last
+    dead_at: tuple[int, ...] = (7, 15, 23)
 
 
 # ------------------------------------------------------------------------------------------------ reading and building
@@ -74,8 +76,9 @@ def read(name: str, hyper: dict) -> Variant:
     for key in hyper:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0)
-            fail(v, defined(v, "__init__"), f"there is no hyper-parameter {key!r}" + (f"; the nearest is {near[0]!r}" if near else ""),
-                 f"use one of: {', '.join(f'{k}={d}' for k, d in known.items()) or 'none'}")
+            fail(v, defined(v, "__init__"), f"there is no hyper-parameter {key!r}"
+                 + (f"; the nearest is {near[0]!r}" if near else ""), f"use one of: "
+                                                                      f"{', '.join(f'{k}={d}' for k, d in known.items()) or 'none'}")
     for key, default in known.items():
         if default is inspect.Parameter.empty and key not in hyper and not (v.is_trainer and key in imperative.SHRUNK):
             fail(v, defined(v, "__init__"), f"the hyper-parameter {key!r} has no default and is not given",
@@ -84,7 +87,9 @@ def read(name: str, hyper: dict) -> Variant:
 
 
 def imported(name: str) -> Variant:
-    """The variant by its name or path, its file parsed and imported; what is wrong with the file is told with its line."""
+    """The variant by its name or path, its file parsed and imported;
+    what is wrong with the file is told with its line.
+    """
     file = variants.path(name)
     try:
         tree = variants.parsed(file)
@@ -94,19 +99,24 @@ def imported(name: str) -> Variant:
         raise explained(error, file, "when it is imported") from error
     v = Variant(module, file, tree, {}, {})
     arguments = list(inspect.signature(module.SAE.__init__).parameters.values())
-    if not v.is_trainer and (len(arguments) < 3 or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in arguments[:3])):
-        fail(v, defined(v, "__init__"), f"__init__{inspect.signature(module.SAE.__init__)} does not take the two widths",
+    if not v.is_trainer and (len(arguments) < 3 or any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+                                                       for p in arguments[:3])):
+        fail(v, defined(v, "__init__"),
+             f"__init__{inspect.signature(module.SAE.__init__)} does not take the two widths",
              "write def __init__(self, d_in, d_sae, …), with hyper-parameters as keyword arguments behind them")
     return v
 
 
 def smallest(v: Variant, d_sae: int) -> tuple[base.SAE, Sizes]:
-    """An SAE at small sizes, none equal to or a multiple of another, wide enough for the hyper-parameters that count features."""
+    """An SAE at small sizes, none equal to or a multiple of another,
+    wide enough for the hyper-parameters that count features.
+    """
     counts = [n for key, value in v.hyper.items() if not DURATION.search(key)
               for n in (value if isinstance(value, (tuple, list)) else [value]) if type(n) is int and n < d_sae]
     last = None
     for width in dict.fromkeys((min(d_sae, 160 * -(-4 * max([40, *counts]) // 160)), d_sae)):
-        sizes = next(Sizes(B, D, width) for B, D in itertools.product((56, 72, 88), (24, 20, 26, 38)) if width % B and width % D and B % D)
+        sizes = next(Sizes(B, D, width) for B, D in itertools.product((56, 72, 88), (24, 20, 26, 38)) if width % B
+                     and width % D and B % D)
         try:
             return build(v, sizes), sizes
         except Exception as error:  # noqa: BLE001  perhaps group sizes that add up to the real d_sae: try that
@@ -159,7 +169,9 @@ def reseed(seed: int) -> None:
 
 @contextmanager
 def random_state(seed: int | None = None):
-    """Give the generators of torch (CPU), Python and NumPy their state back afterwards; with a seed, seed them first."""
+    """Give the generators of torch (CPU), Python and NumPy their state back afterwards;
+    with a seed, seed them first.
+    """
     kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         if seed is not None:
@@ -196,7 +208,8 @@ def train(v: Variant, sae: base.SAE, plan: Plan, before: Callable | None = None)
         if before:
             with random_state():
                 before(sae, batch, progress)
-        with attempting(v, f"in training step {i + 1}, at {progress.fraction:.0%} of the run", plan.sizes, defined(v, "loss")):
+        with attempting(v, f"in training step {i + 1}, at {progress.fraction:.0%} of the run", plan.sizes,
+                        defined(v, "loss")):
             loss, _ = plan.train_step(sae, optimizer, batch, progress, plan.learning_rate)
         yield loss.item()
 
@@ -209,7 +222,9 @@ def as_batch(sae: base.SAE, x_BD: Tensor, seed: int = 0) -> base.Batch:
 
 
 def pretend_dead(sae: base.SAE) -> None:
-    """Mark a third of the features as silent for longer than any threshold, in base.SAE's counters and in a variant's own."""
+    """Mark a third of the features as silent for longer than any threshold,
+    in base.SAE's counters and in a variant's own.
+    """
     for name, buffer in sae.named_buffers():
         if COUNTER.search(name) and buffer.ndim == 1 and len(buffer) > 2:
             huge = True if buffer.dtype == torch.bool else 2**30 if buffer.dtype == torch.int32 else 2**40
@@ -229,7 +244,8 @@ class Evidence:
         self.terms: dict[str, None] = {}
 
 
-def examine(v: Variant, evidence: Evidence, sae: base.SAE, batch: base.Batch, progress: base.Progress, when: str = "") -> None:
+def examine(v: Variant, evidence: Evidence, sae: base.SAE, batch: base.Batch, progress: base.Progress,
+            when: str = "") -> None:
     """One loss on a copy: what it returns, whether it is finite, and what depends on what."""
     probe, B_D_F = duplicate(sae), Sizes(*batch.x.shape, sae.d_sae)
     when = when or f"at {progress.fraction:.0%} of the run"
@@ -241,7 +257,8 @@ def examine(v: Variant, evidence: Evidence, sae: base.SAE, batch: base.Batch, pr
         if not value.isfinite():
             line = not_finite_line(v, duplicate(sae), batch, progress)
             fail(v, line or defined(v, "loss"), f"{name} is {value.item()} {when}",
-                 "guard what is undefined there: a logarithm or root of 0, a division by 0, an exponential that overflows")
+                 "guard what is undefined there: a logarithm or root of 0, a division by 0, an exponential that "
+                 "overflows")
     parameters = {n: p for n, p in probe.named_parameters() if p.requires_grad}
 
     def gradient(of: Tensor) -> list[Tensor]:
@@ -261,7 +278,8 @@ def examine(v: Variant, evidence: Evidence, sae: base.SAE, batch: base.Batch, pr
     weigh_terms(evidence, loss, terms, torch.cat([g.flatten() for g in whole]).double(), gradient)
 
 
-def weigh_terms(evidence: Evidence, loss: Tensor, terms: dict[str, Tensor], whole_P: Tensor, gradient: Callable) -> None:
+def weigh_terms(evidence: Evidence, loss: Tensor, terms: dict[str, Tensor], whole_P: Tensor,
+                gradient: Callable) -> None:
     """Which terms depend on parameters, and on which of them the loss depends."""
     evidence.terms.update(dict.fromkeys(terms))
     gradients = {n: torch.cat([g.flatten() for g in gradient(t)]).double() for n, t in terms.items() if t.requires_grad}
@@ -312,19 +330,22 @@ def check_returned(v: Variant, out) -> tuple[Tensor, dict[str, Tensor]]:
     for name, value in {"the loss": loss, **{f"the loss term {n!r}": t for n, t in terms.items()}}.items():
         place = line if value is loss else computed(v, name.split("'")[1])
         if not isinstance(value, Tensor):
-            fail(v, place, f"{name} is {described(value)}, not a tensor", "no .item() or float() in loss: return the tensor itself")
+            fail(v, place, f"{name} is {described(value)}, not a tensor",
+                 "no .item() or float() in loss: return the tensor itself")
         if value.ndim:
             fail(v, place, f"{name} has shape {list(value.shape)}, not a scalar",
                  "reduce it: sum over d_in or features, mean over the batch")
     if not loss.requires_grad:
-        fail(v, line, "the loss has no gradient", "it was detached (.item(), .detach(), torch.no_grad()) or depends on no parameter")
+        fail(v, line, "the loss has no gradient", "it was detached (.item(), .detach(), torch.no_grad()) or depends on "
+                                                  "no parameter")
     return loss, terms
 
 
 def check_counters(v: Variant, sae: base.SAE) -> None:
     fired_F = sae._fired_F
     if fired_F is not None and fired_F.shape != sae.tokens_since_fired.shape:
-        fail(v, defined(v, "__init__"), f"loss noted {len(fired_F)} features as firing or not, but there are counters for "
+        fail(v, defined(v, "__init__"), f"loss noted {len(fired_F)} features as firing or not, but there are counters "
+                                        "for "
              f"{len(sae.tokens_since_fired)}", "give super().__init__(d_in, width) the width that encode returns")
 
 
@@ -337,11 +358,13 @@ class FirstNotFinite(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made, had = ([t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()] for x in (out, (args, kwargs)))
+        made, had = ([t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()]
+                     for x in (out, (args, kwargs)))
         constant = "fill" in func.__name__ or "full" in func.__name__ or "where" in func.__name__  # −inf on purpose
         if self.nan is None and any(t.isnan().any() for t in made) and not any(t.isnan().any() for t in had):
             self.nan = memory.variant_line(self.file)
-        if self.infinite is None and not constant and any(t.isinf().any() for t in made) and not any(t.isinf().any() for t in had):
+        if self.infinite is None and not constant and any(t.isinf().any()
+                                                          for t in made) and not any(t.isinf().any() for t in had):
             self.infinite = memory.variant_line(self.file)
         return out
 
@@ -368,7 +391,8 @@ def measured_losses(v: Variant, sae: base.SAE, plan: Plan) -> list[float]:
     """The loss of the held-out batch at the start, the middle and the end of the run, on copies."""
     values = []
     for progress in (plan.points[0], plan.points[STEPS // 2], plan.points[-1]):
-        with random_state(plan.seed), attempting(v, f"in loss, at {progress.fraction:.0%} of the run", plan.sizes, defined(v, "loss")):
+        with random_state(plan.seed), attempting(v, f"in loss, at {progress.fraction:.0%} of the run", plan.sizes,
+                                                 defined(v, "loss")):
             out = duplicate(sae).loss(as_batch(sae, plan.x_BD), progress)
         values.append(check_returned(v, out)[0].item())
     return values

@@ -1,4 +1,5 @@
-"""What `clustered` measures and draws of its groups: sizes, coherence on held-out tokens, stability, the largest groups' tokens.
+"""What `clustered` measures and draws of its groups: sizes, coherence on held-out tokens, stability, the largest
+groups' tokens.
 
 Shapes: N held-out tokens, F features, m members of a group.
 """
@@ -50,7 +51,8 @@ def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes | str
         largest = sorted(range(len(groups)), key=lambda g: (-sizes[g], g))[:LARGEST]
         words = {g: top_tokens(z_NF[:, groups[g]], batch.tokens.cpu().numpy(), context.lm.tokenizer) for g in largest}
         files |= {"largest_groups.txt": table(groups, of_group, words), "group_sizes.png": draw_sizes(sizes, cut),
-                  "coherence.png": draw_coherence(coherence, random, cut), "largest_groups.png": draw_map(held_out, groups, words)}
+                  "coherence.png": draw_coherence(coherence, random, cut),
+                  "largest_groups.png": draw_map(held_out, groups, words)}
     return numbers, files
 
 
@@ -85,11 +87,14 @@ def sparse_features(sae, x_ND):
     """The features of normalised activations as a scipy.sparse matrix [N, F]."""
     from scipy.sparse import csr_matrix, vstack
 
-    return vstack([csr_matrix(sae.encode(x_BD).detach().float().cpu().numpy()) for x_BD in x_ND.split(2048)], format="csr")
+    return vstack([csr_matrix(sae.encode(x_BD).detach().float().cpu().numpy()) for x_BD in x_ND.split(2048)],
+                  format="csr")
 
 
 def random_groups(sizes: list[int], eligible_F: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Disjoint groups of the same sizes, drawn DRAWS times from the eligible features; groups for which none are left are cut off."""
+    """Disjoint groups of the same sizes, drawn DRAWS times from the eligible features;
+    groups for which none are left are cut off.
+    """
     generator, found = np.random.default_rng(seed), []
     for _ in range(DRAWS):
         order = generator.permutation(eligible_F.nonzero()[0])
@@ -103,7 +108,8 @@ def rand_index(one_F: np.ndarray, two_F: np.ndarray) -> float | None:
 
     either = (one_F >= 0) | (two_F >= 0)
     # features alone in one of the labellings are clusters of their own there
-    one, two = (np.where(label_F < 0, len(label_F) + np.arange(len(label_F)), label_F)[either] for label_F in (one_F, two_F))
+    one, two = (np.where(label_F < 0, len(label_F) + np.arange(len(label_F)), label_F)[either]
+                for label_F in (one_F, two_F))
     return float(adjusted_rand_score(one, two)) if len(one) else None
 
 
@@ -120,7 +126,9 @@ def share(part, whole) -> float | None:
 
 
 def top_tokens(z_Nm, token_N: np.ndarray, tokenizer, n: int = 8) -> list[str]:
-    """The tokens on which a group is most active, by the sum of its activations, each in shares of its member's largest."""
+    """The tokens on which a group is most active, by the sum of its activations,
+    each in shares of its member's largest.
+    """
     from scipy.sparse import diags
 
     peak_m = z_Nm.max(0).toarray()[0]
@@ -152,7 +160,8 @@ def draw_sizes(sizes: list[int], cut: float) -> bytes:
         edges.append(np.ceil(edges[-1] * 1.25) + 0.5)
     axes.hist(sizes, edges, color="tab:blue", edgecolor="white")
     axes.set(xscale="log", yscale="log", ylim=(0.7, None), xlabel="features in the group", ylabel="groups",
-             title=f"{len(sizes)} groups at correlation {cut:g}, {sizes.count(2)} of them pairs; the largest: {largest} features")
+             title=f"{len(sizes)} groups at correlation {cut:g}, {sizes.count(2)} of them pairs; the largest: "
+                   f"{largest} features")
     ticks = [t for t in (*range(2, 11), 15, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000) if t <= edges[-1]]
     axes.set_xticks(ticks, map(str, ticks))
     axes.set_xticks([], minor=True)
@@ -164,7 +173,8 @@ def draw_coherence(coherence: list[float], random: list[float], cut: float) -> b
     fig = pictures.figure(7, 4)
     axes = fig.subplots()
     edges = np.linspace(min(-0.1, *coherence, *random), 1, 45)
-    for values, name, colour in ((random, "random groups of the same sizes", "tab:gray"), (coherence, "groups", "tab:blue")):
+    for values, name, colour in ((random, "random groups of the same sizes", "tab:gray"),
+                                 (coherence, "groups", "tab:blue")):
         if values:
             axes.hist(values, edges, weights=np.full(len(values), 100 / len(values)), alpha=0.7, color=colour,
                       label=f"{name}: mean {statistics.fmean(values):.2f}")
@@ -181,15 +191,18 @@ def draw_map(pairs: Pairs, groups, words: dict[int, list[str]]) -> bytes:
     axes = fig.subplots()
     shown = [groups[g][:MEMBERS] for g in words]
     ends = np.cumsum([len(group) for group in shown])
-    image = axes.imshow(pairs(np.concatenate(shown)), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest", aspect="auto")
+    image = axes.imshow(pairs(np.concatenate(shown)), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest",
+                        aspect="auto")
     for end in ends[:-1]:
         axes.axhline(end - 0.5, color="black", linewidth=0.5)
         axes.axvline(end - 0.5, color="black", linewidth=0.5)
-    names = [f"{'  '.join(pictures.label(t if t.isprintable() else repr(t)[1:-1], 12) for t in words[g][:5])}   ({len(groups[g])})"
+    names = [f"{'  '.join(pictures.label(t if t.isprintable() else repr(t)[1:-1], 12) for t in words[g][:5])}   "
+             f"({len(groups[g])})"
              for g in words]
     axes.set_yticks(ends - [len(group) / 2 + 0.5 for group in shown], names)
     axes.set_xticks([])
-    axes.set(xlabel=f"features, in the same order (at most {MEMBERS} of a group)", ylabel="group: tokens of most activation (features)",
-             title="Correlation within and between the largest groups, on held-out tokens")
+    axes.set(xlabel=f"features, in the same order (at most {MEMBERS} of a group)",
+             ylabel="group: tokens of most activation (features)", title="Correlation within and between the largest "
+                                                                         "groups, on held-out tokens")
     fig.colorbar(image, label="correlation (white where a feature is silent or unrelated)")
     return pictures.png(fig)

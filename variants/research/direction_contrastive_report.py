@@ -1,9 +1,10 @@
 """What `direction_contrastive` reports: which of the pairs of features that fire together its mask selects.
 
-A pair i ≠ j is co-active if the firing indicators of its features, on held-out tokens, are correlated at φ_ij ≥ .2 and both fire on
-at least 5 tokens. Measured are the features that fire on at least 10 tokens, evenly spaced ones where there are more than 4096.
-Two-sided: cos_ij among the largest `top` of row i or of row j. One-sided: of row i alone, over both orders of a pair; a sum over all
-ordered pairs holds what one-sided masks miss in one order with half the weight, if the other order selects it. Chance: a mask's density.
+A pair i ≠ j is co-active if the firing indicators of its features, on held-out tokens, are correlated at φ_ij ≥ .2 and
+both fire on at least 5 tokens. Measured are the features that fire on at least 10 tokens, evenly spaced ones where
+there are more than 4096. Two-sided: cos_ij among the largest `top` of row i or of row j. One-sided: of row i alone,
+over both orders of a pair; a sum over all ordered pairs holds what one-sided masks miss in one order with half the
+weight, if the other order selects it. Chance: a mask's density.
 
 Shapes: N tokens, S features measured, P pairs of them, T widths of the mask.
 """
@@ -25,8 +26,9 @@ def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes]]:
     batch = context.held_out(TOKENS)
     z_NF = torch.cat([sae.encode(x_BD) for x_BD in batch.x.split(2048)])
     importance_F = sae.importance_F().float()
-    numbers = dict(truncated_tokens=((z_NF > 0).sum(1) > sae.max_active).float().mean().item(), rows_reset=float(sae.rows_reset),
-                   importance_median=importance_F.median().item(), importance_p95_to_p5=spread(importance_F))
+    numbers = dict(truncated_tokens=((z_NF > 0).sum(1) > sae.max_active).float().mean().item(),
+                   rows_reset=float(sae.rows_reset), importance_median=importance_F.median().item(),
+                   importance_p95_to_p5=spread(importance_F))
     found = pairs(sae, z_NF)
     numbers |= measured(found, WIDTHS.index(sae.top) if sae.top in WIDTHS else len(WIDTHS))
     if not numbers["coactive_pairs"]:
@@ -40,12 +42,15 @@ def spread(value_F) -> float | None:
 
 
 def pairs(sae, z_NF) -> dict:
-    """Of each pair of the features measured: product of rows, cosine, φ, tokens together, those expected, both thresholds [T, P]."""
+    """Of each pair of the features measured: product of rows, cosine, φ, tokens together, those expected,
+    both thresholds [T, P].
+    """
     fired_F = (z_NF > 0).sum(0)
     chosen_S = (fired_F >= FIRED).nonzero().squeeze(1)
     chosen_S = chosen_S[:: max(1, -(-len(chosen_S) // MOST))]
     on_NS = (z_NF[:, chosen_S] > 0).float()
-    p_S, n, i_P, j_P = on_NS.mean(0), len(on_NS), *torch.triu_indices(len(chosen_S), len(chosen_S), 1, device=z_NF.device)
+    p_S, n, i_P, j_P = on_NS.mean(0), len(on_NS), *torch.triu_indices(len(chosen_S), len(chosen_S), 1,
+                                                                      device=z_NF.device)
     together_P = (on_NS.T @ on_NS)[i_P, j_P]
     expected_P = n * p_S[i_P] * p_S[j_P]
     sd_S = (p_S * (1 - p_S)).sqrt().clamp_min(1e-9)
@@ -55,8 +60,9 @@ def pairs(sae, z_NF) -> dict:
     widths = [*WIDTHS, sae.top]
     q_TS = quantiles(rows_FD, widths)[:, chosen_S]
     product_P = (rows_FD[chosen_S] @ rows_FD[chosen_S].T)[i_P, j_P]
-    return dict(features=len(chosen_S), product_P=product_P, cos_P=(unit_SD @ unit_SD.T)[i_P, j_P], phi_P=phi_P, together_P=together_P,
-                expected_P=expected_P, coactive_P=(phi_P >= CORRELATION) & (together_P >= TOGETHER), i_P=i_P, j_P=j_P, q_TS=q_TS)
+    return dict(features=len(chosen_S), product_P=product_P, cos_P=(unit_SD @ unit_SD.T)[i_P, j_P], phi_P=phi_P,
+                together_P=together_P, expected_P=expected_P,
+                coactive_P=(phi_P >= CORRELATION) & (together_P >= TOGETHER), i_P=i_P, j_P=j_P, q_TS=q_TS)
 
 
 def selected(found: dict, t: int):
@@ -78,8 +84,8 @@ def measured(found: dict, t: int) -> dict[str, float | None]:
     capture, one = mean(two_P, coactive_P), mean(one_P, coactive_P)
     numbers = dict(features_measured=float(found["features"]), coactive_pairs=float(coactive_P.sum()),
                    coactive_share=mean(coactive_P.float()),
-                   capture_two_sided=capture, capture_one_sided=one, missed_by_one_sided=None if capture is None else capture - one,
-                   chance_two_sided=mean(two_P), chance_one_sided=mean(one_P))
+                   capture_two_sided=capture, capture_one_sided=one, missed_by_one_sided=None if capture is None
+                   else capture - one, chance_two_sided=mean(two_P), chance_one_sided=mean(one_P))
     for level in (0.1, 0.4):
         numbers[f"capture_two_sided_phi_{level}"] = mean(two_P, (found["phi_P"] >= level) & (together_P >= TOGETHER))
     numbers |= dict(cos_coactive=mean(found["cos_P"], coactive_P), cos_all=mean(found["cos_P"]))
@@ -96,8 +102,10 @@ def draw_capture(found: dict, top: float) -> bytes:
     masks = [selected(found, t) for t in range(len(WIDTHS))]
     percent = [100 * width for width in WIDTHS]
     for side, name, colour in ((0, "two-sided (row i or row j)", "C0"), (1, "one-sided (row i)", "C1")):
-        axes.plot(percent, [100 * mean(m[side], found["coactive_P"]) for m in masks], "o-", color=colour, label=f"co-active pairs, {name}")
-        axes.plot(percent, [100 * mean(m[side]) for m in masks], "--", color=colour, label=f"all pairs = chance, {name}")
+        axes.plot(percent, [100 * mean(m[side], found["coactive_P"]) for m in masks], "o-", color=colour,
+                  label=f"co-active pairs, {name}")
+        axes.plot(percent, [100 * mean(m[side]) for m in masks], "--", color=colour,
+                  label=f"all pairs = chance, {name}")
     axes.axvline(100 * top, color="grey", linewidth=1, label=f"width in training, {100 * top:g} %")
     axes.set(xscale="log", ylim=(0, 103), xlabel="mask's width: largest share of each decoder row's cosines (%)",
              ylabel="pairs selected (%)",
@@ -114,7 +122,8 @@ def draw_cosines(found: dict) -> bytes:
     axes = fig.subplots()
     low, high = min(-0.2, found["cos_P"].min().item()), max(0.2, found["cos_P"].max().item())
     edges = torch.linspace(low, high, 61)
-    for of_P, name, colour in ((slice(None), "all pairs", "grey"), (found["coactive_P"], f"co-active pairs (φ ≥ {CORRELATION})", "C0")):
+    for of_P, name, colour in ((slice(None), "all pairs", "grey"), (found["coactive_P"], f"co-active pairs (φ ≥ "
+                                                                                         f"{CORRELATION})", "C0")):
         cos_P = found["cos_P"][of_P].cpu()
         share = 100 * torch.histogram(cos_P, edges).hist / len(cos_P)
         axes.stairs(share.numpy(), edges.numpy(), fill=True, alpha=0.5, color=colour,

@@ -1,4 +1,6 @@
-"""Pictures of the research variants' reports: matplotlib without pyplot's global state, returned as the bytes of a PNG."""
+"""Pictures of the research variants' reports: matplotlib without pyplot's global state,
+returned as the bytes of a PNG.
+"""
 
 from __future__ import annotations
 

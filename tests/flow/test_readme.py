@@ -15,40 +15,60 @@ import variants
 from runs import compare, seeds
 from tests import OWN_VARIANTS, PROJECT
 
-READMES = sorted(path for path in PROJECT.rglob("README.md") if not any(part[0] == "."
-                                                                        for part in path.relative_to(PROJECT).parts))
+PAGES = sorted(page for page in PROJECT.rglob("*.md") if not re.search(r"/\.", str(page.relative_to(PROJECT.parent))))
+READMES = [path for path in PAGES if path.name == "README.md"]
+VARIANTS = PROJECT / "variants/README.md"
 TINY = ["--num_tokens=4096", "--device=cpu", "--evals=core"]
 # what runs elsewhere, or is another program's: (pattern of a command, the file that runs it)
-ELSEWHERE = (("pip install", ".ci/run"), ("python -m pytest", ".ci/run"), ("torchrun", "tests/flow/test_ranks.py"),
-             ("diff ", "tests/flow/test_experiment.py"), ("python -m tests.imitated_gpu",
-                                                          "tests/flow/test_imitated_gpu.py"),
+ELSEWHERE = (("pip install", ".ci/run"), ("python -m pytest", ".ci/run"), ("python3 -m venv", ".ci/run"),
+             ("torchrun", "tests/flow/test_ranks.py"), ("diff ", "tests/flow/test_experiment.py"),
+             ("python -m tests.imitated_gpu", "tests/flow/test_imitated_gpu.py"),
              ("openai-community/gpt2", "tests/flow/test_real_path.py"), ("hf auth", "tests/evals/test_hub.py"))
-OTHER_PROGRAMS = {"--max-restarts", "--nproc_per_node", "--markdown", "--csv", "--all", "--baseline", "--no-deps",
-                  "--peers", "--growth", "--saes", "--n_layers", "--threads", "--cpu_seconds", "--widths", "--steps",
-                  "--help"}
+OTHER_PROGRAMS = {"--all", "--baseline", "--csv", "--markdown", "--saebench"}
+REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
+
+
+def shown(readme: Path) -> str:
+    return readme.read_text(encoding="utf-8").partition(REFUSED)[0]
 
 
 def spans(text: str) -> list[str]:
-    """What stands in backticks, and the lines of indented and fenced blocks."""
+    """What stands in backticks, and the commands of indented and fenced blocks, one by one."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     rest = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S)
     lines = [line for block in fenced for line in block.splitlines()] + re.findall(r"^    (\S.*)$", rest, re.M)
-    return [span.strip() for span in lines + re.findall(r"`([^`\n]+)`", rest)]
+    commands = [command.removeprefix(".venv/bin/") for line in lines for command in line.split(" && ")]
+    return [span.strip() for span in commands + re.findall(r"`([^`\n]+)`", rest)]
 
 
 def found(pattern: str) -> list[str]:
-    shown = [readme for readme in READMES if readme.parent != PROJECT / "tests"]  # which lists what is refused
-    everything = [span for readme in shown for span in spans(readme.read_text(encoding="utf-8"))]
+    everything = [span for readme in READMES for span in spans(shown(readme))]
     return sorted({re.sub(r"\s+#.*$", "", span) for span in everything if re.match(pattern, span)})
 
 
 def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```", VARIANTS.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_its_links_lead_somewhere(page):
+    """Fails if a page links to a file, a picture or a heading that there is not."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), f"{link} leads nowhere"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with run_1 to run_3, as the examples speak of them, and mine.py, the README's own variant."""
+    """A folder with run_1 to run_3, as the examples speak of them, and mine.py, the example of variants/README.md."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "mine.py").write_text(python_blocks()[0])
     for seed in (1, 2, 3):
@@ -57,7 +77,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", found(r"(python|torchrun|pip|diff) "))
+@pytest.mark.parametrize("command", found(r"(python3?|torchrun|pip|diff) "))
 def test_a_command_runs(command, place, monkeypatch, capsys):
     """Fails if a README shows a command that is refused, or that nothing runs."""
     elsewhere = [file for pattern, file in ELSEWHERE if pattern in command]
@@ -79,11 +99,11 @@ def test_a_command_runs(command, place, monkeypatch, capsys):
             experiment.main(words[2:])
         assert left.value.code == 0
         return
-    words = [word.replace("--variant=mine", "--variant=mine.py").replace("--out_dir=run_", "--out_dir=again_")
-             for word in words[2:]]
+    words = [word.replace("--variant=mine", "--variant=mine.py") for word in words[2:]]
+    words = [word.replace("--out_dir=run_", "--out_dir=again_") for word in words]
     more = [] if any(word.startswith("--num_tokens") for word in words) else TINY
-    assert experiment.main(["--profile=tiny", f"--cache_dir={place / 'cache'}", *more,
-                            *words]) == 0, capsys.readouterr().err
+    given = ["--profile=tiny", f"--cache_dir={place / 'cache'}"]
+    assert experiment.main([*given, *more, *words]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", found(r"--\w"))
@@ -100,16 +120,15 @@ def test_a_flag_is_one(flags, place, monkeypatch):
     experiment.evals_of(settings)
     experiment.layers_of(settings)
     named = set(re.findall(r"(?:^|,)(\w+)=", f"{settings.hyper},{settings.sweep}"))
-    if named and "my_weight" not in named:  # that is the README's own variant's: it is run below
+    if named and "my_weight" not in named:  # that is the example's own: it is run below
         knowing = [m for m in map(variants.load, OWN_VARIANTS) if named <= set(variants.hyperparameters(m))]
         assert experiment.hypers_of(settings, knowing[0])
 
 
-@pytest.mark.parametrize("name", [name for name in OWN_VARIANTS
-                                  if f"\n**`{name}`**" in (PROJECT / "README.md").read_text()])
+@pytest.mark.parametrize("name", re.findall(r"^\*\*`(\w+)`\*\*", VARIANTS.read_text(encoding="utf-8"), re.M))
 def test_an_ablation_is_a_hyper_parameter(name):
     """Fails if a README offers an ablation by a name or value that the variant does not know."""
-    part = (PROJECT / "README.md").read_text(encoding="utf-8").partition(f"\n**`{name}`**")[2].partition("\n\n")[0]
+    part = VARIANTS.read_text(encoding="utf-8").partition(f"\n**`{name}`**")[2].partition("\n\n")[0]
     offered = [item.removeprefix("--hyper ") for item in re.findall(r"`((?:--hyper )?\w+=[^`]+)`", part)]
     module = variants.load(name)
     assert offered and {item.partition("=")[0] for item in offered} <= variants.hyperparameters(module).keys()
@@ -118,9 +137,7 @@ def test_an_ablation_is_a_hyper_parameter(name):
 
 
 def test_the_files_of_code_run(place, monkeypatch, capsys):
-    """Fails if the README's own variants, or the one line for a trainer of dictionary_learning,
-    cannot be run as they stand.
-    """
+    """Fails if the README's own variants, or the line for dictionary_learning's trainers, do not run as they are."""
     example, contexts, library = python_blocks()
     monkeypatch.chdir(place)
     given = ["--profile=tiny", *TINY, f"--cache_dir={place / 'cache'}"]

@@ -25,7 +25,6 @@ reconstructions, h final hidden states.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import time
 from collections import defaultdict
@@ -39,6 +38,7 @@ from torch.nn import functional as F
 from evals import Result, Setup
 from evals.common import errors
 from evals.model import memory
+from evals.storage.identity import code_digest
 from evals.texts import packing
 
 EVAL_TYPE_ID = "core"
@@ -218,7 +218,7 @@ def _plan(setup: Setup) -> Plan:
     start, wanted = _rows(config)
     sparsity = range(start // batch, start // batch + config["n_eval_sparsity_variance_batches"])
     depends_on = {"texts": setup.texts_digest, "rows": wanted, "context": context, "lm": lm.digest,
-                  "code": inspect.getsource(packing)}
+                  "code": code_digest(packing)}
     packed = setup.cache.get("core-tokens", depends_on, lambda: dict(zip(
         ("tokens_RT", "document_RT"), packing.pack_numbered(setup.texts(), lm.tokenizer, context, lm.bos, wanted))))
     tokens_RT = packed["tokens_RT"]
@@ -239,7 +239,7 @@ def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, T
         "model": lm.digest, "layer": setup.layer, "dtype": str(plan.dtype), "device": torch.device(lm.device).type,
         "tokens": hashlib.sha256(tokens_RT.numpy().tobytes()).hexdigest(), "batch": plan.batch,
         "suffix_rows": plan.suffix_rows,
-        "code": inspect.getsource(_clean_run),
+        "code": code_digest(_clean_run),
     }
     n_bytes = plan.dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
     if not (setup.cache.path("core", depends_on).exists() or setup.cache.fits(n_bytes)):

@@ -24,7 +24,6 @@ import hashlib
 import math
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from torch import Tensor
 from evals import Result
 from evals.common import pooling, probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 EVAL_TYPE_ID = "sparse_probing"
 
@@ -223,7 +223,7 @@ def _llm_accuracies(setup, dataset: str, rows: dict, x_ND: Tensor) -> dict:
         "k_values": setup.config["k_values"],
         "seed": setup.seed,
         "device": torch.device(setup.lm.device).type,
-        "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, probes.__file__)],
+        "code": [code_digest(file) for file in (__file__, probes.__file__)],
         "versions": [torch.__version__, version("scikit-learn")],
     }
 

@@ -29,8 +29,7 @@ import torch
 
 from evals import Result
 from evals.autointerp import judge
-from evals.autointerp import windows as autointerp_windows
-from evals.autointerp.windows import Case, Window
+from evals.autointerp.windows import Case, Window, cases_of
 from evals.common import errors, probes
 
 EVAL_TYPE_ID = "autointerp"
@@ -172,7 +171,7 @@ def run(setup, saes: dict) -> dict[str, Result]:
     if at is None:
         setup.say(f"autointerp: {SKIPPED}")
         return {name: _result(config, [], [SKIPPED], []) for name in saes}
-    cases, problems = autointerp_windows.cases(setup, saes)
+    cases, problems = cases_of(setup, saes)
     with judge.Judge(at, setup.cache.folder / "judge", config["request_timeout"], config["request_tries"],
                      config["max_concurrent"], say=lambda line: setup.say(f"autointerp: {line}")) as asked:
         verdicts = _verdicts(setup, asked, cases)

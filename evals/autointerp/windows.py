@@ -12,7 +12,6 @@ window.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from evals.common import pooling, probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 MIN_CHARS, CHARS_PER_TOKEN, CHUNKS = 100, 5, 20  # of the text, as SAEBench reads it
 SPARE = 1.25  # latents looked at for one that is asked for, as some are dead
@@ -48,7 +48,7 @@ class Case(NamedTuple):
     scoring: list[Window]
 
 
-def cases(setup, saes: dict) -> tuple[dict[str, list[Case]], dict[str, list[str]]]:
+def cases_of(setup, saes: dict) -> tuple[dict[str, list[Case]], dict[str, list[str]]]:
     """The cases of every SAE, and why there are fewer than asked for."""
     config, tokens_RT = setup.config, token_rows(setup)
     n_latents, bound, total = config["n_latents"], config["dead_latent_threshold"], config["total_tokens"]
@@ -106,7 +106,7 @@ def token_rows(setup) -> Tensor:
         cache_dir = getattr(setup.data, "cache_dir", None)
         texts, identity = lambda: streams.Stream(name, cache_dir=cache_dir, shuffled=False), text_files.identity(name)
     depends_on = {"texts": identity, "lm": lm.digest, "context": context, "total": total,
-                  "code": inspect.getsource(pack)}
+                  "code": code_digest(pack)}
     return setup.cache.get("autointerp-tokens", depends_on,
                            lambda: {"tokens_RT": pack(texts(), lm, context, total)})["tokens_RT"]
 

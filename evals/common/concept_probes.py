@@ -18,13 +18,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from evals.common import pooling, probes
+from evals.storage.identity import code_digest
 
 Draw = tuple[Tensor, Tensor]  # (row_M, label_M): rows of pooled texts, 1 for the concept and 0 for its opposite
 
@@ -128,7 +128,7 @@ def _cached(setup, x_ND: Tensor, fits: list[Draw], selects: list[Draw], rngs: li
         "tensors": [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (x_ND, *drawn)],
         "config": {name: value for name, value in setup.config.items() if name.startswith("probe_")},
         "device": torch.device(setup.lm.device).type,
-        "code": Path(__file__).read_text(encoding="utf-8"),
+        "code": code_digest(__file__),
         "torch": torch.__version__,
     }
 

@@ -21,7 +21,6 @@ import random
 import re
 import string
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from evals.common import probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 LETTERS = string.ascii_lowercase
 TRAIN_SHARE = 0.8
@@ -174,7 +174,7 @@ def measured(setup) -> dict[str, Tensor]:
     """
     depends_on = {"lm": setup.lm.digest, "layer": setup.layer, "settings": {key: setup.config[key] for key in SETTINGS},
                   "seed": setup.seed, "torch": torch.__version__, "device": torch.device(setup.lm.device).type,
-                  "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, probes.__file__)]}
+                  "code": [code_digest(file) for file in (__file__, probes.__file__)]}
     return setup.cache.get("first_letter", depends_on, lambda: _measure(setup))
 
 

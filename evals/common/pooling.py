@@ -10,12 +10,12 @@ import itertools
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 PART_FLOATS = 2**26  # floats of features held at a time: 256 MiB in fp32
 
@@ -165,7 +165,7 @@ def labelled(setup) -> dict[str, tuple[Tensor, Tensor, dict]]:
 
     depends_on = {"texts": setup.data.probing_digest(setup.config), "lm": setup.lm.digest,
                   "context": setup.config["context_length"],
-                  "code": Path(__file__).read_text(encoding="utf-8")}
+                  "code": code_digest(__file__)}
     found: dict = {}
     for key, tensor in sorted(((json.loads(k), t)
                                for k, t in setup.cache.get("probing-tokens", depends_on, make).items()),

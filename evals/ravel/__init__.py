@@ -29,19 +29,19 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from evals import Result
+from evals import Result, files
 from evals.cache import digest
 from evals.common import errors, pooling
 from evals.model import memory
-from evals.ravel import prompts as ravel_prompts
-from evals.ravel.prompts import Known, Pair, Task, full_batches
+from evals.ravel.prompts import (
+    ATTRIBUTES, OWN, REPOSITORY, Known, Pair, Task, all_prompts, best_entities, full_batches, make_tasks, matches, settled)
+from evals.storage.identity import code_digest
 
 EVAL_TYPE_ID = "ravel"
 
@@ -107,7 +107,7 @@ SIDES = ("cause_score", "isolation_score")
 
 def repositories(config: dict, source) -> list[str]:
     """The hub data set it reads in the gemma profile."""
-    return [ravel_prompts.REPOSITORY]
+    return [REPOSITORY]
 
 
 def wheels(kind: str) -> list[str]:
@@ -117,7 +117,7 @@ def wheels(kind: str) -> list[str]:
 
 def read_ahead(source, config: dict, seed: int) -> None:
     """Read the prompts, which are kept: what is wrong with them shows before anything is trained."""
-    next(ravel_prompts.prompts(source, config), None)
+    next(all_prompts(source, config), None)
 
 
 def requirements(config: dict, facts) -> list[str]:
@@ -125,7 +125,7 @@ def requirements(config: dict, facts) -> list[str]:
     problems = [f"ravel: {key} = {config[key]} leaves nothing to do\nset {key} to 1 or more"
                 for key in ("top_n_entities", "num_epochs", "n_generated_tokens", "completion_batch_size")
                 if config[key] < 1]
-    kinds = ravel_prompts.OWN.get(facts.get("source"))
+    kinds = OWN.get(facts.get("source"))
     for kind, attributes in config["entity_attribute_selection"].items():
         if kinds is not None and kind not in kinds:
             problems.append(f"ravel: the {facts['profile']} profile has no entities of the kind {kind!r}\n"
@@ -134,7 +134,7 @@ def requirements(config: dict, facts) -> list[str]:
             problems.append(f"ravel: {kind} has only the attribute {', '.join(attributes) or 'none'}, isolation needs "
                             "another one\n"
                             "give entity_attribute_selection two or more attributes of each kind of entity")
-        known = ravel_prompts.ATTRIBUTES.get(facts.get("source"), {}).get(kind, attributes)
+        known = ATTRIBUTES.get(facts.get("source"), {}).get(kind, attributes)
         if unknown := [name for name in attributes if name not in known]:
             problems.append(f"ravel: {kind} has no attribute {unknown[0]!r}\nchoose among {', '.join(known)}")
         if "Timezone" in attributes:
@@ -151,7 +151,7 @@ def requirements(config: dict, facts) -> list[str]:
 def run(setup, saes: dict) -> dict[str, Result]:
     """Train and score the masks of every SAE; {SAE name: Result}."""
     known, asked = known_prompts(setup)
-    tasks, problems = ravel_prompts.make_tasks(known, asked, setup.config, setup.seed)
+    tasks, problems = make_tasks(known, asked, setup.config, setup.seed)
     if not tasks:
         problems = [*problems, "ravel: nothing is left to train a mask for: no disentanglement_score, no cause_score, "
                                "no isolation_score"]
@@ -179,23 +179,23 @@ def run(setup, saes: dict) -> dict[str, Result]:
 def known_prompts(setup) -> tuple[list[Known], Counter]:
     """The prompts of the entities with most right completions, and how many were asked per (kind, attribute)."""
     config, lm = setup.config, setup.lm
-    prompts = list(ravel_prompts.prompts(setup.data, config))
+    prompts = list(all_prompts(setup.data, config))
 
     def make() -> dict[str, Tensor]:
         tokens = _tokens(lm, [prompt.text for prompt in prompts])
         said, first = complete(setup, tokens, lambda i,
-                               text: ravel_prompts.settled(prompts[i].text, prompts[i].value, text), lambda rows,
+                               text: settled(prompts[i].text, prompts[i].value, text), lambda rows,
                                tokens_bT, step: lm.residual(tokens_bT, setup.layer), "ravel: completions")
-        right = [ravel_prompts.matches(prompt.text, prompt.value, text) for prompt, text in zip(prompts, said)]
+        right = [matches(prompt.text, prompt.value, text) for prompt, text in zip(prompts, said)]
         return {"right": torch.tensor(right), "first": torch.tensor(first)}
 
     depends_on = {"lm": lm.digest, "layer": setup.layer, "prompts": digest([[p.text, p.value] for p in prompts]),
                   "tokens": config["n_generated_tokens"], "batch": config["completion_batch_size"],
-                  "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, ravel_prompts.__file__)],
+                  "code": [code_digest(file) for file in files("ravel")],
                   "torch": torch.__version__, "device": torch.device(lm.device).type}
     stored = setup.cache.get("ravel-completions", depends_on, make)
     right = [i for i, ok in enumerate(stored["right"].tolist()) if ok]
-    best = ravel_prompts.best_entities([prompts[i] for i in right], config["top_n_entities"])
+    best = best_entities([prompts[i] for i in right], config["top_n_entities"])
     kept = [i for i in right if (prompts[i].kind, prompts[i].entity) in best]
     tokens, remainders = _tokens(lm, [prompts[i].text for i in kept]), _tokens(lm, [prompts[i].remainder for i in kept])
     first = stored["first"].tolist()
@@ -350,8 +350,8 @@ def completed_right(setup, sae, known: list[Known], tasks: list[Task], masks: li
 
     question = [(known[pair.base].text, known[pair.wanted].value) for pair in pairs]
     said, _ = complete(setup, [known[pair.base].tokens for pair in pairs], lambda i,
-                       text: ravel_prompts.settled(*question[i], text), residual, f"ravel: scores of {name}")
-    right = iter([ravel_prompts.matches(*asked, text) for asked, text in zip(question, said)])
+                       text: settled(*question[i], text), residual, f"ravel: scores of {name}")
+    right = iter([matches(*asked, text) for asked, text in zip(question, said)])
     return [[next(right) for _ in task.test] for task in tasks]
 
 

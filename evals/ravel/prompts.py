@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
     remainder: str
 
 
-def prompts(source, config: dict) -> Iterator[Prompt]:
+def all_prompts(source, config: dict) -> Iterator[Prompt]:
     """All prompts of the configured attributes:
     entities in the table's order, their attributes and templates likewise.
     """

@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +34,8 @@ from torch import Tensor
 from evals import Result
 from evals.common import errors, pooling, probes
 from evals.model import memory
-from evals.sae_probes import sets as probe_sets
+from evals.sae_probes.sets import last_tokens, names, prompts
+from evals.storage.identity import code_digest
 
 EVAL_TYPE_ID = "sparse_probing_sae_probes"
 
@@ -116,7 +116,7 @@ def wheels(kind: str) -> list[str]:
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = []
-    known = probe_sets.names(facts.get("source"))
+    known = names(facts.get("source"))
     for name in config["dataset_names"]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)[0]
@@ -149,8 +149,8 @@ class Split(NamedTuple):
 
 def run(setup, saes: dict) -> dict[str, Result]:
     """Probe every SAE on every data set; {SAE name: Result}."""
-    depends_on, sets, rows, length_U = probe_sets.prompts(setup)
-    x_UD = probe_sets.last_tokens(setup, rows, length_U)
+    depends_on, sets, rows, length_U = prompts(setup)
+    x_UD = last_tokens(setup, rows, length_U)
     splits, problems = {}, {name: [] for name in (None, *saes)}  # None: what concerns them all
     for dataset, (place_N, label_N) in sets.items():
         try:
@@ -336,7 +336,7 @@ def baselines(setup, depends_on: dict, x_UD: Tensor, splits: dict[str, Split],
     own = {"layer": setup.layer, "seed": setup.seed, "device": torch.device(setup.lm.device).type,
            "scored": list(splits),
            "versions": [torch.__version__, version("scikit-learn")],
-           "probes": Path(__file__).read_text(encoding="utf-8")}
+           "probes": code_digest(__file__)}
     stored = setup.cache.get("sae_probes_llm", depends_on | own, make) if splits else {}
     return {dataset: {f"llm_{metric}": float(v[i]) for metric, v in stored.items() if not v[i].isnan()}
             for i, dataset in enumerate(splits)}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from evals.common import probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 from evals.texts import embedded, tiny
 
 # the rows of type "Binary Classification" in the wheel's probing_datasets_MASTER.csv, in its order
@@ -149,7 +150,7 @@ def prompts(setup) -> tuple[dict, dict[str, tuple[Tensor, Tensor]], list[Tensor]
     chosen = list(dict.fromkeys(config["dataset_names"] or names(setup.data.kind)))
     depends_on = {"data": identity(setup.data.kind), "names": chosen, "max_rows": config["max_rows"],
                   "max_tokens": config["max_tokens"], "lm": setup.lm.digest,
-                  "code": Path(__file__).read_text(encoding="utf-8")}
+                  "code": code_digest(__file__)}
     stored = setup.cache.get("sae_probes_prompts", depends_on, make)
     sets = {name: tuple(stored[f"rows {i}"]) for i, name in enumerate(chosen)}
     return depends_on, sets, list(stored["tokens"].split(stored["length"].tolist())), stored["length"]

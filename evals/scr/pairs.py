@@ -8,13 +8,12 @@ having T/2 texts, the mixed combinations have T/4 texts and the pure ones, of wh
 from __future__ import annotations
 
 import functools
-import inspect
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evals.cache import digest
+from evals.storage.identity import code_digest
 from evals.texts.splits import draw
 
 COMBINATIONS = ("++", "+-", "-+", "--")
@@ -36,7 +35,7 @@ class Source:
 
     def probing_digest(self, config: dict) -> str:
         """Identity of what `probing(config)` returns, for cache keys."""
-        return digest([Path(__file__).read_text(encoding="utf-8"), self.texts.probing_digest(config)])
+        return digest([code_digest(__file__), self.texts.probing_digest(config)])
 
 
 def _drawn(name: str, pools: dict[str, list[str]], config: dict, seed: int) -> dict[str, dict[str, list[str]]]:
@@ -75,7 +74,7 @@ def _pairs(columns: dict, dataset: str, texts, config: dict) -> dict:
         return runs
 
     depends_on = {"set": dataset, "columns": repr(columns), "sizes": sizes,
-                  "code": [inspect.getsource(first_of_each), COMBINATIONS]}
+                  "code": [code_digest(first_of_each), COMBINATIONS]}
     return network.kept(texts.cache_dir, "scr", depends_on, drawn, [repository])
 
 

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from evals.common import pooling, probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 SIDES = ("forget", "retain")
 LETTERS = "ABCD"
@@ -90,7 +91,7 @@ def prepared(setup) -> Prepared:
     depends_on = {"data": identity(setup.data, config), "lm": setup.lm.digest, "seed": setup.seed,
                   "config": {key: config.get(key) for key in SETTINGS}, "device": torch.device(setup.lm.device).type,
                   "torch": torch.__version__,
-                  "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, pooling.__file__)]}
+                  "code": [code_digest(file) for file in (__file__, pooling.__file__)]}
     stored = setup.cache.get("unlearning", depends_on, lambda: _make(setup))
     counts = {side: dict(zip(config[f"{side}_subjects"], map(tuple, stored[f"{side}.counts"].tolist())))
               for side in SIDES}

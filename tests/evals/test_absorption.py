@@ -17,6 +17,7 @@ from evals.cache import Cache
 from evals.common import first_letter, pooling, probes
 from evals.model import language_model
 from evals.texts import tiny
+from tests.evals import scarce
 
 # words of the letter with number SPLIT ("h") that carry MARK have features of their own
 BOS, D, SPLIT, MARK = 0, 40, 7, 30
@@ -427,6 +428,23 @@ def test_the_tiny_profile_ends_without_a_score(tmp_path):
     setup = make_setup(tmp_path, shown, **absorption.CONFIG["tiny"])
     result = absorption.run(setup, {"sae": AbsorbingSAE()})["sae"]
     assert "of 26 letters" in result.problems[0] and set(result.metrics["mean"].values()) == {None}
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says."""
+    scarce.check_every_batch(absorption.run, make_setup(tmp_path), AbsorbingSAE())
+
+
+def test_features_that_do_not_fit_are_made_again(monkeypatch):
+    """Fails if the features of all words must fit on the GPU, or depend on whether they do."""
+    said, index, x_ND = [], torch.tensor([4, 0, 4]), torch.randn(5, 3)
+    setup = scarce.small_setup(said)
+    kept = absorption._features(setup, lambda x: x * 2, x_ND, 2)(index)
+    assert not said
+    monkeypatch.setattr(absorption, "torch", SimpleNamespace(empty=scarce.full,
+                                                             OutOfMemoryError=torch.OutOfMemoryError))
+    assert torch.equal(absorption._features(setup, lambda x: x * 2, x_ND, 2)(index), kept) and len(said) == 1
 
 
 def test_requirements_name_the_setting():

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from evals import Setup, autointerp, declared
-from evals.autointerp import judge
-from evals.autointerp import windows as autointerp_windows
+from evals.autointerp import judge, windows
 from evals.cache import Cache, digest
 from evals.common import pooling
 from evals.texts import tiny
 from evals.texts.source import Source
+from tests.evals import scarce
 
 BOS, EOS = 0, 1
 KEY = "sk-never-to-be-seen-0123456789"
@@ -489,6 +489,9 @@ class FakeTokenizer:
         found = [re.findall(r"<eos>|w\d\d", text) for text in texts]
         return {"input_ids": [[EOS if word == "<eos>" else 2 + WORDS.index(word) for word in words] for words in found]}
 
+    def decode(self, ids):
+        return " ".join(WORDS[i - 2] for i in ids)
+
     def batch_decode(self, rows, clean_up_tokenization_spaces):
         return ["<eos>" if i < 2 else f" {WORDS[i - 2]}" for (i,) in rows]
 
@@ -543,7 +546,7 @@ def make_setup(tmp_path, lm=None, texts=None, seed=0, limit_gb=1.0, **config):
 
 def activations(setup, sae):
     """All of them, [R, T, F], 0 at special tokens."""
-    tokens_RT = autointerp_windows.token_rows(setup)
+    tokens_RT = windows.token_rows(setup)
     z_RTF = sae.encode(setup.lm.residual(tokens_RT, 3))
     return tokens_RT, z_RTF * (tokens_RT > 1)[..., None]
 
@@ -554,7 +557,7 @@ def activations(setup, sae):
 def test_text_is_packed_as_in_the_protocol():
     """Fails if short texts stay, documents are not joined by EOS, parts do not begin with BOS, or rows do not."""
     long = [" ".join(WORDS * 3), " ".join(WORDS[20:] * 5)]
-    rows_RT = autointerp_windows.pack([long[0], "w01 w02", long[1]], FakeLM(), 8, 10_000)
+    rows_RT = windows.pack([long[0], "w01 w02", long[1]], FakeLM(), 8, 10_000)
     joined = "<eos>".join(long)
     size = -(-len(joined) // 20)
     expected = []
@@ -562,8 +565,14 @@ def test_text_is_packed_as_in_the_protocol():
         expected += [BOS] + FakeTokenizer()([joined[start : start + size]], False)["input_ids"][0]
     assert EOS in expected and len(rows_RT) == len(expected) // 8 and (rows_RT[:, 0] == BOS).all()
     assert rows_RT[:, 1:].tolist() == [expected[r * 8 + 1 : r * 8 + 8] for r in range(len(rows_RT))]
-    assert autointerp_windows.pack(documents(), FakeLM(), 8, 103).shape == (14, 8)  # (103 + 8 + 1) // 8
-    assert autointerp_windows.pack(["w01"], FakeLM(), 8, 100).shape == (0, 8)
+    assert windows.pack(documents(), FakeLM(), 8, 103).shape == (14, 8)  # (103 + 8 + 1) // 8
+    assert windows.pack(["w01"], FakeLM(), 8, 100).shape == (0, 8)
+
+
+def test_token_ids_are_packed_as_the_text_they_stand_for():
+    """Fails if token ids in place of a text give other rows, or keep a BOS of their own."""
+    rows_RT = windows.pack([" ".join(WORDS)], FakeLM(), 8, 10_000)
+    assert torch.equal(windows.pack([[BOS, *range(2, 42)]], FakeLM(), 8, 10_000), rows_RT) and len(rows_RT) > 3
 
 
 def test_a_data_set_in_the_hubs_format_gives_the_same_rows(tmp_path):
@@ -571,10 +580,10 @@ def test_a_data_set_in_the_hubs_format_gives_the_same_rows(tmp_path):
     or not known to the cache by their content.
     """
     file = tmp_path / "texts.jsonl"
-    rows_RT = autointerp_windows.token_rows(make_setup(tmp_path))
+    rows_RT = windows.token_rows(make_setup(tmp_path))
     for texts, same in ((documents(), True), (documents()[::-1], False)):
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        assert torch.equal(rows_RT, autointerp_windows.token_rows(make_setup(tmp_path, dataset_name=str(file)))) == same
+        assert torch.equal(rows_RT, windows.token_rows(make_setup(tmp_path, dataset_name=str(file)))) == same
 
 
 @pytest.mark.parametrize("batch, part, block", [(3, 10**9, 10**9), (3, 10**9, 8 * T * 40), (50, 7 * T * 40, 0)])
@@ -583,10 +592,10 @@ def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, bl
     or if values and tokens are another window's.
     """
     monkeypatch.setattr(pooling, "PART_FLOATS", part)
-    monkeypatch.setattr(autointerp_windows, "BLOCK_FLOATS", block)
+    monkeypatch.setattr(windows, "BLOCK_FLOATS", block)
     setup, sae = make_setup(tmp_path, llm_batch_size=batch), words_sae()
     tokens_RT, z_RTF = activations(setup, sae)
-    seen = autointerp_windows.look(setup, tokens_RT, {"s": sae}, {"s": list(range(40))})["s"]
+    seen = windows.look(setup, tokens_RT, {"s": sae}, {"s": list(range(40))})["s"]
     assert seen.bad == 0 and torch.equal(seen.fired_F, (z_RTF > 0).sum((0, 1)))
     for latent in range(40):
         z_RT = z_RTF[..., latent].numpy()
@@ -595,19 +604,18 @@ def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, bl
         for r, t in sorted(centres, key=lambda rt: -z_RT[rt]):
             if len(chosen) < 12 and all(r != row or abs(t - column) > BUFFER for row, column in chosen):
                 chosen.append((r, t))
-        windows = seen.windows[latent]
-        got = autointerp_windows.spread(windows["top"]["place"].tolist(), windows["top"]["acts"][:, BUFFER].tolist(),
-                                        12, BUFFER)
-        assert [divmod(int(windows["top"]["place"][k]), T) for k in got] == chosen
+        top, drawn = (seen.windows[latent][kind] for kind in ("top", "drawn"))
+        got = windows.spread(top["place"].tolist(), top["acts"][:, BUFFER].tolist(), 12, BUFFER)
+        assert [divmod(int(top["place"][k]), T) for k in got] == chosen
         below = {rt for rt in centres if z_RT[rt] < z_RT[chosen[-1]]} if len(chosen) == 12 else set()
-        drawn = [divmod(int(windows["drawn"]["place"][k]), T) for k in range(len(windows["drawn"]["key"]))
-                 if 0 < windows["drawn"]["acts"][k, BUFFER] < z_RT[chosen[-1]]][:7]
-        assert len(set(drawn)) == len(drawn) == min(7, len(below)) and set(drawn) <= below
-        for kind in windows.values():
+        taken = [divmod(int(place), T) for place, acts in zip(drawn["place"], drawn["acts"])
+                 if 0 < acts[BUFFER] < z_RT[chosen[-1]]][:7]
+        assert len(set(taken)) == len(taken) == min(7, len(below)) and set(taken) <= below
+        for kind in seen.windows[latent].values():
             for place, acts in zip(kind["place"].tolist(), kind["acts"].tolist()):
                 r, t = divmod(place, T)
                 assert BUFFER <= t < T - BUFFER and acts == z_RT[r, t - BUFFER : t + BUFFER + 1].tolist()
-        assert len(windows["random"]["place"]) == 17
+        assert len(seen.windows[latent]["random"]["place"]) == 17
 
 
 def test_windows_are_drawn_in_proportion_to_the_squared_activation(tmp_path):
@@ -616,9 +624,9 @@ def test_windows_are_drawn_in_proportion_to_the_squared_activation(tmp_path):
     z_CRT = torch.zeros(trials, 3, width)  # a latent per trial
     z_CRT[..., BUFFER:-BUFFER] = z_P.view(3, 2)
     setup = make_setup(tmp_path)
-    kept = autointerp_windows._nothing(setup, torch.zeros(3, width), list(range(trials)))
-    autointerp_windows._keep(setup, kept, z_CRT[:, :1], 0)
-    autointerp_windows._keep(setup, kept, z_CRT[:, 1:], 1)
+    kept = windows._nothing(setup, torch.zeros(3, width), list(range(trials)))
+    windows._keep(setup, kept, z_CRT[:, :1], 0)
+    windows._keep(setup, kept, z_CRT[:, 1:], 1)
     counts = np.zeros((6, 6))
     for pair in kept["drawn"]["place"][:, :2].tolist():
         counts[tuple(place // width * 2 + place % width - BUFFER for place in pair)] += 1
@@ -638,14 +646,14 @@ def test_a_case_by_hand(tmp_path):
     setup = make_setup(tmp_path, **config)
     tokens_RT = torch.arange(100).view(10, 10) % 40 + 2
 
-    def windows(*values):
+    def made(*values):
         place = torch.tensor([10 * r + 5 for r in range(len(values))])
         return {"place": place, "acts": torch.tensor([[edge, centre, 0.0] for edge, centre in values])}
 
-    seen = {"top": windows((20.0, 9.0), (0.0, 8.0), (0.0, 7.0), (0.0, 6.0)),
-            "drawn": windows((0.0, 9.0), (0.0, 7.0), (0.0, 3.0)),
-            "random": windows(*[(0.0, float(n)) for n in range(7)])}
-    case = autointerp_windows.case(setup, tokens_RT, {i: f"<{i}>" for i in range(50)}, 5, seen)
+    seen = {"top": made((20.0, 9.0), (0.0, 8.0), (0.0, 7.0), (0.0, 6.0)),
+            "drawn": made((0.0, 9.0), (0.0, 7.0), (0.0, 3.0)),
+            "random": made(*[(0.0, float(n)) for n in range(7)])}
+    case = windows.case(setup, tokens_RT, {i: f"<{i}>" for i in range(50)}, 5, seen)
     assert case.threshold == 2.0  # a tenth of 20, which stands beside a centre
     centres = [w.acts[1] for w in case.generation + case.scoring]
     # 3 of the strongest, the one drawn below 7, 2 random ones to fill up, 4 random ones
@@ -655,10 +663,10 @@ def test_a_case_by_hand(tmp_path):
     assert len(case.generation) == 3 and [max(w.acts)
                                           for w in case.generation] == sorted([max(w.acts) for w in case.generation])[::-1]
     assert next(w for w in case.generation + case.scoring if w.acts[1] == 8.0).tokens == ["<16>", "<17>", "<18>"]
-    few = {**seen, "top": windows((0.0, 9.0), (0.0, 8.0), (0.0, 0.0))}
-    nothing_below = {**seen, "drawn": windows((0.0, 9.0), (0.0, 7.0))}
+    few = {**seen, "top": made((0.0, 9.0), (0.0, 8.0), (0.0, 0.0))}
+    nothing_below = {**seen, "drawn": made((0.0, 9.0), (0.0, 7.0))}
     for other in (few, nothing_below):
-        assert autointerp_windows.case(setup, tokens_RT, dict.fromkeys(range(50), ""), 5, other) is None
+        assert windows.case(setup, tokens_RT, dict.fromkeys(range(50), ""), 5, other) is None
 
 
 def test_latents_are_those_alive_and_a_second_pass_finds_more(tmp_path):
@@ -668,15 +676,15 @@ def test_latents_are_those_alive_and_a_second_pass_finds_more(tmp_path):
     gain = torch.zeros(40)
     gain[[0, 5, 6, 12, 13, 19, 20, 26, 27, 33, 34]] = 1.0
     setup = make_setup(tmp_path, n_latents=10, limit_gb=0)
-    cases, problems = autointerp_windows.cases(setup, {"few": words_sae(gain), "all": words_sae()})
-    rows = len(autointerp_windows.token_rows(setup))
+    cases, problems = windows.cases_of(setup, {"few": words_sae(gain), "all": words_sae()})
+    rows = len(windows.token_rows(setup))
     assert len(cases["few"]) == 10 == len(cases["all"]) and problems == {"few": [], "all": []}
     assert {c.latent for c in cases["few"]} <= set(gain.nonzero().flatten().tolist()) and setup.lm.rows == 2 * rows
     setup = make_setup(tmp_path, n_latents=10, limit_gb=0)
-    autointerp_windows.cases(setup, {"all": words_sae()})
+    windows.cases_of(setup, {"all": words_sae()})
     assert setup.lm.rows == rows
     gain[[0, 5]] = 0.0
-    cases, problems = autointerp_windows.cases(setup, {"few": words_sae(gain)})
+    cases, problems = windows.cases_of(setup, {"few": words_sae(gain)})
     assert len(cases["few"]) == 9
     assert problems["few"][0].startswith("9 of 10 latents for the judge: 9 of 40 fire more than 5 times in 5,000 "
                                          "tokens, 0 of those")
@@ -693,7 +701,7 @@ def test_answers_are_read_as_by_the_reference(answer, numbers):
     assert autointerp.numbers_in(answer) == numbers
 
 
-@pytest.mark.parametrize("answer, windows", [
+@pytest.mark.parametrize("answer, numbers", [
     ("none", []), ("None of them.", []), ("None of the passages mention rivers", []), ("No passages", []),
     ("all", [1, 2, 3, 4, 5]), ("All of them", [1, 2, 3, 4, 5]), ("All 5 passages", [1, 2, 3, 4, 5]),
     ("2-4", [2, 3, 4]), ("1, 3–5", [1, 3, 4, 5]), ("2 to 3, and 5", [2, 3, 5]), ("1; 2", [1, 2]), ("1 3", [1, 3]),
@@ -711,9 +719,9 @@ def test_answers_are_read_as_by_the_reference(answer, numbers):
     ("1. a river\n2. a road", None), ("1. a river", None), ("1-99", None), ("-1", None), ("²", None),
     ('{"indices": [0, 3]}', None),
     ("1, 3\nor rather\n1, 4", None), ("9" * 5000, None), ("Not 1, 3", None), ('{"a": [1], "b": [2]}', None)])
-def test_answers_in_another_form_are_read_if_they_are_certain(answer, windows):
+def test_answers_in_another_form_are_read_if_they_are_certain(answer, numbers):
     """Fails if a clear answer in another form than asked for is lost, or windows are read out of an unclear one."""
-    assert autointerp.windows_in(answer, 5) == windows
+    assert autointerp.windows_in(answer, 5) == numbers
 
 
 @pytest.mark.parametrize("answer, explanation", [
@@ -734,10 +742,10 @@ def test_scores_by_hand():
     or for unusable answers.
     """
     def window(act, random):
-        return autointerp_windows.Window(["a", " \nb"], [0.0, act], random)
+        return windows.Window(["a", " \nb"], [0.0, act], random)
 
     scoring = [window(5.0, False), window(0.5, False), window(5.0, True), window(0.1, True)]
-    verdicts = [{"case": autointerp_windows.Case(latent, 1.0, [window(5.0, False)], scoring), "explanation": "b",
+    verdicts = [{"case": windows.Case(latent, 1.0, [window(5.0, False)], scoring), "explanation": "b",
                  "answer": answer}
                 for latent, answer in ((7, "1, 3"), (8, "None"), (9, "no idea"))]
     verdicts.append({"case": verdicts[0]["case"], "failed": "HTTP 500"})
@@ -873,8 +881,8 @@ def test_eos_is_kept_where_it_is_the_padding_token():
         tokenizer.pad_token = padding or tokenizer.eos_token
         special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         lm = SimpleNamespace(tokenizer=tokenizer, bos=tokenizer.bos_token_id, special_ids=special)
-        tokens_RT = autointerp_windows.pack(["the cat sat on the mat. " * 6] * 4, lm, 16, 400)
-        content_RT = autointerp_windows.content(SimpleNamespace(lm=lm), tokens_RT)
+        tokens_RT = windows.pack(["the cat sat on the mat. " * 6] * 4, lm, 16, 400)
+        content_RT = windows.content(SimpleNamespace(lm=lm), tokens_RT)
         assert int((tokens_RT == tokenizer.eos_token_id).sum()) == 3
         assert set(tokens_RT[~content_RT].tolist()) == {tokenizer.bos_token_id, tokenizer.eos_token_id}
         kept.append(tokens_RT)
@@ -921,6 +929,12 @@ def test_the_tiny_profile_has_text_enough(server, tmp_path):
     assert not result.problems and result.corrected["autointerp_latents"] == 6
     # the 2 strongest windows always fire
     assert all(10 / 14 <= v["score"] <= 12 / 14 for v in result.unstructured.values())
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says."""
+    scarce.check_every_batch(windows.cases_of, make_setup(tmp_path), words_sae())
 
 
 def test_requirements_name_the_setting(server):

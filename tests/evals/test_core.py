@@ -13,6 +13,7 @@ from evals import Result, Setup, core
 from evals.cache import Cache
 from evals.common import saebench
 from evals.texts import packing
+from tests.evals import scarce
 from variants import base, topk
 
 VOCABULARY, D, N_FEATURES, CONTEXT, BOS, EOS = 41, 10, 24, 9, 0, 1
@@ -337,6 +338,19 @@ def test_a_bfloat16_model_is_measured_in_float32(tmp_path):
     norms = [float(x.double().norm()) for row in tokens_RT for x, t in zip(lm.residual(row[None], 0)[0], row.tolist())
              if t not in lm.special_ids]
     assert means(result)["l2_norm_in"] == pytest.approx(sum(norms) / len(norms), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says."""
+    scarce.check_every_batch(core.run, setup(tmp_path), trained(TopK))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["residual", "finish", "unembed", "encode"])
+def test_two_calls_that_run_out_of_memory_lose_nothing(tmp_path, method):
+    """Fails as scarce.check_two_calls says."""
+    scarce.check_two_calls(core.run, setup(tmp_path), trained(TopK), method)
 
 
 def test_too_little_text_says_what_to_do(tmp_path):

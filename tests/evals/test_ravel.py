@@ -1,5 +1,6 @@
 """ravel against plain references written from the protocol, on fake language models with the documented interface."""
 
+import functools
 import json
 import random
 import statistics
@@ -11,10 +12,12 @@ import torch
 
 from evals import Setup, declared, ravel
 from evals.cache import Cache
-from evals.ravel import prompts as ravel_prompts
+from evals.model import memory
+from evals.ravel import prompts
 from evals.ravel.prompts import Known, Pair, Task
 from evals.texts import embedded
 from evals.texts.source import Source
+from tests.evals import scarce
 
 VALUES, ENTITIES = 4, 16  # entity e holds the value e % 4 of colour and e // 4 of shape
 WORDS = ["<bos>", "<eos>", *(f"e{i}" for i in range(ENTITIES)), *(f"colour{i}" for i in range(VALUES)),
@@ -36,7 +39,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def fake_table(monkeypatch):
-    monkeypatch.setitem(ravel_prompts.OWN, "fake", {"thing": lambda source: (TEMPLATES, TABLE)})
+    monkeypatch.setitem(prompts.OWN, "fake", {"thing": lambda source: (TEMPLATES, TABLE)})
 
 
 class Tokenizer:
@@ -156,7 +159,7 @@ def make_setup(tmp_path, lm=None, seed=0, **settings):
 ])
 def test_match_rule(text, value, completion, right):
     """Fails if the rule for prefixes or one of its special cases differs from SAEBench's."""
-    assert ravel_prompts.matches(text, value, completion) is right
+    assert prompts.matches(text, value, completion) is right
 
 
 def test_a_settled_completion_stays_as_it_is():
@@ -172,13 +175,13 @@ def test_a_settled_completion_stays_as_it_is():
         whole = "".join(parts)
         for n in range(1, 5):
             begun = "".join(parts[:n])
-            if ravel_prompts.settled(text, value, begun):
+            if prompts.settled(text, value, begun):
                 settled += 1
-                assert ravel_prompts.matches(text, value,
-                                             begun) == ravel_prompts.matches(text, value, whole), (text, value, begun, whole)
+                assert prompts.matches(text, value,
+                                             begun) == prompts.matches(text, value, whole), (text, value, begun, whole)
     assert settled > 10_000
-    assert not ravel_prompts.settled("City:", "Côte", "C\ufffd")  # half a character may become the right one
-    assert ravel_prompts.settled("City:", "Niger", "Nigeria") and ravel_prompts.settled("City:", "Niger", "Nib")
+    assert not prompts.settled("City:", "Côte", "C\ufffd")  # half a character may become the right one
+    assert prompts.settled("City:", "Niger", "Nigeria") and prompts.settled("City:", "Niger", "Nib")
 
 
 # ------------------------------------------------------------------------------------------------ prompts and pairs
@@ -187,9 +190,9 @@ def test_a_settled_completion_stays_as_it_is():
 def test_entities_are_ranked_by_right_prompts():
     """Fails if kinds are mixed, or if a tie does not go to the entity that comes first."""
     names = [("a", "x"), ("a", "y"), ("a", "z"), ("b", "x"), ("a", "z"), ("a", "y"), ("b", "w")]
-    right = [ravel_prompts.Prompt(kind, entity, "", "", "", "") for kind, entity in names]
-    assert ravel_prompts.best_entities(right, 2) == {("a", "y"), ("a", "z"), ("b", "x"), ("b", "w")}
-    assert ravel_prompts.best_entities(right, 1) == {("a", "y"), ("b", "x")}
+    right = [prompts.Prompt(kind, entity, "", "", "", "") for kind, entity in names]
+    assert prompts.best_entities(right, 2) == {("a", "y"), ("a", "z"), ("b", "x"), ("b", "w")}
+    assert prompts.best_entities(right, 1) == {("a", "y"), ("b", "x")}
 
 
 def test_pairs_repeat_the_reference_stream():
@@ -198,14 +201,14 @@ def test_pairs_repeat_the_reference_stream():
     known = [Known("k", "abc"[i % 3], f"v{rng.randrange(3)}", f"text {i}", [], 0, 0, f"e{i}") for i in range(75)]
     numbers = {name: [i for i, prompt in enumerate(known) if prompt.attribute == name] for name in "abc"}
     for n in (10, 40):  # fewer and more than there are prompts of an attribute
-        train, test = ravel_prompts.draw_pairs(known, numbers, "b", n, 0.7, random.Random(11))
+        train, test = prompts.draw_pairs(known, numbers, "b", n, 0.7, random.Random(11))
 
         random.seed(11)
         drawn = {}
         for name in ("b", "a", "c"):
-            prompts = [prompt for prompt in known if prompt.attribute == name]
-            bases = random.sample(prompts, n) if n <= len(prompts) else prompts
-            drawn[name] = [(base, random.choice([p for p in prompts if p.value != base.value])) for base in bases]
+            pool = [prompt for prompt in known if prompt.attribute == name]
+            bases = random.sample(pool, n) if n <= len(pool) else pool
+            drawn[name] = [(base, random.choice([p for p in pool if p.value != base.value])) for base in bases]
         isolation = drawn["a"] + drawn["c"]
         random.shuffle(isolation)
         isolation = isolation[: len(drawn["b"])]
@@ -226,23 +229,23 @@ def test_prompts_of_the_hub_keep_the_order_of_the_files(monkeypatch, tmp_path):
     (tmp_path / "ravel_city_entity_attributes.json").write_text(json.dumps(entities))
 
     def snapshot(kind, repository, patterns):
-        assert (repository, kind) == (ravel_prompts.REPOSITORY, "dataset")
+        assert (repository, kind) == (prompts.REPOSITORY, "dataset")
         if not (tmp_path / patterns[0]).exists():
             raise OSError(f"404 {patterns[0]}")
         return tmp_path
 
-    monkeypatch.setattr(ravel_prompts.network, "snapshot", snapshot)
+    monkeypatch.setattr(prompts.network, "snapshot", snapshot)
     config = {"entity_attribute_selection": {"city": ["Country", "Language"]}}
     found = [(p.entity, p.attribute, p.value, p.text, p.remainder)
-             for p in ravel_prompts.prompts(SimpleNamespace(kind="hub"), config)]
+             for p in prompts.all_prompts(SimpleNamespace(kind="hub"), config)]
     assert found == [("Rome", "Language", "Italian", "They speak Rome in", " in"),
                      ("Rome", "Country", "Italy", "Rome is in", " is in"),
                      ("Rome", "Country", "Italy", "Oslo: Norway. Rome:", ":"),
                      ("Bern", "Language", "German", "They speak Bern in", " in")]
     with pytest.raises(ValueError, match="no attribute 'Field'"):
-        list(ravel_prompts.prompts(SimpleNamespace(kind="hub"), {"entity_attribute_selection": {"city": ["Field"]}}))
+        list(prompts.all_prompts(SimpleNamespace(kind="hub"), {"entity_attribute_selection": {"city": ["Field"]}}))
     with pytest.raises(OSError, match="cannot read the RAVEL data of 'verb'.*404"):
-        ravel_prompts.table(SimpleNamespace(kind="hub"), "verb")
+        prompts.table(SimpleNamespace(kind="hub"), "verb")
 
 
 def test_embedded_cities(monkeypatch, tmp_path):
@@ -260,8 +263,8 @@ def test_embedded_cities(monkeypatch, tmp_path):
             archive.writestr(embedded.WHEELS["cities"].member.format(name), json.dumps(content))
     monkeypatch.setattr(embedded, "fetch", lambda *args: tmp_path / "wheel")
     source = SimpleNamespace(kind="embedded", cache_dir=None, data_dir=None)
-    templates, entities = ravel_prompts.table(source, "city")
-    assert list(entities) == [f"City{i}" for i in range(ravel_prompts.PER_COUNTRY)] + ["City8"]
+    templates, entities = prompts.table(source, "city")
+    assert list(entities) == [f"City{i}" for i in range(prompts.PER_COUNTRY)] + ["City8"]
     assert entities["City0"] == {"Country": "Aland", "Continent": "South America", "Language": "Portuguese"}
     assert entities["City8"] == {"Country": "Bland", "Continent": "Europe", "Language": ""}
     assert all(template.count("%") == template.count("%s") == 1 for some in templates.values() for template in some)
@@ -367,7 +370,7 @@ def test_completions_are_those_of_single_examples(tmp_path):
         for pair in task.test:
             base, vector = known[pair.base], plain_vector(setup.lm, sae, known, pair, (mask_F > 0).float())
             said = plain_completion(setup.lm, base.tokens, base.position, vector, setup.config["n_generated_tokens"])
-            plain[-1].append(ravel_prompts.matches(base.text, known[pair.wanted].value,
+            plain[-1].append(prompts.matches(base.text, known[pair.wanted].value,
                                                    " ".join(WORDS[i] for i in said)))
     assert right == plain and {ok for row in plain for ok in row} == {True, False}
 
@@ -394,7 +397,7 @@ def test_the_mask_of_the_planted_attribute(tmp_path):
     """Fails if the mask of colour leaves a colour out or takes in a shape."""
     setup = make_setup(tmp_path)
     known, asked = ravel.known_prompts(setup)
-    tasks, _ = ravel_prompts.make_tasks(known, asked, setup.config, 0)
+    tasks, _ = prompts.make_tasks(known, asked, setup.config, 0)
     x, entity_PD = ravel.residuals(setup, known, tasks)
     for task, mask_F in zip(tasks, ravel.fit_masks(setup, identity(), known, tasks, x, entity_PD, "sae")):
         on = (mask_F[: 2 * VALUES] > 0).tolist()
@@ -497,6 +500,24 @@ def test_non_finite_output_gives_no_score_but_a_reason(tmp_path):
     results = ravel.run(make_setup(tmp_path), {"broken": broken, "sound": identity()})
     assert set(results["broken"].metrics["ravel"].values()) == {None} and "NaN or inf" in results["broken"].problems[0]
     assert results["sound"].metrics["ravel"]["cause_score"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says; a training step's interchange, of 4 pairs, is not divided."""
+    setup = make_setup(tmp_path, num_epochs=2, completion_batch_size=6)
+    scarce.check_every_batch(ravel.run, setup, random_sae(2), at_least=4)
+
+
+def test_a_training_step_in_uneven_parts(tmp_path):
+    """Fails if the gradient depends on how a step's rows are divided; Adam would hide a common factor."""
+    setup, rng = make_setup(tmp_path, Tangled()), torch.Generator().manual_seed(0)
+    rows = [torch.randn(8, D, generator=rng), torch.randn(8, 5, D, generator=rng), [1, 2, 3, 1, 2, 3, 1, 2], [4] * 8,
+            torch.arange(8)]
+    whole_BD = ravel._gradient(setup, *rows)
+    parts_BD = memory.by_rows(setup, "a step", functools.partial(ravel._gradient, setup), *rows, most=3)
+    torch.testing.assert_close(parts_BD, whole_BD)
+    assert whole_BD.abs().min() > 0
 
 
 def test_requirements_name_the_setting():

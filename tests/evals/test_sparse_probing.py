@@ -12,6 +12,7 @@ import torch
 from evals import Setup, declared, sparse_probing
 from evals.cache import Cache, digest
 from evals.common import pooling, probes
+from tests.evals import scarce
 
 BOS, EOS, PAD, MARK = 0, 1, 2, 3  # MARK stands in texts of the class "marked" only
 VOCABULARY, D = 40, 6
@@ -352,6 +353,27 @@ def test_non_finite_features_give_no_number_but_a_reason(tmp_path):
     assert set(result.metrics["sae"].values()) == {None} and result.corrected["sae_top_1_minus_llm_top_1"] is None
     assert result.metrics["llm"]["llm_test_accuracy"] > 0.5 and result.details[0]["sae_top_1_test_accuracy"] is not None
     assert len(result.problems) == 1 and "dirty: NaN or inf in the features of 36 of 108 texts" in result.problems[0]
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says."""
+    scarce.check_every_batch(sparse_probing.run, make_setup(tmp_path), random_sae(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["residual", "encode"])
+def test_two_calls_that_run_out_of_memory_lose_nothing(tmp_path, method):
+    """Fails as scarce.check_two_calls says."""
+    scarce.check_two_calls(sparse_probing.run, make_setup(tmp_path), random_sae(1), method)
+
+
+def test_features_that_do_not_fit_stay_in_host_memory():
+    """Fails if the features of all texts must fit on the GPU, or if that is said twice."""
+    said, x_NF = [], SimpleNamespace(to=scarce.full)
+    setup = scarce.small_setup(said)
+    setup.lm = SimpleNamespace(device="cuda")
+    assert [sparse_probing._placed(setup, x_NF) for _ in range(2)] == [x_NF, x_NF] and len(said) == 1
 
 
 def test_requirements_name_the_setting():

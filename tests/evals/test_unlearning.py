@@ -19,6 +19,7 @@ from evals.common import probes
 from evals.texts.source import Source
 from evals.unlearning import Edit, Rows, Task, questions
 from evals.unlearning.questions import Question
+from tests.evals import scarce
 
 BOS, EOS, PAD = 0, 1, 2
 WORDS = ["<bos>", "<eos>", "<pad>", "A", "B", "C", "D", "▁A", "▁B", "▁C", "▁D", "A.", "B.", "C.", "D.",
@@ -515,6 +516,16 @@ def test_hub_data_are_read_as_saebench_reads_them(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot read the forget corpus .*\n"
                                       ".*gated: ask for access on https://huggingface.co/.*forget_corpus"):
         questions.load(Source("hub", "x"), config | {"forget_corpus": str(tmp_path / "absent.jsonl")}, 0)
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path, monkeypatch):
+    """Fails as scarce.check_every_batch says, of the densities or of the scores."""
+    def densities_and_scores(setup, saes):
+        densities = unlearning._densities(setup, questions.prepared(setup).choosing, saes)
+        return [unlearning.run(setup, saes), [side_F.tolist() for side_F in densities["sae"]]]
+
+    scarce.check_every_batch(densities_and_scores, make_setup(tmp_path, monkeypatch), sae_of(0, 1, 8))
 
 
 def test_requirements_name_what_is_missing():

@@ -14,19 +14,13 @@ from sklearn.metrics import f1_score
 
 from evals import Setup, absorption, declared
 from evals.cache import Cache
-from evals.common import first_letter, pooling, probes
+from evals.common import first_letter, pooling
 from evals.model import language_model
 from evals.texts import tiny
 from tests.evals import scarce
 
 # words of the letter with number SPLIT ("h") that carry MARK have features of their own
 BOS, D, SPLIT, MARK = 0, 40, 7, 30
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with probes.one_thread():
-        yield
 
 
 class FakeTokenizer:

@@ -30,14 +30,6 @@ TABLE = {f"e{e}": {"colour": f"colour{e % VALUES}", "shape": f"shape{e // VALUES
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def fake_table(monkeypatch):
     monkeypatch.setitem(prompts.OWN, "fake", {"thing": lambda source: (TEMPLATES, TABLE)})
 

@@ -14,18 +14,11 @@ import torch
 
 from evals import Setup, declared, sae_probes
 from evals.cache import Cache
-from evals.common import probes
 from evals.sae_probes import sets as data_sets
 from evals.texts.source import Source
 from tests.evals import scarce
 
 BOS, MARK, VOCABULARY, D = 0, 3, 40, 6  # MARK is the last token of the prompts of one class
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with probes.one_thread():
-        yield
 
 
 class FakeLM:

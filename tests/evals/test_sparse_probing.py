@@ -18,12 +18,6 @@ BOS, EOS, PAD, MARK = 0, 1, 2, 3  # MARK stands in texts of the class "marked" o
 VOCABULARY, D = 40, 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    with probes.one_thread():
-        yield
-
-
 def tokenizer(texts, add_special_tokens, truncation, max_length):
     """Texts are token ids written out."""
     assert not add_special_tokens and truncation

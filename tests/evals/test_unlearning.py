@@ -15,7 +15,6 @@ import torch
 
 from evals import Setup, declared, unlearning
 from evals.cache import Cache
-from evals.common import probes
 from evals.texts.source import Source
 from evals.unlearning import Edit, Rows, Task, questions
 from evals.unlearning.questions import Question
@@ -25,12 +24,6 @@ BOS, EOS, PAD = 0, 1, 2
 WORDS = ["<bos>", "<eos>", "<pad>", "A", "B", "C", "D", "▁A", "▁B", "▁C", "▁D", "A.", "B.", "C.", "D.",
          "right_bio", "right_past", "bio", "past"]
 VOCABULARY = 64  # other words share what is left
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with probes.one_thread():
-        yield
 
 
 class Tokenizer:

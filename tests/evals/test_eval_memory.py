@@ -185,6 +185,7 @@ def cases(name, tmp_path, monkeypatch):
     raise KeyError(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["core", "sparse_probing", "absorption", "ravel", "sae_probes", "unlearning",
                                   "autointerp"])
 def test_a_gpu_too_small_for_a_batch_changes_no_number(name, tmp_path, monkeypatch):
@@ -199,6 +200,7 @@ def test_a_gpu_too_small_for_a_batch_changes_no_number(name, tmp_path, monkeypat
     assert any("the language model" in line for line in said) and any("features" in line for line in said), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, method", [("core", "residual"), ("core", "finish"), ("core", "unembed"),
                                           ("core", "encode"), ("sparse_probing", "residual"),
                                           ("sparse_probing", "encode")])
@@ -242,6 +244,7 @@ def test_features_that_do_not_fit_are_kept_elsewhere_or_made_again(monkeypatch):
     assert torch.equal(absorption._features(setup, lambda x: x * 2, x_ND, 2)(index), kept) and len(said) == 2
 
 
+@pytest.mark.slow
 def test_a_real_model_that_ran_out_is_as_before(tmp_path):
     """Fails if a pass broken off in the middle of the model leaves a hook or a block passed by,
     which would change the next one.

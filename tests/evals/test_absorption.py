@@ -324,6 +324,7 @@ def test_absorption_equals_the_plain_loop():
 # ------------------------------------------------------------------------------------------------ the eval
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 4])
 def test_planted_absorption_is_found(tmp_path, together):
     """Fails if words, letters, features or probes are mixed up anywhere between the vocabulary and the score."""
@@ -350,6 +351,7 @@ def test_planted_absorption_is_found(tmp_path, together):
     assert {*mean, *result.corrected} == set(declared("absorption", "METRICS"))
 
 
+@pytest.mark.slow
 def test_only_words_that_the_probe_finds_are_scored(tmp_path):
     """Fails if test words that the LM does not represent by their letter enter the absorption scores."""
     found = first_letter.measured(make_setup(tmp_path, FakeLM(odd=True)))
@@ -358,6 +360,7 @@ def test_only_words_that_the_probe_finds_are_scored(tmp_path):
     assert odd["second"] < odd["test"] and 0 < len(found["test_x"]) - len(found["second_x"]) <= odd["test"]
 
 
+@pytest.mark.slow
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path, monkeypatch):
     """Fails if the cache, an SAE beside it, features kept or encoded again,
     or the global random state shifts a score.
@@ -390,6 +393,7 @@ def test_too_few_letters_give_no_score_but_the_figure(tmp_path):
                     r"mean_absorption_fraction_score", problem)
 
 
+@pytest.mark.slow
 def test_broken_saes_give_no_score_but_a_reason(tmp_path):
     """Fails if a dead SAE gets the best score there is, or NaN reaches scikit-learn,
     or the SAE beside them is accused.

@@ -150,6 +150,7 @@ def test_an_answer_is_paid_for_once(server, tmp_path):
     assert len(list((tmp_path / "judge").iterdir())) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure, reason", [
     (lambda: complains(500), "HTTP 500: no"),
     (lambda: complains(429), "HTTP 429: no"),

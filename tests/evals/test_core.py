@@ -413,6 +413,7 @@ def topical(seed, documents=60):
         yield " ".join(str(rng.choice(words)) for _ in range(rng.randrange(10, 70)))
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_spread_over_new_texts(tmp_path, monkeypatch):
     """Fails if documents that span several rows do not count once:
     over texts drawn anew, each metric must vary as it says it does.

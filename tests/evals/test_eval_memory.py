@@ -82,6 +82,7 @@ def test_the_failed_attempt_is_freed_before_the_next():
     assert alive[:3] == [[], [False], [False, False]]
 
 
+@pytest.mark.slow
 def test_a_real_model_that_ran_out_is_as_before(tmp_path):
     """Fails if a pass broken off in the middle of the model leaves a hook or a block passed by,
     which would change the next one.

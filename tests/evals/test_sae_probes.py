@@ -267,6 +267,7 @@ def test_the_seed_splits_the_rows(tmp_path, monkeypatch):
     assert scores[1] == scores[2] and scores[1].metrics["llm"]["llm_test_auc"] != scores[0].metrics["llm"]["llm_test_auc"]
 
 
+@pytest.mark.slow
 def test_means_and_errors_are_over_data_sets(tmp_path, monkeypatch):
     """Fails if rows are pooled, the difference is not paired, the error is not s/√n,
     or repeated prompts are miscounted.

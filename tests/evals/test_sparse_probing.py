@@ -296,6 +296,7 @@ def test_standard_error_by_hand():
     assert probes.standard_error([[0.5, 0.7, 0.6], [0.4, 0.6, 0.8, 0.7], [0.2, 0.7, 0.6], [0.1, 0.6]]) is not None
 
 
+@pytest.mark.slow
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
     """Fails if the cache, an SAE beside it, the order of SAEs or data sets,
     or the global random state shifts a score.

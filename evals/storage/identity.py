@@ -1,6 +1,4 @@
-"""What a file holds, as a hash of its bytes: never its name, its size or its time; and what code does, as a hash of its
-syntax.
-"""
+"""What a file holds, as a hash of its bytes (never its name, its size or its time), and what code does."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ def _digest_310(file) -> str:
 
 
 def files_digest(paths: Iterable[str | Path], root: Path | None = None) -> str:
-    """SHA-256 (hex) of files: of their bytes, and of their names from `root` on (without it: their last parts);
-    ValueError for no files.
-    """
+    """SHA-256 (hex) of files: of bytes and names from `root` on (without it: last parts); ValueError for no files."""
     paths = [Path(path) for path in paths]
     if not paths:
         raise ValueError("a hash of no files says nothing\ngive a folder that holds the files")

@@ -399,7 +399,7 @@ def _harms(setup, label: str, rows: Rows, saes: dict, edits: dict[str, list[Edit
     The blocks up to the layer run once for all SAEs and edits. A row on which no clamped feature fires has no harm
     without a second pass, and edits of which the same features fire on a row, with one multiplier, share a pass.
     """
-    def harm(x_jTD: Tensor, index_j: Tensor) -> Tensor:
+    def harmed(x_jTD: Tensor, index_j: Tensor) -> Tensor:
         return rows.harm(setup.lm.finish(x_jTD, setup.layer), index_j)
 
     harms = {name: torch.zeros(len(edits[name]), len(rows.weight_N), dtype=torch.float64) for name in saes}
@@ -422,7 +422,7 @@ def _harms(setup, label: str, rows: Rows, saes: dict, edits: dict[str, list[Edit
                 z_JTS = z_bTS[row_J]
                 change_JTS = torch.where((z_JTS > 0) & clamped_JS[:, None], value_J11 - z_JTS, 0.0)
                 x_JTD = (x_bTD[row_J].float() + change_JTS @ W_SD).to(x_bTD.dtype)
-                harm_J = memory.by_rows(setup, "the language model", harm, x_JTD, index_b[row_J], each=x_bTD.shape[1])
+                harm_J = memory.by_rows(setup, "the language model", harmed, x_JTD, index_b[row_J], each=x_bTD.shape[1])
                 for row, harm, which in zip(index_b[row_J].tolist(), harm_J, wanted):
                     harms[name][which, row] = harm
     return harms

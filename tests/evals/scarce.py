@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-MESSAGE = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 8.00 GiB of which 0.20 GiB is free."
+MESSAGE = ("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 8.00 GiB of which 0.20 GiB "
+           "is free.")
 
 
 def small_setup(said, **config):
@@ -18,9 +19,7 @@ def full(*args, **kwargs):
 
 
 class Scarce:
-    """A language model or an SAE of which some calls run out of memory:
-    fails(method, rows, number of calls of several rows so far).
-    """
+    """A language model or an SAE of which some calls run out: fails(method, rows, calls of several rows so far)."""
 
     def __init__(self, whole, fails):
         self.whole, self.fails, self.calls, self.failed = whole, fails, {}, 0
@@ -44,10 +43,10 @@ def numbers(value, found):
     """All numbers of a nested result in order, the rest as it is."""
     if dataclasses.is_dataclass(value):
         value = dataclasses.asdict(value)
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-        numbers(part, found)
     if not isinstance(value, (dict, list, tuple)):
-        found.append(value)
+        return [*found, value]
+    for part in value.values() if isinstance(value, dict) else value:
+        found = numbers(part, found)
     return found
 
 
@@ -65,9 +64,7 @@ def check(measure, setup, sae, fails_lm, fails_sae):
 
 
 def check_every_batch(measure, setup, sae, at_least=1):
-    """Fails if an LM pass or an encoding cannot be halved, down to `at_least` rows of features, if parts change the
-    numbers, or if a size is tried twice.
-    """
+    """Fails if a pass or an encoding of more than `at_least` rows is not halved, changes a number or fails twice."""
     said, failed = check(measure, setup, sae, lambda method, rows, call: method != "unembed" and rows > 1,
                          lambda method, rows, call: rows > at_least)
     assert failed == len(said) > 0, said

@@ -37,9 +37,7 @@ def reference_probe(x_ND, fit, select, seed):
 
 
 def test_probes_trained_together_are_the_probes_trained_alone():
-    """Fails for another initialisation, optimiser, penalty, row order or choice of epoch,
-    or if stacked probes touch each other.
-    """
+    """Fails for another initialisation, optimiser, penalty, row order or epoch, or if probes touch each other."""
     g = torch.Generator().manual_seed(0)
     x_ND = torch.randn(160, D, generator=g)
     fits, selects = [], []
@@ -55,9 +53,7 @@ def test_probes_trained_together_are_the_probes_trained_alone():
 
 
 def test_corrected_probes_see_no_test_row(tmp_path):
-    """Fails if a test row chooses the corrected probes' epoch,
-    or if the compatible ones' is not chosen by the test rows.
-    """
+    """Fails if a test row chooses the corrected probes' epoch, or the compatible ones' is not chosen by test rows."""
     x_ND = torch.randn(120, D, generator=torch.Generator().manual_seed(1))
     label_N = (x_ND[:, 0] + torch.randn(120, generator=torch.Generator().manual_seed(2)) > 0).long()
 
@@ -74,9 +70,7 @@ def test_corrected_probes_see_no_test_row(tmp_path):
 
 @pytest.mark.parametrize("kind", ["compatible", "corrected"])
 def test_closed_form_is_the_ablation_of_every_token(tmp_path, kind):
-    """Fails if what features add at masked positions is dropped from the compatible ablation
-    or enters the corrected one.
-    """
+    """Fails if what features add at masked positions is not in the compatible ablation, or is in the corrected one."""
     sae, setup = random_sae(3), make_setup(tmp_path, CONFIG)
     sets = pooling.labelled(setup)
     (texts,) = concept_probes.pooled(setup, {"sae": sae}, "tpp", sets, {"sae": []})

@@ -1,6 +1,4 @@
-"""What all evals have in common: their declarations, that each goes by deleting it, and a run of all of them where there
-is no hub, no wheel and no judge.
-"""
+"""What all evals have in common: declarations, that each goes by deleting it, and a run of all of them offline."""
 
 import ast
 import functools

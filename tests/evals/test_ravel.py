@@ -47,11 +47,10 @@ class Tokenizer:
 
 
 class FakeLM:
-    """Entities are the sum of a direction of their colour and one of their shape;
-    asked for its hue, it names the colour.
-    """
+    """An entity is a direction of its colour plus one of its shape; asked for the hue, it names the colour."""
 
-    name, digest, device, vocab_size, bos, special_ids, tokenizer, d_model = "fake", "d1", "cpu", len(WORDS), 0, {0, 1}, Tokenizer(), D
+    name, digest, device, vocab_size, d_model = "fake", "d1", "cpu", len(WORDS), D
+    bos, special_ids, tokenizer = 0, {0, 1}, Tokenizer()
 
     def __init__(self):
         self.table_VD = torch.zeros(len(WORDS), D)
@@ -117,8 +116,7 @@ def random_sae(seed, features=20):
 
 def make_setup(tmp_path, lm=None, seed=0, **settings):
     config = {**ravel.CONFIG["tiny"], "entity_attribute_selection": {"thing": ["colour", "shape"]},
-              "num_pairs_per_attribute": 40,
-              "num_epochs": 4, "llm_batch_size": 4, **settings}
+              "num_pairs_per_attribute": 40, "num_epochs": 4, "llm_batch_size": 4, **settings}
     return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, 1.0),
                  SimpleNamespace(kind="fake"), seed, lambda line: None)
 
@@ -169,8 +167,8 @@ def test_a_settled_completion_stays_as_it_is():
             begun = "".join(parts[:n])
             if prompts.settled(text, value, begun):
                 settled += 1
-                assert prompts.matches(text, value,
-                                             begun) == prompts.matches(text, value, whole), (text, value, begun, whole)
+                right = prompts.matches(text, value, whole)
+                assert prompts.matches(text, value, begun) == right, (text, value, begun, whole)
     assert settled > 10_000
     assert not prompts.settled("City:", "Côte", "C\ufffd")  # half a character may become the right one
     assert prompts.settled("City:", "Niger", "Nigeria") and prompts.settled("City:", "Niger", "Nib")
@@ -204,17 +202,15 @@ def test_pairs_repeat_the_reference_stream():
         isolation = drawn["a"] + drawn["c"]
         random.shuffle(isolation)
         isolation = isolation[: len(drawn["b"])]
-        pairs = [(base, source, source)
-                 for base, source in drawn["b"]] + [(base, source, base) for base, source in isolation]
+        pairs = [(base, source, source) for base, source in drawn["b"]]
+        pairs += [(base, source, base) for base, source in isolation]
         random.shuffle(pairs)
         assert [(known[p.base], known[p.source], known[p.wanted]) for p in train + test] == pairs
         assert len(train) == int(0.7 * len(pairs))
 
 
 def test_prompts_of_the_hub_keep_the_order_of_the_files(monkeypatch, tmp_path):
-    """Fails if other files are read, an attribute is added, one without a value is asked,
-    or the order of entities changes.
-    """
+    """Fails if other files are read, an attribute is added, one without a value asked, or entities change order."""
     templates = {"Language": ["They speak %s in"], "Country": ["%s is in", "Oslo: Norway. %s:"], "Url": ["%s"]}
     entities = {"Rome": {"Country": "Italy", "Language": "Italian"}, "Bern": {"Country": "", "Language": "German"}}
     (tmp_path / "ravel_city_attribute_to_prompts.json").write_text(json.dumps(templates))
@@ -241,9 +237,7 @@ def test_prompts_of_the_hub_keep_the_order_of_the_files(monkeypatch, tmp_path):
 
 
 def test_embedded_cities(monkeypatch, tmp_path):
-    """Fails if cities are not the most populous ones, a country has more than its share,
-    or a label is taken from another place.
-    """
+    """Fails if cities are not the most populous, a country has more than its share, or a label is another place's."""
     codes = ["AA"] * 8 + ["BB"]
     cities = {str(i): {"geonameid": i, "name": f"City{i}", "countrycode": code, "population": 100 - i}
               for i, code in enumerate(codes)}
@@ -268,9 +262,8 @@ def test_known_prompts_are_the_right_ones_with_the_entity_where_it_stands(tmp_pa
     lm.table_VD[2 + 5, 2] = 9.0  # entity 5 is mistaken for colour 2
     known, asked = ravel.known_prompts(make_setup(tmp_path, lm))
     assert asked == {("thing", "colour"): 48, ("thing", "shape"): 48}
-    assert {prompt.text for prompt in known} == {t % f"e{e}" for name in TEMPLATES for t in TEMPLATES[name]
-                                                 for e in range(ENTITIES)
-                                                 if (name, e) != ("colour", 5)}
+    right = [(name, e) for name in TEMPLATES for e in range(ENTITIES) if (name, e) != ("colour", 5)]
+    assert {prompt.text for prompt in known} == {t % f"e{e}" for name, e in right for t in TEMPLATES[name]}
     for prompt in known:
         words = ["<bos>", *prompt.text.split()]
         assert prompt.tokens == [WORDS.index(word) for word in words]
@@ -326,9 +319,7 @@ def plain_vector(lm, sae, known, pair, share_F):
 
 
 def test_masks_are_those_of_plain_training(tmp_path):
-    """Fails if a mask's gradient, temperature, target,
-    batch or optimiser differs from the protocol's on single examples.
-    """
+    """Fails if a mask's gradient, temperature, target, batch or optimiser is not the protocol's on single examples."""
     setup, known, tasks, (x, entity_PD) = tangled(tmp_path, num_epochs=3, learning_rate=0.05)
     sae = random_sae(2)
     masks = ravel.fit_masks(setup, sae, known, tasks, x, entity_PD, "sae")
@@ -337,10 +328,11 @@ def test_masks_are_those_of_plain_training(tmp_path):
         optimiser, steps = torch.optim.Adam([plain_F], lr=0.05), 3 * len(task.train)
         for step in range(steps):
             share_F = (1 + torch.tanh(plain_F / 2 * 10 ** (4 * step / (steps - 1)))) / 2
-            losses = [-plain_logits(setup.lm, known[pair.base].tokens, known[pair.base].position,
-                                    plain_vector(setup.lm, sae, known, pair,
-                                                 share_F)).log_softmax(0)[known[pair.wanted].first]
-                      for pair in task.train[step % len(task.train)]]
+            losses = []
+            for pair in task.train[step % len(task.train)]:
+                base, vector = known[pair.base], plain_vector(setup.lm, sae, known, pair, share_F)
+                logits = plain_logits(setup.lm, base.tokens, base.position, vector)
+                losses.append(-logits.log_softmax(0)[known[pair.wanted].first])
             optimiser.zero_grad()
             (sum(losses) / len(losses)).backward()
             optimiser.step()
@@ -349,9 +341,7 @@ def test_masks_are_those_of_plain_training(tmp_path):
 
 
 def test_completions_are_those_of_single_examples(tmp_path):
-    """Fails if padding, batching or the early end changes what is said after an interchange,
-    or if a later token forgets it.
-    """
+    """Fails if padding, batching or the early end changes what is said, or a later token forgets the interchange."""
     setup, known, tasks, (x, entity_PD) = tangled(tmp_path, completion_batch_size=5)
     sae, g = random_sae(3), torch.Generator().manual_seed(6)
     masks = [0.2 * torch.randn(20, generator=g) for _ in tasks]  # hard at 0, wherever the values lie
@@ -362,8 +352,7 @@ def test_completions_are_those_of_single_examples(tmp_path):
         for pair in task.test:
             base, vector = known[pair.base], plain_vector(setup.lm, sae, known, pair, (mask_F > 0).float())
             said = plain_completion(setup.lm, base.tokens, base.position, vector, setup.config["n_generated_tokens"])
-            plain[-1].append(prompts.matches(base.text, known[pair.wanted].value,
-                                                   " ".join(WORDS[i] for i in said)))
+            plain[-1].append(prompts.matches(base.text, known[pair.wanted].value, " ".join(WORDS[i] for i in said)))
     assert right == plain and {ok for row in plain for ok in row} == {True, False}
 
 
@@ -371,9 +360,7 @@ def test_completions_are_those_of_single_examples(tmp_path):
 
 
 def test_the_right_mask_is_found(tmp_path):
-    """Fails if the planted attributes are not swapped one by one,
-    or if an SAE that cannot tell them apart scores as well.
-    """
+    """Fails if planted attributes are not swapped one by one, or an SAE that cannot tell them apart scores as well."""
     results = ravel.run(make_setup(tmp_path), {"apart": identity(), "together": per_entity()})
     apart, together = results["apart"], results["together"]
     assert set(apart.metrics["ravel"].values()) == {1.0} == set(apart.corrected.values()) and not apart.problems
@@ -397,9 +384,7 @@ def test_the_mask_of_the_planted_attribute(tmp_path):
 
 
 def test_scores_by_hand():
-    """Fails if a cause pair whose first tokens coincide counts as cause,
-    or if a prompt seen in training enters the corrected score.
-    """
+    """Fails if a cause pair of equal first tokens counts as cause, or a prompt of training in the corrected score."""
     known = [Known("k", "a", "", "", [], 0, first, "e") for first in (7, 7, 8, 9, 9, 8)]
     task = Task("k", "a", [[Pair(0, 2, True)]], [
         Pair(3, 5, True), Pair(3, 4, True), Pair(1, 3, True), Pair(3, 1, False), Pair(4, 2, False), Pair(0, 1, True)])
@@ -417,15 +402,11 @@ def test_a_mean_is_over_attributes_then_kinds():
 
 
 def test_standard_errors_are_the_spread_over_new_entities():
-    """Fails if the attributes (two: no sample) or single pairs are taken for the sample:
-    entities differ, and stand in several pairs.
-    """
+    """Fails if the two attributes, or pairs, are taken for the sample: entities differ, and stand in several pairs."""
     ENTITIES, PAIRS = 40, 120
 
     def sample(seed):
-        """(prompts, {side: pairs and whether right}): a completion is right as base and source are easy;
-        entities are new each time.
-        """
+        """(prompts, {side: pairs and whether right}) of new entities: right as often as base and source are easy."""
         rng = random.Random(seed)
         easy = [rng.random() for _ in range(ENTITIES)]
         known = [Known("k", "a", "", "", [], 0, 0, f"e{i}") for i in range(ENTITIES)]
@@ -449,9 +430,7 @@ def test_standard_errors_are_the_spread_over_new_entities():
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
-    """Fails if the cache, an SAE beside it or the global random state shifts a score,
-    or if a second run asks the LM again.
-    """
+    """Fails if the cache, another SAE or the global random state shifts a score, or a second run asks the LM again."""
     alone = ravel.run(make_setup(tmp_path / "a", num_epochs=1), {"one": per_entity()})["one"]
     torch.manual_seed(99)
     random.seed(99)
@@ -517,15 +496,11 @@ def test_requirements_name_the_setting():
     for config in ravel.CONFIG.values():
         assert ravel.requirements(config, {}) == []
     config = ravel.CONFIG["embedded"]
-    assert "only the attribute Country" in ravel.requirements(config
-                                                              | {"entity_attribute_selection": {"city": ["Country"]}},
-                                                              {})[0]
-    assert "Timezone" in ravel.requirements(config | {"entity_attribute_selection": {"city": ["Country", "Timezone"]}},
-                                            {})[0]
+    for attributes, words in ((["Country"], "only the attribute Country"), (["Country", "Timezone"], "Timezone")):
+        assert words in ravel.requirements(config | {"entity_attribute_selection": {"city": attributes}}, {})[0]
     facts = {"source": "embedded", "profile": "embedded"}
-    assert ravel.requirements(config,
-                              facts) == [] and ravel.requirements(ravel.CONFIG["gemma"],
-                                                                  facts | {"source": "hub"}) == []
+    assert ravel.requirements(config, facts) == []
+    assert ravel.requirements(ravel.CONFIG["gemma"], facts | {"source": "hub"}) == []
     assert "no entities of the kind 'nobel_prize_winner'" in ravel.requirements(ravel.CONFIG["gemma"], facts)[0]
     assert "n_generated_tokens = 0" in ravel.requirements(config | {"n_generated_tokens": 0}, {})[0]
     for settings in ({"train_test_split": 1.0}, {"llm_batch_size": 0}, {"num_pairs_per_attribute": 5}):

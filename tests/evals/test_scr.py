@@ -19,9 +19,7 @@ def measured(clean1, before1, after1, clean2, before2, after2):
 
 
 def test_scores_by_hand():
-    """Fails for another direction, denominator, bound or treatment of ties than the protocol's
-    (compatible) or the header's (corrected).
-    """
+    """Fails for another direction, denominator, bound or treatment of ties than the protocol's or the header's."""
     def scores(*accuracies):
         return scr._scores(measured(*accuracies), measured(*accuracies))
 
@@ -38,9 +36,7 @@ def test_scores_by_hand():
 
 
 def test_it_removes_a_planted_attribute(tmp_path, monkeypatch):
-    """Fails if the wrong attribute's features are ablated or the wrong one is tested;
-    probes that lean on the adjectives are given.
-    """
+    """Fails if the wrong attribute is ablated or tested; probes that lean on the adjectives are given."""
     topic_D, adjective_D = torch.eye(D)[0] - torch.eye(D)[2], torch.eye(D)[4]
     given = {"first": topic_D, "second": adjective_D, "biased": 0.3 * topic_D + adjective_D}
 
@@ -50,37 +46,37 @@ def test_it_removes_a_planted_attribute(tmp_path, monkeypatch):
 
     monkeypatch.setattr(concept_probes, "trained", trained)
     result = scr.run(make_setup(tmp_path, scr.CONFIG["tiny"]), {"sae": channels()})["sae"]
-    assert not result.problems and set(result.metrics["scr_metrics"]) | set(result.corrected) == set(declared("scr", "METRICS"))
-    for measured in result.unstructured["synthetic_scr_animals_space"]["accuracies"].values():
-        assert measured["dir1"]["clean"] == 1.0 > 0.7 > measured["dir1"]["before"] and set(measured["dir1"]["after"].values()) == {1.0}
-        assert measured["dir2"]["before"] > 0.9 and set(measured["dir2"]["after"].values()) == {1.0}
-    assert result.metrics["scr_metrics"]["scr_metric_threshold_2"] == 1.0 == result.corrected["scr_metric_threshold_10_corrected"]
-    assert result.metrics["scr_metrics"]["scr_metric_threshold_100"] is None  # of 24 features
+    metrics = result.metrics["scr_metrics"]
+    assert not result.problems and {*metrics, *result.corrected} == set(declared("scr", "METRICS"))
+    for by_direction in result.unstructured["synthetic_scr_animals_space"]["accuracies"].values():
+        first, second = by_direction["dir1"], by_direction["dir2"]
+        assert first["clean"] == 1.0 > 0.7 > first["before"] and second["before"] > 0.9
+        assert {*first["after"].values(), *second["after"].values()} == {1.0}
+    assert metrics["scr_metric_threshold_2"] == 1.0 == result.corrected["scr_metric_threshold_10_corrected"]
+    assert metrics["scr_metric_threshold_100"] is None  # of 24 features
     assert result.stderrs["scr_metric_threshold_2"] == 0.0  # every text is right afterwards, whichever are drawn
 
 
 def test_errors_are_the_spread_over_new_test_texts():
-    """Fails if the error is that between the runs (here equal, so none),
-    or if numerator and denominator are not drawn together.
-    """
+    """Fails if the error is that between the runs (equal here), or numerator and denominator are not drawn together."""
     setup, mixed = SimpleNamespace(seed=0, config={"n_values": [2]}), 20
     rows = {"test": {sign: torch.arange(c * 30, c * 30 + (30 if sign in ("++", "--") else mixed))
                      for c, sign in enumerate(pairs.COMBINATIONS)}}
     texts = concept_probes.Texts("run", rows, torch.zeros(120, 1), None, {})
 
     def right(rng):
-        """Each text right before with .6, after with .75, by the attribute's own probe with .95;
-        not independent of each other.
-        """
+        """Right before with .6, after with .75, by the attribute's own probe with .95; all from one draw."""
         def of(row_M):
             luck_M = torch.rand(len(row_M), generator=rng)
-            return {"before": luck_M < 0.6, "after": {2: luck_M < 0.75}, "clean": (luck_M < 0.95)}
-        return {direction: (row_M, of(row_M)) for direction, (row_M, _) in
-                {d: scr._labelled(rows["test"], tested) for d, (_, tested) in scr.DIRECTIONS.items()}.items()}
+            return {"before": luck_M < 0.6, "after": {2: luck_M < 0.75}, "clean": luck_M < 0.95}
+
+        rows_of = {direction: scr._labelled(rows["test"], tested)[0]
+                   for direction, (_, tested) in scr.DIRECTIONS.items()}
+        return {direction: (row_M, of(row_M)) for direction, row_M in rows_of.items()}
 
     def scored(right):
-        return scr._scores(*[{d: scr._each(of, lambda r: r.double().mean().item())
-                              for d, (_, of) in right.items()}] * 2)
+        accuracies = {d: scr._each(of, lambda r: r.double().mean().item()) for d, (_, of) in right.items()}
+        return scr._scores(accuracies, accuracies)
 
     sampled = [right(torch.Generator().manual_seed(seed)) for seed in range(300)]
     for metric in ("scr_dir1_threshold_2", "scr_metric_threshold_2", "scr_metric_threshold_2_corrected"):
@@ -88,8 +84,8 @@ def test_errors_are_the_spread_over_new_test_texts():
         drawn = [scr._drawn_scores(setup, texts, {"compatible": one, "corrected": one}) for one in sampled[:25]]
         stated = [scr._error(metric, {"run": scores}) for scores in drawn]
         assert pd.Series(stated).mean() == pytest.approx(spread, rel=0.3), metric
-    assert scr._drawn_scores(setup, texts._replace(rows={"test": {sign: r[:4] for sign, r in rows["test"].items()}}),
-                             sampled[0]) == []
+    few = texts._replace(rows={"test": {sign: r[:4] for sign, r in rows["test"].items()}})
+    assert scr._drawn_scores(setup, few, sampled[0]) == []
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
@@ -103,9 +99,7 @@ def test_what_cannot_be_measured_has_no_number_but_a_reason(tmp_path, monkeypatc
 
 
 def test_sets_have_the_right_combinations():
-    """Fails if a set's sides are not balanced over the other attribute,
-    or if a text is in two combinations or in train and test.
-    """
+    """Fails if a set's sides are not balanced over the other attribute, or a text is in two sets that exclude it."""
     ((_, texts),) = pairs.Source(Source("tiny")).probing(scr.CONFIG["tiny"]).items()
     every = [text for splits in texts.values() for side in splits.values() for text in side]
     assert len(every) == len(set(every)) == 6 * (64 + 32) // 4

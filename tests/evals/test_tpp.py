@@ -14,16 +14,13 @@ from tests.evals.topics import channels, check_independence, check_reasons, chec
 
 
 def test_scores_by_hand():
-    """Fails if intended and unintended are exchanged, others' losses are summed,
-    or a feature that speaks against a class is ablated.
-    """
+    """Fails if intended and unintended are exchanged, others' losses summed, or a class's counter-feature ablated."""
     rows = {split: {name: torch.arange(8) + 8 * c + 24 * s for c, name in enumerate("abc")}
             for s, split in enumerate(("train", "test"))}
     class_N = torch.arange(48) // 8 % 3
     # a class each, and "b or c"
     z_NF = torch.cat([functional.one_hot(class_N, 3).float(), (class_N > 0).float()[:, None]], dim=1)
-    # c's feature serves a's probe as well; "b or c" serves b's and speaks against a and c, more strongly than a's own
-    # feature for a
+    # c's feature serves a's probe as well; "b or c" serves b's and speaks against a and c, stronger than a's own for a
     dot_FP = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [2.0, 0.0, 2.0], [-5.0, 3.0, -4.0]])
     logit_NP = 2 * z_NF[:, :3] - 1
     logit_NP[class_N == 2, 0] = 1.0  # a's probe takes the texts of c for its own, until c's feature is ablated
@@ -32,8 +29,8 @@ def test_scores_by_hand():
     ablation = Ablation(logit_NP, dot_FP, z_NF, torch.zeros(4), torch.zeros(48))
 
     values = tpp._scores(setup, "corrected", texts, lambda name, rng: tpp._examples(rows, name, rng), ablation)
-    assert list(values) == [f"tpp_threshold_{n}_{part}" for n in (1, 4)
-                            for part in tpp.PARTS], "20 features of 4 were ablated"
+    named = [f"tpp_threshold_{n}_{part}" for n in (1, 4) for part in tpp.PARTS]
+    assert list(values) == named, "20 features of 4 were ablated"
     total, intended, unintended = (values[f"tpp_threshold_1_{part}"] for part in tpp.PARTS)
     assert intended == pytest.approx({"a": 0.5, "b": 0.5, "c": 0.5})
     # a quarter of a's examples are mended, none of b's
@@ -45,17 +42,16 @@ def test_scores_by_hand():
 
 
 def test_it_finds_features_of_single_classes(tmp_path):
-    """Fails if rows, classes, probes or features are mixed up on the way from the texts:
-    the planted SAE has a feature per topic.
-    """
+    """Fails if rows, classes, probes or features are mixed up on the way; the SAE has a feature per topic."""
     setup = make_setup(tmp_path, tpp.CONFIG["tiny"])
     result = tpp.run(setup, {"sae": channels()})["sae"]
-    assert not result.problems and set(result.metrics["tpp_metrics"]) | set(result.corrected) == set(declared("tpp", "METRICS"))
-    assert result.metrics["tpp_metrics"]["tpp_threshold_2_intended_diff_only"] > 0.3
-    assert abs(result.metrics["tpp_metrics"]["tpp_threshold_2_unintended_diff_only"]) < 0.15
-    assert result.metrics["tpp_metrics"]["tpp_threshold_50_total_metric"] is None  # of 24 features
+    metrics = result.metrics["tpp_metrics"]
+    assert not result.problems and {*metrics, *result.corrected} == set(declared("tpp", "METRICS"))
+    assert metrics["tpp_threshold_2_intended_diff_only"] > 0.3
+    assert abs(metrics["tpp_threshold_2_unintended_diff_only"]) < 0.15
+    assert metrics["tpp_threshold_50_total_metric"] is None  # of 24 features
     by_hand = [result.unstructured["synthetic"][topic]["tpp_threshold_5_total_metric"] for topic in tiny.TOPICS]
-    assert result.metrics["tpp_metrics"]["tpp_threshold_5_total_metric"] == pytest.approx(sum(by_hand) / 4)
+    assert metrics["tpp_threshold_5_total_metric"] == pytest.approx(sum(by_hand) / 4)
     assert result.stderrs == {}  # of four classes
 
 

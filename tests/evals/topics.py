@@ -1,6 +1,4 @@
-"""What the tests of scr and tpp share: a language model that knows the tiny grammar's topics, SAEs of known effect, and
-what both evals must hold.
-"""
+"""What the tests of scr and tpp share: a language model that knows the tiny topics, SAEs, and what both must hold."""
 
 from types import SimpleNamespace
 
@@ -19,9 +17,7 @@ WORDS = sorted({word for nouns, verbs, places in tiny.TOPICS.values() for phrase
 
 
 class FakeLM:
-    """Words have vectors and a position a hundredth of what came before.
-    Channels 0 to 3 know the topic, 4 the half of the adjectives.
-    """
+    """A position is its word's vector and some of those before; channels 0 to 3 know the topic, 4 the adjectives."""
 
     name, digest, device, d_model, bos, special_ids = "fake", "d1", "cpu", D, BOS, {BOS, EOS, PAD}
 
@@ -66,8 +62,7 @@ def make_setup(tmp_path, config, limit_gb=1.0, seed=0):
 
 
 def check_independence(tmp_path, module):
-    """Fails if the cache, another SAE or the global random state shifts a score, or if what no SAE enters is done twice.
-    """
+    """Fails if the cache, another SAE or the global random state shifts a score, or if the LM is asked twice."""
     config = module.CONFIG["tiny"]
 
     def measured(setup, **beside):
@@ -85,7 +80,7 @@ def check_independence(tmp_path, module):
 
 
 def check_reasons(tmp_path, module, monkeypatch):
-    """Fails if too few texts or non-finite features end the run or give a number, or if a dead SAE passes for measured."""
+    """Fails if too few texts or non-finite features end the run or give a number, or a dead SAE passes for measured."""
     nan = SimpleNamespace(encode=lambda x: x.float() / 0.0, W_dec=torch.eye(D))
     dead = SimpleNamespace(encode=lambda x: torch.zeros_like(x.float()), W_dec=torch.eye(D))
     results = module.run(make_setup(tmp_path, module.CONFIG["tiny"]), {"nan": nan, "dead": dead, "good": random_sae(1)})
@@ -102,7 +97,7 @@ def check_reasons(tmp_path, module, monkeypatch):
 
 
 def check_requirements(module, *sources):
-    """Fails if a profile's settings are refused, or if those pass that have no key in SAEBench's schema or cannot run."""
+    """Fails if a profile's settings are refused, or some that SAEBench has no key for, or that cannot run, pass."""
     for source in sources:
         config = module.CONFIG["gemma" if source == "hub" else source]
         assert module.requirements(config, {"source": source}) == []

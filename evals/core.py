@@ -25,7 +25,6 @@ reconstructions, h final hidden states.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import time
 from collections import defaultdict
@@ -39,6 +38,7 @@ from torch.nn import functional as F
 from evals import Result, Setup
 from evals.common import errors
 from evals.model import memory
+from evals.storage.identity import code_digest
 from evals.texts import packing
 
 EVAL_TYPE_ID = "core"
@@ -116,8 +116,8 @@ CONFIG = {
 
 CATEGORIES = {  # SAEBench's, and what they hold
     "model_behavior_preservation": ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
-    "model_performance_preservation": ("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae",
-                                       "ce_loss_without_sae"),
+    "model_performance_preservation": (
+        "ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"),
     "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "mse", "cossim"),
     "shrinkage": ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
     "sparsity": ("l0", "l1"),
@@ -125,8 +125,7 @@ CATEGORIES = {  # SAEBench's, and what they hold
     "misc_metrics": (
         "freq_over_1_percent", "freq_over_10_percent", "normalized_freq_over_1_percent",
         "normalized_freq_over_10_percent", "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim",
-        "frac_alive",
-    ),
+        "frac_alive"),
 }
 
 LOGIT_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # for all logits at once
@@ -136,8 +135,8 @@ SECONDS_BETWEEN_LINES = 30.0
 
 def requirements(config: dict, facts: dict) -> list[str]:
     """Sizes that cannot give a result; what data and model need is checked where they are opened."""
-    least = {"context_size": 2} | dict.fromkeys(
-        ("batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches"), 1)
+    least = {"context_size": 2, "batch_size_prompts": 1, "n_eval_reconstruction_batches": 1,
+             "n_eval_sparsity_variance_batches": 1}
     return [f"core: {name} = {config[name]!r} cannot be measured\nset it to a whole number, {least[name]} or more"
             for name in least if not isinstance(config[name], int) or config[name] < least[name]]
 
@@ -162,15 +161,15 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
     Raises ValueError if the held-out texts are too short for the sparsity pass or the residuals are not finite.
     """
     lm, plan = setup.lm, _plan(setup)
+    special_ids = torch.tensor(sorted(lm.special_ids), dtype=torch.int64, device=lm.device)
     h_ablated_TD = _ablated(setup, plan)
     tallies = {name: Tally() for name in saes}
     rows_at_once = {name: _rows_at_once(sae, plan, lm.device) for name, sae in saes.items()}
     # Σ_t x in the sparsity pass, of each row [B, D] and of each document in a batch [C, D]
     x_sums, x_sums_of_documents = [], []
-    for i, (tokens_BT, x_BTD, h_BTD) in _reported(setup, _clean_batches(setup, plan), plan,
-                                                  f"core: {len(saes)} SAE(s)"):
-        used_BT = ~torch.isin(tokens_BT, torch.tensor(sorted(lm.special_ids), dtype=torch.int64,
-                                                      device=tokens_BT.device))
+    batches = _reported(setup, _clean_batches(setup, plan), plan, f"core: {len(saes)} SAE(s)")
+    for i, (tokens_BT, x_BTD, h_BTD) in batches:
+        used_BT = ~torch.isin(tokens_BT, special_ids)
         document_C, member_CN = _documents(plan, i, tokens_BT.device)
         if i in plan.sparsity:
             used_x_BTD = x_BTD.double() * used_BT[..., None]
@@ -199,9 +198,7 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows are measured how: the first `suffix_rows` go through the whole model,
-    the batches `sparsity` up to the layer.
-    """
+    """How rows are measured: the first `suffix_rows` by the whole model, the batches `sparsity` up to the layer."""
 
     tokens_RT: Tensor
     document_RT: Tensor  # the number of each token's document
@@ -214,13 +211,17 @@ class Plan:
 
 def _plan(setup: Setup) -> Plan:
     config, lm = setup.config, setup.lm
-    batch, context, n_suffix = config["batch_size_prompts"], config["context_size"], config["n_eval_reconstruction_batches"]
+    batch, context = config["batch_size_prompts"], config["context_size"]
     start, wanted = _rows(config)
     sparsity = range(start // batch, start // batch + config["n_eval_sparsity_variance_batches"])
     depends_on = {"texts": setup.texts_digest, "rows": wanted, "context": context, "lm": lm.digest,
-                  "code": inspect.getsource(packing)}
-    packed = setup.cache.get("core-tokens", depends_on, lambda: dict(zip(
-        ("tokens_RT", "document_RT"), packing.pack_numbered(setup.texts(), lm.tokenizer, context, lm.bos, wanted))))
+                  "code": code_digest(packing)}
+
+    def make() -> dict[str, Tensor]:
+        tokens_RT, document_RT = packing.pack_numbered(setup.texts(), lm.tokenizer, context, lm.bos, wanted)
+        return {"tokens_RT": tokens_RT, "document_RT": document_RT}
+
+    packed = setup.cache.get("core-tokens", depends_on, make)
     tokens_RT = packed["tokens_RT"]
     rows = len(tokens_RT)
     if rows <= start:
@@ -228,7 +229,8 @@ def _plan(setup: Setup) -> Plan:
                          f"row {start}\ngive more text, or lower n_eval_reconstruction_batches")
     problems = [f"the held-out texts fill only {rows} of the {wanted} rows asked for"] if rows < wanted else []
     dtype = lm.residual(tokens_RT[:1, :1].to(lm.device), setup.layer).dtype
-    return Plan(tokens_RT, packed["document_RT"], batch, min(batch * n_suffix, rows), sparsity, dtype, problems)
+    suffix_rows = min(batch * config["n_eval_reconstruction_batches"], rows)
+    return Plan(tokens_RT, packed["document_RT"], batch, suffix_rows, sparsity, dtype, problems)
 
 
 def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -239,7 +241,7 @@ def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, T
         "model": lm.digest, "layer": setup.layer, "dtype": str(plan.dtype), "device": torch.device(lm.device).type,
         "tokens": hashlib.sha256(tokens_RT.numpy().tobytes()).hexdigest(), "batch": plan.batch,
         "suffix_rows": plan.suffix_rows,
-        "code": inspect.getsource(_clean_run),
+        "code": code_digest(_clean_run),
     }
     n_bytes = plan.dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
     if not (setup.cache.path("core", depends_on).exists() or setup.cache.fits(n_bytes)):
@@ -311,12 +313,13 @@ def _losses(setup: Setup, tokens_BT: Tensor, h_BTD: Tensor, h_ablated_TD: Tensor
     def compared(target_N1: Tensor, h_ND: Tensor, *new_ND: Tensor) -> tuple[Tensor, ...]:
         logp_NV = lm.unembed(h_ND).float().log_softmax(-1)
         p_NV = logp_NV.exp()
-        ce_clean_N, uniform = -logp_NV.gather(1, target_N1)[:, 0], ()
+        values = [-logp_NV.gather(1, target_N1)[:, 0]]
         if h_ablated_TD is None:  # equal logits: CE = ln V, KL = ln V − H(p)
-            ce_ablated_N = torch.full_like(ce_clean_N, math.log(lm.vocab_size))
-            uniform = ce_ablated_N, ce_ablated_N + torch.linalg.vecdot(p_NV, logp_NV)
-        return ce_clean_N, *uniform, *(value_N for h in new_ND
-                                       for value_N in _compared(lm.unembed(h), target_N1, logp_NV, p_NV))
+            ce_ablated_N = torch.full_like(values[0], math.log(lm.vocab_size))
+            values += [ce_ablated_N, ce_ablated_N + torch.linalg.vecdot(p_NV, logp_NV)]
+        for h_nD in new_ND:
+            values += _compared(lm.unembed(h_nD), target_N1, logp_NV, p_NV)
+        return tuple(values)
 
     values = memory.by_rows(setup, "the logits", compared, target_N1, h_ND, *new_ND, most=tokens_at_once)
     columns = [value_N.view_as(tokens_BT) for value_N in values]
@@ -357,9 +360,7 @@ def _rows_at_once(sae, plan: Plan, device) -> int:
 
 
 def _apply(setup: Setup, sae, x_BTD: Tensor, used_BT: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_hat_BTD, L0 and L1 of each token [B, T], unmasked firings of each feature [B, F];
-    `rows` rows of features at a time.
-    """
+    """x_hat_BTD, L0 and L1 of tokens [B, T], unmasked firings of features [B, F]; `rows` rows of features at a time."""
     def applied(x_RTD: Tensor, used_RT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z_RTF = sae.encode(x_RTD)
         fired_RF = ((z_RTF > 0) & used_RT[..., None]).sum(1)
@@ -377,18 +378,14 @@ def _replaced(setup: Setup, x_BTD: Tensor, x_hat_BTD: Tensor, used_BT: Tensor) -
 
 @dataclass
 class Sums:
-    """Sums over tokens in float64 per batch: by row, [B], for the metrics;
-    by document, [C, quantities], for their standard errors.
-    """
+    """Sums over tokens in fp64 per batch: by row, [B], for metrics; by document, [C, quantities], for their errors."""
 
     rows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     of_documents: list[Tensor] = field(default_factory=list)
     documents: list[Tensor] = field(default_factory=list)  # the numbers of the documents of each batch, [C]
 
     def add(self, values: dict[str, tuple[Tensor, Tensor]], member_CN: Tensor) -> None:
-        """{name: (value of each token, whether it counts)}, [B, T] each. A token that does not count may be NaN:
-        0 · NaN is NaN.
-        """
+        """{name: (value of each token, whether it counts)}, [B, T] each; one that does not count may be NaN."""
         kept = {name: torch.where(used_BT, value_BT.double(), 0.0) for name, (value_BT, used_BT) in values.items()}
         for name, value_BT in kept.items():
             self.rows[name].append(value_BT.sum(1))
@@ -465,13 +462,14 @@ def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, x_sum_CD: Tensor, plan
     # on the CPU: a GPU adds up by index in no fixed order
     losses, sparsity = tally.losses.by_row(), tally.sparsity.by_row()
     ratios = _loss_ratios(losses) | _sparsity_ratios(sparsity, x_sum_RD)
-    of_documents = _loss_ratios(tally.losses.by_document(losses)) | _sparsity_ratios(
-        tally.sparsity.by_document(sparsity), tally.sparsity.joined(x_sum_CD))
+    of_documents = _loss_ratios(tally.losses.by_document(losses))
+    of_documents |= _sparsity_ratios(tally.sparsity.by_document(sparsity), tally.sparsity.joined(x_sum_CD))
     columns, problems = _features(setup, tally, sparsity["tokens"].sum(), sae)
     values = {name: float(above_R.sum() / below_R.sum()) for name, (above_R, below_R) in ratios.items()}
     values |= _batch_metrics(sparsity, torch.cat(tally.batches).cpu(), x_sum_RD.shape[1]) | _misc_metrics(columns)
     details = _details(columns)
-    if broken := int(tally.broken):
+    broken = int(tally.broken)
+    if broken:
         problems.append(f"the SAE's reconstruction is not finite at {broken} tokens: nothing can be measured")
         values, details = dict.fromkeys(values), []
     elif values["l0"] == 0:
@@ -483,11 +481,11 @@ def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, x_sum_CD: Tensor, plan
     context = plan.tokens_RT.shape[1]
     values["total_tokens_eval_reconstruction"] = plan.suffix_rows * context
     values["total_tokens_eval_sparsity_variance"] = len(sparsity["tokens"]) * context
+    stderrs = {name: errors.of_ratio(*of_documents[name]) for name in of_documents if values[name] is not None}
     return Result(
         metrics={category: {name: values[name] for name in names} for category, names in CATEGORIES.items()},
         corrected={name: values[name] for name in ("r2", "mse_per_token")},
-        stderrs={name: error for name, (above_C, below_C) in of_documents.items()
-                 if values[name] is not None and (error := errors.of_ratio(above_C, below_C)) is not None},
+        stderrs={name: error for name, error in stderrs.items() if error is not None},
         details=details,
         problems=plan.problems + problems,
     )
@@ -513,8 +511,8 @@ def _sparsity_ratios(sums: dict[str, Tensor], x_sum_RD: Tensor) -> dict[str, tup
              "l0", "l1")
     mean_D = x_sum_RD.sum(0) / sums["tokens"].sum()
     variance_R = sums["x_sq"] - 2 * x_sum_RD @ mean_D + sums["tokens"] * mean_D.square().sum()  # Σ_t ‖x − mean‖²
-    return {name: (sums[name], sums["tokens"])
-            for name in means} | {"r2": (variance_R - sums["mse_per_token"], variance_R)}
+    ratios = {name: (sums[name], sums["tokens"]) for name in means}
+    return ratios | {"r2": (variance_R - sums["mse_per_token"], variance_R)}
 
 
 def _batch_metrics(sums: dict[str, Tensor], batch_R: Tensor, d_model: int) -> dict[str, float]:

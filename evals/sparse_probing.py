@@ -12,8 +12,7 @@ Pooling and probes are fp32 (SAEBench: the LM's dtype). Corrected metrics beside
   *_top_k_test_accuracy_fixed_draw     one draw of negatives per class, for LM channels and SAE features and every k;
                                        the probe in fp64 at its optimum (SAEBench's lbfgs in fp32 stops before it,
                                        wherever rounding has it)
-  *_val_selected_test_accuracy         full probe whose epoch is chosen on a fifth of the training rows, not on the test
-                                       rows
+  *_val_selected_test_accuracy         full probe whose epoch is chosen on a fifth of the training rows
   sae_top_1_minus_llm_top_1            difference of the fixed draws, paired by class
 Standard errors are over classes, those of all data sets alike, from five on (evals/common/probes.py).
 """
@@ -24,7 +23,6 @@ import hashlib
 import math
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +30,7 @@ from torch import Tensor
 from evals import Result
 from evals.common import pooling, probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 EVAL_TYPE_ID = "sparse_probing"
 
@@ -166,9 +165,7 @@ def run(setup, saes: dict) -> dict[str, Result]:
 
 @probes.one_thread()
 def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tuple[dict, dict]:
-    """Test accuracies {metric: {class: accuracy}} and the features of the largest k in the fixed draw {class:
-    numbers}.
-    """
+    """Test accuracies {metric: {class: accuracy}}, and {class: features of the largest k in the fixed draw}."""
     x_NF, k_values = _placed(setup, x_NF), setup.config["k_values"]
     accuracies: dict[str, dict[str, float]] = {}
     selected: dict[str, list[int]] = {}
@@ -191,7 +188,8 @@ def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tup
         train, test = examples(name, probes.generator(setup.seed, dataset, name))
         ranked_F = probes.by_mean_difference(*train)
         for k in k_values:
-            values[f"{side}_top_{k}_test_accuracy_fixed_draw"] = probes.converged_probe_accuracy(train, test, ranked_F[:k])
+            accuracy = probes.converged_probe_accuracy(train, test, ranked_F[:k])
+            values[f"{side}_top_{k}_test_accuracy_fixed_draw"] = accuracy
         rng = probes.generator(setup.seed, dataset, name, "epochs")
         values[f"{side}_val_selected_test_accuracy"] = probes.validation_selected(train, test, rng)[0]
         selected[name] = ranked_F[: max(k_values)].tolist()
@@ -201,9 +199,7 @@ def _accuracies(setup, side: str, dataset: str, rows: dict, x_NF: Tensor) -> tup
 
 
 def _placed(setup, x_NF: Tensor) -> Tensor:
-    """The features of all texts on the LM's device, or in host memory, from where each probe takes its rows,
-    if they do not fit there.
-    """
+    """The features of all texts on the LM's device; if they do not fit, each probe takes its rows from host memory."""
     what = "the features of all texts"
     if what not in setup.fits:
         try:
@@ -223,7 +219,7 @@ def _llm_accuracies(setup, dataset: str, rows: dict, x_ND: Tensor) -> dict:
         "k_values": setup.config["k_values"],
         "seed": setup.seed,
         "device": torch.device(setup.lm.device).type,
-        "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, probes.__file__)],
+        "code": [code_digest(file) for file in (__file__, probes.__file__)],
         "versions": [torch.__version__, version("scikit-learn")],
     }
 
@@ -237,9 +233,7 @@ def _llm_accuracies(setup, dataset: str, rows: dict, x_ND: Tensor) -> dict:
 
 
 def _result(k_values: list[int], llm: dict, sae: dict, selected: dict, problems: list[str]) -> Result:
-    """The Result of one SAE from {data set: {metric: {class:
-    accuracy}}} of the LM's channels and of its own features.
-    """
+    """The Result of one SAE from {data set: {metric: {class: accuracy}}} of LM channels and of its own features."""
     per_class = {dataset: llm[dataset] | sae[dataset] for dataset in llm}
     problems = [*problems, *_without_unconverged(per_class)]
     for values in per_class.values():
@@ -276,7 +270,8 @@ def _without_unconverged(per_class: dict) -> list[str]:
     lines = []
     for dataset, values in per_class.items():
         for metric, by_class in list(values.items()):
-            if stuck := [name for name, value in by_class.items() if math.isnan(value)]:
+            stuck = [name for name, value in by_class.items() if math.isnan(value)]
+            if stuck:
                 del values[metric]
                 lines.append(f"sparse_probing: {dataset}: the probe did not converge for {', '.join(stuck)}: no "
                              f"{metric}")
@@ -284,9 +279,7 @@ def _without_unconverged(per_class: dict) -> list[str]:
 
 
 def _summary(metric: str, per_class: dict) -> tuple[float | None, float | None]:
-    """Mean over data sets of the mean over classes, and its standard error;
-    None where a data set has no such metric.
-    """
+    """Mean over data sets of the mean over classes, and its standard error; None where a data set lacks the metric."""
     if not all(metric in values for values in per_class.values()):
         return None, None
     values = [list(values[metric].values()) for values in per_class.values()]

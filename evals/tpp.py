@@ -58,11 +58,9 @@ NOTE = ("TPP is not a reliable measure of SAE quality: an audit of SAEBench (Cha
         "SAEBench's own acceptance test allows .04 between two runs of one SAE: read smaller differences as none.")
 
 # half of each set is of a class
-RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000),
-          "probe_lr": (1e-9, 1e3)}
+RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000), "probe_lr": (1e-9, 1e3)}
 
-# names and sizes are those of sparse_probing, whose texts and cached LM activations these are; SAEBench:
-# train_set_size, ...
+# names and sizes are those of sparse_probing, whose texts and LM activations these are; SAEBench: train_set_size, ...
 CONFIG = {
     "gemma": {
         "dataset_names": ["LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"],
@@ -159,8 +157,9 @@ def _scores(setup, kind: str, texts: Texts, examples: Callable, ablation: Ablati
 
     def draw(name: str, *moment):
         """The draws of a class: anew for each moment, or the one that the corrected probes were trained on."""
-        return examples(name, concept_probes.generator(setup, texts.key, name,
-                                                       *(moment if kind == "compatible" else ["corrected"])))
+        if kind == "corrected":
+            moment = ("corrected",)
+        return examples(name, concept_probes.generator(setup, texts.key, name, *moment))
 
     contrast_PF = ablation.effects([draw(name, "effects")[0] for name in names])
     effect_PF = contrast_PF.clamp_min(0) * ablation.dot_FP.T
@@ -206,8 +205,8 @@ def _result(sets: dict, scores: dict, problems: list[str]) -> Result:
         metrics={"tpp_metrics": {metric: mean for metric, (mean, _) in compatible.items()}},
         corrected={metric: mean for metric, (mean, _) in corrected.items()},
         stderrs={metric: error for metric, (_, error) in (compatible | corrected).items() if error is not None},
-        details=[{"dataset_name": f"{dataset}_tpp_results"} | {m: summary("compatible", m, [dataset])[0]
-                                                               for m in COMPATIBLE}
+        details=[{"dataset_name": f"{dataset}_tpp_results"}
+                 | {metric: summary("compatible", metric, [dataset])[0] for metric in COMPATIBLE}
                  for dataset in sets],
         unstructured={dataset: _by_class(by_kind) for dataset, by_kind in scores.items()},
         problems=problems,

@@ -29,8 +29,7 @@ import torch
 
 from evals import Result
 from evals.autointerp import judge
-from evals.autointerp import windows as autointerp_windows
-from evals.autointerp.windows import Case, Window
+from evals.autointerp.windows import Case, Window, cases_of
 from evals.common import errors, probes
 
 EVAL_TYPE_ID = "autointerp"
@@ -45,8 +44,11 @@ METRICS = {
     "autointerp_random_windows_active": "",  # share of the windows that the compatible score takes for silent
 }
 
-RANGES = {"dead_latent_threshold": (0, 1_000_000_000), "act_threshold_frac": (0.0, 1.0),
-          "request_timeout": (0.1, 86400.0)}
+RANGES = {
+    "dead_latent_threshold": (0, 1_000_000_000),
+    "act_threshold_frac": (0.0, 1.0),
+    "request_timeout": (0.1, 86400.0),
+}
 
 CONFIG = {
     "gemma": {
@@ -129,9 +131,7 @@ def held_out(config: dict) -> tuple[int, int]:
 
 
 def outside() -> list[str]:
-    """Address and model of the judge; [] while there is none,
-    so that a skipped result is made again once there is one.
-    """
+    """Address and model of the judge; [] while there is none: a skipped result is made again once there is one."""
     at = judge.endpoint()
     return [at.base_url, at.model] if at else []
 
@@ -145,16 +145,14 @@ def read_ahead(source, config: dict, seed: int) -> None:
 
 
 def requirements(config: dict, facts) -> list[str]:
-    """Problems that keep the eval from running with these settings;
-    without a judge it is skipped, which is no problem.
-    """
+    """Problems that keep the eval from running with these settings; to be skipped for want of a judge is none."""
     problems = []
     try:
         judge.endpoint()
     except ValueError as error:
         problems.append(f"autointerp: {error}")
-    counts = [key for key in config if key.startswith("n_")] + ["buffer", "total_tokens", "max_concurrent",
-                                                                "request_tries"]
+    counts = [key for key in config if key.startswith("n_")]
+    counts += ["buffer", "total_tokens", "max_concurrent", "request_tries"]
     problems += [f"autointerp: {key} = {config[key]!r}\nset it to a whole number, 1 or more"
                  for key in counts if not isinstance(config[key], int) or config[key] < 1]
     if config["llm_context_size"] <= 2 * config["buffer"]:
@@ -165,14 +163,12 @@ def requirements(config: dict, facts) -> list[str]:
 
 @torch.no_grad()
 def run(setup, saes: dict) -> dict[str, Result]:
-    """Judge every SAE; {SAE name: Result}. PermissionError,
-    ValueError or ConnectionError if the judge does not work at all.
-    """
+    """Judge every SAE; {SAE name: Result}. PermissionError, ValueError or ConnectionError if the judge is of no use."""
     at, config = judge.endpoint(), setup.config
     if at is None:
         setup.say(f"autointerp: {SKIPPED}")
         return {name: _result(config, [], [SKIPPED], []) for name in saes}
-    cases, problems = autointerp_windows.cases(setup, saes)
+    cases, problems = cases_of(setup, saes)
     with judge.Judge(at, setup.cache.folder / "judge", config["request_timeout"], config["request_tries"],
                      config["max_concurrent"], say=lambda line: setup.say(f"autointerp: {line}")) as asked:
         verdicts = _verdicts(setup, asked, cases)
@@ -182,7 +178,7 @@ def run(setup, saes: dict) -> dict[str, Result]:
 
 # ---------------------------------------------------------------------------------------------- what the judge is asked
 
-UNIT = ("Inside a neural network there is a unit that is active on some word, part of a word, phrase or subject. ")
+UNIT = "Inside a neural network there is a unit that is active on some word, part of a word, phrase or subject. "
 
 EXPLAIN = UNIT + (
     "You get short passages of text in which it is active, the strongest first; what it is active on is enclosed in << "
@@ -207,22 +203,22 @@ def explaining(case: Case) -> list[dict]:
 
 
 def foreseeing(case: Case, explanation: str, seed: int) -> list[dict]:
-    """The chat that asks in which windows the latent fires;
-    `seed` decides on the numbers that show the form of an answer.
-    """
+    """The chat that asks in which windows the latent fires; `seed` draws the numbers that show an answer's form."""
     n, n_fixed = len(case.scoring), sum(not w.random for w in case.scoring)
     drawn = torch.randperm(n, generator=probes.generator(seed, "autointerp", "example", case.latent))[:n_fixed] + 1
-    return [{"role": "system", "content": FORESEE.format(number=n,
-                                                         example=", ".join(map(str, drawn.sort().values.tolist())))},
-            {"role": "user", "content": f"The unit activates on {explanation}.\n\nThe passages:\n\n"
-                                        f"{passages(case.scoring)}"}]
+    example = ", ".join(map(str, drawn.sort().values.tolist()))
+    asked = f"The unit activates on {explanation}.\n\nThe passages:\n\n{passages(case.scoring)}"
+    return [{"role": "system", "content": FORESEE.format(number=n, example=example)},
+            {"role": "user", "content": asked}]
 
 
 def passages(windows: list[Window], threshold: float = math.inf) -> str:
     """Numbered lines of text with the tokens above the threshold in << >>."""
-    lines = ("".join(f"<<{token}>>" if act > threshold else token for token, act in zip(w.tokens, w.acts))
-             for w in windows)
-    return "\n".join(f"{n}. " + line.replace("\ufffd", "").replace("\n", "↵") for n, line in enumerate(lines, 1))
+    lines = []
+    for n, window in enumerate(windows, 1):
+        marked = [f"<<{token}>>" if act > threshold else token for token, act in zip(window.tokens, window.acts)]
+        lines.append(f"{n}. " + "".join(marked).replace("\ufffd", "").replace("\n", "↵"))
+    return "\n".join(lines)
 
 
 FENCED = re.compile(r"```\w*\n?(.*?)(?:```|$)", re.DOTALL)
@@ -235,8 +231,8 @@ ALL = re.compile(r"all(?: of)?(?: (?:them|these|the))?(?: ([0-9]+))?(?: numbered
 LISTED = re.compile(rf"{LABEL}({LIST})\s*\.?", re.IGNORECASE)
 # a single number with text behind it may be the passage of that number, written out again
 SEVERAL = rf"{ITEM}(?:\s*,\s*(?:and\s+)?|\s+and\s+){LIST}"
-EXPLAINED = re.compile(rf"{LABEL}({SEVERAL})\s*[.:(–—-][^0-9].*|{LABEL}({LIST}),?\s+(?:because|since)\b.*",
-                       re.IGNORECASE)
+EXPLAINED = re.compile(
+    rf"{LABEL}({SEVERAL})\s*[.:(–—-][^0-9].*|{LABEL}({LIST}),?\s+(?:because|since)\b.*", re.IGNORECASE)
 
 
 def unwrapped(answer: str) -> str:
@@ -249,8 +245,9 @@ def unwrapped(answer: str) -> str:
 def explanation_in(answer: str) -> str:
     """What follows the last "activates on"; out of JSON, bold type or behind a label, too."""
     text = unwrapped(answer)
-    if found := re.fullmatch(r"\{\s*\"\w+\"\s*:\s*\"(.*?)\"?\s*\}?", text, re.DOTALL):  # its end may be cut off
-        text = found.group(1)
+    in_json = re.fullmatch(r"\{\s*\"\w+\"\s*:\s*\"(.*?)\"?\s*\}?", text, re.DOTALL)  # its end may be cut off
+    if in_json:
+        text = in_json.group(1)
     text = re.sub(r"^(?:explanation|answer|summary)\s*:\s*", "", text, flags=re.IGNORECASE)
     return text.split("activates on")[-1].rstrip(".").strip()
 
@@ -264,10 +261,12 @@ def numbers_in(answer: str) -> list[int] | None:
 
 def windows_in(answer: str, number: int) -> list[int] | None:
     """The windows, 1 to `number`, that an answer names in whatever form; None if that is not certain."""
-    if (strict := numbers_in(answer)) is not None:
+    strict = numbers_in(answer)
+    if strict is not None:
         return strict
     text = unwrapped(answer)
-    if (found := _in_json(text, number)) is not None:
+    found = _in_json(text, number)
+    if found is not None:
         return found
     text = re.sub(r"\\boxed\{([^}]*)\}", r"\1", text)
     labels = list(re.finditer(r"\banswers?\b(?: is| are)?\W*:", text, re.IGNORECASE))
@@ -302,7 +301,8 @@ def _in_line(line: str, number: int) -> list[int] | None:
     """The windows that a line is about, if it is about nothing else."""
     if NONE.fullmatch(line):
         return []
-    if found := ALL.fullmatch(line):
+    found = ALL.fullmatch(line)
+    if found:
         return list(range(1, number + 1)) if found.group(1) in (None, str(number)) else None
     found = LISTED.fullmatch(line) or EXPLAINED.fullmatch(line)
     if not found:
@@ -343,11 +343,12 @@ def _verdicts(setup, asked: judge.Judge, cases: dict[str, list[Case]]) -> dict[s
 
     def outstanding(case: Case) -> list[tuple[list[dict], int]]:
         """The requests that were not answered before, each with its limit."""
-        known = asked.known(explaining(case), **first.keywords)
-        chat = foreseeing(case, explanation_in(known or ""), setup.seed)
-        missing = [(explaining(case), first.keywords["max_tokens"])] * (known is None)
-        return missing + [(chat, second.keywords["max_tokens"])] * (bool(missing)
-                                                                    or asked.known(chat, **second.keywords) is None)
+        explanation = asked.known(explaining(case), **first.keywords)
+        chat = foreseeing(case, explanation_in(explanation or ""), setup.seed)
+        prediction = (chat, second.keywords["max_tokens"])
+        if explanation is None:
+            return [(explaining(case), first.keywords["max_tokens"]), prediction]
+        return [prediction] if asked.known(chat, **second.keywords) is None else []
 
     def forget(verdicts: list[dict]) -> None:
         """Ask again once the server or its model is mended under the same name."""
@@ -397,7 +398,8 @@ def _useless(judge_at: str, verdicts: list[dict]) -> Exception:
     if not answered:
         return ConnectionError(f"{judge_at} has an answer for none of the first {len(verdicts)} latents: "
                                f"{verdicts[0]['failed']}\n{verdicts[0]['advice']}")
-    words = " ".join((answered[0]["answer"] if answered[0]["explanation"] else "(an empty explanation)").split())
+    answer = answered[0]["answer"] if answered[0]["explanation"] else "(an empty explanation)"
+    words = " ".join(answer.split())
     return ValueError(f"{judge_at} answers none of the first {len(verdicts)} latents in a form that can be read: "
                       f"{words[:120]!r}, where numbers of passages like \"2, 5\" or \"None\" are asked for\n"
                       "set AUTOINTERP_MODEL to a model that follows instructions, or mend its chat template on the "
@@ -421,12 +423,16 @@ def _result(config: dict, verdicts: list[dict], problems: list[str], details: li
         problems = [*problems, f"no answer to {len(failures)} requests ({reasons}): {len(failures)} of {len(verdicts)} "
                                "latents are not scored"]
     if unparsable:
-        worth = ", nothing right in autointerp_score_checked"
+        problem = f"{unparsable} of {len(scored)} predictions are no list of numbers: not in autointerp_score"
+        if not compatible:
+            problem += ", which has no value"
         if unusable < unparsable:  # the rest has nothing right in it
-            worth = f"; {unparsable - unusable} of them are read all the same for autointerp_score_checked"
-        problems = [*problems, f"{unparsable} of {len(scored)} predictions are no list of numbers: not in "
-                               "autointerp_score"
-                    + ", which has no value" * (not compatible) + worth]
+            problem += f"; {unparsable - unusable} of them are read all the same for autointerp_score_checked"
+        else:
+            problem += ", nothing right in autointerp_score_checked"
+        problems = [*problems, problem]
+    active = [s["random windows active"] / config["n_random_ex_for_scoring"] for s in scored]
+    errors_of = {"autointerp_score": compatible, "autointerp_score_checked": checked}
     return Result(
         metrics={"autointerp": {"autointerp_score": _mean(compatible), "autointerp_std_dev": _deviation(compatible)}},
         corrected={
@@ -434,12 +440,10 @@ def _result(config: dict, verdicts: list[dict], problems: list[str], details: li
             "autointerp_latents": len(scored) if verdicts else None,
             "autointerp_unparsable_share": unparsable / len(scored) if scored else None,
             "autointerp_failed_requests": len(failures) if verdicts else None,
-            "autointerp_random_windows_active": _mean([s["random windows active"] / config["n_random_ex_for_scoring"]
-                                                       for s in scored]),
+            "autointerp_random_windows_active": _mean(active),
         },
         stderrs={name: _deviation(values) / math.sqrt(len(values))  # over latents
-                 for name, values in (("autointerp_score", compatible), ("autointerp_score_checked", checked))
-                 if errors.enough([1.0] * len(values))},
+                 for name, values in errors_of.items() if errors.enough([1.0] * len(values))},
         details=details,
         unstructured={str(s["latent"]): s for s in scored},
         problems=problems,

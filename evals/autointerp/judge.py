@@ -101,19 +101,17 @@ class Endpoint:
 
 
 def endpoint() -> Endpoint | None:
-    """The endpoint that the environment names, None without a key where one is needed;
-    ValueError for an unusable setting.
-    """
+    """The endpoint that the environment names, None if its key is lacking; ValueError for an unusable setting."""
     url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/").removesuffix("/chat/completions") or OPENAI_URL
     key = os.environ.get("OPENAI_API_KEY", "").strip() or None
     try:
         parts = urlsplit(url)
-        plain = parts.scheme in ("http",
-                                 "https") and parts.hostname and "@" not in parts.netloc and not (parts.query or parts.fragment)
         parts.port  # noqa: B018  ValueError if it is none
+        more = "@" in parts.netloc or parts.query or parts.fragment
+        usable = parts.scheme in ("http", "https") and parts.hostname and not more
     except ValueError:
-        plain = False
-    if not plain:  # its text stays unsaid: it may hold a password
+        usable = False
+    if not usable:  # its text stays unsaid: it may hold a password
         raise ValueError("OPENAI_BASE_URL is not a plain address\n"
                          f"write it like {OPENAI_URL} or http://localhost:8000/v1; the key belongs in OPENAI_API_KEY")
     if key and not (key.isascii() and key.isprintable()):  # the HTTP library would quote it in its exception
@@ -132,8 +130,7 @@ def _local(host: str) -> bool:
 class Judge:
     """Asks an endpoint from several threads; after its `with` block nothing more is sent, whatever is still queued.
 
-    `folder` keeps the answers; `timeout` is seconds without a byte, `tries` counts the first; `sleep` waits between
-    them.
+    `folder` keeps the answers; `timeout` is seconds without a byte, `tries` counts the first, `sleep` waits between.
     """
 
     def __init__(self, at: Endpoint, folder: Path, timeout: float, tries: int, workers: int,
@@ -190,9 +187,7 @@ class Judge:
             raise
 
     def forecast(self, requests: list[tuple[list[dict], int]]) -> str:
-        """What these requests, each messages and a limit of the answer's tokens, will take:
-        "200 requests to …, about …".
-        """
+        """What requests, each messages and a limit of the answer's tokens, will take: "200 requests to …, about …"."""
         tokens_in = sum(len(message["content"]) // CHARS_PER_TOKEN for messages, _ in requests for message in messages)
         tokens_out = sum(limit + self.form.room for _, limit in requests)
         most, unknown = f"at most {tokens_out:,}", ""
@@ -234,10 +229,10 @@ class Judge:
     def ask(self, messages: list[dict], max_tokens: int) -> str:
         """The answer's text, never blank and without reasoning, asked only if it is not known.
 
-        Unanswered after the last try. PermissionError, ValueError or ConnectionError where no other request can succeed
-        either.
+        Unanswered after the last try. PermissionError, ValueError or ConnectionError if no other request can succeed.
         """
-        if (text := self.known(messages, max_tokens)) is not None:
+        text = self.known(messages, max_tokens)
+        if text is not None:
             return text
         tried = 0
         while True:
@@ -323,7 +318,8 @@ class Judge:
         """This machine is not reached through a proxy, whatever the environment leaves out."""
         host = urlsplit(self.at.base_url).hostname
         with contextlib.suppress(ValueError):
-            return {"no_proxy": host} if host == "localhost" or ipaddress.ip_address(host).is_loopback else {}
+            if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+                return {"no_proxy": host}
         return {}
 
     def _unreached(self, error: Exception) -> _Again:
@@ -394,7 +390,7 @@ class Judge:
             raise Unanswered(f"it declines: {words}", "use another judge")
         if not text:
             words = self._words("", choice["error"]) if choice.get("error") else ""
-            raise _Again("an answer without text" + (f": {words}" if words else ""), None, None)
+            raise _Again(f"an answer without text: {words}" if words else "an answer without text", None, None)
         return text.replace(self.at.key, "***") if len(self.at.key or "") >= 12 else text
 
     def _cut_short(self, form: Form) -> Exception:
@@ -403,8 +399,8 @@ class Judge:
             self._cut += 1
         larger = [room for room in ROOMS if room > form.room]
         if form.limit and larger:
-            return _Unfit(form._replace(room=larger[0]), "reasons, and an answer was cut before it began: "
-                          f"room for {larger[0]:,} tokens more in each")
+            why = f"reasons, and an answer was cut before it began: room for {larger[0]:,} tokens more in each"
+            return _Unfit(form._replace(room=larger[0]), why)
         return Unanswered(f"cut while it reasoned, with room for {form.room:,} tokens",
                           "let it reason less on the server, or set AUTOINTERP_MODEL to a model that reasons less")
 
@@ -463,7 +459,8 @@ def parsed(body: str) -> Any:
     except (ValueError, RecursionError):
         return None
     events = [event for event in events if isinstance(event, dict)]
-    if failed := [event for event in events if event.get("error")]:
+    failed = [event for event in events if event.get("error")]
+    if failed:
         return failed[0]
     choices = [event["choices"][0] for event in events if isinstance(event.get("choices"), list) and event["choices"]]
     finish = [choice["finish_reason"] for choice in choices if isinstance(choice, dict) and choice.get("finish_reason")]

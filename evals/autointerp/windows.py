@@ -12,7 +12,6 @@ window.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from evals.common import pooling, probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 MIN_CHARS, CHARS_PER_TOKEN, CHUNKS = 100, 5, 20  # of the text, as SAEBench reads it
 SPARE = 1.25  # latents looked at for one that is asked for, as some are dead
@@ -48,24 +48,25 @@ class Case(NamedTuple):
     scoring: list[Window]
 
 
-def cases(setup, saes: dict) -> tuple[dict[str, list[Case]], dict[str, list[str]]]:
+def cases_of(setup, saes: dict) -> tuple[dict[str, list[Case]], dict[str, list[str]]]:
     """The cases of every SAE, and why there are fewer than asked for."""
     config, tokens_RT = setup.config, token_rows(setup)
     n_latents, bound, total = config["n_latents"], config["dead_latent_threshold"], config["total_tokens"]
     short = [f"the text gives {tokens_RT.numel():,} of {total:,} tokens"] if tokens_RT.numel() < total else []
     if not len(tokens_RT):
         return {name: [] for name in saes}, {name: [f"{short[0]}, not one row: no autointerp_score"] for name in saes}
-    order = {name: torch.randperm(len(sae.W_dec),
-                                  generator=probes.generator(setup.seed, "autointerp", "latents")).tolist()
-             for name, sae in saes.items()}
-    seen = look(setup, tokens_RT, saes, {name: latents[: math.ceil(SPARE * n_latents)]
-                                         for name, latents in order.items()})
+    order = {}
+    for name, sae in saes.items():
+        rng = probes.generator(setup.seed, "autointerp", "latents")
+        order[name] = torch.randperm(len(sae.W_dec), generator=rng).tolist()
+    first = {name: latents[: math.ceil(SPARE * n_latents)] for name, latents in order.items()}
+    seen = look(setup, tokens_RT, saes, first)
     n_tokens = int(content(setup, tokens_RT).sum())
     alive = {name: s.fired_F.double() / n_tokens * total > bound for name, s in seen.items()}
     chosen = {name: [latent for latent in latents if alive[name][latent]][:n_latents]
               for name, latents in order.items()}
-    missing = {name: more for name, latents in chosen.items()
-               if (more := [k for k in latents if k not in seen[name].windows])}
+    missing = {name: [k for k in latents if k not in seen[name].windows] for name, latents in chosen.items()}
+    missing = {name: latents for name, latents in missing.items() if latents}
     if missing:
         for name, more in look(setup, tokens_RT, {name: saes[name] for name in missing}, missing).items():
             seen[name].windows.update(more.windows)
@@ -82,11 +83,10 @@ def cases(setup, saes: dict) -> tuple[dict[str, list[Case]], dict[str, list[str]
         made = [case(setup, tokens_RT, written, latent, seen[name].windows[latent]) for latent in latents]
         found[name], problems[name] = [c for c in made if c], list(short)
         if len(found[name]) < n_latents:
-            problems[name].append(
-                f"{len(found[name])} of {n_latents} latents for the judge: {int(alive[name].sum()):,} of "
-                f"{len(order[name]):,} fire more than {bound} times in {total:,} tokens, {made.count(None)} of those "
-                "looked at in too few places"
-                + ": no autointerp_score" * (not found[name]))
+            problem = (f"{len(found[name])} of {n_latents} latents for the judge: {int(alive[name].sum()):,} of "
+                       f"{len(order[name]):,} fire more than {bound} times in {total:,} tokens, {made.count(None)} of "
+                       "those looked at in too few places")
+            problems[name].append(problem if found[name] else f"{problem}: no autointerp_score")
     return found, problems
 
 
@@ -102,18 +102,19 @@ def token_rows(setup) -> Tensor:
     else:
         from evals.texts import streams, text_files
 
-        # in the data set's own order, as SAEBench reads it
         cache_dir = getattr(setup.data, "cache_dir", None)
+        # in the data set's own order, as SAEBench reads it
         texts, identity = lambda: streams.Stream(name, cache_dir=cache_dir, shuffled=False), text_files.identity(name)
-    depends_on = {"texts": identity, "lm": lm.digest, "context": context, "total": total,
-                  "code": inspect.getsource(pack)}
-    return setup.cache.get("autointerp-tokens", depends_on,
-                           lambda: {"tokens_RT": pack(texts(), lm, context, total)})["tokens_RT"]
+
+    def make() -> dict[str, Tensor]:
+        return {"tokens_RT": pack(texts(), lm, context, total)}
+
+    depends_on = {"texts": identity, "lm": lm.digest, "context": context, "total": total, "code": code_digest(pack)}
+    return setup.cache.get("autointerp-tokens", depends_on, make)["tokens_RT"]
 
 
 def pack(texts: Iterable[str | list[int]], lm, context: int, total: int) -> Tensor:
-    """Tokens [R, T] of the texts of more than 100 characters, run together; R·T is just above `total`, or less if they
-    run out.
+    """Tokens [R, T] of the texts of more than 100 characters, run together; R·T is just above `total`, or all there is.
 
     They are joined by EOS, cut into 20 parts by characters, each tokenised after a BOS; the first token of a row
     becomes BOS. Token ids are written out as text first.
@@ -168,9 +169,8 @@ def look(setup, tokens_RT: Tensor, saes: dict, candidates: dict[str, list[int]])
     for rows, x_bTD in setup.track(batches, "autointerp: activations", n_batches, "batches"):
         mask_bT = mask_RT[rows].to(device)
         for name, sae in saes.items():
-            of_row = T * len(sae.W_dec)
-            bad_p, fired_pF, z_bTC = memory.by_rows(setup, "the features of text",
-                                                    partial(_seen, sae.encode, index_C[name]), x_bTD, mask_bT,
+            of_row, seen_in = T * len(sae.W_dec), partial(_seen, sae.encode, index_C[name])
+            bad_p, fired_pF, z_bTC = memory.by_rows(setup, "the features of text", seen_in, x_bTD, mask_bT,
                                                     most=max(1, pooling.PART_FLOATS // of_row), each=of_row)
             bad[name], fired[name] = bad[name] + bad_p.sum(), fired[name] + fired_pF.sum(0)
             block[name].append(z_bTC.permute(2, 0, 1).contiguous())
@@ -191,14 +191,12 @@ def _seen(encode: Callable, index_C: Tensor, x_bTD: Tensor, mask_bT: Tensor) -> 
     """How many tokens are bad [1] and how many each feature fires on [1, F], and the candidates' activations z_bTC."""
     z_bTF, mask_bT1 = encode(x_bTD), mask_bT[..., None]
     bad = (~z_bTF.isfinite().all(-1) & mask_bT).sum()
-    return bad[None], ((z_bTF > 0) & mask_bT1).sum((0, 1))[None], z_bTF[...,
-                                                                        index_C].float().masked_fill(~mask_bT1, 0.0)
+    fired_F = ((z_bTF > 0) & mask_bT1).sum((0, 1))
+    return bad[None], fired_F[None], z_bTF[..., index_C].float().masked_fill(~mask_bT1, 0.0)
 
 
 def _nothing(setup, tokens_RT: Tensor, latents: list[int]) -> dict[str, dict[str, Tensor]]:
-    """No windows yet, and the places of the random ones:
-    those to score, then as many as may be missing among the drawn ones.
-    """
+    """No windows yet, and the places of random ones: those to score, then as many as the drawn ones may lack."""
     config, (R, T), device = setup.config, tokens_RT.shape, setup.lm.device
     buffer, width = config["buffer"], 2 * config["buffer"] + 1
     number = (config["n_random_ex_for_scoring"] + config["n_iw_sampled_ex_for_generation"]
@@ -206,8 +204,8 @@ def _nothing(setup, tokens_RT: Tensor, latents: list[int]) -> dict[str, dict[str
 
     def places(latent: int) -> Tensor:
         rng = probes.generator(setup.seed, "autointerp", "random windows", latent)
-        return torch.randint(R, (number,),
-                             generator=rng) * T + torch.randint(buffer, T - buffer, (number,), generator=rng)
+        row_K = torch.randint(R, (number,), generator=rng)
+        return row_K * T + torch.randint(buffer, T - buffer, (number,), generator=rng)
 
     def empty(n: int) -> dict[str, Tensor]:
         shape = (len(latents), n)
@@ -248,9 +246,9 @@ def _keep(setup, kept: dict[str, dict[str, Tensor]], z_CbT: Tensor, first_row: i
         kept[kind] = {name: t[latent_C1, order_CK] for name, t in both.items()}
 
     row_CK, column_CK = kept["random"]["place"] // T - first_row, kept["random"]["place"] % T
-    latent, k = ((row_CK >= 0) & (row_CK < z_CbT.shape[1])).nonzero(as_tuple=True)
-    kept["random"]["acts"][latent, k] = z_CbT[latent[:, None], row_CK[latent, k][:, None], column_CK[latent, k][:, None]
-                                              + offset_W]
+    latent_N, k_N = ((row_CK >= 0) & (row_CK < z_CbT.shape[1])).nonzero(as_tuple=True)
+    row_N1, column_N1 = row_CK[latent_N, k_N][:, None], column_CK[latent_N, k_N][:, None]
+    kept["random"]["acts"][latent_N, k_N] = z_CbT[latent_N[:, None], row_N1, column_N1 + offset_W]
 
 
 # ------------------------------------------------------------------------------------------------ from windows to cases
@@ -259,8 +257,9 @@ def _keep(setup, kept: dict[str, dict[str, Tensor]], z_CbT: Tensor, first_row: i
 def case(setup, tokens_RT: Tensor, written: dict[int, str], latent: int, windows: dict) -> Case | None:
     """Which windows explain a latent and which test the explanation; None if it fires in too few places."""
     config = setup.config
-    buffer, n_top = config["buffer"], config["n_top_ex_for_generation"] + config["n_top_ex_for_scoring"]
-    n_drawn, n_random = config["n_iw_sampled_ex_for_generation"] + config["n_iw_sampled_ex_for_scoring"], config["n_random_ex_for_scoring"]
+    buffer, n_random = config["buffer"], config["n_random_ex_for_scoring"]
+    n_top = config["n_top_ex_for_generation"] + config["n_top_ex_for_scoring"]
+    n_drawn = config["n_iw_sampled_ex_for_generation"] + config["n_iw_sampled_ex_for_scoring"]
 
     def window(kind: str, k: int) -> Window:
         row, column = divmod(int(windows[kind]["place"][k]), tokens_RT.shape[1])
@@ -287,9 +286,7 @@ def case(setup, tokens_RT: Tensor, written: dict[int, str], latent: int, windows
 
 
 def spread(places: list[int], values: list[float], number: int, buffer: int) -> list[int]:
-    """Indices of the first `number` places, given in falling order of their values,
-    that are positive and more than `buffer` apart.
-    """
+    """Indices of the first `number` places, in falling order of their positive values, more than `buffer` apart."""
     chosen, barred = [], set()
     for k, (place, value) in enumerate(zip(places, values)):
         if value <= 0 or len(chosen) == number:

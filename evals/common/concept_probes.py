@@ -18,13 +18,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from evals.common import pooling, probes
+from evals.storage.identity import code_digest
 
 Draw = tuple[Tensor, Tensor]  # (row_M, label_M): rows of pooled texts, 1 for the concept and 0 for its opposite
 
@@ -64,8 +64,8 @@ def fit(x_ND: Tensor, fits: list[Draw], selects: list[Draw], rngs: list[torch.Ge
     probes: parameters and AdamW's moments are stacked, and nothing in them mixes the probes, so each is what it is
     alone.
     """
-    (row_PM, label_PM), (select_row_PM, select_label_PM) = (
-        (torch.stack(parts).to(x_ND.device) for parts in zip(*draws)) for draws in (fits, selects))
+    row_PM, label_PM = (torch.stack(parts).to(x_ND.device) for parts in zip(*fits))
+    select_row_PM, select_label_PM = (torch.stack(parts).to(x_ND.device) for parts in zip(*selects))
     weight_PD, bias_P = torch.empty(len(rngs), x_ND.shape[1]), torch.empty(len(rngs))
     bound = 1 / math.sqrt(x_ND.shape[1])
     for p, rng in enumerate(rngs):
@@ -97,8 +97,7 @@ def fit(x_ND: Tensor, fits: list[Draw], selects: list[Draw], rngs: list[torch.Ge
 
 
 def trained(setup, key: str, names: list[str], examples: Callable, x_ND: Tensor) -> dict[str, Probes]:
-    """{"compatible": Probes, "corrected": Probes} for the concepts `names` of the data set `key`, kept in the cache: no
-    SAE enters them.
+    """{"compatible": Probes, "corrected": Probes} for the concepts `names` of the data set `key`; no SAE enters them.
 
     examples (name, generator) -> (train, test) draws a concept's rows. The compatible probes' epochs are chosen by test
     accuracy.
@@ -116,9 +115,7 @@ def trained(setup, key: str, names: list[str], examples: Callable, x_ND: Tensor)
 
 
 def generator(setup, key: str, name: str, *moment) -> torch.Generator:
-    """The generator of one moment for one concept of a data set;
-    the moment "corrected" is that of the one fixed draw.
-    """
+    """The generator of one moment for one concept of a data set; "corrected" is the moment of the one fixed draw."""
     return probes.generator(setup.seed, "concept_probes", key, name, *moment)
 
 
@@ -128,7 +125,7 @@ def _cached(setup, x_ND: Tensor, fits: list[Draw], selects: list[Draw], rngs: li
         "tensors": [hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in (x_ND, *drawn)],
         "config": {name: value for name, value in setup.config.items() if name.startswith("probe_")},
         "device": torch.device(setup.lm.device).type,
-        "code": Path(__file__).read_text(encoding="utf-8"),
+        "code": code_digest(__file__),
         "torch": torch.__version__,
     }
 
@@ -154,9 +151,7 @@ class Ablation:
     masked_N: Tensor  # masked positions in the context per position averaged; 0 where the ablation leaves them alone
 
     def effects(self, draws: list[Draw]) -> Tensor:
-        """(mean over positives − mean over negatives) of each feature, [P, F],
-        on a draw of training rows for each probe.
-        """
+        """(mean over positives − mean over negatives) of each feature, [P, F], on rows drawn for each probe."""
         weight_PN = torch.zeros(len(draws), len(self.z_NF))
         for weight_N, (row_M, label_M) in zip(weight_PN, draws):
             positives = int(label_M.sum())
@@ -209,21 +204,22 @@ def pooled(setup, saes: dict, name: str, sets: dict, problems: dict[str, list[st
         bad = {sae_name: int((~v_NV.isfinite()).any(1).sum()) for sae_name, v_NV in features.items()}
         x_ND = features.pop(None)
         for sae_name in saes:
-            if bad[None] or bad[sae_name]:
-                what = "LM activations" if bad[None] else "features"
-                problems[sae_name].append(f"{name}: no score: {key}: NaN or inf in the {what} of "
-                                          f"{bad[None] or bad[sae_name]} of {len(x_ND)} texts")
+            what, number = ("LM activations", bad[None]) if bad[None] else ("features", bad[sae_name])
+            if number:
+                problems[sae_name].append(f"{name}: no score: {key}: NaN or inf in the {what} of {number} of "
+                                          f"{len(x_ND)} texts")
                 features.pop(sae_name)
         if features:
             yield Texts(key, rows, x_ND, masked_N, features)
 
 
 def ablations(found: dict[str, Probes], texts: Texts, name: str, sae) -> dict[str, Ablation]:
-    """{"compatible": Ablation, "corrected": Ablation} of an SAE:
-    as in SAEBench the first ablates masked positions, the second does not.
-    """
+    """{"compatible": Ablation, "corrected": Ablation} of an SAE; the first ablates masked positions, as in SAEBench."""
     W_dec_FD = sae.W_dec.float()
     zero_F = sae.encode(torch.zeros_like(W_dec_FD[:1])).float().cpu()[0]
     masked = {"compatible": texts.masked_N, "corrected": torch.zeros_like(texts.masked_N)}
-    return {kind: Ablation(probe.logits(texts.x_ND), (W_dec_FD @ probe.weight_PD.T.to(W_dec_FD.device)).cpu(),
-                           texts.features[name], zero_F, masked[kind]) for kind, probe in found.items()}
+    made = {}
+    for kind, probe in found.items():
+        dot_FP = (W_dec_FD @ probe.weight_PD.T.to(W_dec_FD.device)).cpu()
+        made[kind] = Ablation(probe.logits(texts.x_ND), dot_FP, texts.features[name], zero_F, masked[kind])
+    return made

@@ -1,6 +1,4 @@
-"""Feature dashboards: for some features the contexts in which they fire most and the
-tokens their direction promotes.
-"""
+"""Feature dashboards: the contexts in which some features fire most, and the tokens that their directions promote."""
 
 from __future__ import annotations
 
@@ -45,8 +43,10 @@ def dashboards(setup: Setup, sae) -> list[dict]:
 
     def by_rows(work):
         """work(z_rTF, body_rT1) of a few rows of features after the other."""
-        return memory.by_rows(setup, "the features of dashboards", lambda x_rTD, body_rT: work(
-            sae.encode(x_rTD.to(setup.lm.device)), body_rT.to(setup.lm.device)[..., None]), kept["x"], body_RT, most=4)
+        def encoded(x_rTD, body_rT):
+            return work(sae.encode(x_rTD.to(setup.lm.device)), body_rT.to(setup.lm.device)[..., None])
+
+        return memory.by_rows(setup, "the features of dashboards", encoded, kept["x"], body_RT, most=4)
 
     fired_F = by_rows(lambda z_rTF, body_rT1: ((z_rTF > 0) & body_rT1).sum((0, 1))[None]).sum(0)
     candidates = (fired_F > 1).nonzero().squeeze(1)
@@ -69,17 +69,15 @@ def dashboards(setup: Setup, sae) -> list[dict]:
                 at = int(acts_RT[row].argmax())
                 span = range(max(at - WINDOW, 0), min(at + WINDOW + 1, acts_RT.shape[1]))
                 contexts.append([(read([int(tokens_RT[row, t])]), float(acts_RT[row, t])) for t in span])
-        top = logits_CV[c].topk(min(LOGITS, logits_CV.shape[1]))
+        best_V = logits_CV[c].topk(min(LOGITS, logits_CV.shape[1]))
+        top_logits = [(read([i]), float(v)) for i, v in zip(best_V.indices.tolist(), best_V.values.tolist())]
         found.append(dict(feature=feature, density=float(fired_F[feature] / body_RT.sum()),
-                          max_activation=float(acts_RT.max()), contexts=contexts,
-                          top_logits=[(read([i]), float(v))
-                                      for i, v in zip(top.indices.tolist(), top.values.tolist())]))
+                          max_activation=float(acts_RT.max()), contexts=contexts, top_logits=top_logits))
     return found
 
 
 def promoted(lm, W_CD: torch.Tensor) -> torch.Tensor:
-    """Logits [C, V] that directions of the residual stream promote by themselves;
-    [C, 0] where the head takes vectors of another width.
-    """
-    return (lm.unembed(W_CD.to(lm.dtype)).float().cpu() if lm.d_final == lm.d_model
-            else W_CD.new_zeros(len(W_CD), 0).cpu())
+    """Logits [C, V] that directions of the residual stream promote by themselves; [C, 0] if the head takes no such."""
+    if lm.d_final != lm.d_model:
+        return W_CD.new_zeros(len(W_CD), 0).cpu()
+    return lm.unembed(W_CD.to(lm.dtype)).float().cpu()

@@ -59,9 +59,8 @@ def of_sum(influence_N: Tensor, *labels: Sequence) -> float | None:
     if len(numbered) == 1:
         return math.sqrt(variances[0])
     both_N = numbered[0] * (int(numbered[1].max()) + 1) + numbered[1]
-    # rounding or chance may leave less than the larger of the two
-    return math.sqrt(max(sum(variances) - _variance(influence_N, torch.unique(both_N, return_inverse=True)[1]),
-                         *variances))
+    shared = _variance(influence_N, torch.unique(both_N, return_inverse=True)[1])
+    return math.sqrt(max(sum(variances) - shared, *variances))  # rounding or chance may leave less than the larger one
 
 
 def _numbers(label: Sequence) -> list[int]:

@@ -21,7 +21,6 @@ import random
 import re
 import string
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from evals.common import probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 LETTERS = string.ascii_lowercase
 TRAIN_SHARE = 0.8
@@ -46,9 +46,7 @@ class NoScore(Exception):
 
 
 class Word(NamedTuple):
-    """A word with the tokens of its line: `head` is the newline and the word, `tail` all that follows,
-    with the answer.
-    """
+    """A word with the tokens of its line: `head` is the newline and the word, `tail` all that follows."""
 
     text: str
     letter: int
@@ -57,9 +55,7 @@ class Word(NamedTuple):
 
 
 def vocabulary(tokenizer) -> list[Word]:
-    """All words of a tokenizer, by token id; NoScore if a prompt's tokens are not those of its
-    lines one after the other.
-    """
+    """All words of a tokenizer, by token id; NoScore if a prompt's tokens are not those of its lines in order."""
     texts = {}
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         text = tokenizer.convert_tokens_to_string([token])
@@ -105,9 +101,7 @@ def prompts(words: list[Word], pool: list[Word], examples: int, together: int, b
 
 
 def at_words(setup, prompted: list[tuple[list[int], list[int]]], label: str) -> Tensor:
-    """The residual stream at setup.layer at every word of the prompts, in their order:
-    x_ND on the CPU, in the LM's dtype.
-    """
+    """The residual stream at setup.layer at every word of the prompts, in order: x_ND on the CPU, in the LM's dtype."""
     size, found = setup.config["llm_batch_size"], []
     batches = range(0, len(prompted), size)
     for start in setup.track(batches, f"absorption: {label}", len(batches), "batches"):
@@ -128,8 +122,7 @@ def at_words(setup, prompted: list[tuple[list[int], list[int]]], label: str) -> 
 @torch.enable_grad()
 def fit_letters(rows_of: Callable[[Tensor], Tensor], letter_N: Tensor, width: int, batch: int, epochs: int, l1: float,
                 weight_decay: float, rng: torch.Generator, device) -> tuple[Tensor, Tensor]:
-    """26 linear probes at once, one letter against the rest: (W_LF, b_L); `rows_of` gives the inputs [b, F] of row
-    numbers.
+    """26 linear probes at once, a letter against the rest: (W_LF, b_L); `rows_of`: row numbers -> inputs [b, F].
 
     Cross entropy with a positive's weight = negatives / positives, plus l1 · mean over letters of Σ|w|; Adam, 1e-2
     falling exponentially to 1e-5 over the epochs. `rng` gives nn.Linear's initialisation, then what a DataLoader draws
@@ -174,7 +167,7 @@ def measured(setup) -> dict[str, Tensor]:
     """
     depends_on = {"lm": setup.lm.digest, "layer": setup.layer, "settings": {key: setup.config[key] for key in SETTINGS},
                   "seed": setup.seed, "torch": torch.__version__, "device": torch.device(setup.lm.device).type,
-                  "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, probes.__file__)]}
+                  "code": [code_digest(file) for file in (__file__, probes.__file__)]}
     return setup.cache.get("first_letter", depends_on, lambda: _measure(setup))
 
 
@@ -199,11 +192,12 @@ def _measure(setup) -> dict[str, Tensor]:
     found["f1_L"] = f1(positive_NL, functional.one_hot(found["test_letter"], len(LETTERS)).bool())
 
     good_L = found["f1_L"] > config["min_GT_probe_f1"]
-    second = [word for word, positive_L in zip(chosen[cut:], positive_NL) if positive_L[word.letter]
-              and good_L[word.letter]]
+    second = [word for word, positive_L in zip(chosen[cut:], positive_NL)
+              if positive_L[word.letter] and good_L[word.letter]]
     if good_L.sum() < config["min_feats_for_eval"]:
         second = []
     found["second_letter"] = torch.tensor([word.letter for word in second], dtype=torch.int64)
-    found["second_x"] = at_words(setup, prompts(second, words, *shape),
-                                 "words found, in new prompts") if second else x_ND[:0].cpu()
+    found["second_x"] = x_ND[:0].cpu()
+    if second:
+        found["second_x"] = at_words(setup, prompts(second, words, *shape), "words found, in new prompts")
     return found

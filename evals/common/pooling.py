@@ -10,12 +10,12 @@ import itertools
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 PART_FLOATS = 2**26  # floats of features held at a time: 256 MiB in fp32
 
@@ -29,13 +29,11 @@ def short_context(name: str, config: dict) -> list[str]:
 
 
 def unknown_sets(name: str, config: dict, source: str | None) -> list[str]:
-    """The problem of an eval that asks a kind of text source for labelled texts it does not have,
-    for its `requirements`.
-    """
+    """The problem of an eval that asks a text source for labelled texts it does not have, for its `requirements`."""
     from evals.texts import embedded, hub
 
-    known = {"hub": list(hub.PROBING), "embedded": list(embedded.PROBING),
-             "tiny": ["synthetic"]}.get(source, config["dataset_names"])
+    offered = {"hub": list(hub.PROBING), "embedded": list(embedded.PROBING), "tiny": ["synthetic"]}
+    known = offered.get(source, config["dataset_names"])
     unknown = [asked for asked in config["dataset_names"] if asked not in known]
     return [f"{name}: no data set {unknown[0]!r}\nchoose dataset_names among {', '.join(known)}"] if unknown else []
 
@@ -68,17 +66,13 @@ def distinct(tokens_NT: Tensor, length_N: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def content_mask(tokens_NT: Tensor, length_N: Tensor, special_ids: Iterable[int]) -> Tensor:
-    """True at the positions that are averaged, [N, T]:
-    inside the text and no pad, BOS or EOS token, wherever it stands.
-    """
+    """True at the positions that are averaged, [N, T]: inside the text and no pad, BOS or EOS token, wherever it is."""
     inside_NT = torch.arange(tokens_NT.shape[1]) < length_N[:, None]
     return inside_NT & ~torch.isin(tokens_NT, torch.tensor(sorted(special_ids), dtype=tokens_NT.dtype))
 
 
 def pool(values_bTF: Tensor, mask_bT: Tensor) -> Tensor:
-    """Mean over the positions where the mask is True, [b, F] in fp32;
-    0 where a text has none (SAEBench divides by 0 there).
-    """
+    """Mean over positions where the mask is True, [b, F] in fp32; 0 where there is none (SAEBench divides by 0)."""
     kept_bTF = values_bTF.float().masked_fill(~mask_bT[..., None], 0.0)  # not a product: 0·inf at a BOS would give NaN
     return kept_bTF.sum(1) / mask_bT.sum(1, keepdim=True).clamp_min(1)
 
@@ -128,8 +122,8 @@ def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, 
     """Pooled features {name: [N, F] fp32 on the CPU} of every encoder (x_bTD -> z_bTF), all fed from one pass of the
     LM.
 
-    Reads llm_batch_size and sae_batch_size from setup.config. How an encoder's input is cut into parts
-    depends on its own width only, so its features do not depend on which other encoders run beside it.
+    Reads llm_batch_size and sae_batch_size from setup.config. How an encoder's input is cut into parts depends on its
+    own width only, so its features do not depend on which other encoders run beside it.
     """
     config = setup.config
     tokens_UT, length_U, inverse_N = distinct(tokens_NT, length_N)
@@ -164,13 +158,10 @@ def labelled(setup) -> dict[str, tuple[Tensor, Tensor, dict]]:
         return stored
 
     depends_on = {"texts": setup.data.probing_digest(setup.config), "lm": setup.lm.digest,
-                  "context": setup.config["context_length"],
-                  "code": Path(__file__).read_text(encoding="utf-8")}
+                  "context": setup.config["context_length"], "code": code_digest(__file__)}
+    stored = [(json.loads(key), tensor) for key, tensor in setup.cache.get("probing-tokens", depends_on, make).items()]
     found: dict = {}
-    for key, tensor in sorted(((json.loads(k), t)
-                               for k, t in setup.cache.get("probing-tokens", depends_on, make).items()),
-                              key=lambda item: item[0][0]):
-        _, dataset, *what = key
+    for (_, dataset, *what), tensor in sorted(stored, key=lambda item: item[0][0]):
         if what == ["tokens"]:
             found[dataset] = [tensor, None, {"train": {}, "test": {}}]
         elif what == ["length"]:

@@ -66,9 +66,7 @@ def draw(rows: dict[str, Tensor], positive: str, rng: torch.Generator) -> tuple[
 
 
 def by_mean_difference(x_MF: Tensor, label_M: Tensor) -> Tensor:
-    """Feature numbers in descending order of |mean over positives − mean over negatives|;
-    a tie goes to the lower number.
-    """
+    """Feature numbers by descending |mean over positives − mean over negatives|; of equals the lower number first."""
     difference_F = x_MF[label_M == 1].mean(0) - x_MF[label_M == 0].mean(0)
     return difference_F.abs().argsort(descending=True, stable=True)
 
@@ -121,9 +119,7 @@ def _columns(feature_k: Tensor, dtype: torch.dtype, *sides) -> list[tuple]:
 
 
 class LinearProbe(NamedTuple):
-    """A linear probe at its selected epoch (from 0; −1:
-    never right), with its accuracy on the rows that selected it.
-    """
+    """A linear probe at the selected epoch (from 0; −1: never right) with the accuracy on the rows that selected it."""
 
     weight_1F: Tensor
     bias_1: Tensor
@@ -139,8 +135,7 @@ def linear_accuracy(weight_1F: Tensor, bias_1: Tensor, x_MF: Tensor, label_M: Te
 
 @torch.enable_grad()
 def fit_linear_probe(fit, select, rng: torch.Generator) -> LinearProbe:
-    """Logistic regression on all features by AdamW on the pair (x_MF, label_M) `fit`, at the epoch best on the pair
-    `select`.
+    """Logistic regression on all features by AdamW on the pair (x_MF, label_M) `fit`, at the epoch best on `select`.
 
     The first of equally good epochs is kept; it ends after 10 epochs without a better one. `rng` gives nn.Linear's
     initialisation, then one order of the rows per epoch.
@@ -173,9 +168,7 @@ def leaky_accuracy(train, test, rng: torch.Generator) -> float:
 
 
 def validation_selected(train, test, rng: torch.Generator) -> tuple[float, int]:
-    """Test accuracy at the epoch that is best on the last fifth of the shuffled training rows, kept out of the fit;
-    the epoch.
-    """
+    """Test accuracy at the epoch best on the last fifth of the training rows, kept out of the fit, and that epoch."""
     x_MF, label_M = train
     cut = len(label_M) - max(1, len(label_M) // 5)
     probe = fit_linear_probe((x_MF[:cut], label_M[:cut]), (x_MF[cut:], label_M[cut:]), rng)

@@ -69,9 +69,7 @@ def flatten(result: Result, eval_name: str) -> tuple[dict[str, float | None], di
 
 
 def _plain(value):
-    """The same in JSON's types: tuples as lists, numpy and 0-d tensor numbers as Python's,
-    non-finite numbers as None.
-    """
+    """The same in JSON's types: tuples as lists, numbers of numpy and torch as Python's, non-finite ones as None."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

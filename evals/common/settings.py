@@ -19,26 +19,24 @@ EXAMPLE = """write for example --eval_config '{"core": {"batch_size_prompts": 8}
 
 
 def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
-    """{eval: its settings} for a comma-separated list, "all" or "none"; `overrides` is JSON, {eval: {setting:
-    value}}.
-    """
+    """{eval: its settings} for a comma-separated list, "all" or "none"; `overrides`: JSON, {eval: {setting: value}}."""
     known = evals.names()
     picked = known if chosen.strip() == "all" else [name.strip() for name in chosen.split(",")]
     picked = [] if picked == ["none"] else picked
     for name in picked:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0)
-            what = (f"no eval named {name!r}; the nearest is {near[0]!r}" if name
-                    else f"--evals={chosen} names no eval in one of its places")
+            what = f"--evals={chosen} names no eval in one of its places"
+            if name:
+                what = f"no eval named {name!r}; the nearest is {_nearest(name, known)!r}"
             raise ValueError(f"{what}\nchoose from: {', '.join(known)}; or all, or none, alone")
         if picked.count(name) > 1:
             raise ValueError(f"--evals names {name} twice\nname each eval once")
     given, configs = parsed(overrides, known), {}
     for name in picked:
-        defaults = evals.declared(name, "CONFIG")
-        check(name, given.get(name, {}), profile, defaults, evals.declared(name, "RANGES") or {},
-              evals.declared(name, "RECORDED") or ())
-        configs[name] = defaults[profile] | given.get(name, {})
+        defaults, own = evals.declared(name, "CONFIG"), given.get(name, {})
+        ranges, recorded = evals.declared(name, "RANGES") or {}, evals.declared(name, "RECORDED") or ()
+        check(name, own, profile, defaults, ranges, recorded)
+        configs[name] = defaults[profile] | own
     return configs
 
 
@@ -53,13 +51,15 @@ def parsed(text: str, known: list[str]) -> dict[str, dict]:
         raise ValueError(f"--eval_config is {shown(given)}, not an object of evals\n{EXAMPLE}")
     for name, settings in given.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0)[0]
-            raise ValueError(
-                f"--eval_config: no eval named {name!r}; the nearest is {near!r}\nchoose from: {', '.join(known)}"
-            )
+            raise ValueError(f"--eval_config: no eval named {name!r}; the nearest is {_nearest(name, known)!r}\n"
+                             f"choose from: {', '.join(known)}")
         if not isinstance(settings, dict):
             raise ValueError(f"--eval_config: {name} is {shown(settings)}, not an object of settings\n{EXAMPLE}")
     return given
+
+
+def _nearest(name: str, known) -> str:
+    return difflib.get_close_matches(name, known, 1, 0)[0]
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
@@ -76,20 +76,14 @@ def check(name: str, given: dict, profile: str, defaults: dict[str, dict], range
     own = defaults[profile]
     for key, value in given.items():
         if key not in own:
-            near = difflib.get_close_matches(key, own, 1, 0)[0]
-            raise ValueError(
-                f"--eval_config: {name} has no setting {key!r}; the nearest is {near!r}\nits settings: {', '.join(own)}"
-            )
+            raise ValueError(f"--eval_config: {name} has no setting {key!r}; the nearest is {_nearest(key, own)!r}\n"
+                             f"its settings: {', '.join(own)}")
+        given_as = f"--eval_config: {name}: {key} = {shown(value)}"
         if key in recorded and value != own[key]:
-            raise ValueError(
-                f"--eval_config: {name}: {key} = {shown(value)} would change nothing: it reads held-out texts\n"
-                "give --core_dataset"
-            )
+            raise ValueError(f"{given_as} would change nothing: it reads held-out texts\ngive --core_dataset")
         wanted = lacking(value, [config[key] for config in defaults.values() if key in config], ranges.get(key))
         if wanted:
-            raise ValueError(
-                f"--eval_config: {name}: {key} = {shown(value)} is not {wanted}\nits default is {shown(own[key])}"
-            )
+            raise ValueError(f"{given_as} is not {wanted}\nits default is {shown(own[key])}")
 
 
 def lacking(value, examples: list, bounds: tuple | None = None) -> str:
@@ -111,9 +105,9 @@ def lacking(value, examples: list, bounds: tuple | None = None) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and (fractions or isinstance(value, int))
     if number and least <= value <= most:  # NaN is not
         return ""
-    return f"a {'' if fractions else 'whole '}number from {least:,} to {most:,}" + (
-        ", or null" if type(None) in kinds else ""
-    )
+    kind = "number" if fractions else "whole number"
+    wanted = f"a {kind} from {least:,} to {most:,}"
+    return f"{wanted}, or null" if type(None) in kinds else wanted
 
 
 def _lacking_inside(value, kind: type, called: str, filled: bool, inside: list, bounds: tuple | None) -> str:

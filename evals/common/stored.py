@@ -1,6 +1,4 @@
-"""Which eval results of a run are already there:
-a result is kept by the hash of what it depends on, never by its name.
-"""
+"""Which eval results of a run are already there: one is kept by the hash of what it depends on, never by its name."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ def write(out: Path, name: str, sae: str, result: Result, eval_config: dict, sae
 
 
 def note(result: Path, depends_on: str) -> dict[str, str]:
-    """What is noted beside a result file: from what it was made, and the hash of its bytes;
-    one that was damaged since is none.
-    """
+    """What is noted beside a result file: from what it was made, and the hash of its bytes, by which damage shows."""
     return dict(depends_on=depends_on, sha256=file_digest(result))
 
 
@@ -70,8 +66,9 @@ def collected(out: Path, names: Iterable[str], sae: str,
             new_means, new_stderrs = saebench.flatten(result, name)
             means, stderrs = means | new_means, stderrs | new_stderrs
             problems += [f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in result.problems]
-    return {k: v for k, v in means.items() if v is not None or any(k.split(".")[-1] in p
-                                                                   for p in problems)}, stderrs, problems
+    told = {name for name in means if any(name.split(".")[-1] in problem for problem in problems)}
+    means = {name: value for name, value in means.items() if value is not None or name in told}
+    return means, stderrs, problems
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -29,19 +29,31 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from evals import Result
+from evals import Result, files
 from evals.cache import digest
 from evals.common import errors, pooling
 from evals.model import memory
-from evals.ravel import prompts as ravel_prompts
-from evals.ravel.prompts import Known, Pair, Task, full_batches
+from evals.ravel.prompts import (
+    ATTRIBUTES,
+    OWN,
+    REPOSITORY,
+    Known,
+    Pair,
+    Task,
+    all_prompts,
+    best_entities,
+    full_batches,
+    make_tasks,
+    matches,
+    settled,
+)
+from evals.storage.identity import code_digest
 
 EVAL_TYPE_ID = "ravel"
 
@@ -62,8 +74,10 @@ RANGES = {"train_test_split": (0.01, 0.99), "learning_rate": (1e-9, 1e3)}
 
 CONFIG = {
     "gemma": {
-        "entity_attribute_selection": {"city": ["Country", "Continent", "Language"],
-                                       "nobel_prize_winner": ["Country of Birth", "Field", "Gender"]},
+        "entity_attribute_selection": {
+            "city": ["Country", "Continent", "Language"],
+            "nobel_prize_winner": ["Country of Birth", "Field", "Gender"],
+        },
         "top_n_entities": 500,
         "min_correct_prompts": 200,  # an attribute with fewer has no score
         "num_pairs_per_attribute": 5000,  # of either kind
@@ -107,7 +121,7 @@ SIDES = ("cause_score", "isolation_score")
 
 def repositories(config: dict, source) -> list[str]:
     """The hub data set it reads in the gemma profile."""
-    return [ravel_prompts.REPOSITORY]
+    return [REPOSITORY]
 
 
 def wheels(kind: str) -> list[str]:
@@ -117,15 +131,15 @@ def wheels(kind: str) -> list[str]:
 
 def read_ahead(source, config: dict, seed: int) -> None:
     """Read the prompts, which are kept: what is wrong with them shows before anything is trained."""
-    next(ravel_prompts.prompts(source, config), None)
+    next(all_prompts(source, config), None)
 
 
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
+    counts = ("top_n_entities", "num_epochs", "n_generated_tokens", "completion_batch_size")
     problems = [f"ravel: {key} = {config[key]} leaves nothing to do\nset {key} to 1 or more"
-                for key in ("top_n_entities", "num_epochs", "n_generated_tokens", "completion_batch_size")
-                if config[key] < 1]
-    kinds = ravel_prompts.OWN.get(facts.get("source"))
+                for key in counts if config[key] < 1]
+    kinds = OWN.get(facts.get("source"))
     for kind, attributes in config["entity_attribute_selection"].items():
         if kinds is not None and kind not in kinds:
             problems.append(f"ravel: the {facts['profile']} profile has no entities of the kind {kind!r}\n"
@@ -134,8 +148,9 @@ def requirements(config: dict, facts) -> list[str]:
             problems.append(f"ravel: {kind} has only the attribute {', '.join(attributes) or 'none'}, isolation needs "
                             "another one\n"
                             "give entity_attribute_selection two or more attributes of each kind of entity")
-        known = ravel_prompts.ATTRIBUTES.get(facts.get("source"), {}).get(kind, attributes)
-        if unknown := [name for name in attributes if name not in known]:
+        known = ATTRIBUTES.get(facts.get("source"), {}).get(kind, attributes)
+        unknown = [name for name in attributes if name not in known]
+        if unknown:
             problems.append(f"ravel: {kind} has no attribute {unknown[0]!r}\nchoose among {', '.join(known)}")
         if "Timezone" in attributes:
             problems.append("ravel: completions with time zones cannot be marked here\n"
@@ -151,7 +166,7 @@ def requirements(config: dict, facts) -> list[str]:
 def run(setup, saes: dict) -> dict[str, Result]:
     """Train and score the masks of every SAE; {SAE name: Result}."""
     known, asked = known_prompts(setup)
-    tasks, problems = ravel_prompts.make_tasks(known, asked, setup.config, setup.seed)
+    tasks, problems = make_tasks(known, asked, setup.config, setup.seed)
     if not tasks:
         problems = [*problems, "ravel: nothing is left to train a mask for: no disentanglement_score, no cause_score, "
                                "no isolation_score"]
@@ -164,8 +179,8 @@ def run(setup, saes: dict) -> dict[str, Result]:
     for name, sae in saes.items():
         bad = unfit(sae, entity_UD, setup)
         if bad:
-            why = f"ravel: NaN or inf in the SAE's output for {bad} of {len(entity_UD)} prompts: no disentanglement_score"
-            results[name] = _result(known, [], [], [], [*problems, why])
+            why = f"NaN or inf in the SAE's output for {bad} of {len(entity_UD)} prompts"
+            results[name] = _result(known, [], [], [], [*problems, f"ravel: {why}: no disentanglement_score"])
             continue
         masks = fit_masks(setup, sae, known, tasks, x, entity_PD, name)
         right = completed_right(setup, sae, known, tasks, masks, x, entity_PD, name)
@@ -179,30 +194,35 @@ def run(setup, saes: dict) -> dict[str, Result]:
 def known_prompts(setup) -> tuple[list[Known], Counter]:
     """The prompts of the entities with most right completions, and how many were asked per (kind, attribute)."""
     config, lm = setup.config, setup.lm
-    prompts = list(ravel_prompts.prompts(setup.data, config))
+    prompts = list(all_prompts(setup.data, config))
+
+    def done(i: int, text: str) -> bool:
+        return settled(prompts[i].text, prompts[i].value, text)
+
+    def residual(rows: list[int], tokens_bT: Tensor, step: int) -> Tensor:
+        return lm.residual(tokens_bT, setup.layer)
 
     def make() -> dict[str, Tensor]:
         tokens = _tokens(lm, [prompt.text for prompt in prompts])
-        said, first = complete(setup, tokens, lambda i,
-                               text: ravel_prompts.settled(prompts[i].text, prompts[i].value, text), lambda rows,
-                               tokens_bT, step: lm.residual(tokens_bT, setup.layer), "ravel: completions")
-        right = [ravel_prompts.matches(prompt.text, prompt.value, text) for prompt, text in zip(prompts, said)]
+        said, first = complete(setup, tokens, done, residual, "ravel: completions")
+        right = [matches(prompt.text, prompt.value, text) for prompt, text in zip(prompts, said)]
         return {"right": torch.tensor(right), "first": torch.tensor(first)}
 
     depends_on = {"lm": lm.digest, "layer": setup.layer, "prompts": digest([[p.text, p.value] for p in prompts]),
                   "tokens": config["n_generated_tokens"], "batch": config["completion_batch_size"],
-                  "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, ravel_prompts.__file__)],
+                  "code": [code_digest(file) for file in files("ravel")],
                   "torch": torch.__version__, "device": torch.device(lm.device).type}
     stored = setup.cache.get("ravel-completions", depends_on, make)
     right = [i for i, ok in enumerate(stored["right"].tolist()) if ok]
-    best = ravel_prompts.best_entities([prompts[i] for i in right], config["top_n_entities"])
+    best = best_entities([prompts[i] for i in right], config["top_n_entities"])
     kept = [i for i in right if (prompts[i].kind, prompts[i].entity) in best]
     tokens, remainders = _tokens(lm, [prompts[i].text for i in kept]), _tokens(lm, [prompts[i].remainder for i in kept])
-    first = stored["first"].tolist()
-    # the remainder's BOS stands for the entity's last token
-    known = [Known(prompts[i].kind, prompts[i].attribute, prompts[i].value, prompts[i].text, ids, len(ids) - len(rest),
-                   first[i], prompts[i].entity)
-             for i, ids, rest in zip(kept, tokens, remainders)]
+    first, known = stored["first"].tolist(), []
+    for i, ids, rest in zip(kept, tokens, remainders):
+        position = len(ids) - len(rest)  # the remainder's BOS stands for the entity's last token
+        prompt = prompts[i]
+        known.append(Known(prompt.kind, prompt.attribute, prompt.value, prompt.text, ids, position, first[i],
+                           prompt.entity))
     return known, Counter((prompt.kind, prompt.attribute) for prompt in prompts)
 
 
@@ -254,9 +274,10 @@ def complete(setup, tokens: list[list[int]], done: Callable[[int, str], bool], r
         for rows in setup.track(batches, f"{label}, token {step + 1}", len(batches), "batches"):
             sequences = [torch.tensor(tokens[i] + made[i]) for i in rows]
             tokens_bT = pad_sequence(sequences, batch_first=True, padding_value=lm.bos).to(lm.device)
-            next_b = memory.by_rows(setup, "the language model",
-                                    partial(_said_next, setup, partial(residual, step=step)), rows, tokens_bT,
-                                    [len(s) - 1 for s in sequences], each=tokens_bT.shape[1])
+            said_next = partial(_said_next, setup, partial(residual, step=step))
+            last = [len(sequence) - 1 for sequence in sequences]
+            next_b = memory.by_rows(setup, "the language model", said_next, rows, tokens_bT, last,
+                                    each=tokens_bT.shape[1])
             for i, token in zip(rows, next_b.tolist()):
                 made[i].append(token)
         for i, text in zip(pending, lm.tokenizer.batch_decode([made[i] for i in pending])):
@@ -308,8 +329,8 @@ def fit_masks(setup, sae, known: list[Known], tasks: list[Task], x: dict[int, Te
                    for mask_F, part in zip(masks, step) if part]
         pairs, patch_bD = [pair for part in step if part for pair in part[0]], torch.cat(patches)
         x_bTD = pad_sequence([x[pair.base] for pair in pairs], batch_first=True).to(lm.device)
-        position, last = ([of(known[pair.base]) for pair in pairs]
-                          for of in (lambda k: k.position, lambda k: len(k.tokens) - 1))
+        position = [known[pair.base].position for pair in pairs]
+        last = [len(known[pair.base].tokens) - 1 for pair in pairs]
         target_b = torch.tensor([known[pair.wanted].first for pair in pairs], device=lm.device)
         optimiser.zero_grad()
         patch_bD.backward(memory.by_rows(setup, "the language model", partial(_gradient, setup), patch_bD.detach(),
@@ -343,15 +364,19 @@ def completed_right(setup, sae, known: list[Known], tasks: list[Task], masks: li
                           for batch in full_batches(task.test, setup.config["llm_batch_size"])])
 
     def residual(rows: list[int], tokens_bT: Tensor, step: int) -> Tensor:
-        clean_bTD = lm.residual(tokens_bT,
-                                setup.layer) if step else pad_sequence([x[pairs[i].base] for i in rows],
-                                                                       batch_first=True)
+        if step:
+            clean_bTD = lm.residual(tokens_bT, setup.layer)
+        else:
+            clean_bTD = pad_sequence([x[pairs[i].base] for i in rows], batch_first=True)
         return put(clean_bTD.to(lm.device), [known[pairs[i].base].position for i in rows], patch_ND[rows])
 
+    def done(i: int, text: str) -> bool:
+        return settled(*question[i], text)
+
     question = [(known[pair.base].text, known[pair.wanted].value) for pair in pairs]
-    said, _ = complete(setup, [known[pair.base].tokens for pair in pairs], lambda i,
-                       text: ravel_prompts.settled(*question[i], text), residual, f"ravel: scores of {name}")
-    right = iter([ravel_prompts.matches(*asked, text) for asked, text in zip(question, said)])
+    tokens = [known[pair.base].tokens for pair in pairs]
+    said, _ = complete(setup, tokens, done, residual, f"ravel: scores of {name}")
+    right = iter([matches(*asked, text) for asked, text in zip(question, said)])
     return [[next(right) for _ in task.test] for task in tasks]
 
 
@@ -429,9 +454,7 @@ def mean_weights(kinds: list[str]) -> list[float]:
 
 def standard_error(known: list[Known], weights: list[float], found: list[Counted],
                    sides: tuple[str, ...]) -> float | None:
-    """Standard error of Σ w · (mean over sides of the share of right pairs),
-    clustered by the entities of base and source.
-    """
+    """Standard error of Σ w · (mean over sides of the share of right pairs), clustered by both entities of a pair."""
     influence, entities = [], []
     for weight, of in zip(weights, found):
         for pairs in (of[side] for side in sides):

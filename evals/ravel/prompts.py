@@ -31,17 +31,17 @@ class Prompt(NamedTuple):
     remainder: str
 
 
-def prompts(source, config: dict) -> Iterator[Prompt]:
-    """All prompts of the configured attributes:
-    entities in the table's order, their attributes and templates likewise.
-    """
+def all_prompts(source, config: dict) -> Iterator[Prompt]:
+    """All prompts of the configured attributes; entities, their attributes and templates in the table's order."""
     for kind, attributes in config["entity_attribute_selection"].items():
         templates, entities = table(source, kind)
-        if missing := [name for name in attributes if name not in templates]:
+        missing = [name for name in attributes if name not in templates]
+        if missing:
             raise ValueError(f"ravel: {kind} has no attribute {missing[0]!r}\nchoose among {', '.join(templates)}")
+        asked = [attribute for attribute in templates if attribute in attributes]
         for entity, values in entities.items():
-            for attribute in templates:
-                for template in templates[attribute] if attribute in attributes and values.get(attribute) else ():
+            for attribute in (name for name in asked if values.get(name)):
+                for template in templates[attribute]:
                     yield Prompt(kind, entity, attribute, values[attribute], template % entity, template.split("%s")[1])
 
 
@@ -59,8 +59,8 @@ def _hub(kind: str, part: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # noqa: BLE001  many kinds of network and access errors, one advice
         what = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise OSError(f"cannot read the RAVEL data of {kind!r} from {REPOSITORY}: {what}\n"
-                      "check entity_attribute_selection and the network, or use --profile=embedded, which needs no hub") from error
+        advice = "check entity_attribute_selection and the network, or use --profile=embedded, which needs no hub"
+        raise OSError(f"cannot read the RAVEL data of {kind!r} from {REPOSITORY}: {what}\n{advice}") from error
 
 
 # ------------------------------------------------------------------------------------------------ pairs
@@ -80,9 +80,7 @@ class Known(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two prompts by their numbers; the wanted completion is the source's in a cause pair,
-    the base's in an isolation pair.
-    """
+    """Two prompts by their numbers; wanted is the source's completion in a cause pair, else (isolation) the base's."""
 
     base: int
     source: int
@@ -106,7 +104,8 @@ def best_entities(right: list[Prompt], n: int) -> set[tuple[str, str]]:
     """The n entities of each kind, (kind, entity), with most right prompts; of equals those that come first."""
     number = Counter((prompt.kind, prompt.entity) for prompt in right)
     ranked = sorted(number, key=number.get, reverse=True)
-    return {key for kind in {kind for kind, _ in number} for key in [key for key in ranked if key[0] == kind][:n]}
+    kinds = {kind for kind, _ in number}
+    return {key for kind in kinds for key in [key for key in ranked if key[0] == kind][:n]}
 
 
 def make_tasks(known: list[Known], asked: Counter, config: dict, seed: int) -> tuple[list[Task], list[str]]:
@@ -132,16 +131,14 @@ def make_tasks(known: list[Known], asked: Counter, config: dict, seed: int) -> t
             continue
         for name in usable:
             rng = random.Random(f"{seed} {kind} {name}")
-            train, test = draw_pairs(known, usable, name, config["num_pairs_per_attribute"], config["train_test_split"],
-                                     rng)
-            train, test = (full_batches(pairs, config["llm_batch_size"]) for pairs in (train, test))
+            drawn = draw_pairs(known, usable, name, config["num_pairs_per_attribute"], config["train_test_split"], rng)
+            train, test = (full_batches(pairs, config["llm_batch_size"]) for pairs in drawn)
             tasks.append(Task(kind, name, train, [pair for batch in test for pair in batch]))
     return tasks, problems
 
 
 def draw_pairs(known: list[Known], numbers: dict[str, list[int]], cause: str, n: int, share: float, rng: random.Random):
-    """(training pairs, test pairs) for one attribute, n of either kind before the split; `numbers` {attribute:
-    prompts}.
+    """(training pairs, test pairs) of one attribute, n of either kind before the split; `numbers` {attribute: prompts}.
 
     `rng` is used in SAEBench's order: sample and choices per attribute, the cause attribute first, then two shuffles.
     """
@@ -171,11 +168,9 @@ CITIES, PER_COUNTRY = 150, 6  # without a bound per country a third of the large
 CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Australia",
               "SA": "South America"}
 LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian",
-             "fr": "French",
-             "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "pl": "Polish", "pt": "Portuguese",
-             "ru": "Russian", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu",
-             "vi": "Vietnamese",
-             "zh": "Chinese"}
+             "fr": "French", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "pl": "Polish",
+             "pt": "Portuguese", "ru": "Russian", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
+             "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese"}
 CITY_TEMPLATES = {
     "Country": ["The city of %s is located in the country of", "%s is a city in the country of",
                 "Oslo is in Norway. %s is in", "Oslo, Norway. %s,"],
@@ -210,15 +205,15 @@ def _cities(source) -> tuple[dict, dict]:
 
 # ------------------------------------------------------------------------------------------------ tiny
 
+ANIMALS = ("fox", "otter", "heron", "badger", "wolf", "beetle")
+PLACES, FOODS = ("forest", "river", "den"), ("beetle", "otter")
 ANIMAL_TEMPLATES = {"Place": ["The %s sleeps in the", "A %s hides near the"],
                     "Food": ["The %s feeds on the", "A %s hunts the"]}
 
 
 def _animals(source) -> tuple[dict, dict]:
     """Nouns of the tiny profile's grammar; its random model completes hardly any prompt right."""
-    names, places, foods = ("fox", "otter", "heron", "badger", "wolf",
-                            "beetle"), ("forest", "river", "den"), ("beetle", "otter")
-    return ANIMAL_TEMPLATES, {name: {"Place": places[i % 3], "Food": foods[i % 2]} for i, name in enumerate(names)}
+    return ANIMAL_TEMPLATES, {name: {"Place": PLACES[i % 3], "Food": FOODS[i % 2]} for i, name in enumerate(ANIMALS)}
 
 
 OWN = {"embedded": {"city": _cities}, "tiny": {"animal": _animals}}
@@ -258,9 +253,9 @@ def settled(text: str, value: str, completion: str) -> bool:
         return True
     if rule == "prefix":
         return bool(said) and (said.startswith(wanted) or not wanted.startswith(said))
-    # what these rules look for stays found, but may still come
-    return rule in ("anglo", "korea", "north america",
-                    "several languages") and said != "na" and matches(text, value, completion)
+    if rule not in ("anglo", "korea", "north america", "several languages") or said == "na":
+        return False
+    return matches(text, value, completion)  # what these rules look for stays found, but may still come
 
 
 def _said(completion: str) -> str:

@@ -8,8 +8,7 @@ Means over data sets.
 The run's seed splits the rows, shuffles them and goes to scikit-learn, as SAEBench's random_seed does (42 there): equal
 seeds and equal activations give its numbers to the last bit. The LM has the run's dtype (SAEBench: fp32). Corrected
 metrics:
-  *_deduplicated         without the test prompts that stand in train; as that leaves the classes unequal, accuracy is
-                         their mean
+  *_deduplicated         without the test prompts that stand in train; accuracy is the mean of the then unequal classes
   sae_top_1_minus_llm_*  difference of these, paired by data set
   duplicated_test_share  share of test prompts that stand in train
 Standard errors are over data sets, s/√n, from five on.
@@ -25,7 +24,6 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +33,8 @@ from torch import Tensor
 from evals import Result
 from evals.common import errors, pooling, probes
 from evals.model import memory
-from evals.sae_probes import sets as probe_sets
+from evals.sae_probes.sets import last_tokens, names, prompts
+from evals.storage.identity import code_digest
 
 EVAL_TYPE_ID = "sparse_probing_sae_probes"
 
@@ -73,8 +72,7 @@ CONFIG = {
         "llm_batch_size": 32,  # prompts of max_tokens; of shorter ones as many more
     },
     "embedded": {
-        # of many kinds; few repeated prompts; hardly one longer than 64 tokens, but for the last two; some signal in
-        # SmolLM2-135M
+        # of many kinds, few prompts repeated, few but in the last two above 64 tokens, some signal in SmolLM2-135M
         "dataset_names": [
             "125_world_country_Italy",
             "126_art_type_book",
@@ -116,7 +114,7 @@ def wheels(kind: str) -> list[str]:
 def requirements(config: dict, facts) -> list[str]:
     """Problems that keep the eval from running with these settings."""
     problems = []
-    known = probe_sets.names(facts.get("source"))
+    known = names(facts.get("source"))
     for name in config["dataset_names"]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)[0]
@@ -136,9 +134,7 @@ def requirements(config: dict, facts) -> list[str]:
 
 
 class Split(NamedTuple):
-    """Rows of a data set that train and test: their prompts' places among the distinct ones, labels,
-    and which test prompts are new.
-    """
+    """Rows of a data set that train and test: their prompts' places among the distinct ones, and their labels."""
 
     train_M: Tensor
     train_label_M: Tensor
@@ -149,12 +145,13 @@ class Split(NamedTuple):
 
 def run(setup, saes: dict) -> dict[str, Result]:
     """Probe every SAE on every data set; {SAE name: Result}."""
-    depends_on, sets, rows, length_U = probe_sets.prompts(setup)
-    x_UD = probe_sets.last_tokens(setup, rows, length_U)
+    depends_on, sets, rows, length_U = prompts(setup)
+    x_UD = last_tokens(setup, rows, length_U)
     splits, problems = {}, {name: [] for name in (None, *saes)}  # None: what concerns them all
     for dataset, (place_N, label_N) in sets.items():
+        bad = int((~x_UD[place_N].isfinite()).any(1).sum())
         try:
-            if bad := int((~x_UD[place_N].isfinite()).any(1).sum()):
+            if bad:
                 raise ValueError(f"NaN or inf in the LM activations of {bad} of {len(place_N)} prompts")
             splits[dataset] = split(place_N, label_N, setup.seed)
         except ValueError as error:
@@ -172,20 +169,18 @@ def run(setup, saes: dict) -> dict[str, Result]:
             for k in setup.config["ks"]:
                 jobs[name, dataset, k] = part, train_Mk[:, :k], test_Mk[:, :k], "l1", setup.seed
 
-    threads = torch.get_num_threads()
-    # scikit-learn's solvers release the GIL
+    threads = torch.get_num_threads()  # scikit-learn's solvers release the GIL
     with probes.one_thread(), _unconverged(), ThreadPoolExecutor(threads) as pool:
         llm = baselines(setup, depends_on, x_UD, splits, pool)
         scores: dict = {name: {} for name in saes}  # SAE -> data set -> metric -> value
-        # an interrupt drops the rest
+        # closing: an interrupt drops the rest
         with closing(pool.map(lambda arguments: score(*arguments), jobs.values())) as fitted:
-            for (name, dataset, k), values in zip(jobs, setup.track(fitted, "sae_probes: SAE probes", len(jobs),
-                                                                    "probe")):
-                scores[name].setdefault(dataset, {}).update({f"sae_top_{k}_{metric}": value
-                                                             for metric, value in values.items()})
-    return {name: _result(setup.config["ks"], list(sets), splits, llm, scores[name], selected[name], problems[None]
-                          + problems[name])
-            for name in saes}
+            tracked = setup.track(fitted, "sae_probes: SAE probes", len(jobs), "probe")
+            for (name, dataset, k), values in zip(jobs, tracked):
+                named = {f"sae_top_{k}_{metric}": value for metric, value in values.items()}
+                scores[name].setdefault(dataset, {}).update(named)
+    return {name: _result(setup.config["ks"], list(sets), splits, llm, scores[name], selected[name],
+                          problems[None] + problems[name]) for name in saes}
 
 
 # ------------------------------------------------------------------------------------------------ rows and features
@@ -216,8 +211,7 @@ def split(place_N: Tensor, label_N: Tensor, seed: int) -> Split:
 
 
 def sparse_features(setup, sae, x_UD: Tensor, part: Split) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of the max(ks) features that are best on the training rows, and their values on train and test rows,
-    on the CPU.
+    """Numbers of the max(ks) features best on the training rows, and their values on train and test rows, on the CPU.
 
     All features are held of the training rows only, which are at most 1024: 2²⁶ floats at a width of 65,536.
     """
@@ -233,9 +227,7 @@ def sparse_features(setup, sae, x_UD: Tensor, part: Split) -> tuple[Tensor, Tens
 
 
 def by_normalised_difference(z_MF: Tensor, label_M: Tensor) -> Tensor:
-    """Feature numbers by |mean over positives − mean over negatives|, descending,
-    of z over its mean |z| where it is not 0.
-    """
+    """Feature numbers by descending |mean over positives − mean over negatives| of z / its mean |z| where not 0."""
     mean_F = z_MF.abs().sum(0) / ((z_MF != 0).sum(0) + 1e-6)
     return probes.by_mean_difference(z_MF / (mean_F + 1e-6), label_M)
 
@@ -245,9 +237,7 @@ def by_normalised_difference(z_MF: Tensor, label_M: Tensor) -> Tensor:
 
 @contextmanager
 def _unconverged() -> Iterator[None]:
-    """Without the warnings of fits that end after their 1000 iterations, which are the protocol:
-    saga seldom converges.
-    """
+    """Without the warnings of fits that end after 1000 iterations, which are the protocol: saga seldom converges."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
@@ -256,8 +246,7 @@ def _unconverged() -> Iterator[None]:
 
 
 def folds(label_M: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rows to fit, rows to check) by the number of rows: up to 12 leave two out, below 128 six folds, else the last
-    fifth, at most 100.
+    """(rows to fit, rows to check): up to 12 rows leave two out, below 128 six folds, else the last fifth, at most 100.
 
     Those that check on one class alone are left out.
     """
@@ -272,16 +261,14 @@ def folds(label_M: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 def fit(train_MF: np.ndarray, label_M: np.ndarray, penalty: str, seed: int):
-    """Logistic regression with an "l1" (saga) or "l2" (lbfgs) penalty, C by mean validation AUC,
-    fitted again on all rows.
-    """
+    """Logistic regression, penalty "l1" (saga) or "l2" (lbfgs), C by mean validation AUC, fitted again on all rows."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
     kind = {"max_iter": 1000, "random_state": seed}
-    if penalty == "l1":  # from scikit-learn 1.8 on l1_ratio alone says so; before, the penalty is named
-        kind |= {"solver": "saga", **({"penalty": "l1"} if getattr(LogisticRegression(), "penalty", "") == "l2"
-                                      else {"l1_ratio": 1.0})}
+    if penalty == "l1":
+        named = getattr(LogisticRegression(), "penalty", "") == "l2"  # from scikit-learn 1.8 on l1_ratio alone says so
+        kind |= {"solver": "saga"} | ({"penalty": "l1"} if named else {"l1_ratio": 1.0})
 
     def auc(C: float, rows: np.ndarray, check: np.ndarray) -> float:
         if len(set(label_M[rows])) < 2:
@@ -302,8 +289,7 @@ def fit(train_MF: np.ndarray, label_M: np.ndarray, penalty: str, seed: int):
 
 
 def score(part: Split, train_MF: Tensor, test_MF: Tensor, penalty: str, seed: int) -> dict[str, float]:
-    """Test accuracy, AUC and weighted F1 of a probe, and its scores on the new prompts if each class has enough of
-    them.
+    """Test accuracy, AUC and weighted F1 of a probe, and its scores on the new prompts if each class has enough.
 
     In double precision, as scikit-learn chooses for the torch tensors that sae_probes passes to it.
     """
@@ -334,9 +320,8 @@ def baselines(setup, depends_on: dict, x_UD: Tensor, splits: dict[str, Split],
                 for metric in sorted({metric for values in found for metric in values})}
 
     own = {"layer": setup.layer, "seed": setup.seed, "device": torch.device(setup.lm.device).type,
-           "scored": list(splits),
-           "versions": [torch.__version__, version("scikit-learn")],
-           "probes": Path(__file__).read_text(encoding="utf-8")}
+           "scored": list(splits), "versions": [torch.__version__, version("scikit-learn")],
+           "probes": code_digest(__file__)}
     stored = setup.cache.get("sae_probes_llm", depends_on | own, make) if splits else {}
     return {dataset: {f"llm_{metric}": float(v[i]) for metric, v in stored.items() if not v[i].isnan()}
             for i, dataset in enumerate(splits)}
@@ -344,9 +329,9 @@ def baselines(setup, depends_on: dict, x_UD: Tensor, splits: dict[str, Split],
 
 # ------------------------------------------------------------------------------------------------ results
 
-NAMED = {"llm": [f"llm_test_{what}" for what in ("accuracy", "auc", "f1")],
-         "sae": ["sae_test_accuracy", *(f"sae_top_{k}_test_{what}" for k in K_NAMED
-                                        for what in ("accuracy", "auc", "f1"))]}
+KINDS = ("accuracy", "auc", "f1")
+NAMED = {"llm": [f"llm_test_{what}" for what in KINDS],
+         "sae": ["sae_test_accuracy", *(f"sae_top_{k}_test_{what}" for k in K_NAMED for what in KINDS)]}
 
 
 def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: dict, selected: dict,
@@ -361,8 +346,7 @@ def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: di
         per_set[dataset] = values
 
     def summary(metric: str) -> tuple[float | None, float | None]:
-        """Mean over data sets and its standard error, the data sets being the sample; None unless all of them could be
-        scored.
+        """Mean over data sets and its standard error, the data sets being the sample; None unless all were scored.
 
         A data set's own 100 to 4000 test rows vary, too: the spread between data sets holds that already.
         """
@@ -370,8 +354,9 @@ def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: di
         found = [values[metric] for values in per_set.values() if metric in values]
         if not found or len(scored) < len(datasets):
             return None, None
-        return float(np.mean(found)), float(np.std(found,
-                                                   ddof=1)) / math.sqrt(len(found)) if errors.enough([1.0] * len(found)) else None
+        if not errors.enough([1.0] * len(found)):
+            return float(np.mean(found)), None
+        return float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(len(found))
 
     corrected = [f"{side}_test_{what}_deduplicated" for side in ("llm", *(f"sae_top_{k}" for k in ks))
                  for what in ("accuracy", "auc")]
@@ -381,27 +366,30 @@ def _result(ks: list[int], datasets: list[str], splits: dict, llm: dict, sae: di
 
     if problems:
         headline = ("llm_test_accuracy", f"sae_top_{ks[0]}_test_accuracy")
-        problems = [*problems, f"no mean over the data sets: no "
-                               f"{', '.join(metric for metric in headline if means[metric][0] is None)}"]
+        lacking = ", ".join(metric for metric in headline if means[metric][0] is None)
+        problems = [*problems, f"no mean over the data sets: no {lacking}"]
     elif means["llm_test_auc_deduplicated"][0] is None:
         problems = [f"no data set has {FEWEST_DISTINCT} test prompts of each class that do not stand in train: no "
                     "*_deduplicated score"]
     if sae and all(values[f"sae_top_{k}_test_auc"] == 0.5 for values in sae.values() for k in ks):
         problems = [*problems, "probing at chance: every sparse probe of the SAE has AUC .5 (a dead SAE: its features "
                                "do not depend on the text)"]
+    details, unstructured = [], {}
+    for dataset, values in per_set.items():
+        of_ks = {k: {f"test_{what}": values[f"sae_top_{k}_test_{what}"] for what in KINDS}
+                 for k in ks if dataset in sae}
+        details.append({"dataset_name": dataset}
+                       | {metric: values.get(metric) for metrics in NAMED.values() for metric in metrics}
+                       | {"sae_metrics_by_k": of_ks})
+        part = splits[dataset]
+        unstructured[dataset] = {metric: values.get(metric) for metric in corrected} | {
+            "sae_features": selected.get(dataset), "train_rows": len(part.train_M), "test_rows": len(part.test_M),
+            "new_test_rows": int(part.new_M.sum())}
     return Result(
         metrics={side: {metric: means[metric][0] for metric in metrics} for side, metrics in NAMED.items()},
         corrected={metric: means[metric][0] for metric in corrected},
         stderrs={metric: error for metric, (_, error) in means.items() if error is not None},
-        details=[{"dataset_name": dataset} | {metric: values.get(metric) for metrics in NAMED.values()
-                                              for metric in metrics}
-                 | {"sae_metrics_by_k": {k: {f"test_{what}": values[f"sae_top_{k}_test_{what}"]
-                                             for what in ("accuracy", "auc", "f1")}
-                                         for k in ks if dataset in sae}}
-                 for dataset, values in per_set.items()],
-        unstructured={dataset: {metric: values.get(metric) for metric in corrected}
-                      | {"sae_features": selected.get(dataset), "train_rows": len(splits[dataset].train_M),
-                         "test_rows": len(splits[dataset].test_M), "new_test_rows": int(splits[dataset].new_M.sum())}
-                      for dataset, values in per_set.items()},
+        details=details,
+        unstructured=unstructured,
         problems=problems,
     )

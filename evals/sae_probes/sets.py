@@ -1,6 +1,5 @@
 """Prompts of the eval `sae_probes` and their last token's activations: the 113 binary data sets in the wheel of
-sae-probes 0.4.2,
-read as data, or two made from the tiny profile's grammar.
+sae-probes 0.4.2, read as data, or two made from the tiny profile's grammar.
 
 A data set is a list of (prompt, label), label 0 or 1, as many of either, in the file's order.
 Shapes: N rows of a data set, U distinct prompts, b of one LM batch, T positions, D = d_model.
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from evals.common import probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 from evals.texts import embedded, tiny
 
 # the rows of type "Binary Classification" in the wheel's probing_datasets_MASTER.csv, in its order
@@ -50,9 +50,9 @@ NAMES = (
     "149_twt_emotion_happiness", "150_twt_emotion_sadness", "151_it_tick_HR Support", "152_it_tick_Hardware",
     "153_it_tick_Administrative rights", "154_athlete_sport_football", "155_athlete_sport_basketball",
     "156_athlete_sport_baseball", "157_amazon_5star", "158_code_C", "159_code_Python", "160_code_HTML", "161_agnews_0",
-    "162_agnews_1", "163_agnews_2",)
-# name: topic told from the others, rows of each side
-TINY = {"topic_animals": ("animals", 120), "topic_music": ("music", 116)}
+    "162_agnews_1", "163_agnews_2",
+)
+TINY = {"topic_animals": ("animals", 120), "topic_music": ("music", 116)}  # topic told from the others, rows of a side
 REPEATED = 12  # rows of the other side in a tiny data set that repeat earlier ones: the real ones have such, too
 TOKENISED_AT_ONCE = 1024  # prompts; all 222,062 at once would hold gigabytes of offsets
 
@@ -71,9 +71,7 @@ def identity(kind: str) -> list:
 
 
 def read(source, config: dict) -> dict[str, list[tuple[str, int]]]:
-    """The data sets of config's `dataset_names` (empty: all), each cut to `max_rows`;
-    the hub profile, too, reads the wheel.
-    """
+    """The data sets of config's `dataset_names` (empty: all), each cut to `max_rows`; with the hub, the wheel's."""
     chosen = config["dataset_names"] or names(source.kind)
     if source.kind == "tiny":
         return {name: reduced(name, _topic(*TINY[name]), config["max_rows"]) for name in chosen}
@@ -110,11 +108,11 @@ def _member(wheel: Path, name: str) -> list[tuple[str, int]]:
 
 def _topic(topic: str, n: int) -> list[tuple[str, int]]:
     """n texts about the topic and n about the others, alternating."""
-    pools = {name: drawn["train"] for name, drawn in
-             tiny.probing({"probe_train_set_size": 2 * n, "probe_test_set_size": 0})["synthetic"].items()}
-    others = [text for texts in zip(*(pool for name, pool in pools.items() if name != topic))
-              for text in texts][: n - REPEATED]
-    return [row for pair in zip(pools[topic], others + others[:REPEATED]) for row in zip(pair, (1, 0))]
+    drawn = tiny.probing({"probe_train_set_size": 2 * n, "probe_test_set_size": 0})["synthetic"]
+    pools = [splits["train"] for name, splits in drawn.items() if name != topic]
+    others = [text for texts in zip(*pools) for text in texts][: n - REPEATED]
+    pairs = zip(drawn[topic]["train"], others + others[:REPEATED])
+    return [row for pair in pairs for row in zip(pair, (1, 0))]
 
 
 # ---------------------------------------------------------------------------------------------- prompts and activations
@@ -149,7 +147,7 @@ def prompts(setup) -> tuple[dict, dict[str, tuple[Tensor, Tensor]], list[Tensor]
     chosen = list(dict.fromkeys(config["dataset_names"] or names(setup.data.kind)))
     depends_on = {"data": identity(setup.data.kind), "names": chosen, "max_rows": config["max_rows"],
                   "max_tokens": config["max_tokens"], "lm": setup.lm.digest,
-                  "code": Path(__file__).read_text(encoding="utf-8")}
+                  "code": code_digest(__file__)}
     stored = setup.cache.get("sae_probes_prompts", depends_on, make)
     sets = {name: tuple(stored[f"rows {i}"]) for i, name in enumerate(chosen)}
     return depends_on, sets, list(stored["tokens"].split(stored["length"].tolist())), stored["length"]
@@ -176,7 +174,6 @@ def last_tokens(setup, rows: list[Tensor], length_U: Tensor) -> Tensor:
 
         lengths, sha = length_U[span].tolist(), hashlib.sha256(tokens_bT.numpy().tobytes()).hexdigest()
         depends_on = {"lm": setup.lm.digest, "layer": setup.layer, "tokens": sha, "lengths": lengths,
-                      "torch": torch.__version__,
-                      "device": torch.device(setup.lm.device).type}
+                      "torch": torch.__version__, "device": torch.device(setup.lm.device).type}
         parts.append(setup.cache.get("last_tokens", depends_on, make)["x"].cpu())
     return torch.cat(parts)

@@ -72,8 +72,7 @@ NOTE = ("SCR is not a reliable measure of SAE quality: an audit of SAEBench (Cha
         "smaller differences as none.")
 
 # half of each set is of a class
-RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000),
-          "probe_lr": (1e-9, 1e3)}
+RANGES = {"probe_train_set_size": (2, 10_000_000), "probe_test_set_size": (2, 10_000_000), "probe_lr": (1e-9, 1e3)}
 
 # set sizes are those of one probe's set, positives and negatives together (SAEBench: train_set_size, test_set_size)
 CONFIG = {
@@ -157,7 +156,8 @@ def requirements(config: dict, facts) -> list[str]:
             problems.append(f"scr: {key} = {config[key]} cannot be shared out among four combinations of labels\n"
                             "set it to a multiple of 4")
     known = pairs.RUNS[facts["source"]]
-    if unknown := [name for name in config["dataset_names"] if name not in known]:
+    unknown = [name for name in config["dataset_names"] if name not in known]
+    if unknown:
         problems.append(f"scr: no data set {unknown[0]!r}\nchoose dataset_names among {', '.join(known)}")
     return problems
 
@@ -174,13 +174,13 @@ def run(setup, saes: dict) -> dict[str, Result]:
     except ValueError as error:  # a combination has too few texts
         return {name: _result({}, {}, {}, {}, [f"scr: no score: {error}".replace("\n", "; ")]) for name in saes}
     for texts in concept_probes.pooled(setup, saes, "scr", sets, problems):
-        found = concept_probes.trained(setup, texts.key, list(PROBES), functools.partial(_examples, texts.rows),
-                                       texts.x_ND)
+        examples = functools.partial(_examples, texts.rows)
+        found = concept_probes.trained(setup, texts.key, list(PROBES), examples, texts.x_ND)
         for name in texts.features:
-            right = {kind: _right(setup, texts, ablation)
-                     for kind, ablation in concept_probes.ablations(found, texts, name, saes[name]).items()}
-            measured = {kind: {direction: _each(of, lambda right_M: right_M.float().mean().item())
-                               for direction, (_, of) in by_direction.items()} for kind, by_direction in right.items()}
+            ablations = concept_probes.ablations(found, texts, name, saes[name])
+            right = {kind: _right(setup, texts, ablation) for kind, ablation in ablations.items()}
+            measured = {kind: {direction: _each(of, _accuracy) for direction, (_, of) in by_direction.items()}
+                        for kind, by_direction in right.items()}
             accuracies[name][texts.key] = measured
             scores[name][texts.key] = _scores(measured["compatible"], measured["corrected"])
             drawn[name][texts.key] = _drawn_scores(setup, texts, right)
@@ -188,18 +188,16 @@ def run(setup, saes: dict) -> dict[str, Result]:
 
 
 def _labelled(rows: dict[str, Tensor], probe: str) -> tuple[Tensor, Tensor]:
-    """(row_M, label_M) of a probe's text set: the combinations of one side in equal parts,
-    all of the texts if there is but one.
-    """
-    mixed = len(rows["+-"])
-    sides = [torch.cat([rows[sign][: None if len(signs) == 1 else mixed] for sign in signs]) for signs in PROBES[probe]]
+    """(row_M, label_M) of a probe's texts: the combinations of a side in equal parts, all of one that is alone."""
+    sides = []
+    for signs in PROBES[probe]:
+        number = len(rows["+-"]) if len(signs) > 1 else None
+        sides.append(torch.cat([rows[sign][:number] for sign in signs]))
     return torch.cat(sides), torch.cat([torch.ones(len(sides[0])), torch.zeros(len(sides[1]))]).long()
 
 
 def _examples(rows: dict, name: str, rng: torch.Generator) -> tuple:
-    """A probe's (train, test) sets, shuffled by two randperms each,
-    so that an equal seed gives SAEBench's own order.
-    """
+    """A probe's (train, test) sets, shuffled by two randperms each: an equal seed gives SAEBench's own order."""
     drawn = []
     for split in ("train", "test"):
         row_M, label_M = _labelled(rows[split], name)
@@ -211,9 +209,7 @@ def _examples(rows: dict, name: str, rng: torch.Generator) -> tuple:
 
 
 def _right(setup, texts: Texts, ablation: Ablation) -> dict[str, tuple[Tensor, dict]]:
-    """{direction: (its test texts row_M, {"clean", "before", "after": {n: …}})}:
-    whether a probe is right about each, [M].
-    """
+    """{direction: (test texts row_M, {"clean", "before", "after": {n: …}})}: whether a probe is right of each, [M]."""
     names = list(PROBES)
     effect_PF = (ablation.effects([_labelled(texts.rows["train"], name) for name in names]) * ablation.dot_FP.T).abs()
     found = {}
@@ -232,6 +228,10 @@ def _is_right(label_M: Tensor, logit_M: Tensor) -> Tensor:
     return (logit_M > 0) == (label_M == 1)
 
 
+def _accuracy(right_M: Tensor) -> float:
+    return right_M.float().mean().item()
+
+
 def _share(times_RN: Tensor, row_M: Tensor, right_M: Tensor) -> list[float]:
     """The accuracy of every draw, in which the texts stand so many times."""
     return (times_RN[:, row_M] @ right_M.double() / len(row_M)).tolist()
@@ -244,9 +244,7 @@ def _each(found: dict, of: Callable) -> dict:
 
 
 def _drawn_scores(setup, texts: Texts, right: dict) -> list[dict[str, float]]:
-    """The scores of a run from test texts drawn anew within each combination;
-    [] if a combination has too few of them.
-    """
+    """The scores of a run from test texts drawn anew within each combination; [] if one has too few of them."""
     mixed = len(texts.rows["test"]["+-"])
     if not errors.enough([1.0] * mixed):
         return []
@@ -257,18 +255,18 @@ def _drawn_scores(setup, texts: Texts, right: dict) -> list[dict[str, float]]:
                               torch.ones(DRAWS, mixed).double())
     shares = {kind: {direction: _each(of, functools.partial(_share, times_RN, row_M))
                      for direction, (row_M, of) in by_direction.items()} for kind, by_direction in right.items()}
-    return [_scores(*({direction: _each(of, operator.itemgetter(draw)) for direction, of in shares[kind].items()}
-                      for kind in ("compatible", "corrected"))) for draw in range(DRAWS)]
+
+    def of_draw(kind: str, draw: int) -> dict[str, dict]:
+        return {direction: _each(of, operator.itemgetter(draw)) for direction, of in shares[kind].items()}
+
+    return [_scores(of_draw("compatible", draw), of_draw("corrected", draw)) for draw in range(DRAWS)]
 
 
 def _error(metric: str, drawn: dict[str, list[dict]]) -> float | None:
-    """Standard deviation over the draws of a metric's mean over the runs;
-    None where half the draws, or more, have no value.
-    """
-    draws = zip(*drawn.values())
-    values = [statistics.fmean(found) for runs in draws if (found := [scores[metric] for scores in runs
-                                                                      if metric in scores])]
-    return statistics.stdev(values) if len(values) > DRAWS / 2 else None
+    """Standard deviation over the draws of a metric's mean over the runs; None if half the draws or more have none."""
+    of_draws = [[scores[metric] for scores in runs if metric in scores] for runs in zip(*drawn.values())]
+    means = [statistics.fmean(values) for values in of_draws if values]
+    return statistics.stdev(means) if len(means) > DRAWS / 2 else None
 
 
 def _scores(compatible: dict, corrected: dict) -> dict[str, float]:
@@ -307,7 +305,8 @@ def _result(sets: dict, scores: dict, drawn: dict, accuracies: dict, problems: l
     if changes and not any(changes):
         problems = [*problems, "scr: ablating features changes no accuracy (a dead SAE: its features do not depend on "
                                "the text)"]
-    if stuck := [run for run, by_kind in accuracies.items() if not _has_room(by_kind["corrected"])]:
+    stuck = [run for run, by_kind in accuracies.items() if not _has_room(by_kind["corrected"])]
+    if stuck:
         problems = [*problems, f"scr: in {len(stuck)} of {len(sets)} runs the biased probe is as good as the "
                                f"attributes' own ({', '.join(stuck)}): no corrected score of them"]
     if accuracies and all(len({found["before"] for found in by_kind["compatible"].values()}) == 1

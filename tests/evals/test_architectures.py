@@ -55,6 +55,7 @@ def hooked(hf, tokens_BT, change):
     return seen[0], logits
 
 
+@pytest.mark.slow
 def test_residuals_and_what_follows_them_are_the_model_s_own(model):
     """Fails if an eval's residual is another than the block's output, if what follows a replaced or ablated one is not
     what the
@@ -102,6 +103,7 @@ def test_gradients_pass_through_what_follows(folder):
     assert x_BTD.grad[:, -1].abs().max() > 0 and x_BTD.grad[:, 0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_whole_run_measures_the_model_itself(model, tmp_path):
     """Fails if a run breaks on a family without Llama's names,
     or core's loss without an SAE is not the model's own on its rows.

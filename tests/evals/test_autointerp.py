@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from evals import Setup, autointerp, declared
-from evals.autointerp import judge
-from evals.autointerp import windows as autointerp_windows
+from evals.autointerp import judge, windows
 from evals.cache import Cache, digest
 from evals.common import pooling
 from evals.texts import tiny
 from evals.texts.source import Source
+from tests.evals import scarce
 
 BOS, EOS = 0, 1
 KEY = "sk-never-to-be-seen-0123456789"
@@ -31,9 +31,7 @@ WORDS = [f"w{i:02d}" for i in range(40)]
 
 
 class Server:
-    """An OpenAI-compatible endpoint on this machine;
-    `reply(number, body)` -> (status, headers, bytes[, seconds of delay]).
-    """
+    """An OpenAI-compatible endpoint here; `reply(number, body)` -> (status, headers, bytes[, seconds to wait])."""
 
     def __init__(self):
         self.reply, self.bodies, self.keys = honest, [], []
@@ -113,9 +111,7 @@ def server(monkeypatch):
 
 
 def ask(server, tmp_path, number=1, tries=3, timeout=5.0, workers=1, key=KEY):
-    """Ask `number` different questions; the answers (or the Unanswered) in their order,
-    and the seconds waited between tries.
-    """
+    """Ask `number` different questions; the answers (or the Unanswered) in order, and the seconds waited."""
     waited = []
 
     def one(i):
@@ -134,9 +130,7 @@ def ask(server, tmp_path, number=1, tries=3, timeout=5.0, workers=1, key=KEY):
 
 
 def test_an_answer_is_paid_for_once(server, tmp_path):
-    """Fails if a known answer is asked for again, a damaged one is believed,
-    or another model or limit gets the same answer.
-    """
+    """Fails if a known answer is asked for again, a damaged one believed, or another model or limit gets the same."""
     server.reply = lambda number, body: says(f" answer {number} ")
     assert ask(server, tmp_path)[0] == ["answer 1"] == ask(server, tmp_path)[0]
     assert server.bodies == [{"model": "m", "messages": [{"role": "user", "content": "question 0"}], "max_tokens": 5}]
@@ -150,6 +144,7 @@ def test_an_answer_is_paid_for_once(server, tmp_path):
     assert len(list((tmp_path / "judge").iterdir())) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure, reason", [
     (lambda: complains(500), "HTTP 500: no"),
     (lambda: complains(429), "HTTP 429: no"),
@@ -194,14 +189,12 @@ def test_retry_after_is_obeyed(server, tmp_path, header, least, most):
 @pytest.mark.parametrize("reply, error", [
     (lambda: complains(401, f"wrong key {KEY}"), PermissionError), (lambda: complains(402), PermissionError),
     (lambda: complains(429, code="insufficient_quota"), PermissionError),
-    (lambda: (404, {}, f"no {KEY}".encode()), ValueError), (lambda: complains(429, type="insufficient_quota"),
-                                                            PermissionError),
+    (lambda: complains(429, type="insufficient_quota"), PermissionError),
+    (lambda: (404, {}, f"no {KEY}".encode()), ValueError),
     (lambda: (200, {}, b'{"error": {"message": "wrong key", "code": 401}}'), PermissionError),
     (lambda: (308, {"Location": f"https://judge.example/v1/chat/completions?key={KEY}"}, b""), ValueError)])
 def test_what_no_request_can_pass_stops_at_once(server, tmp_path, reply, error):
-    """Fails if a refused key is tried again, if others are still sent,
-    or if the key that a server repeats is passed on.
-    """
+    """Fails if a refused key is tried again, others are still sent, or the key that a server repeats is passed on."""
     server.reply = lambda number, body: reply()
     with pytest.raises(error) as raised:
         ask(server, tmp_path, number=30, workers=2)
@@ -411,9 +404,7 @@ def test_a_dead_endpoint_is_given_up(server, tmp_path, monkeypatch):
 
 
 def test_nothing_is_sent_after_an_interruption(server, tmp_path):
-    """Fails if what is queued is still sent, and billed, when the run is interrupted;
-    or if more run at a time than allowed.
-    """
+    """Fails if what is queued is still sent, and billed, after an interruption, or more run at a time than allowed."""
     running = [0, 0]
 
     def slow(number, body):
@@ -457,7 +448,8 @@ def test_the_environment_names_the_endpoint(monkeypatch):
     assert autointerp.repositories(autointerp.CONFIG["gemma"], None) == ["monology/pile-uncopyrighted"]
     for bad in ({"OPENAI_BASE_URL": f"https://me:{KEY}@judge.example/v1"},
                 {"OPENAI_BASE_URL": f"https://judge.example/v1?key={KEY}"},
-                {"OPENAI_BASE_URL": "judge.example"}, {"OPENAI_BASE_URL": "http://localhost:80000/v1"},
+                {"OPENAI_BASE_URL": "judge.example"},
+                {"OPENAI_BASE_URL": "http://localhost:80000/v1"},
                 {"OPENAI_API_KEY": f"{KEY[:9]}\n{KEY[9:]}"}):
         with pytest.raises(ValueError) as error:
             endpoint(**bad)
@@ -469,11 +461,14 @@ def test_the_environment_names_the_endpoint(monkeypatch):
 def test_the_forecast_is_in_tokens_and_where_known_in_dollars(tmp_path):
     """Fails if the price is wrong, or is told for a model or an endpoint whose price is not known."""
     chat = [{"role": "system", "content": "x" * 2_000_000}, {"role": "user", "content": "y" * 2_000_000}]
-    at_openai = judge.Judge(judge.Endpoint(judge.OPENAI_URL, "gpt-4o-mini", KEY), tmp_path, 1, 1,
-                            1).forecast([(chat, 500_000)])
-    assert "1 requests to gpt-4o-mini" in at_openai and "1,000,000 tokens in" in at_openai and "500,000 out: $0.45 at" in at_openai
-    for at in (judge.Endpoint(judge.OPENAI_URL, "another", KEY), judge.Endpoint("http://localhost/v1", "gpt-4o-mini")):
-        assert "$" not in judge.Judge(at, tmp_path, 1, 1, 1).forecast([(chat, 500_000)])
+
+    def forecast(*endpoint):
+        return judge.Judge(judge.Endpoint(*endpoint), tmp_path, 1, 1, 1).forecast([(chat, 500_000)])
+
+    at_openai = forecast(judge.OPENAI_URL, "gpt-4o-mini", KEY)
+    for part in ("1 requests to gpt-4o-mini", "1,000,000 tokens in", "500,000 out: $0.45 at"):
+        assert part in at_openai
+    assert "$" not in forecast(judge.OPENAI_URL, "another", KEY) + forecast("http://localhost/v1", "gpt-4o-mini")
 
 
 # -------------------------------------------------------------------------------------------- a language model and SAEs
@@ -489,14 +484,15 @@ class FakeTokenizer:
         found = [re.findall(r"<eos>|w\d\d", text) for text in texts]
         return {"input_ids": [[EOS if word == "<eos>" else 2 + WORDS.index(word) for word in words] for words in found]}
 
+    def decode(self, ids):
+        return " ".join(WORDS[i - 2] for i in ids)
+
     def batch_decode(self, rows, clean_up_tokenization_spaces):
         return ["<eos>" if i < 2 else f" {WORDS[i - 2]}" for (i,) in rows]
 
 
 class FakeLM:
-    """One-hot tokens times a factor between 1 and 2 that depends on what stands before;
-    counts the rows it was given.
-    """
+    """One-hot tokens times a factor between 1 and 2 that depends on what stands before; counts the rows it is given."""
 
     name, digest, device, d_model, vocab_size, bos, special_ids = "fake", "d1", "cpu", 42, 42, BOS, {BOS, EOS}
 
@@ -505,16 +501,13 @@ class FakeLM:
 
     def residual(self, tokens_BT, layer):
         self.rows += len(tokens_BT)
-        factor_BT = (1
-                     + ((tokens_BT * torch.arange(1, tokens_BT.shape[1]
-                                                  + 1) ** 3).cumsum(1).double() * 0.75487766 % 1).float())
+        before_BT = (tokens_BT * torch.arange(1, tokens_BT.shape[1] + 1) ** 3).cumsum(1).double()
+        factor_BT = 1 + (before_BT * 0.75487766 % 1).float()
         return torch.nn.functional.one_hot(tokens_BT, 42) * factor_BT[..., None]
 
 
 def words_sae(gain=None):
-    """Feature f fires on word f, a dense one (0) on every third, all of them most on BOS and EOS;
-    `gain` switches some off.
-    """
+    """Feature f fires on word f, a dense one (0) on every third, all most on BOS and EOS; `gain` switches some off."""
     W_DF = torch.zeros(42, 40)
     W_DF[:2] = 9.0
     W_DF[torch.arange(2, 42), torch.arange(40)] = 1.0
@@ -530,9 +523,8 @@ def documents(number=120, seed=0):
 
 
 def make_setup(tmp_path, lm=None, texts=None, seed=0, limit_gb=1.0, **config):
-    config = autointerp.CONFIG["tiny"] | {"total_tokens": 5000, "llm_context_size": T, "buffer": BUFFER,
-                                          "n_latents": 12,
-                                          "dead_latent_threshold": 5, **config}
+    given = {"total_tokens": 5000, "llm_context_size": T, "buffer": BUFFER, "n_latents": 12, "dead_latent_threshold": 5}
+    config = autointerp.CONFIG["tiny"] | given | config
     texts = documents() if texts is None else texts
     said = []
     setup = Setup(lm or FakeLM(), 3, "", config, lambda: iter(texts), digest(texts), Cache(tmp_path, limit_gb), None,
@@ -543,7 +535,7 @@ def make_setup(tmp_path, lm=None, texts=None, seed=0, limit_gb=1.0, **config):
 
 def activations(setup, sae):
     """All of them, [R, T, F], 0 at special tokens."""
-    tokens_RT = autointerp_windows.token_rows(setup)
+    tokens_RT = windows.token_rows(setup)
     z_RTF = sae.encode(setup.lm.residual(tokens_RT, 3))
     return tokens_RT, z_RTF * (tokens_RT > 1)[..., None]
 
@@ -554,7 +546,7 @@ def activations(setup, sae):
 def test_text_is_packed_as_in_the_protocol():
     """Fails if short texts stay, documents are not joined by EOS, parts do not begin with BOS, or rows do not."""
     long = [" ".join(WORDS * 3), " ".join(WORDS[20:] * 5)]
-    rows_RT = autointerp_windows.pack([long[0], "w01 w02", long[1]], FakeLM(), 8, 10_000)
+    rows_RT = windows.pack([long[0], "w01 w02", long[1]], FakeLM(), 8, 10_000)
     joined = "<eos>".join(long)
     size = -(-len(joined) // 20)
     expected = []
@@ -562,31 +554,33 @@ def test_text_is_packed_as_in_the_protocol():
         expected += [BOS] + FakeTokenizer()([joined[start : start + size]], False)["input_ids"][0]
     assert EOS in expected and len(rows_RT) == len(expected) // 8 and (rows_RT[:, 0] == BOS).all()
     assert rows_RT[:, 1:].tolist() == [expected[r * 8 + 1 : r * 8 + 8] for r in range(len(rows_RT))]
-    assert autointerp_windows.pack(documents(), FakeLM(), 8, 103).shape == (14, 8)  # (103 + 8 + 1) // 8
-    assert autointerp_windows.pack(["w01"], FakeLM(), 8, 100).shape == (0, 8)
+    assert windows.pack(documents(), FakeLM(), 8, 103).shape == (14, 8)  # (103 + 8 + 1) // 8
+    assert windows.pack(["w01"], FakeLM(), 8, 100).shape == (0, 8)
+
+
+def test_token_ids_are_packed_as_the_text_they_stand_for():
+    """Fails if token ids in place of a text give other rows, or keep a BOS of their own."""
+    rows_RT = windows.pack([" ".join(WORDS)], FakeLM(), 8, 10_000)
+    assert torch.equal(windows.pack([[BOS, *range(2, 42)]], FakeLM(), 8, 10_000), rows_RT) and len(rows_RT) > 3
 
 
 def test_a_data_set_in_the_hubs_format_gives_the_same_rows(tmp_path):
-    """Fails if the texts of a data set are read otherwise than held-out ones, reordered,
-    or not known to the cache by their content.
-    """
+    """Fails if a data set's texts are read otherwise than held-out ones, reordered, or not known by their content."""
     file = tmp_path / "texts.jsonl"
-    rows_RT = autointerp_windows.token_rows(make_setup(tmp_path))
+    rows_RT = windows.token_rows(make_setup(tmp_path))
     for texts, same in ((documents(), True), (documents()[::-1], False)):
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        assert torch.equal(rows_RT, autointerp_windows.token_rows(make_setup(tmp_path, dataset_name=str(file)))) == same
+        assert torch.equal(rows_RT, windows.token_rows(make_setup(tmp_path, dataset_name=str(file)))) == same
 
 
 @pytest.mark.parametrize("batch, part, block", [(3, 10**9, 10**9), (3, 10**9, 8 * T * 40), (50, 7 * T * 40, 0)])
 def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, block):
-    """Fails if the strongest windows overlap, are not the strongest, leave their row,
-    or if values and tokens are another window's.
-    """
+    """Fails if the strongest windows overlap, are not the strongest or leave their row, or values are another's."""
     monkeypatch.setattr(pooling, "PART_FLOATS", part)
-    monkeypatch.setattr(autointerp_windows, "BLOCK_FLOATS", block)
+    monkeypatch.setattr(windows, "BLOCK_FLOATS", block)
     setup, sae = make_setup(tmp_path, llm_batch_size=batch), words_sae()
     tokens_RT, z_RTF = activations(setup, sae)
-    seen = autointerp_windows.look(setup, tokens_RT, {"s": sae}, {"s": list(range(40))})["s"]
+    seen = windows.look(setup, tokens_RT, {"s": sae}, {"s": list(range(40))})["s"]
     assert seen.bad == 0 and torch.equal(seen.fired_F, (z_RTF > 0).sum((0, 1)))
     for latent in range(40):
         z_RT = z_RTF[..., latent].numpy()
@@ -595,19 +589,18 @@ def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, bl
         for r, t in sorted(centres, key=lambda rt: -z_RT[rt]):
             if len(chosen) < 12 and all(r != row or abs(t - column) > BUFFER for row, column in chosen):
                 chosen.append((r, t))
-        windows = seen.windows[latent]
-        got = autointerp_windows.spread(windows["top"]["place"].tolist(), windows["top"]["acts"][:, BUFFER].tolist(),
-                                        12, BUFFER)
-        assert [divmod(int(windows["top"]["place"][k]), T) for k in got] == chosen
+        top, drawn = (seen.windows[latent][kind] for kind in ("top", "drawn"))
+        got = windows.spread(top["place"].tolist(), top["acts"][:, BUFFER].tolist(), 12, BUFFER)
+        assert [divmod(int(top["place"][k]), T) for k in got] == chosen
         below = {rt for rt in centres if z_RT[rt] < z_RT[chosen[-1]]} if len(chosen) == 12 else set()
-        drawn = [divmod(int(windows["drawn"]["place"][k]), T) for k in range(len(windows["drawn"]["key"]))
-                 if 0 < windows["drawn"]["acts"][k, BUFFER] < z_RT[chosen[-1]]][:7]
-        assert len(set(drawn)) == len(drawn) == min(7, len(below)) and set(drawn) <= below
-        for kind in windows.values():
+        taken = [divmod(int(place), T) for place, acts in zip(drawn["place"], drawn["acts"])
+                 if 0 < acts[BUFFER] < z_RT[chosen[-1]]][:7]
+        assert len(set(taken)) == len(taken) == min(7, len(below)) and set(taken) <= below
+        for kind in seen.windows[latent].values():
             for place, acts in zip(kind["place"].tolist(), kind["acts"].tolist()):
                 r, t = divmod(place, T)
                 assert BUFFER <= t < T - BUFFER and acts == z_RT[r, t - BUFFER : t + BUFFER + 1].tolist()
-        assert len(windows["random"]["place"]) == 17
+        assert len(seen.windows[latent]["random"]["place"]) == 17
 
 
 def test_windows_are_drawn_in_proportion_to_the_squared_activation(tmp_path):
@@ -616,9 +609,9 @@ def test_windows_are_drawn_in_proportion_to_the_squared_activation(tmp_path):
     z_CRT = torch.zeros(trials, 3, width)  # a latent per trial
     z_CRT[..., BUFFER:-BUFFER] = z_P.view(3, 2)
     setup = make_setup(tmp_path)
-    kept = autointerp_windows._nothing(setup, torch.zeros(3, width), list(range(trials)))
-    autointerp_windows._keep(setup, kept, z_CRT[:, :1], 0)
-    autointerp_windows._keep(setup, kept, z_CRT[:, 1:], 1)
+    kept = windows._nothing(setup, torch.zeros(3, width), list(range(trials)))
+    windows._keep(setup, kept, z_CRT[:, :1], 0)
+    windows._keep(setup, kept, z_CRT[:, 1:], 1)
     counts = np.zeros((6, 6))
     for pair in kept["drawn"]["place"][:, :2].tolist():
         counts[tuple(place // width * 2 + place % width - BUFFER for place in pair)] += 1
@@ -630,53 +623,49 @@ def test_windows_are_drawn_in_proportion_to_the_squared_activation(tmp_path):
 
 
 def test_a_case_by_hand(tmp_path):
-    """Fails if the threshold, the split, the order,
-    the filling up or the reason to leave a latent out is another than the protocol's.
-    """
+    """Fails if threshold, split, order, filling up or the reason to leave a latent out is not the protocol's."""
     config = dict(n_top_ex_for_generation=2, n_top_ex_for_scoring=1, n_iw_sampled_ex_for_generation=1,
                   n_iw_sampled_ex_for_scoring=2, n_random_ex_for_scoring=4, buffer=1, act_threshold_frac=0.1)
     setup = make_setup(tmp_path, **config)
     tokens_RT = torch.arange(100).view(10, 10) % 40 + 2
 
-    def windows(*values):
+    def made(*values):
         place = torch.tensor([10 * r + 5 for r in range(len(values))])
         return {"place": place, "acts": torch.tensor([[edge, centre, 0.0] for edge, centre in values])}
 
-    seen = {"top": windows((20.0, 9.0), (0.0, 8.0), (0.0, 7.0), (0.0, 6.0)),
-            "drawn": windows((0.0, 9.0), (0.0, 7.0), (0.0, 3.0)),
-            "random": windows(*[(0.0, float(n)) for n in range(7)])}
-    case = autointerp_windows.case(setup, tokens_RT, {i: f"<{i}>" for i in range(50)}, 5, seen)
+    seen = {"top": made((20.0, 9.0), (0.0, 8.0), (0.0, 7.0), (0.0, 6.0)),
+            "drawn": made((0.0, 9.0), (0.0, 7.0), (0.0, 3.0)),
+            "random": made(*[(0.0, float(n)) for n in range(7)])}
+    case = windows.case(setup, tokens_RT, {i: f"<{i}>" for i in range(50)}, 5, seen)
     assert case.threshold == 2.0  # a tenth of 20, which stands beside a centre
     centres = [w.acts[1] for w in case.generation + case.scoring]
     # 3 of the strongest, the one drawn below 7, 2 random ones to fill up, 4 random ones
     assert sorted(centres) == sorted([9.0, 8.0, 7.0, 3.0, 4.0, 5.0, 0.0, 1.0, 2.0, 3.0])
-    assert sorted(w.acts[1] for w in case.scoring if w.random) == [0.0, 1.0, 2.0,
-                                                                   3.0] and not any(w.random for w in case.generation)
-    assert len(case.generation) == 3 and [max(w.acts)
-                                          for w in case.generation] == sorted([max(w.acts) for w in case.generation])[::-1]
+    assert sorted(w.acts[1] for w in case.scoring if w.random) == [0.0, 1.0, 2.0, 3.0]
+    assert not any(w.random for w in case.generation)
+    peaks = [max(w.acts) for w in case.generation]
+    assert len(peaks) == 3 and peaks == sorted(peaks, reverse=True)
     assert next(w for w in case.generation + case.scoring if w.acts[1] == 8.0).tokens == ["<16>", "<17>", "<18>"]
-    few = {**seen, "top": windows((0.0, 9.0), (0.0, 8.0), (0.0, 0.0))}
-    nothing_below = {**seen, "drawn": windows((0.0, 9.0), (0.0, 7.0))}
+    few = {**seen, "top": made((0.0, 9.0), (0.0, 8.0), (0.0, 0.0))}
+    nothing_below = {**seen, "drawn": made((0.0, 9.0), (0.0, 7.0))}
     for other in (few, nothing_below):
-        assert autointerp_windows.case(setup, tokens_RT, dict.fromkeys(range(50), ""), 5, other) is None
+        assert windows.case(setup, tokens_RT, dict.fromkeys(range(50), ""), 5, other) is None
 
 
 def test_latents_are_those_alive_and_a_second_pass_finds_more(tmp_path):
-    """Fails if a dead latent is judged, if living ones are missed because many are dead,
-    or if a pass is made in vain.
-    """
+    """Fails if a dead latent is judged, if living ones are missed because many are dead, or if a pass is in vain."""
     gain = torch.zeros(40)
     gain[[0, 5, 6, 12, 13, 19, 20, 26, 27, 33, 34]] = 1.0
     setup = make_setup(tmp_path, n_latents=10, limit_gb=0)
-    cases, problems = autointerp_windows.cases(setup, {"few": words_sae(gain), "all": words_sae()})
-    rows = len(autointerp_windows.token_rows(setup))
+    cases, problems = windows.cases_of(setup, {"few": words_sae(gain), "all": words_sae()})
+    rows = len(windows.token_rows(setup))
     assert len(cases["few"]) == 10 == len(cases["all"]) and problems == {"few": [], "all": []}
     assert {c.latent for c in cases["few"]} <= set(gain.nonzero().flatten().tolist()) and setup.lm.rows == 2 * rows
     setup = make_setup(tmp_path, n_latents=10, limit_gb=0)
-    autointerp_windows.cases(setup, {"all": words_sae()})
+    windows.cases_of(setup, {"all": words_sae()})
     assert setup.lm.rows == rows
     gain[[0, 5]] = 0.0
-    cases, problems = autointerp_windows.cases(setup, {"few": words_sae(gain)})
+    cases, problems = windows.cases_of(setup, {"few": words_sae(gain)})
     assert len(cases["few"]) == 9
     assert problems["few"][0].startswith("9 of 10 latents for the judge: 9 of 40 fire more than 5 times in 5,000 "
                                          "tokens, 0 of those")
@@ -693,27 +682,25 @@ def test_answers_are_read_as_by_the_reference(answer, numbers):
     assert autointerp.numbers_in(answer) == numbers
 
 
-@pytest.mark.parametrize("answer, windows", [
+@pytest.mark.parametrize("answer, numbers", [
     ("none", []), ("None of them.", []), ("None of the passages mention rivers", []), ("No passages", []),
     ("all", [1, 2, 3, 4, 5]), ("All of them", [1, 2, 3, 4, 5]), ("All 5 passages", [1, 2, 3, 4, 5]),
     ("2-4", [2, 3, 4]), ("1, 3–5", [1, 3, 4, 5]), ("2 to 3, and 5", [2, 3, 5]), ("1; 2", [1, 2]), ("1 3", [1, 3]),
     ("Answer: 1, 3", [1, 3]), ("**Answer:** 1, 3", [1, 3]), ("**1, 3**", [1, 3]), ("`1, 3`", [1, 3]),
-    ("[1, 3]", [1, 3]),
-    ('"1, 3"', [1, 3]), ("Passages 1 and 3.", [1, 3]), ("The unit would be active on passages 1, 3.", [1, 3]),
+    ("[1, 3]", [1, 3]), ('"1, 3"', [1, 3]), ("Passages 1 and 3.", [1, 3]),
+    ("The unit would be active on passages 1, 3.", [1, 3]),
     ('{"indices": [1, 3]}', [1, 3]), ('```json\n{"passages": ["1", "3"], "why": "x"}\n```', [1, 3]),
-    ("```\n1, 3\n```", [1, 3]),
-    ('{"indices": []}', []), ("- 1\n- 3", [1, 3]), ("1\n3", [1, 3]), ("1, 3\n\nBoth mention 2 rivers.", [1, 3]),
+    ("```\n1, 3\n```", [1, 3]), ('{"indices": []}', []), ("- 1\n- 3", [1, 3]), ("1\n3", [1, 3]),
+    ("1, 3\n\nBoth mention 2 rivers.", [1, 3]),
     ("Passage 2 is about 4 roads.\n\nAnswer: 1, 3", [1, 3]), ("1, 3 (both mention a river)", [1, 3]),
-    ("3 because of the river", [3]),
-    ("\\boxed{1, 3}", [1, 3]), ("1, 2, 13", [1, 2, 13]), ("None", []),
+    ("3 because of the river", [3]), ("\\boxed{1, 3}", [1, 3]), ("1, 2, 13", [1, 2, 13]), ("None", []),
     ("maybe 3", None), ("", []), ("I cannot tell", None), ("None except 3", None), ("all but 2", None),
-    ("All 4", None), ("4-2", None),
-    ("1. a river\n2. a road", None), ("1. a river", None), ("1-99", None), ("-1", None), ("²", None),
-    ('{"indices": [0, 3]}', None),
-    ("1, 3\nor rather\n1, 4", None), ("9" * 5000, None), ("Not 1, 3", None), ('{"a": [1], "b": [2]}', None)])
-def test_answers_in_another_form_are_read_if_they_are_certain(answer, windows):
+    ("All 4", None), ("4-2", None), ("1. a river\n2. a road", None), ("1. a river", None), ("1-99", None),
+    ("-1", None), ("²", None), ('{"indices": [0, 3]}', None), ("1, 3\nor rather\n1, 4", None), ("9" * 5000, None),
+    ("Not 1, 3", None), ('{"a": [1], "b": [2]}', None)])
+def test_answers_in_another_form_are_read_if_they_are_certain(answer, numbers):
     """Fails if a clear answer in another form than asked for is lost, or windows are read out of an unclear one."""
-    assert autointerp.windows_in(answer, 5) == windows
+    assert autointerp.windows_in(answer, 5) == numbers
 
 
 @pytest.mark.parametrize("answer, explanation", [
@@ -730,20 +717,17 @@ def test_explanations_lose_their_wrapping(answer, explanation):
 
 
 def test_scores_by_hand():
-    """Fails if random windows that fire change the compatible score, if they do not change the checked one,
-    or for unusable answers.
-    """
+    """Fails if random windows that fire change the compatible score, or not the checked one; or on unusable answers."""
     def window(act, random):
-        return autointerp_windows.Window(["a", " \nb"], [0.0, act], random)
+        return windows.Window(["a", " \nb"], [0.0, act], random)
 
     scoring = [window(5.0, False), window(0.5, False), window(5.0, True), window(0.1, True)]
-    verdicts = [{"case": autointerp_windows.Case(latent, 1.0, [window(5.0, False)], scoring), "explanation": "b",
+    verdicts = [{"case": windows.Case(latent, 1.0, [window(5.0, False)], scoring), "explanation": "b",
                  "answer": answer}
                 for latent, answer in ((7, "1, 3"), (8, "None"), (9, "no idea"))]
     verdicts.append({"case": verdicts[0]["case"], "failed": "HTTP 500"})
     result = autointerp._result({"n_random_ex_for_scoring": 2}, verdicts, [], [])
-    # fires in 1 and 3; the compatible score takes 3 for silent: "1, 3" has 3 of 4 and 4 of 4 right, "None" 3 of 4 and 2
-    # of 4
+    # fires in 1 and 3; the compatible score takes 3 for silent: "1, 3" has 3 and 4 of 4 right, "None" 3 and 2 of 4
     assert result.metrics == {"autointerp": {"autointerp_score": 0.75, "autointerp_std_dev": 0.0}}
     assert result.corrected == {"autointerp_score_checked": pytest.approx(0.5), "autointerp_latents": 3,
                                 "autointerp_unparsable_share": pytest.approx(1 / 3), "autointerp_failed_requests": 1,
@@ -767,9 +751,7 @@ def test_scores_by_hand():
 
 
 def test_a_judge_that_reads_the_prompt_foresees_every_word(server, tmp_path, monkeypatch, capfd):
-    """Fails if marks, windows, numbers or labels are mixed up between the activations and the score,
-    or if the key is written down.
-    """
+    """Fails if marks, windows, numbers or labels are mixed up before the score, or if the key is written down."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     gain = torch.ones(40)
     gain[0] = 0.0  # no single word explains the dense one
@@ -783,11 +765,11 @@ def test_a_judge_that_reads_the_prompt_foresees_every_word(server, tmp_path, mon
     assert 0 < result.corrected["autointerp_random_windows_active"] == pytest.approx(np.mean(wrong) * 1.4)
     assert result.metrics["autointerp"]["autointerp_score"] == pytest.approx(1 - np.mean(wrong))
     assert result.metrics["autointerp"]["autointerp_std_dev"] == pytest.approx(np.std(wrong, ddof=1))
-    assert result.stderrs["autointerp_score"] == pytest.approx(np.std(wrong,
-                                                                      ddof=1) / math.sqrt(12)) and not result.problems
+    assert result.stderrs["autointerp_score"] == pytest.approx(np.std(wrong, ddof=1) / math.sqrt(12))
+    assert not result.problems
     assert {*result.metrics["autointerp"], *result.corrected} == set(declared("autointerp", "METRICS"))
-    assert len(server.bodies) == 24 and {b["max_tokens"]
-                                         for b in server.bodies} == {30, 33} and set(server.keys) == {f"Bearer {KEY}"}
+    assert len(server.bodies) == 24 and {b["max_tokens"] for b in server.bodies} == {30, 33}
+    assert set(server.keys) == {f"Bearer {KEY}"}
     assert all(b["messages"][1]["content"].count("\n") == (16 if is_explaining(b) else 17) for b in server.bodies)
     assert setup.said[0].startswith(f"autointerp: 24 requests to gpt-4o-mini at {server.url}, about ")
     assert "2,400 tokens in" in setup.said[1]
@@ -796,7 +778,9 @@ def test_a_judge_that_reads_the_prompt_foresees_every_word(server, tmp_path, mon
     assert autointerp.run(again, {"other": words_sae(), "sae": words_sae(gain)})["sae"] == result
     assert len(server.bodies) <= 24 + 4 and again.lm.rows == 0  # at most the dense latent was new
     written = "".join(f.read_bytes().decode("latin-1") for f in tmp_path.rglob("*") if f.is_file())
-    assert "the word w" in written and KEY not in written + repr(result) + "".join(setup.said + again.said) + "".join(capfd.readouterr())
+    assert "the word w" in written
+    for shown in (written, repr(result), *setup.said, *again.said, *capfd.readouterr()):
+        assert KEY not in shown
 
 
 def test_an_interrupted_run_pays_for_the_rest_only(server, tmp_path, monkeypatch):
@@ -809,13 +793,12 @@ def test_an_interrupted_run_pays_for_the_rest_only(server, tmp_path, monkeypatch
     assert asked == 13
     setup = make_setup(tmp_path)
     result = autointerp.run(setup, {"sae": words_sae()})["sae"]
-    assert result.corrected["autointerp_latents"] == 12 and len(server.bodies) == 13 + 14 and "14 requests" in setup.said[0]
+    assert result.corrected["autointerp_latents"] == 12
+    assert len(server.bodies) == 13 + 14 and "14 requests" in setup.said[0]
 
 
 def test_no_answer_is_dropped_in_silence(server, tmp_path):
-    """Fails if failed or unusable answers change a score without being counted,
-    or if a judge that never answers gives a result.
-    """
+    """Fails if failed or unusable answers change a score uncounted, or if a judge that never answers gives a result."""
     saes, n_scoring = {"sae": words_sae()}, [0]
 
     def partly(number, body):
@@ -829,8 +812,10 @@ def test_no_answer_is_dropped_in_silence(server, tmp_path):
     assert (result.corrected["autointerp_latents"], result.corrected["autointerp_failed_requests"]) == (8, 4)
     assert result.corrected["autointerp_unparsable_share"] == 0.5
     scores = [v["score"] for v in result.unstructured.values()]
-    assert scores.count(None) == 4 and result.metrics["autointerp"]["autointerp_score"] == pytest.approx(np.mean([s for s in scores if s]))
-    assert len(result.problems) == 2 and "4 × HTTP 400" in result.problems[0] and "4 of 8 predictions" in result.problems[1]
+    mean = pytest.approx(np.mean([score for score in scores if score]))
+    assert scores.count(None) == 4 and result.metrics["autointerp"]["autointerp_score"] == mean
+    failed, unread = result.problems
+    assert "4 × HTTP 400" in failed and "4 of 8 predictions" in unread
     server.reply = lambda number, body: complains(400)
     with pytest.raises(ConnectionError, match="none of the first 3 latents: HTTP 400: no\n"):
         autointerp.run(make_setup(tmp_path / "b", n_latents=3, max_concurrent=1), saes)
@@ -873,8 +858,8 @@ def test_eos_is_kept_where_it_is_the_padding_token():
         tokenizer.pad_token = padding or tokenizer.eos_token
         special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         lm = SimpleNamespace(tokenizer=tokenizer, bos=tokenizer.bos_token_id, special_ids=special)
-        tokens_RT = autointerp_windows.pack(["the cat sat on the mat. " * 6] * 4, lm, 16, 400)
-        content_RT = autointerp_windows.content(SimpleNamespace(lm=lm), tokens_RT)
+        tokens_RT = windows.pack(["the cat sat on the mat. " * 6] * 4, lm, 16, 400)
+        content_RT = windows.content(SimpleNamespace(lm=lm), tokens_RT)
         assert int((tokens_RT == tokenizer.eos_token_id).sum()) == 3
         assert set(tokens_RT[~content_RT].tolist()) == {tokenizer.bos_token_id, tokenizer.eos_token_id}
         kept.append(tokens_RT)
@@ -887,15 +872,13 @@ def test_without_a_judge_nothing_is_computed(server, tmp_path, monkeypatch):
     setup = make_setup(tmp_path)
     result = autointerp.run(setup, {"sae": words_sae()})["sae"]
     assert result.metrics["autointerp"]["autointerp_score"] is None and set(result.corrected.values()) == {None}
-    assert "skipped" in result.problems[0] and "OPENAI_API_KEY" in result.problems[0] and "autointerp_score" in result.problems[0]
+    assert all(word in result.problems[0] for word in ("skipped", "OPENAI_API_KEY", "autointerp_score"))
     assert "OPENAI_API_KEY" in setup.said[0] and setup.lm.rows == 0 and not list(tmp_path.iterdir())
     assert autointerp.requirements(setup.config, {}) == [] == autointerp.repositories(autointerp.CONFIG["gemma"], None)
 
 
 def test_what_cannot_be_judged_is_a_problem_with_its_figure(server, tmp_path):
-    """Fails if a dead SAE, NaN features or too little text end the eval or pass for a score,
-    or if they take other SAEs along.
-    """
+    """Fails if a dead SAE, NaN features or too little text end the eval, pass for a score or take other SAEs along."""
     saes = {"dead": words_sae(torch.zeros(40)), "good": words_sae(),
             "nan": SimpleNamespace(encode=lambda x: torch.where(x == 0, x, torch.nan), W_dec=torch.zeros(42, 42))}
     results = autointerp.run(make_setup(tmp_path), saes)
@@ -912,15 +895,24 @@ def test_the_tiny_profile_has_text_enough(server, tmp_path):
     lm, source = FakeLM(), Source("tiny", cache_dir=tmp_path)
     lm.tokenizer = tiny._tokenizer()
     lm.bos, lm.special_ids = lm.tokenizer.bos_token_id, {0, 1, 2}
-    lm.residual = lambda tokens_BT, layer: torch.nn.functional.one_hot(tokens_BT % 42,
-                                                                       42) * (1 + tokens_BT.cumsum(1) % 97)[..., None] / 98
+
+    def residual(tokens_BT, layer):
+        return torch.nn.functional.one_hot(tokens_BT % 42, 42) * (1 + tokens_BT.cumsum(1) % 97)[..., None] / 98
+
+    lm.residual = residual
     setup = make_setup(tmp_path, lm, **autointerp.CONFIG["tiny"])
     object.__setattr__(setup, "texts", lambda: source.documents("heldout"))
     server.reply = lambda number, body: says("on something" if is_explaining(body) else "None")
     result = autointerp.run(setup, {"sae": words_sae()})["sae"]
     assert not result.problems and result.corrected["autointerp_latents"] == 6
-    # the 2 strongest windows always fire
-    assert all(10 / 14 <= v["score"] <= 12 / 14 for v in result.unstructured.values())
+    scores = [v["score"] for v in result.unstructured.values()]  # the 2 strongest windows always fire
+    assert all(10 / 14 <= score <= 12 / 14 for score in scores)
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says."""
+    scarce.check_every_batch(windows.cases_of, make_setup(tmp_path), words_sae())
 
 
 def test_requirements_name_the_setting(server):

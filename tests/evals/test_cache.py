@@ -116,6 +116,7 @@ def raising(error, when, otherwise):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["bits", "empty", "a folder"])
 def test_a_damaged_wheel_of_the_cache_is_fetched_again(tmp_path, how, monkeypatch, capsys):
     """Fails if a damaged download is an error for ever, or one that a user gave is not refused."""

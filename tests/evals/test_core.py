@@ -13,13 +13,14 @@ from evals import Result, Setup, core
 from evals.cache import Cache
 from evals.common import saebench
 from evals.texts import packing
+from tests.evals import scarce
 from variants import base, topk
 
 VOCABULARY, D, N_FEATURES, CONTEXT, BOS, EOS = 41, 10, 24, 9, 0, 1
 CONFIG = {
     "context_size": CONTEXT, "batch_size_prompts": 4, "n_eval_reconstruction_batches": 2,
-    "n_eval_sparsity_variance_batches": 2,
-    "exclude_special_tokens_from_reconstruction": True, "reuse_reconstruction_rows": False,
+    "n_eval_sparsity_variance_batches": 2, "exclude_special_tokens_from_reconstruction": True,
+    "reuse_reconstruction_rows": False,
 }
 
 
@@ -149,8 +150,8 @@ def reference(lm, sae, tokens_RT, config):
                 for run in ce:
                     ce[run].append(-float(logp[run][t, tokens_T[t + 1]]))
     out |= {"ce_loss_with_sae": mean(ce["sae"]), "ce_loss_without_sae": mean(ce["clean"]),
-            "ce_loss_with_ablation": mean(ce["abl"]),
-            "kl_div_with_sae": mean(kl["sae"]), "kl_div_with_ablation": mean(kl["abl"])}
+            "ce_loss_with_ablation": mean(ce["abl"]), "kl_div_with_sae": mean(kl["sae"]),
+            "kl_div_with_ablation": mean(kl["abl"])}
     out["ce_loss_score"] = (mean(ce["abl"]) - mean(ce["sae"])) / (mean(ce["abl"]) - mean(ce["clean"]))
     out["kl_div_score"] = (mean(kl["abl"]) - mean(kl["sae"])) / mean(kl["abl"])
 
@@ -203,8 +204,8 @@ def reference(lm, sae, tokens_RT, config):
 
     W_enc, W_dec = list(sae.W_enc.T), list(sae.W_dec)
     details = [{
-        "index": i, "feature_density": density[i], "consistent_activation_heuristic": fired[i] / prompts[i]
-        if prompts[i] else -1.0,
+        "index": i, "feature_density": density[i],
+        "consistent_activation_heuristic": fired[i] / prompts[i] if prompts[i] else -1.0,
         "encoder_bias": float(sae.b_enc[i]), "encoder_norm": float(W_enc[i].norm()),
         "encoder_decoder_cosine_sim": cosine(W_enc[i], W_dec[i]),
         "max_encoder_cosine_sim": max(cosine(W_enc[i], W_enc[j]) for j in range(N_FEATURES) if j != i),
@@ -231,9 +232,7 @@ def r2(x, r):
 ])
 @pytest.mark.parametrize("SAE", [Signed, TopK])
 def test_every_metric_equals_its_formula(tmp_path, monkeypatch, changes, SAE):
-    """Fails if any metric departs from the definitions;
-    batches are uneven, special tokens stand inside rows, E x is not 0.
-    """
+    """Fails if a metric departs from its definition; batches are uneven, rows hold special tokens, E x is not 0."""
     monkeypatch.setattr(core, "LOGIT_BYTES", {"cpu": 20 * VOCABULARY * 7})  # several chunks, the last one smaller
     monkeypatch.setattr(core, "FEATURE_BYTES", {"cpu": 16 * CONTEXT * N_FEATURES * 3})
     s, sae = setup(tmp_path, n_texts=16, **changes), trained(SAE)
@@ -304,20 +303,18 @@ def test_broken_and_dead_saes_have_problems_and_no_crash(tmp_path):
     dead.sae.b_dec.zero_()
     results = core.run(setup(tmp_path), {"broken": broken, "dead": dead})
     values = means(results["broken"])
-    assert {name for name, value in values.items()
-            if value is not None} == {n for n in core.METRICS if n.startswith("total_")}
+    left = {name for name, value in values.items() if value is not None}
+    assert left == {name for name in core.METRICS if name.startswith("total_")}
     assert "not finite" in results["broken"].problems[0] and results["broken"].stderrs == {}
     values = means(results["dead"])
     assert (values["l0"], values["frac_alive"], values["cossim"]) == (0, 0, 0)
     assert values["relative_reconstruction_bias"] is None
-    assert results["dead"].problems == ["the SAE is dead: L0 = 0", "not finite, so without a value: "
-                                                                   "relative_reconstruction_bias"]
+    assert results["dead"].problems == ["the SAE is dead: L0 = 0",
+                                        "not finite, so without a value: relative_reconstruction_bias"]
 
 
 def test_an_encoder_of_another_shape_leaves_only_its_metrics_out(tmp_path):
-    """Fails if an SAE without W_enc [D, F] crashes the eval, loses other metrics,
-    or if the missing ones have no reason.
-    """
+    """Fails if an SAE without W_enc [D, F] crashes the eval, loses other metrics, or no reason is given."""
     result = core.run(setup(tmp_path), {"a": trained(WideEncoder)})["a"]
     assert [name for name, value in means(result).items() if value is None] == ["average_max_encoder_cosine_sim"]
     assert result.problems == ["the SAE has no encoder matrix [D, F]: its encoder metrics have no value"]
@@ -339,6 +336,19 @@ def test_a_bfloat16_model_is_measured_in_float32(tmp_path):
     assert means(result)["l2_norm_in"] == pytest.approx(sum(norms) / len(norms), rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says."""
+    scarce.check_every_batch(core.run, setup(tmp_path), trained(TopK))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["residual", "finish", "unembed", "encode"])
+def test_two_calls_that_run_out_of_memory_lose_nothing(tmp_path, method):
+    """Fails as scarce.check_two_calls says."""
+    scarce.check_two_calls(core.run, setup(tmp_path), trained(TopK), method)
+
+
 def test_too_little_text_says_what_to_do(tmp_path):
     """Fails if a sparsity pass without rows ends in a division by zero."""
     with pytest.raises(ValueError, match="n_eval_reconstruction_batches"):
@@ -350,9 +360,7 @@ def test_too_little_text_says_what_to_do(tmp_path):
 
 
 def test_standard_errors_agree_with_the_jackknife_over_documents(tmp_path):
-    """Fails if tokens are taken for independent, or the ratio's denominator for fixed
-    (delete-one-document jackknife).
-    """
+    """Fails if tokens are taken for independent, or a ratio's denominator for fixed (delete-one-document jackknife)."""
     config = {"batch_size_prompts": 1, "n_eval_reconstruction_batches": 40, "n_eval_sparsity_variance_batches": 40,
               "reuse_reconstruction_rows": True}
     s, sae = setup(tmp_path, n_texts=200, **config), trained(TopK)
@@ -362,8 +370,8 @@ def test_standard_errors_agree_with_the_jackknife_over_documents(tmp_path):
     of = {}  # document: cross-entropies of the clean model and with the SAE, residuals, errors of reconstruction
     for tokens_T, document_T in zip(tokens_RT, document_RT.tolist()):
         used = [int(t) not in s.lm.special_ids for t in tokens_T]
-        logp = [full_run(s.lm, tokens_T), full_run(s.lm, tokens_T, lambda t, x, u=used: sae.decode(sae.encode(x))
-                                                   if u[t] else x)]
+        logp = [full_run(s.lm, tokens_T),
+                full_run(s.lm, tokens_T, lambda t, x, u=used: sae.decode(sae.encode(x)) if u[t] else x)]
         x_TD = s.lm.residual(tokens_T[None], 0)[0]
         for t in (t for t in range(CONTEXT) if used[t]):
             ce = [[-float(p[t, tokens_T[t + 1]])] if t < CONTEXT - 1 else [] for p in logp]
@@ -386,9 +394,12 @@ def test_standard_errors_agree_with_the_jackknife_over_documents(tmp_path):
     def stacked(documents, i):
         return torch.cat([tensor for document in documents for tensor in document[i]])
 
+    def mse(documents):
+        return float(stacked(documents, 3).square().sum(1).mean())
+
     assert stated["ce_loss_score"] == pytest.approx(jackknife(score), rel=0.1)
     assert stated["r2"] == pytest.approx(jackknife(lambda docs: r2(stacked(docs, 2), stacked(docs, 3))), rel=0.1)
-    assert stated["mse_per_token"] == pytest.approx(jackknife(lambda docs: float(stacked(docs, 3).square().sum(1).mean())), rel=0.05)
+    assert stated["mse_per_token"] == pytest.approx(jackknife(mse), rel=0.05)
 
 
 def topical(seed, documents=60):
@@ -399,10 +410,9 @@ def topical(seed, documents=60):
         yield " ".join(str(rng.choice(words)) for _ in range(rng.randrange(10, 70)))
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_spread_over_new_texts(tmp_path, monkeypatch):
-    """Fails if documents that span several rows do not count once:
-    over texts drawn anew, each metric must vary as it says it does.
-    """
+    """Fails if documents of several rows do not count once: over new texts, a metric must vary as it says it does."""
     sae = trained(TopK)
     config = {"n_eval_reconstruction_batches": 30, "n_eval_sparsity_variance_batches": 30,
               "reuse_reconstruction_rows": True}
@@ -448,8 +458,8 @@ def test_packing_by_hand():
     # the separator before d takes the last place of its row; the row then starts with the one BOS every row has
     assert rows.tolist() == [[0, 11, 12, 0], [0, 13, 0, 14], [0, 15, 16, 17], [0, 18, 0, 19], [0, 20, 21, 0]][:4]
     assert packing.pack("abcdef", tokenizer, context=4, bos=0, rows=2).tolist() == rows[:2].tolist()
-    assert packing.pack_numbered("abcdef", tokenizer, 4,
-                                 0)[1].tolist() == [[0, 0, 0, 2], [2, 2, 3, 3], [3, 3, 3, 3], [3, 3, 4, 4]]
+    _, document_RT = packing.pack_numbered("abcdef", tokenizer, 4, 0)
+    assert document_RT.tolist() == [[0, 0, 0, 2], [2, 2, 3, 3], [3, 3, 3, 3], [3, 3, 4, 4]]
     with pytest.raises(ValueError, match="fewer than the 4 tokens"):
         packing.pack("ab", tokenizer, context=4, bos=0)
 

@@ -309,6 +309,7 @@ def write_shards(folder, suffix, shards=4, rows=11):
     return [f"shard {s} row {r}" for s in (3, 2, 1, 0) for r in range(rows)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
 def test_stream_continues_exactly_where_its_state_was_taken(tmp_path, suffix):
     """Fails if resuming repeats or drops a document, at any place (also after the first and at a shard's end),

@@ -62,6 +62,7 @@ def run(hub: Hub, home: Path, script: str):  # noqa: F811
 # ------------------------------------------------------------------------------------------------ repositories
 
 
+@pytest.mark.slow
 def test_the_repositories_are_small_and_always_the_same(hub_root, tmp_path):  # noqa: F811
     """Fails if they outgrow 30 MB, or a build gives other bytes than the one before."""
     assert sum(f.stat().st_size for f in hub_root.rglob("*") if f.is_file()) < 30e6
@@ -106,6 +107,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_datasets_reads_every_repository_whole_and_as_a_stream(hub, tmp_path):  # noqa: F811
     """Fails if a data set cannot be loaded by its name, or has other splits, rows, files or columns than are meant."""
     found = run(hub, tmp_path, LOADING)
@@ -150,6 +152,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_tiny_gemma(hub, tmp_path):  # noqa: F811
     """Fails if model or tokenizer cannot be had by the real name, a text does not survive,
     or the model guesses no better than chance.
@@ -271,6 +274,7 @@ def test_an_environment_leads_to_this_hub_alone(hub, tmp_path, monkeypatch):  # 
 # ------------------------------------------------------------------------------------------------ faults
 
 
+@pytest.mark.slow
 def test_a_rate_limit_says_how_long_to_wait_and_the_library_waits(hub):  # noqa: F811
     """Fails if a 429 lacks Retry-After, or huggingface_hub does not understand it."""
     hub.faults = [dict(match="/tree/", do="429", at=1, seconds=1)]
@@ -284,6 +288,7 @@ def test_a_rate_limit_says_how_long_to_wait_and_the_library_waits(hub):  # noqa:
     assert (refused.value.code, refused.value.headers["Retry-After"]) == (429, "77")
 
 
+@pytest.mark.slow
 def test_a_body_that_breaks_off_is_noticed_and_fetched_again(hub, hub_root, tmp_path):  # noqa: F811
     """Fails if a cut body looks like a whole one, or the library does not ask again."""
     rule = dict(match="GET /cdn/", do="cut", times=1, after=1000)

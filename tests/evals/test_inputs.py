@@ -49,6 +49,7 @@ def section(out):
     return json.loads((out / "final_info.json").read_text())["layer_1"]
 
 
+@pytest.mark.slow
 def test_other_content_under_the_same_name_is_another_run(cache, tmp_path, capsys):
     """Fails if replaced texts or weights of the same size and time are taken for a finished run,
     or a copy elsewhere for another one.
@@ -103,6 +104,7 @@ def test_only_lack_of_access_makes_auto_take_the_small_model(monkeypatch, error,
         assert ("gated and no token" in why) == (profile == "embedded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, flags, words", [
     ("texts", ["--context=300"], "--context=300, and .* has positions for 256 tokens"),
     ("texts", [f"--eval_config={json.dumps({'core': CORE['core'] | {'context_size': 257}})}"],
@@ -126,6 +128,7 @@ def test_preflight_knows_what_texts_cannot_do(cache, gpt2, tmp_path, capsys, nam
     assert said.startswith("FAILED in preflight: ") and re.search(words, said), said
 
 
+@pytest.mark.slow
 def test_another_spelling_of_the_same_run_is_the_same_run(cache, gpt2, tmp_path, monkeypatch, capsys):
     """Fails if a slash, a relative path or a space in --layers moves a finished run aside and trains it again."""
     texts = jsonl(tmp_path / "texts.jsonl", architectures.texts(150))
@@ -136,6 +139,7 @@ def test_another_spelling_of_the_same_run_is_the_same_run(cache, gpt2, tmp_path,
     assert "already finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
     """Fails if a tokenizer larger than the model ends in an index error (or a GPU's assertion), texts of BOS alone in
     an endless loop,
@@ -169,6 +173,7 @@ def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
     assert "given values up to 3e+38" in err and "lower --lr" not in err and "checkpoint.pt" not in err
 
 
+@pytest.mark.slow
 def test_a_report_without_held_out_text_is_a_report(cache, gpt2, tmp_path, capsys):
     """Fails if the end of a run needs text that nothing asked for."""
     texts = jsonl(tmp_path / "few.jsonl", [text for text in architectures.texts(400) if not held_out(text)][:60])
@@ -176,6 +181,7 @@ def test_a_report_without_held_out_text_is_a_report(cache, gpt2, tmp_path, capsy
     assert (tmp_path / "run/report.html").exists() and "no feature dashboards: the texts hold fewer than" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_rows_are_said_at_the_end_and_ids_are_read_as_they_are(cache, gpt2, tmp_path, capsys):
     """Fails if a null row ends a run or is passed over in silence, or a tokenised column cannot be trained on."""
     documents = architectures.texts(150)
@@ -227,6 +233,7 @@ def test_an_eval_s_data_set_is_read_before_training(monkeypatch):
         evals.read_ahead("sparse_probing", {}, Source(), 0)
 
 
+@pytest.mark.slow
 def test_a_machine_without_the_module_resource(cache, tmp_path):
     """Fails if a module that only Unix has is needed to start: Windows ends at the first line then."""
     # psutil imports it on Linux for itself, and does without it on Windows

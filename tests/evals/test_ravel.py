@@ -1,5 +1,6 @@
 """ravel against plain references written from the protocol, on fake language models with the documented interface."""
 
+import functools
 import json
 import random
 import statistics
@@ -11,10 +12,12 @@ import torch
 
 from evals import Setup, declared, ravel
 from evals.cache import Cache
-from evals.ravel import prompts as ravel_prompts
+from evals.model import memory
+from evals.ravel import prompts
 from evals.ravel.prompts import Known, Pair, Task
 from evals.texts import embedded
 from evals.texts.source import Source
+from tests.evals import scarce
 
 VALUES, ENTITIES = 4, 16  # entity e holds the value e % 4 of colour and e // 4 of shape
 WORDS = ["<bos>", "<eos>", *(f"e{i}" for i in range(ENTITIES)), *(f"colour{i}" for i in range(VALUES)),
@@ -27,16 +30,8 @@ TABLE = {f"e{e}": {"colour": f"colour{e % VALUES}", "shape": f"shape{e // VALUES
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def fake_table(monkeypatch):
-    monkeypatch.setitem(ravel_prompts.OWN, "fake", {"thing": lambda source: (TEMPLATES, TABLE)})
+    monkeypatch.setitem(prompts.OWN, "fake", {"thing": lambda source: (TEMPLATES, TABLE)})
 
 
 class Tokenizer:
@@ -52,11 +47,10 @@ class Tokenizer:
 
 
 class FakeLM:
-    """Entities are the sum of a direction of their colour and one of their shape;
-    asked for its hue, it names the colour.
-    """
+    """An entity is a direction of its colour plus one of its shape; asked for the hue, it names the colour."""
 
-    name, digest, device, vocab_size, bos, special_ids, tokenizer, d_model = "fake", "d1", "cpu", len(WORDS), 0, {0, 1}, Tokenizer(), D
+    name, digest, device, vocab_size, d_model = "fake", "d1", "cpu", len(WORDS), D
+    bos, special_ids, tokenizer = 0, {0, 1}, Tokenizer()
 
     def __init__(self):
         self.table_VD = torch.zeros(len(WORDS), D)
@@ -122,8 +116,7 @@ def random_sae(seed, features=20):
 
 def make_setup(tmp_path, lm=None, seed=0, **settings):
     config = {**ravel.CONFIG["tiny"], "entity_attribute_selection": {"thing": ["colour", "shape"]},
-              "num_pairs_per_attribute": 40,
-              "num_epochs": 4, "llm_batch_size": 4, **settings}
+              "num_pairs_per_attribute": 40, "num_epochs": 4, "llm_batch_size": 4, **settings}
     return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, 1.0),
                  SimpleNamespace(kind="fake"), seed, lambda line: None)
 
@@ -156,7 +149,7 @@ def make_setup(tmp_path, lm=None, seed=0, **settings):
 ])
 def test_match_rule(text, value, completion, right):
     """Fails if the rule for prefixes or one of its special cases differs from SAEBench's."""
-    assert ravel_prompts.matches(text, value, completion) is right
+    assert prompts.matches(text, value, completion) is right
 
 
 def test_a_settled_completion_stays_as_it_is():
@@ -172,13 +165,13 @@ def test_a_settled_completion_stays_as_it_is():
         whole = "".join(parts)
         for n in range(1, 5):
             begun = "".join(parts[:n])
-            if ravel_prompts.settled(text, value, begun):
+            if prompts.settled(text, value, begun):
                 settled += 1
-                assert ravel_prompts.matches(text, value,
-                                             begun) == ravel_prompts.matches(text, value, whole), (text, value, begun, whole)
+                right = prompts.matches(text, value, whole)
+                assert prompts.matches(text, value, begun) == right, (text, value, begun, whole)
     assert settled > 10_000
-    assert not ravel_prompts.settled("City:", "Côte", "C\ufffd")  # half a character may become the right one
-    assert ravel_prompts.settled("City:", "Niger", "Nigeria") and ravel_prompts.settled("City:", "Niger", "Nib")
+    assert not prompts.settled("City:", "Côte", "C\ufffd")  # half a character may become the right one
+    assert prompts.settled("City:", "Niger", "Nigeria") and prompts.settled("City:", "Niger", "Nib")
 
 
 # ------------------------------------------------------------------------------------------------ prompts and pairs
@@ -187,9 +180,9 @@ def test_a_settled_completion_stays_as_it_is():
 def test_entities_are_ranked_by_right_prompts():
     """Fails if kinds are mixed, or if a tie does not go to the entity that comes first."""
     names = [("a", "x"), ("a", "y"), ("a", "z"), ("b", "x"), ("a", "z"), ("a", "y"), ("b", "w")]
-    right = [ravel_prompts.Prompt(kind, entity, "", "", "", "") for kind, entity in names]
-    assert ravel_prompts.best_entities(right, 2) == {("a", "y"), ("a", "z"), ("b", "x"), ("b", "w")}
-    assert ravel_prompts.best_entities(right, 1) == {("a", "y"), ("b", "x")}
+    right = [prompts.Prompt(kind, entity, "", "", "", "") for kind, entity in names]
+    assert prompts.best_entities(right, 2) == {("a", "y"), ("a", "z"), ("b", "x"), ("b", "w")}
+    assert prompts.best_entities(right, 1) == {("a", "y"), ("b", "x")}
 
 
 def test_pairs_repeat_the_reference_stream():
@@ -198,57 +191,53 @@ def test_pairs_repeat_the_reference_stream():
     known = [Known("k", "abc"[i % 3], f"v{rng.randrange(3)}", f"text {i}", [], 0, 0, f"e{i}") for i in range(75)]
     numbers = {name: [i for i, prompt in enumerate(known) if prompt.attribute == name] for name in "abc"}
     for n in (10, 40):  # fewer and more than there are prompts of an attribute
-        train, test = ravel_prompts.draw_pairs(known, numbers, "b", n, 0.7, random.Random(11))
+        train, test = prompts.draw_pairs(known, numbers, "b", n, 0.7, random.Random(11))
 
         random.seed(11)
         drawn = {}
         for name in ("b", "a", "c"):
-            prompts = [prompt for prompt in known if prompt.attribute == name]
-            bases = random.sample(prompts, n) if n <= len(prompts) else prompts
-            drawn[name] = [(base, random.choice([p for p in prompts if p.value != base.value])) for base in bases]
+            pool = [prompt for prompt in known if prompt.attribute == name]
+            bases = random.sample(pool, n) if n <= len(pool) else pool
+            drawn[name] = [(base, random.choice([p for p in pool if p.value != base.value])) for base in bases]
         isolation = drawn["a"] + drawn["c"]
         random.shuffle(isolation)
         isolation = isolation[: len(drawn["b"])]
-        pairs = [(base, source, source)
-                 for base, source in drawn["b"]] + [(base, source, base) for base, source in isolation]
+        pairs = [(base, source, source) for base, source in drawn["b"]]
+        pairs += [(base, source, base) for base, source in isolation]
         random.shuffle(pairs)
         assert [(known[p.base], known[p.source], known[p.wanted]) for p in train + test] == pairs
         assert len(train) == int(0.7 * len(pairs))
 
 
 def test_prompts_of_the_hub_keep_the_order_of_the_files(monkeypatch, tmp_path):
-    """Fails if other files are read, an attribute is added, one without a value is asked,
-    or the order of entities changes.
-    """
+    """Fails if other files are read, an attribute is added, one without a value asked, or entities change order."""
     templates = {"Language": ["They speak %s in"], "Country": ["%s is in", "Oslo: Norway. %s:"], "Url": ["%s"]}
     entities = {"Rome": {"Country": "Italy", "Language": "Italian"}, "Bern": {"Country": "", "Language": "German"}}
     (tmp_path / "ravel_city_attribute_to_prompts.json").write_text(json.dumps(templates))
     (tmp_path / "ravel_city_entity_attributes.json").write_text(json.dumps(entities))
 
     def snapshot(kind, repository, patterns):
-        assert (repository, kind) == (ravel_prompts.REPOSITORY, "dataset")
+        assert (repository, kind) == (prompts.REPOSITORY, "dataset")
         if not (tmp_path / patterns[0]).exists():
             raise OSError(f"404 {patterns[0]}")
         return tmp_path
 
-    monkeypatch.setattr(ravel_prompts.network, "snapshot", snapshot)
+    monkeypatch.setattr(prompts.network, "snapshot", snapshot)
     config = {"entity_attribute_selection": {"city": ["Country", "Language"]}}
     found = [(p.entity, p.attribute, p.value, p.text, p.remainder)
-             for p in ravel_prompts.prompts(SimpleNamespace(kind="hub"), config)]
+             for p in prompts.all_prompts(SimpleNamespace(kind="hub"), config)]
     assert found == [("Rome", "Language", "Italian", "They speak Rome in", " in"),
                      ("Rome", "Country", "Italy", "Rome is in", " is in"),
                      ("Rome", "Country", "Italy", "Oslo: Norway. Rome:", ":"),
                      ("Bern", "Language", "German", "They speak Bern in", " in")]
     with pytest.raises(ValueError, match="no attribute 'Field'"):
-        list(ravel_prompts.prompts(SimpleNamespace(kind="hub"), {"entity_attribute_selection": {"city": ["Field"]}}))
+        list(prompts.all_prompts(SimpleNamespace(kind="hub"), {"entity_attribute_selection": {"city": ["Field"]}}))
     with pytest.raises(OSError, match="cannot read the RAVEL data of 'verb'.*404"):
-        ravel_prompts.table(SimpleNamespace(kind="hub"), "verb")
+        prompts.table(SimpleNamespace(kind="hub"), "verb")
 
 
 def test_embedded_cities(monkeypatch, tmp_path):
-    """Fails if cities are not the most populous ones, a country has more than its share,
-    or a label is taken from another place.
-    """
+    """Fails if cities are not the most populous, a country has more than its share, or a label is another place's."""
     codes = ["AA"] * 8 + ["BB"]
     cities = {str(i): {"geonameid": i, "name": f"City{i}", "countrycode": code, "population": 100 - i}
               for i, code in enumerate(codes)}
@@ -260,8 +249,8 @@ def test_embedded_cities(monkeypatch, tmp_path):
             archive.writestr(embedded.WHEELS["cities"].member.format(name), json.dumps(content))
     monkeypatch.setattr(embedded, "fetch", lambda *args: tmp_path / "wheel")
     source = SimpleNamespace(kind="embedded", cache_dir=None, data_dir=None)
-    templates, entities = ravel_prompts.table(source, "city")
-    assert list(entities) == [f"City{i}" for i in range(ravel_prompts.PER_COUNTRY)] + ["City8"]
+    templates, entities = prompts.table(source, "city")
+    assert list(entities) == [f"City{i}" for i in range(prompts.PER_COUNTRY)] + ["City8"]
     assert entities["City0"] == {"Country": "Aland", "Continent": "South America", "Language": "Portuguese"}
     assert entities["City8"] == {"Country": "Bland", "Continent": "Europe", "Language": ""}
     assert all(template.count("%") == template.count("%s") == 1 for some in templates.values() for template in some)
@@ -273,9 +262,8 @@ def test_known_prompts_are_the_right_ones_with_the_entity_where_it_stands(tmp_pa
     lm.table_VD[2 + 5, 2] = 9.0  # entity 5 is mistaken for colour 2
     known, asked = ravel.known_prompts(make_setup(tmp_path, lm))
     assert asked == {("thing", "colour"): 48, ("thing", "shape"): 48}
-    assert {prompt.text for prompt in known} == {t % f"e{e}" for name in TEMPLATES for t in TEMPLATES[name]
-                                                 for e in range(ENTITIES)
-                                                 if (name, e) != ("colour", 5)}
+    right = [(name, e) for name in TEMPLATES for e in range(ENTITIES) if (name, e) != ("colour", 5)]
+    assert {prompt.text for prompt in known} == {t % f"e{e}" for name, e in right for t in TEMPLATES[name]}
     for prompt in known:
         words = ["<bos>", *prompt.text.split()]
         assert prompt.tokens == [WORDS.index(word) for word in words]
@@ -331,9 +319,7 @@ def plain_vector(lm, sae, known, pair, share_F):
 
 
 def test_masks_are_those_of_plain_training(tmp_path):
-    """Fails if a mask's gradient, temperature, target,
-    batch or optimiser differs from the protocol's on single examples.
-    """
+    """Fails if a mask's gradient, temperature, target, batch or optimiser is not the protocol's on single examples."""
     setup, known, tasks, (x, entity_PD) = tangled(tmp_path, num_epochs=3, learning_rate=0.05)
     sae = random_sae(2)
     masks = ravel.fit_masks(setup, sae, known, tasks, x, entity_PD, "sae")
@@ -342,10 +328,11 @@ def test_masks_are_those_of_plain_training(tmp_path):
         optimiser, steps = torch.optim.Adam([plain_F], lr=0.05), 3 * len(task.train)
         for step in range(steps):
             share_F = (1 + torch.tanh(plain_F / 2 * 10 ** (4 * step / (steps - 1)))) / 2
-            losses = [-plain_logits(setup.lm, known[pair.base].tokens, known[pair.base].position,
-                                    plain_vector(setup.lm, sae, known, pair,
-                                                 share_F)).log_softmax(0)[known[pair.wanted].first]
-                      for pair in task.train[step % len(task.train)]]
+            losses = []
+            for pair in task.train[step % len(task.train)]:
+                base, vector = known[pair.base], plain_vector(setup.lm, sae, known, pair, share_F)
+                logits = plain_logits(setup.lm, base.tokens, base.position, vector)
+                losses.append(-logits.log_softmax(0)[known[pair.wanted].first])
             optimiser.zero_grad()
             (sum(losses) / len(losses)).backward()
             optimiser.step()
@@ -354,9 +341,7 @@ def test_masks_are_those_of_plain_training(tmp_path):
 
 
 def test_completions_are_those_of_single_examples(tmp_path):
-    """Fails if padding, batching or the early end changes what is said after an interchange,
-    or if a later token forgets it.
-    """
+    """Fails if padding, batching or the early end changes what is said, or a later token forgets the interchange."""
     setup, known, tasks, (x, entity_PD) = tangled(tmp_path, completion_batch_size=5)
     sae, g = random_sae(3), torch.Generator().manual_seed(6)
     masks = [0.2 * torch.randn(20, generator=g) for _ in tasks]  # hard at 0, wherever the values lie
@@ -367,8 +352,7 @@ def test_completions_are_those_of_single_examples(tmp_path):
         for pair in task.test:
             base, vector = known[pair.base], plain_vector(setup.lm, sae, known, pair, (mask_F > 0).float())
             said = plain_completion(setup.lm, base.tokens, base.position, vector, setup.config["n_generated_tokens"])
-            plain[-1].append(ravel_prompts.matches(base.text, known[pair.wanted].value,
-                                                   " ".join(WORDS[i] for i in said)))
+            plain[-1].append(prompts.matches(base.text, known[pair.wanted].value, " ".join(WORDS[i] for i in said)))
     assert right == plain and {ok for row in plain for ok in row} == {True, False}
 
 
@@ -376,9 +360,7 @@ def test_completions_are_those_of_single_examples(tmp_path):
 
 
 def test_the_right_mask_is_found(tmp_path):
-    """Fails if the planted attributes are not swapped one by one,
-    or if an SAE that cannot tell them apart scores as well.
-    """
+    """Fails if planted attributes are not swapped one by one, or an SAE that cannot tell them apart scores as well."""
     results = ravel.run(make_setup(tmp_path), {"apart": identity(), "together": per_entity()})
     apart, together = results["apart"], results["together"]
     assert set(apart.metrics["ravel"].values()) == {1.0} == set(apart.corrected.values()) and not apart.problems
@@ -394,7 +376,7 @@ def test_the_mask_of_the_planted_attribute(tmp_path):
     """Fails if the mask of colour leaves a colour out or takes in a shape."""
     setup = make_setup(tmp_path)
     known, asked = ravel.known_prompts(setup)
-    tasks, _ = ravel_prompts.make_tasks(known, asked, setup.config, 0)
+    tasks, _ = prompts.make_tasks(known, asked, setup.config, 0)
     x, entity_PD = ravel.residuals(setup, known, tasks)
     for task, mask_F in zip(tasks, ravel.fit_masks(setup, identity(), known, tasks, x, entity_PD, "sae")):
         on = (mask_F[: 2 * VALUES] > 0).tolist()
@@ -402,9 +384,7 @@ def test_the_mask_of_the_planted_attribute(tmp_path):
 
 
 def test_scores_by_hand():
-    """Fails if a cause pair whose first tokens coincide counts as cause,
-    or if a prompt seen in training enters the corrected score.
-    """
+    """Fails if a cause pair of equal first tokens counts as cause, or a prompt of training in the corrected score."""
     known = [Known("k", "a", "", "", [], 0, first, "e") for first in (7, 7, 8, 9, 9, 8)]
     task = Task("k", "a", [[Pair(0, 2, True)]], [
         Pair(3, 5, True), Pair(3, 4, True), Pair(1, 3, True), Pair(3, 1, False), Pair(4, 2, False), Pair(0, 1, True)])
@@ -422,15 +402,11 @@ def test_a_mean_is_over_attributes_then_kinds():
 
 
 def test_standard_errors_are_the_spread_over_new_entities():
-    """Fails if the attributes (two: no sample) or single pairs are taken for the sample:
-    entities differ, and stand in several pairs.
-    """
+    """Fails if the two attributes, or pairs, are taken for the sample: entities differ, and stand in several pairs."""
     ENTITIES, PAIRS = 40, 120
 
     def sample(seed):
-        """(prompts, {side: pairs and whether right}): a completion is right as base and source are easy;
-        entities are new each time.
-        """
+        """(prompts, {side: pairs and whether right}) of new entities: right as often as base and source are easy."""
         rng = random.Random(seed)
         easy = [rng.random() for _ in range(ENTITIES)]
         known = [Known("k", "a", "", "", [], 0, 0, f"e{i}") for i in range(ENTITIES)]
@@ -454,9 +430,7 @@ def test_standard_errors_are_the_spread_over_new_entities():
 
 
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
-    """Fails if the cache, an SAE beside it or the global random state shifts a score,
-    or if a second run asks the LM again.
-    """
+    """Fails if the cache, another SAE or the global random state shifts a score, or a second run asks the LM again."""
     alone = ravel.run(make_setup(tmp_path / "a", num_epochs=1), {"one": per_entity()})["one"]
     torch.manual_seed(99)
     random.seed(99)
@@ -499,20 +473,34 @@ def test_non_finite_output_gives_no_score_but_a_reason(tmp_path):
     assert results["sound"].metrics["ravel"]["cause_score"] == 1.0
 
 
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says; a training step's interchange, of 4 pairs, is not divided."""
+    setup = make_setup(tmp_path, num_epochs=2, completion_batch_size=6)
+    scarce.check_every_batch(ravel.run, setup, random_sae(2), at_least=4)
+
+
+def test_a_training_step_in_uneven_parts(tmp_path):
+    """Fails if the gradient depends on how a step's rows are divided; Adam would hide a common factor."""
+    setup, rng = make_setup(tmp_path, Tangled()), torch.Generator().manual_seed(0)
+    rows = [torch.randn(8, D, generator=rng), torch.randn(8, 5, D, generator=rng), [1, 2, 3, 1, 2, 3, 1, 2], [4] * 8,
+            torch.arange(8)]
+    whole_BD = ravel._gradient(setup, *rows)
+    parts_BD = memory.by_rows(setup, "a step", functools.partial(ravel._gradient, setup), *rows, most=3)
+    torch.testing.assert_close(parts_BD, whole_BD)
+    assert whole_BD.abs().min() > 0
+
+
 def test_requirements_name_the_setting():
     """Fails if settings that leave nothing to train, to test or to isolate are let through."""
     for config in ravel.CONFIG.values():
         assert ravel.requirements(config, {}) == []
     config = ravel.CONFIG["embedded"]
-    assert "only the attribute Country" in ravel.requirements(config
-                                                              | {"entity_attribute_selection": {"city": ["Country"]}},
-                                                              {})[0]
-    assert "Timezone" in ravel.requirements(config | {"entity_attribute_selection": {"city": ["Country", "Timezone"]}},
-                                            {})[0]
+    for attributes, words in ((["Country"], "only the attribute Country"), (["Country", "Timezone"], "Timezone")):
+        assert words in ravel.requirements(config | {"entity_attribute_selection": {"city": attributes}}, {})[0]
     facts = {"source": "embedded", "profile": "embedded"}
-    assert ravel.requirements(config,
-                              facts) == [] and ravel.requirements(ravel.CONFIG["gemma"],
-                                                                  facts | {"source": "hub"}) == []
+    assert ravel.requirements(config, facts) == []
+    assert ravel.requirements(ravel.CONFIG["gemma"], facts | {"source": "hub"}) == []
     assert "no entities of the kind 'nobel_prize_winner'" in ravel.requirements(ravel.CONFIG["gemma"], facts)[0]
     assert "n_generated_tokens = 0" in ravel.requirements(config | {"n_generated_tokens": 0}, {})[0]
     for settings in ({"train_test_split": 1.0}, {"llm_batch_size": 0}, {"num_pairs_per_attribute": 5}):

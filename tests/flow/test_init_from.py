@@ -18,6 +18,7 @@ def means(out):
     return json.loads((out / "final_info.json").read_text())["layer_2"]["means"]
 
 
+@pytest.mark.slow
 def test_an_earlier_run_evaluated_again_gives_its_own_figures(reference, cache, tmp_path):  # noqa: F811
     """Fails if the weights, their scale or the layer are not the run's: width, variant and k are taken from it."""
     again = ["--profile=tiny", "--num_tokens=0", f"--init_from={reference}", "--evals=core", "--device=cpu",
@@ -34,6 +35,7 @@ def test_an_earlier_run_evaluated_again_gives_its_own_figures(reference, cache, 
     assert "untrained" not in text and "no sign of training" not in text
 
 
+@pytest.mark.slow
 def test_trained_further_it_begins_where_it_was(reference, cache, tmp_path):  # noqa: F811
     """Fails if the weights are not in the new training's units, or are initialised anew:
     the first losses would be those of a fresh SAE.
@@ -46,6 +48,7 @@ def test_trained_further_it_begins_where_it_was(reference, cache, tmp_path):  # 
     assert losses[tmp_path / "further"][0] < 1.2 * losses[reference][-1] < 0.6 * losses[reference][0]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_taken_over_sae_by_sae(cache, tmp_path):  # noqa: F811
     """Fails if SAEs of several layers and hyper-parameters are mixed up."""
     assert experiment.main(command(tmp_path / "many", cache, "--layers=1,2", "--sweep=k=8,16", "--evals=core")) == 0
@@ -58,6 +61,7 @@ def test_a_sweep_is_taken_over_sae_by_sae(cache, tmp_path):  # noqa: F811
         assert second[key]["means"]["core.r2"] == pytest.approx(first[key]["means"]["core.r2"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_dictionary_learnings_file_is_evaluated_and_read_by_saelens(cache, tmp_path):  # noqa: F811
     """Fails if ae.pt needs anything but --init_from, or the features of the saved SAE are not its own:
     written out by hand here.
@@ -81,6 +85,7 @@ def test_dictionary_learnings_file_is_evaluated_and_read_by_saelens(cache, tmp_p
                           atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_started_from_is_said_before_anything_is_loaded(
         reference, cache, tmp_path, capsys):  # noqa: F811
     """Fails if 0 tokens pass without an SAE, a wrong place or width is noticed late,

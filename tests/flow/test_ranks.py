@@ -49,6 +49,7 @@ def distance(a: Path, b: Path, sae="layer_2") -> float:
     return max(float((one[k].double() - other[k].double()).norm() / (one[k].double().norm() + 1e-12)) for k in one)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_gradients_of_one(tmp_path):
     """Fails if a data-parallel variant takes something over its share that is meant over the batch:
     top-k, theta, auxk, L0, counters.
@@ -65,6 +66,7 @@ def test_two_ranks_make_the_gradients_of_one(tmp_path):
             assert torch.allclose(two[key], one[key], rtol=1e-6, atol=1e-6 * float(one[key].abs().max())), (name, key)
 
 
+@pytest.mark.slow
 def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
     """Fails if ranks train on other batches than one process, drift apart, write twice,
     or split what declares no data_parallel.
@@ -97,6 +99,7 @@ def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
             assert infos[1][sae]["means"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_ranks_deal_out_the_evals(tmp_path, cache):
     """Fails if a rank evaluates an SAE that it did not train or that was spread, does more than its share,
     or fails for all.
@@ -152,6 +155,7 @@ def wait_for_step(out, beyond, process):
     raise AssertionError(process.communicate()[1][-3000:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [[], ["--shard"]])
 def test_killed_ranks_continue_in_other_numbers(tmp_path, cache, shard):
     """Fails if a lost rank leaves the others hanging, or a checkpoint binds a run to its number of ranks:

@@ -77,6 +77,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", found(r"(python3?|torchrun|pip|diff) "))
 def test_a_command_runs(command, place, monkeypatch, capsys):
     """Fails if a README shows a command that is refused, or that nothing runs."""
@@ -106,6 +107,7 @@ def test_a_command_runs(command, place, monkeypatch, capsys):
     assert experiment.main([*given, *more, *words]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", found(r"--\w"))
 def test_a_flag_is_one(flags, place, monkeypatch):
     """Fails if a README names a flag that there is not, or a value that it does not take."""
@@ -136,6 +138,7 @@ def test_an_ablation_is_a_hyper_parameter(name):
         variants.parse_hyper(module, "" if "…" in item else item)
 
 
+@pytest.mark.slow
 def test_the_files_of_code_run(place, monkeypatch, capsys):
     """Fails if the README's own variants, or the line for dictionary_learning's trainers, do not run as they are."""
     example, contexts, library = python_blocks()

@@ -61,6 +61,7 @@ class Places:
         return json.loads(self.bytes(out))["layer_12"]
 
 
+@pytest.mark.slow
 def test_cold_then_another_model_then_without_network(places):
     """Fails if the default run needs more than 100 requests or a warm one more than 25, if two models share what the
     language model
@@ -84,6 +85,7 @@ def test_cold_then_another_model_then_without_network(places):
         assert "hf_good" not in folder.read_text()
 
 
+@pytest.mark.slow
 def test_all_evals_read_what_they_need_from_the_hub(places):
     """Fails if an eval cannot read its data set's real layout, or an eval without a score says nothing of why."""
     # the user's own cache: one eval reads a wheel of 44 MB
@@ -98,6 +100,7 @@ def test_all_evals_read_what_they_need_from_the_hub(places):
         assert any(problem.startswith(f"{name}:") for problem in found["problems"]), name
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_at_the_commit_it_began_with(places):
     """Fails if a resume reads another state of a data set than the run began with, repeats or leaves out a document of
     a shard begun,
@@ -128,6 +131,7 @@ def test_a_killed_run_goes_on_at_the_commit_it_began_with(places):
     assert "holds another run: moved to" in done.stdout and places.section("run_1")["config"]["revisions"][f"dataset:{pile}"] != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token, words", [
     (None, ["google/gemma-2-2b is gated and no token is given", "accept its licence on", "hf auth login"]),
     ("hf_poor", ["google/gemma-2-2b is gated and this user has no access to it yet", "ask for access on"]),
@@ -145,6 +149,7 @@ def test_no_access_is_said_at_once_and_nothing_is_moved(places, token, words):
     assert words[0] in json.loads((places.folder / "run_2/error.json").read_text())["message"]
 
 
+@pytest.mark.slow
 def test_a_hiccup_never_makes_an_older_model_of_it(places):
     """Fails if one 503 makes a cached commit stand for the one that was asked for,
     or if a hub that is gone ends a run, or says nothing.
@@ -193,6 +198,7 @@ print(json.dumps([texts, places.identity(folder), shape, sorted(p.name for p in 
 """
 
 
+@pytest.mark.slow
 def test_every_request_may_fail_once(places):
     """Fails if a 429, a 503, a cut body or a dropped connection at any one request ends or changes what is read: each
     request of a

@@ -411,6 +411,7 @@ def test_command_names_the_nearest(tmp_path):
         assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_without_heavy_imports(tmp_path):
     """Fails if comparing needs torch or numpy, grows faster than the number of runs, or drops one of them."""
     rest = {f"core.metric_{i}": 0.123 for i in range(50)}
@@ -429,6 +430,7 @@ def test_a_thousand_runs_without_heavy_imports(tmp_path):
     assert row[:3] + row[6:7] == ["run_7", "org/Tiny", "3", "run_0"] and math.isclose(float(row[9]), 7e-5, rel_tol=1e-6)
 
 
+@pytest.mark.slow
 def test_work_grows_with_the_number_of_runs_alone(tmp_path, monkeypatch, capsys):
     """Fails if comparing reads a run's file twice or does something for each pair,
     or if the end of a run looks at the runs beside it.
@@ -639,6 +641,7 @@ def _contend(barrier, outs, number, queue):
             held[1].release()
 
 
+@pytest.mark.slow
 def test_of_processes_that_claim_together_one_wins(tmp_path):
     """Fails if two processes both get a folder while its old content is being moved away, or move it twice."""
     outs = [tmp_path / f"run_{i}" for i in range(30)]

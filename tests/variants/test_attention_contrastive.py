@@ -128,6 +128,7 @@ def test_every_setting_changes_training():
     assert torch.equal(standard.W_enc, trained(lambda_c=0).W_enc)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hyper", [{}, {"attention_layers": (0,)}])
 def test_preflight_has_nothing_to_say(hyper):
     """Fails if the single-layer SAE has a weight that cannot learn,

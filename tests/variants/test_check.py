@@ -98,6 +98,7 @@ def test_settings_that_train_nothing_are_refused():
 # ------------------------------------------------------------------------------------------------ what is right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(GOOD.glob("*.py")), ids=lambda p: p.stem)
 def test_good_variant_passes_without_a_remark(file):
     """Fails if the check refuses what researchers do:
@@ -106,6 +107,7 @@ def test_good_variant_passes_without_a_remark(file):
     assert run(file).notes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, hyper, remark", [
     ("topk", {}, "this is the unmodified topk"),
     ("standard", {}, "this is the unmodified standard"),
@@ -118,6 +120,7 @@ def test_shipped_variants_pass_and_are_recognised(name, hyper, remark):
     assert found.parameters == 2 * 2304 * 16384 + 16384 + 2304 and found.parameter_bytes == 4 * found.parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [
     dict(d_in=576, d_sae=2304, batch_size=1024, total_steps=900),
     dict(d_in=16, d_sae=64, batch_size=32, total_steps=1),
@@ -147,6 +150,7 @@ def test_sizes_that_only_fit_the_real_width_are_tried_at_it(tmp_path):
         run(file, d_sae=500)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_process_is_changed():
     """Fails if the check consumes random numbers, or leaves torch in another mode."""
     torch.manual_seed(5)
@@ -167,6 +171,7 @@ def edited(tmp_path, old, new):
     return file
 
 
+@pytest.mark.slow
 def test_an_effect_on_dead_features_late_in_the_run_is_seen(tmp_path):
     """Fails if the steps never exercise auxk at the end of the run: this edit changes nothing else."""
     late = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 0.99 else "
@@ -185,6 +190,7 @@ def test_a_dense_code_runs_if_that_is_asked_for():
     assert found.active == 1 and any("no sparse code (with --allow_dense)" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, monkeypatch):
     """Fails if a broken, endless or exiting file in variants/ stops the check of another one."""
     monkeypatch.setattr(messages, "SECONDS", 0.5)
@@ -194,6 +200,7 @@ def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, mo
     assert run("topk", reference_files=[*tmp_path.glob("*.py"), *SHIPPED]).notes == ["this is the unmodified topk"]
 
 
+@pytest.mark.slow
 def test_comments_and_defaults_do_not_make_another_variant(tmp_path):
     """Fails if a copy with a new comment is refused as ineffective,
     or one with another default is called unmodified.
@@ -226,6 +233,7 @@ def test_grown_tells_products_from_sums_and_samples():
     assert length(lambda B, D, F: 7) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [*SHIPPED, GOOD / "gram_sample.py", GOOD / "two_decoders.py",
                                   BROKEN / "gram_matrix.py"],
                          ids=lambda p: p.stem)
@@ -258,6 +266,7 @@ def test_forecast_agrees_with_a_measured_step(file, monkeypatch):
     assert found.step_peak_bytes == pytest.approx(trace.peak(memory.n_bytes(trace)), rel=0.1)
 
 
+@pytest.mark.slow
 def test_tensors_that_cannot_fit_are_named():
     """Fails if an F x F or B x B x F tensor is missed, misplaced or misjudged at the real size,
     or a sample taken for one.
@@ -272,6 +281,7 @@ def test_tensors_that_cannot_fit_are_named():
     assert check.too_large(sampled, 4 * 2**30) is None and sampled.step_peak_bytes < 1.5e9
 
 
+@pytest.mark.slow
 def test_forecast_takes_the_path_of_the_machine():
     """Fails if topk's forecast for a GPU leaves out the dense features [B, F],
     or a measured CPU step does not leave them out.
@@ -286,6 +296,7 @@ def test_forecast_takes_the_path_of_the_machine():
 # ------------------------------------------------------------------------------------------------ remarks
 
 
+@pytest.mark.slow
 def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
     """Fails if host synchronisation, a CPU tensor or a dtype clash under autocast goes unnoticed
     on a machine without a GPU.
@@ -309,6 +320,7 @@ def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
         "a_BF = torch.zeros(a_BF.shape, device=a_BF.device).scatter(1, index, top)"])] == [True]
 
 
+@pytest.mark.slow
 def test_a_variant_that_differs_in_its_groups_alone_is_no_reason_to_refuse_either():
     """Fails if `clustered`, which trains exactly like `standard`, is refused,
     or makes the unmodified `standard` refused.

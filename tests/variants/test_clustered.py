@@ -170,6 +170,7 @@ def context_for(sae, seed=0):
     return base.Context(lm, 0, base.TrainedSAE(sae, 1.0), seed, held_out)
 
 
+@pytest.mark.slow
 def test_report_by_hand():
     """Fails if coherence is taken over other tokens or with the diagonal, the Rand index over other features,
     or numbers vary.
@@ -207,6 +208,7 @@ def test_report_of_an_sae_without_groups():
     assert all(number is None or np.isfinite(number) for number in numbers.values())
 
 
+@pytest.mark.slow
 def test_preflight_passes():
     """Fails if preflight refuses the variant or has more to say than that it trains like the standard SAE,
     as it should.

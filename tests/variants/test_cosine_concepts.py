@@ -161,6 +161,7 @@ class FakeContext:
         return base.Batch(torch.randn(600, 8, generator=torch.Generator().manual_seed(1)) / 8**0.5)
 
 
+@pytest.mark.slow
 def test_report_is_deterministic_and_survives_dead_concepts():
     """Fails if numbers or pictures differ between two reports, a picture is missing,
     or dead concepts give NaN instead of None.
@@ -175,6 +176,7 @@ def test_report_is_deterministic_and_survives_dead_concepts():
     assert numbers["nmi"] is None and numbers["alive_concepts"] == 0 and set(files) == {"weights.png"}
 
 
+@pytest.mark.slow
 def test_preflight_passes():
     """Fails if the variant waits for the device, loses state, breaks under bf16, or cannot be forecast."""
     rivals = [variants.path(n) for n in ("standard", "topk")]

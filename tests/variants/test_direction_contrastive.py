@@ -120,6 +120,7 @@ def trained(steps=60, **hyper):
     return sae
 
 
+@pytest.mark.slow
 def test_every_flag_changes_training():
     """Fails if an ablation is read and then ignored: its decoder would be that of the full variant."""
     flags = [dict(lambda_c=0.0), dict(lambda_c=0.2), dict(top=0.05), dict(top=0.2), dict(normalise=False),
@@ -130,6 +131,7 @@ def test_every_flag_changes_training():
         assert not torch.equal(trained(**hyper).W_dec, full.W_dec), hyper
 
 
+@pytest.mark.slow
 def test_resets_revive_dead_features_after_the_warm_up_only():
     """Fails if nothing is reset, resets come in the warm-up, or a new row does not point along a token's error."""
     assert trained().rows_reset >= 20 and trained(warmup_steps=20_000).rows_reset == 0 and trained(resets=False).rows_reset == 0

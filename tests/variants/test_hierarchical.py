@@ -211,6 +211,7 @@ def test_report_is_deterministic_and_readable_without_a_composition(random_sae):
     assert numbers["consistency"] is None and numbers["composition_near_zero"] == 1.0 and not files
 
 
+@pytest.mark.slow
 def test_preflight_passes():
     """Fails if the preflight refuses the variant or has something to remark."""
     findings = check.run("hierarchical", {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,

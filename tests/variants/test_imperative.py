@@ -58,6 +58,7 @@ def library(monkeypatch):
     return pytest.importorskip("dictionary_learning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, trainer, hyper", [
     ("standard", "StandardTrainer", {}), ("standard", "StandardTrainerAprilUpdate", {}),
     ("top_k", "TopKTrainer", dict(k=6)), ("batch_top_k", "BatchTopKTrainer", dict(k=6)),
@@ -96,6 +97,7 @@ def test_the_librarys_trainers_follow_its_own_loop(library, tmp_path, x_SBD, nam
 # ------------------------------------------------------------------------------------------------ what people write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", HABITS, ids=lambda p: p.stem)
 def test_pasted_code_runs_to_a_finished_evaluation(file, tmp_path, tmp_path_factory):
     """Fails if code in the style of this workflow's history needs an edit to run: one habit per file."""
@@ -110,6 +112,7 @@ def test_pasted_code_runs_to_a_finished_evaluation(file, tmp_path, tmp_path_fact
                                                           atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", HABITS, ids=lambda p: p.stem)
 def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD):
     """Fails if something that training changes on the trainer is not in the checkpoint:
@@ -131,6 +134,7 @@ def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD)
         assert torch.equal(tensor, again.state_dict()[key]), key
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_ends_in_the_same_bytes(tmp_path):
     """Fails if the run's checkpoint does not hold the trainer:
     resampling counters and an optimiser's moments decide the result.
@@ -149,6 +153,7 @@ def test_a_killed_trainer_ends_in_the_same_bytes(tmp_path):
     assert (tmp_path / "killed/final_info.json").read_bytes() == (tmp_path / "whole/final_info.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, place, words", [
     ("two_trainers", None, ["2 classes with an update method", "in line ", "Trainer ="]),
     ("no_update", None, ["no method update", "train_step"]),
@@ -328,6 +333,7 @@ def test_looking_for_the_width_changes_nothing():
     assert torch.equal(drawn, torch.rand(3))
 
 
+@pytest.mark.slow
 def test_the_first_tensor_of_the_features_shape_is_taken_and_that_is_said():
     """Fails if a tuple's first entry is taken whatever its shape, or nothing is said of the choice."""
     file = next(f for f in HABITS if f.stem == "encode_pair")
@@ -360,6 +366,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_pasted_file_that_changes_nothing_is_called_inert(tmp_path, edit):
     """Fails if the comparison takes what update returns, or cuts the template's schedule otherwise than the edit's."""

@@ -209,6 +209,7 @@ def test_saelens_folders_of_before_version_6(tmp_path):
     assert interchange.build(interchange.find(str(tmp_path / "unused"))["unused"]).encode(x).shape == (50, N_FEATURES)
 
 
+@pytest.mark.slow
 def test_a_pretrained_release_is_read_like_a_folder(monkeypatch):
     """Fails if the hub's SAE is converted otherwise than a saved one,
     or a hub that cannot be reached ends in a traceback of its own.

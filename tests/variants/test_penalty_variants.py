@@ -206,6 +206,7 @@ def test_a_gated_sae_without_its_gate_is_not_loaded(tmp_path):
         variants.kit.saving.load_sae(tmp_path / "sae")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_preflight_passes(name):
     """Fails if preflight refuses the variant, or finds it to train like another one."""

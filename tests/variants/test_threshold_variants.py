@@ -216,6 +216,7 @@ def test_a_training_step_never_waits_for_the_device(name):
     assert loss.shape == () and all(term.shape == () for term in terms.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_preflight_passes_without_a_note(name):
     """Fails if preflight finds features that depend on other tokens, lost state, an idle term or a step that waits."""

@@ -61,6 +61,7 @@ def test_a_file_that_cannot_be_run_is_named_with_its_line(run, tmp_path, content
 # ------------------------------------------------------------------------------------------------ edited while it runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["inputs_of", "preflight", "load_language_model", "evaluate"])
 def test_an_edit_while_the_run_is_under_way_is_the_next_runs(run, tmp_path, monkeypatch, moment):
     """Fails if the edited file is trained, saved or written into the result of the run that began before."""
@@ -84,6 +85,7 @@ def test_an_edit_while_the_run_is_under_way_is_the_next_runs(run, tmp_path, monk
 # --------------------------------------------------------------------------------------------- the variant's own report
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_costs_neither_training_nor_evals(run, tmp_path, monkeypatch):
     """Fails if the run ends there, or its mending is taken for another training."""
     mine = tmp_path / "mine.py"
@@ -106,6 +108,7 @@ def test_a_report_that_fails_costs_neither_training_nor_evals(run, tmp_path, mon
     assert (tmp_path / "run/variant_report/layer_2/note.txt").read_text() == "text"
 
 
+@pytest.mark.slow
 def test_an_edit_of_the_training_is_another_run(run, tmp_path):
     """Fails if a failed run is continued with another loss."""
     mine = tmp_path / "mine.py"
@@ -116,6 +119,7 @@ def test_an_edit_of_the_training_is_another_run(run, tmp_path):
     assert status == 0 and "moved" in out and "continuing" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report, words", [
     ("return 1 / 0", ["mine.py:", "division by zero", "in report, tried on a little text"]),
     ("return {'a': context.trained.W_dec}, {}", ["report gives a tensor of shape", "number 'a'"]),
@@ -129,6 +133,7 @@ def test_a_report_is_tried_before_anything_is_trained(run, tmp_path, report, wor
     assert status == 1 and "FAILED in preflight" in err and all(w in err for w in words), err
 
 
+@pytest.mark.slow
 def test_a_dense_code_is_marked_in_result_and_verdict(run, tmp_path):
     """Fails if a run by --allow_dense cannot be told from a sparse one."""
     file = FIXTURES / "broken_variants/always_on.py"

@@ -288,6 +288,7 @@ def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():
     assert torch.allclose(trained.decode(z), z @ trained.W_dec + sae.b_dec * 4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_path):
     """Fails if a further file in variants/, sound or broken,
     stops the collection of a test or becomes a case of one.

@@ -45,6 +45,7 @@ import runs.folder  # noqa: E402
 import variants  # noqa: E402
 import variants.kit.saving  # noqa: E402
 from evals.common import settings as eval_settings  # noqa: E402
+from evals.model import checks as model_checks  # noqa: E402
 from evals.model import language_model, places  # noqa: E402
 from evals.model.language_model import LanguageModel  # noqa: E402
 from evals.storage import network  # noqa: E402
@@ -386,7 +387,7 @@ def load_language_model(settings: Settings) -> LanguageModel:
     """The profile's model, or any causal LM of transformers by hub name or local folder; tried before anything is built on it."""
     where = places.location(settings.model, settings.cache_dir, settings.data_dir)
     lm = language_model.load(where, settings.model, getattr(torch, settings.dtype), settings.device)
-    language_model.trial(lm, layers_of(settings))
+    model_checks.trial(lm, layers_of(settings))
     return lm
 
 
@@ -543,7 +544,7 @@ def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Ten
                for layer, x_ND in out.items()}
     for layer, total in squares.items():
         if not total.isfinite():
-            raise language_model.not_finite(lm, layer, out[layer], rows_RT.flatten()[index_N])
+            raise model_checks.not_finite(lm, layer, out[layer], rows_RT.flatten()[index_N])
     rest = squares[layers[0]]
     block = {f"x_{layer}": x_ND for layer, x_ND in out.items()} | dict(bos_share=norm_bos / (norm_bos + rest))
     block |= dict(tokens_N=rows_RT.flatten()[index_N], place_N=index_N.int())
@@ -720,7 +721,7 @@ def begin(settings: Settings, jobs: list[Job], block: dict[str, Tensor], fresh: 
 def note_outliers(lm: LanguageModel, jobs: list[Job], block: dict[str, Tensor]) -> None:
     """Note with each SAE the tokens of its layer that hold most of E‖x‖², where a few do: its figures are then about those."""
     for layer in {job.layer for job in jobs}:
-        line = language_model.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer)
+        line = model_checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer)
         if not line:
             continue
         say(f"note: layer {layer}: {line}")

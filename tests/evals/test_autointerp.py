@@ -18,7 +18,7 @@ from evals.autointerp import judge
 from evals.autointerp import windows as autointerp_windows
 from evals.cache import Cache, digest
 from evals.common import pooling
-from evals.texts import tiny
+from evals.model import built_in
 from evals.texts.source import Source
 
 BOS, EOS = 0, 1
@@ -869,7 +869,7 @@ def test_eos_is_kept_where_it_is_the_padding_token():
     """Fails if documents lose their boundary or rows lose tokens where padding is EOS, or if EOS counts as text."""
     kept = []
     for padding in ("<pad>", None):
-        tokenizer = tiny._tokenizer()
+        tokenizer = built_in.tiny_tokenizer()
         tokenizer.pad_token = padding or tokenizer.eos_token
         special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         lm = SimpleNamespace(tokenizer=tokenizer, bos=tokenizer.bos_token_id, special_ids=special)
@@ -910,7 +910,7 @@ def test_what_cannot_be_judged_is_a_problem_with_its_figure(server, tmp_path):
 def test_the_tiny_profile_has_text_enough(server, tmp_path):
     """Fails if the tiny profile's settings, texts or tokenizer do not give cases for the judge."""
     lm, source = FakeLM(), Source("tiny", cache_dir=tmp_path)
-    lm.tokenizer = tiny._tokenizer()
+    lm.tokenizer = built_in.tiny_tokenizer()
     lm.bos, lm.special_ids = lm.tokenizer.bos_token_id, {0, 1, 2}
     lm.residual = lambda tokens_BT, layer: torch.nn.functional.one_hot(tokens_BT % 42,
                                                                        42) * (1 + tokens_BT.cumsum(1) % 97)[..., None] / 98

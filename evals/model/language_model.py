@@ -200,7 +200,7 @@ class LanguageModel:
     @cached_property
     @torch.no_grad()
     def _wrapped(self) -> tuple | None:
-        """(a copy of the model around the same weights, TransformerLens' bridge in it); None: the plain model serves."""
+        """(a copy of the model around the same weights, TransformerLens' bridge in it), or None if that fails."""
         tokens_BT = checks.two_rows(self)
         layers, given = list(range(self.n_layers)), dict(self.tokenizer.init_kwargs)
         plain = self._each_attention(tokens_BT, layers)  # before the bridge: it replaces functions of transformers

@@ -1,4 +1,7 @@
-"""Data sets of the Hugging Face hub: access to them, and SAEBench's probing sets (evals.texts.streams reads the rest)."""
+"""Data sets of the Hugging Face hub: access to them, and SAEBench's eight probing sets.
+
+Running text is read by evals.texts.streams.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _header(file: str, options: dict) -> list[str]:
 
 
 def _reader(module: str, file: str, **options):
-    """One file through a reader of `datasets`: load_dataset takes brackets in a name for a pattern, and asks the hub."""
+    """One file through a reader of `datasets`: load_dataset takes brackets for a pattern, and asks the hub."""
     import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.load import import_main_class

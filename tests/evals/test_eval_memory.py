@@ -13,7 +13,7 @@ import torch
 import experiment
 from evals import absorption, core, ravel, sae_probes, sparse_probing, unlearning
 from evals.autointerp import windows
-from evals.model import memory, places
+from evals.model import architecture, memory
 from evals.ravel import prompts
 from evals.unlearning import questions
 from tests.evals import (
@@ -260,7 +260,7 @@ def test_a_real_model_that_ran_out_is_as_before(tmp_path):
             raise torch.OutOfMemoryError(MESSAGE)
 
     for block in (1, 2):
-        handle = places.blocks(lm._wrapped[0])[block].register_forward_pre_hook(run_out, with_kwargs=True)
+        handle = architecture.blocks(lm._wrapped[0])[block].register_forward_pre_hook(run_out, with_kwargs=True)
         halved = memory.residual(setup, tokens_BT) if block == 1 else core._finished(setup, x_BTD)
         handle.remove()
         torch.testing.assert_close(halved, x_BTD if block == 1 else h_BTD, rtol=1e-4, atol=1e-5)

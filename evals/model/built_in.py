@@ -79,8 +79,8 @@ def _embedded_tokenizer(gguf: Path):
     tokens, merges, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type"))
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)},
                                merges=[tuple(merge.split(" ")) for merge in merges]))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(parts)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([token for token, kind in zip(tokens, types) if kind == 3])  # 3: control token
     bos = tokens[0]
@@ -140,8 +140,9 @@ def _tiny_model(architecture: str, tokenizer):
     with torch.random.fork_rng(devices=[]):  # the constructor draws numbers, which must not disturb the caller's
         if architecture == "gemma2":
             # caps far below Gemma's 50 and 30: at this size attention scores are of order 1, and a lost cap must show
-            model = Gemma2ForCausalLM(Gemma2Config(**sizes, sliding_window=8, query_pre_attn_scalar=8,
-                                                   attn_logit_softcapping=1.0, final_logit_softcapping=5.0))
+            config = Gemma2Config(**sizes, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=1.0,
+                                  final_logit_softcapping=5.0)
+            model = Gemma2ForCausalLM(config)
         else:
             model = LlamaForCausalLM(LlamaConfig(**sizes))
     generator = torch.Generator().manual_seed(tiny.SEED)

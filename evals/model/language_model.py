@@ -212,8 +212,8 @@ class LanguageModel:
             hf = copy.deepcopy(self.hf, {id(t): t for t in (*self.hf.parameters(), *self.hf.buffers())})
             # an in-memory tokenizer lacks both
             self.tokenizer.init_kwargs.update(name_or_path=self.name, add_bos_token=True)
-            bridge = TransformerBridge.boot_transformers(self.name, hf_model=hf, tokenizer=self.tokenizer,
-                                                         device=self.device, dtype=self.dtype)
+            options = dict(tokenizer=self.tokenizer, device=self.device, dtype=self.dtype)
+            bridge = TransformerBridge.boot_transformers(self.name, hf_model=hf, **options)
             hf.requires_grad_(False)  # where it cuts a fused matrix into parts, these are parameters of its own
             for layer, x_BTD in _through(bridge, tokens_BT, layers).items():
                 error = min(checks.difference(x_BTD, x[layer]) for x in plain)

@@ -134,8 +134,7 @@ def pinned() -> dict[str, str]:
 
 
 def commit(kind: str, name: str) -> str:
-    """The commit of a repository's main branch: asked once a process, then pinned; where the hub does not answer, the
-    local cache's.
+    """The commit of a repository's main branch: asked once a process, then pinned; without an answer the cache's.
 
     `kind`: model or dataset. PermissionError where it is gated and access is lacking, ConnectionError if there is no
     such repository, or no answer and nothing in the cache; both in words ("what\\nwhat to do").

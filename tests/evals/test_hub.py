@@ -155,8 +155,9 @@ print(json.dumps(found))
 def test_transformers_loads_the_tiny_gemma(hub, tmp_path):  # noqa: F811
     """Fails if model or tokenizer lack the real name, a text does not survive, or the guesses are mere chance."""
     found = run(hub, tmp_path, GUESSING)
-    assert [row[:5] for row in found.values()] == [["torch.float32", 26, [0, 1, 2], 2, False],
-                                                   ["torch.bfloat16", 26, [0, 1, 2], 2, True]]
+    base, instruct = (row[:5] for row in found.values())
+    assert base == ["torch.float32", 26, [0, 1, 2], 2, False]
+    assert instruct == ["torch.bfloat16", 26, [0, 1, 2], 2, True]
     assert all(row[5] > 0.15 for row in found.values())  # nats better than a uniform guess
     assert len({row[6] for row in found.values()}) == 2  # different weights
 

@@ -346,8 +346,8 @@ class Handler(BaseHTTPRequestHandler):
             cdn = f"http://localhost:{self.server.server_port}/cdn/{place}?Expires={int(time.time()) + 3600}"
             self.send(b"Found", 302, {**headers, "Location": cdn, "X-Linked-Etag": etag(path, file)})
         else:
-            self.send(b"Temporary Redirect", 307, {**headers, "Location": f"/api/resolve-cache/{place}",
-                                                   "ETag": etag(path, file)})
+            here = {"Location": f"/api/resolve-cache/{place}", "ETag": etag(path, file)}
+            self.send(b"Temporary Redirect", 307, headers | here)
 
     def content(self, revision: str, path: str) -> None:
         found = self.repository.revision(revision)

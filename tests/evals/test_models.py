@@ -75,59 +75,70 @@ def test_two_models_of_the_hub_never_share_a_digest(llama, tmp_path, monkeypatch
     assert places.known_identity(str(place), "", "") != before
 
 
-def spoilt(folder, how):
-    config, index = folder / "config.json", folder / "model.safetensors.index.json"
-    if how in ("shard", "index cut", "index of nothing"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
-        (folder / "model.safetensors").unlink(missing_ok=True)
-    if how == "index cut":
-        index.write_text(index.read_text()[:-5])
-    elif how == "index of nothing":
-        index.write_text("{}")
-    elif how in ("gguf", "gguf alone"):
-        (folder / "model.safetensors").rename(folder / "m.gguf")
-        if how == "gguf alone":
-            config.unlink()
-    elif how == "adapter beside":
-        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x/y"}))
-    elif how == "config cut":
-        config.write_text(config.read_text()[:-5])
-    elif how == "empty":
-        (folder / "model.safetensors").write_bytes(b"")
-    elif how == "pickle cut":
-        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
-        (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-500])
-    elif how == "integers":
-        rewrite(folder, lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)})
-    elif how == "no blocks":
-        configure(folder, num_hidden_layers=0)
-    elif how == "tokenizer cut":
-        (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:-200])
-    elif how == "tokenizer of another model":
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        tokenizer["model"]["vocab"] |= {f"more{i}": 400 + i for i in range(50)}
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    elif how == "adapter":
-        config.unlink()
-        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-2-2b"}))
-    elif how == "no config":
-        config.unlink()
-    elif how == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-    elif how == "no weights":
-        (folder / "model.safetensors").unlink()
-    elif how == "shard":
-        sorted(folder.glob("model-0*.safetensors"))[1].unlink()
-    elif how == "cut":
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-10])
-    elif how == "encoder":
-        config.write_text(transformers.T5Config().to_json_string())
-    elif how == "quantised":
-        configure(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    elif how == "unknown type":
-        configure(folder, model_type="nothing_known")
+def in_shards(folder):
+    """The index of the same weights in several files."""
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return folder / "model.safetensors.index.json"
+
+
+def cut(file, n):
+    file.write_bytes(file.read_bytes()[:-n])
+
+
+def adapter(folder, base):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+
+
+def adapter_alone(folder):
+    (folder / "config.json").unlink()
+    adapter(folder, "google/gemma-2-2b")
+
+
+def gguf(folder):
+    (folder / "model.safetensors").rename(folder / "m.gguf")
+
+
+def gguf_alone(folder):
+    gguf(folder)
+    (folder / "config.json").unlink()
+
+
+def pickle_cut(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    cut(folder / "pytorch_model.bin", 500)
+
+
+def other_tokenizer(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"more{i}": 400 + i for i in range(50)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+SPOILT = {
+    "adapter": adapter_alone,
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "shard": lambda folder: sorted(in_shards(folder).parent.glob("model-0*.safetensors"))[1].unlink(),
+    "cut": lambda folder: cut(folder / "model.safetensors", 10),
+    "encoder": lambda folder: (folder / "config.json").write_text(transformers.T5Config().to_json_string()),
+    "quantised": lambda folder: configure(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "unknown type": lambda folder: configure(folder, model_type="nothing_known"),
+    "index cut": lambda folder: cut(in_shards(folder), 5),
+    "index of nothing": lambda folder: in_shards(folder).write_text("{}"),
+    "gguf": gguf,
+    "gguf alone": gguf_alone,
+    "adapter beside": lambda folder: adapter(folder, "x/y"),
+    "config cut": lambda folder: cut(folder / "config.json", 5),
+    "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "pickle cut": pickle_cut,
+    "integers": lambda folder: rewrite(folder, lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+    "no blocks": lambda folder: configure(folder, num_hidden_layers=0),
+    "tokenizer cut": lambda folder: cut(folder / "tokenizer.json", 200),
+    "tokenizer of another model": other_tokenizer,
+}
 
 
 @pytest.mark.parametrize("how, words", [
@@ -155,7 +166,7 @@ def spoilt(folder, how):
      r"has 50 ordinary tokens beyond the 400 .* such as 400 \('more0'\): it is another model's\n")])
 def test_a_folder_that_cannot_serve_is_refused_from_its_files_alone(folder, how, words):
     """Fails if a folder passes preflight, or is filled up in silence, or ends in another library's words."""
-    spoilt(folder, how)
+    SPOILT[how](folder)
     with pytest.raises(ValueError, match=words):
         places.shape(str(folder), 4)
 

@@ -45,6 +45,7 @@ import variants
 import variants.kit.saving
 from evals.common import dashboards, stored
 from evals.common import settings as eval_settings
+from evals.model import checks as model_checks
 from evals.model import language_model, passes, places
 from evals.model.language_model import LanguageModel
 from evals.storage import network
@@ -386,7 +387,7 @@ def load_language_model(settings: Settings) -> LanguageModel:
     """The profile's model, or any causal LM of transformers by hub name or folder; tried before it is built on."""
     where = places.location(settings.model, settings.cache_dir, settings.data_dir)
     lm = language_model.load(where, settings.model, getattr(torch, settings.dtype), settings.device)
-    language_model.trial(lm, layers_of(settings))
+    model_checks.trial(lm, layers_of(settings))
     return lm
 
 
@@ -633,7 +634,7 @@ def begin(settings: Settings, lm: LanguageModel, jobs: list[Job], block: dict[st
 def note_outliers(lm: LanguageModel, jobs: list[Job], block: dict[str, Tensor]) -> None:
     """Note with each SAE the tokens of its layer that hold most of E‖x‖², where a few do: it is judged on those."""
     for layer in {job.layer for job in jobs}:
-        line = language_model.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer)
+        line = model_checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer)
         if not line:
             continue
         say(f"note: layer {layer}: {line}")

@@ -29,9 +29,7 @@ def digest(value) -> str:
 
 
 class Cache:
-    """Tensors by content: `get(kind, depends_on,
-    make)` returns what `make()` returned for the same `depends_on` before.
-    """
+    """Tensors by content: `get(kind, depends_on, make)` gives what `make()` returned for these `depends_on` before."""
 
     def __init__(self, folder: Path, limit_gb: float):
         self.folder, self.limit = Path(folder), int(limit_gb * 1e9)

@@ -1,6 +1,4 @@
-"""Tiny random models of many architectures, from transformers' own configurations, each with a tiny tokenizer,
-as local folders.
-"""
+"""Tiny random models of many architectures, from transformers' configurations, with a tokenizer, as local folders."""
 
 from __future__ import annotations
 
@@ -22,6 +20,7 @@ def configurations() -> dict:
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28,
                   patch_size=14)
     gemma = GQA | dict(head_dim=16)
+    gemma3 = gemma | dict(sliding_window=8, query_pre_attn_scalar=16)
     rope = dict(rope_type="default", rope_theta=10000.0)
     return dict(
         gpt2=lambda: T.GPT2Config(**GPT),
@@ -51,9 +50,8 @@ def configurations() -> dict:
         gemma=lambda: T.GemmaConfig(**gemma),
         gemma2=lambda: T.Gemma2Config(**gemma, sliding_window=8, query_pre_attn_scalar=16, attn_logit_softcapping=1.0,
                                       final_logit_softcapping=5.0),
-        gemma3=lambda: T.Gemma3TextConfig(**gemma, sliding_window=8, query_pre_attn_scalar=16),
-        gemma3_wrapped=lambda: T.Gemma3Config(text_config=gemma | dict(sliding_window=8, query_pre_attn_scalar=16,
-                                                                       model_type="gemma3_text"),
+        gemma3=lambda: T.Gemma3TextConfig(**gemma3),
+        gemma3_wrapped=lambda: T.Gemma3Config(text_config=gemma3 | dict(model_type="gemma3_text"),
                                               vision_config=vision, mm_tokens_per_image=4, boi_token_index=5,
                                               eoi_token_index=6, image_token_index=7),
         olmo2=lambda: T.Olmo2Config(**GQA),
@@ -88,24 +86,24 @@ def tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts(80), trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"],
-                                                           show_progress=False,
-                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts(80), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
 def save(name: str, folder: Path) -> Path:
-    """The random model of that architecture and the tokenizer, saved in `folder`;
-    weights large enough that every part matters.
-    """
+    """The random model of that architecture and the tokenizer, in `folder`; weights so large that each part matters."""
     import torch
     import transformers as T
 
     config = configurations()[name]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        cls = T.Gemma3ForConditionalGeneration if name == "gemma3_wrapped" else None
-        model = cls(config) if cls else T.AutoModelForCausalLM.from_config(config)
+        if name == "gemma3_wrapped":
+            model = T.Gemma3ForConditionalGeneration(config)
+        else:
+            model = T.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+# settings that make a row longer; how many rows are done at once needs none
 LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "text_len", "max_tokens",
-           "max_icl_examples",
-           "words_per_prompt")  # settings that make a row longer; how many rows are done at once needs none
+           "max_icl_examples", "words_per_prompt")
 
 
 def by_rows(setup, what: str, work: Callable, *rows: Tensor | Sequence, most: int | None = None, each: int = 1,
@@ -35,25 +35,26 @@ def by_rows(setup, what: str, work: Callable, *rows: Tensor | Sequence, most: in
         torch.cuda.empty_cache()
         if size < 2:
             given = ", ".join(f"{key} (now {setup.config[key]})" for key in lower if setup.config.get(key))
-            raise MemoryError(f"out of GPU memory in {what}, which cannot be divided further: {reason}\n"
-                              + (f"lower {given} with --eval_config" if given
-                                 else "use a smaller --d_sae, or a GPU with more memory"))
+            advice = "use a smaller --d_sae, or a GPU with more memory"
+            if given:
+                advice = f"lower {given} with --eval_config"
+            raise MemoryError(f"out of GPU memory in {what}, which cannot be divided further: {reason}\n{advice}")
         setup.fits[what] = size // 2 * each
-        setup.say(f"out of GPU memory in {what}: going on with {size // 2} row{'s' * (size > 3)} at a time")
+        half = "1 row" if size < 4 else f"{size // 2} rows"
+        setup.say(f"out of GPU memory in {what}: going on with {half} at a time")
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts)))
 
 
 def undivided(setup, what: str, work: Callable, *lower: str):
-    """work(), whose batches are part of an eval's protocol;
-    MemoryError, which names the settings `lower`, if it does not fit.
-    """
+    """work(), whose batches are part of an eval's protocol; MemoryError that names `lower` if it does not fit."""
     return by_rows(setup, what, lambda once: work(), range(1), lower=lower)
 
 
 def residual(setup, tokens_bT: Tensor) -> Tensor:
     """The residual stream [b, T, D] of token rows at setup.layer, on the LM's device."""
-    return by_rows(setup, "the language model",
-                   lambda tokens_rT: setup.lm.residual(tokens_rT.to(setup.lm.device), setup.layer), tokens_bT,
-                   each=tokens_bT.shape[1])
+    def work(tokens_rT: Tensor) -> Tensor:
+        return setup.lm.residual(tokens_rT.to(setup.lm.device), setup.layer)
+
+    return by_rows(setup, "the language model", work, tokens_bT, each=tokens_bT.shape[1])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from evals.model.language_model import not_finite
+from evals.model.checks import not_finite
 
 
 def collect(lm, rows_RT: Tensor, index_N: Tensor, layers: list[int], wanted: list, batch: int, say: Callable,

@@ -1,6 +1,4 @@
-"""Folders of the cache that are made once: whole or absent, checked at each use by the hashes of their files,
-made again if damaged.
-"""
+"""Folders of the cache that are made once: whole or absent, checked by hashes at each use, made again if damaged."""
 
 from __future__ import annotations
 
@@ -17,22 +15,22 @@ from filelock import FileLock
 
 from evals.storage.identity import file_digest
 
-SUMS = "contents.sha256"  # in the folder, as sha256sum writes it; of a kind that places.identity does not count
+SUMS = "contents.sha256"  # in the folder, as sha256sum writes it; of a suffix that no model's digest counts
+# a place is full, not to be written, or something else lies there
 CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
-          errno.EISDIR,
-          errno.EBUSY, errno.ENOTEMPTY}  # a place is full, not to be written, or something else lies there
+          errno.EISDIR, errno.EBUSY, errno.ENOTEMPTY}
 
 
-def folder(place: Path, make: Callable[[Path], None]) -> Path:
+def folder(place: Path, make: Callable[[Path], None], check: Callable[[Path], None]) -> Path:
     """`place`, where make(folder) has made a folder, now or at an earlier time.
 
     What is damaged is said and made again, by one process at a time. Where `place` cannot be written, the folder is
-    made for this process alone. OSError if it can be made nowhere.
+    made for this process alone. `check`: as `fault` takes it. OSError if the folder can be made nowhere.
     """
-    if not fault(place):
+    if not fault(place, check):
         return place
     try:
-        return _filled(place, make)
+        return _filled(place, make, check)
     except Exception as error:
         if not is_closed(error):
             raise
@@ -40,7 +38,7 @@ def folder(place: Path, make: Callable[[Path], None]) -> Path:
         print(f"cache: {place.parent} cannot be written ({error}); {place.name} goes to {here.parent} for this run "
               "alone", flush=True)
     try:
-        return _filled(here, make)
+        return _filled(here, make, check)
     except Exception as error:
         if not is_closed(error):
             raise
@@ -48,17 +46,17 @@ def folder(place: Path, make: Callable[[Path], None]) -> Path:
                       "free some space, or name another folder with --cache_dir") from error
 
 
-def fault(place: Path) -> str:
+def fault(place: Path, check: Callable[[Path], None]) -> str:
     """What is wrong with a folder that `folder` has made: "" if nothing is, "absent" if nothing is there.
 
-    One without hashes, of an earlier version, gets them if it looks whole.
+    One without hashes, of an earlier version, gets them unless check(place) raises a ValueError.
     """
     if not os.path.lexists(place):
         return "absent"
     if not place.is_dir():
         return "no folder"
     if not (place / SUMS).is_file():
-        return _of_earlier_version(place)
+        return _fault_of_earlier_version(place, check)
     try:
         listed = dict(reversed(line.split("  ", 1)) for line in (place / SUMS).read_text(encoding="utf-8").splitlines())
     except (ValueError, OSError):
@@ -71,11 +69,9 @@ def fault(place: Path) -> str:
     return "" if listed else f"{SUMS} is empty"
 
 
-def _of_earlier_version(place: Path) -> str:
-    from evals.model import places
-
+def _fault_of_earlier_version(place: Path, check: Callable[[Path], None]) -> str:
     try:
-        places.check_folder(place, str(place))
+        check(place)
         _write_sums(place)
     except ValueError as error:
         return str(error).splitlines()[0]
@@ -84,10 +80,10 @@ def _of_earlier_version(place: Path) -> str:
     return ""
 
 
-def _filled(place: Path, make: Callable[[Path], None]) -> Path:
+def _filled(place: Path, make: Callable[[Path], None], check: Callable[[Path], None]) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.parent / f"{place.name}.lock"):
-        found = fault(place)
+        found = fault(place, check)
         if not found:  # another process has made it meanwhile
             return place
         if found != "absent":
@@ -103,8 +99,8 @@ def _filled(place: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _write_sums(place: Path) -> None:
-    lines = [f"{file_digest(file)}  {file.name}\n" for file in sorted(place.iterdir()) if file.is_file()
-             and file.name != SUMS]
+    files = [file for file in sorted(place.iterdir()) if file.is_file() and file.name != SUMS]
+    lines = [f"{file_digest(file)}  {file.name}\n" for file in files]
     unfinished = place / f"{SUMS}.{os.getpid()}"
     unfinished.write_text("".join(lines), encoding="utf-8")
     os.replace(unfinished, place / SUMS)
@@ -114,7 +110,9 @@ def is_closed(error: Exception) -> bool:
     """Whether an error says that a place cannot be written to."""
     from safetensors import SafetensorError
 
-    return isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in CLOSED)
+    if isinstance(error, SafetensorError):
+        return True
+    return isinstance(error, OSError) and error.errno in CLOSED
 
 
 @functools.cache

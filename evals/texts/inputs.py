@@ -15,9 +15,7 @@ LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "tex
 
 
 def identities(source, chosen: dict[str, dict]) -> dict[str, str]:
-    """{what: a hash of its bytes, or the commit of a repository} of the texts of a source and of what the
-    chosen evals read with them.
-    """
+    """{what: a hash of its bytes, or a repository's commit} of a source's texts and of what the chosen evals read."""
     found = {f"{split} texts": source.digest(split) for split in ("train", "heldout")}
     for name, config in chosen.items():
         found |= {f"{name}: {place}": text_files.identity(place) for place in evals.repositories(name, config, source)}
@@ -27,22 +25,22 @@ def identities(source, chosen: dict[str, dict]) -> dict[str, str]:
 def check_positions(model: str, most: int | None, context: int, chosen: dict[str, dict]) -> None:
     """ValueError if a row of training or of an eval is longer than the model has positions for (None: any number)."""
     asked = {f"--context={context}": context}
-    asked |= {f"the eval {name}: {key}={config[key]}": config[key] for name, config in chosen.items() for key in LENGTHS
-              if config.get(key)}
+    for name, config in chosen.items():
+        asked |= {f"the eval {name}: {key}={config[key]}": config[key] for key in LENGTHS if config.get(key)}
     for what, length in asked.items():
         if most and length > most:
+            where = "" if what.startswith("--") else ", with --eval_config"
             raise ValueError(f"{what}, and {model} has positions for {most} tokens a row\n"
-                             f"give {most} or less" + ("" if what.startswith("--") else ", with --eval_config"))
+                             f"give {most} or less{where}")
 
 
 def check_tokenizer(source, tokenizer, model: str, vocabulary: int) -> None:
-    """ValueError if a run's first texts are mostly unknown to the tokenizer,
-    or have ids that the model does not embed.
-    """
+    """ValueError if a run's first texts are mostly unknown to the tokenizer, or have ids that the model lacks."""
     for split in ("train", "heldout"):
         texts = [text[:FIRST] for text in itertools.islice(source.documents(split), DOCUMENTS) if isinstance(text, str)]
         ids = [i for document in ids_of(texts, tokenizer) for i in document]
-        if (most := max(ids, default=0)) >= vocabulary:
+        most = max(ids, default=0)
+        if most >= vocabulary:
             raise ValueError(f"a text has the token id {most}, and {model} embeds {vocabulary} tokens\n"
                              "give the model's own tokenizer, or embed its tokens: "
                              "model.resize_token_embeddings(len(tokenizer))")
@@ -54,9 +52,7 @@ def check_tokenizer(source, tokenizer, model: str, vocabulary: int) -> None:
 
 
 def check_held_out(source, tokenizer, chosen: dict[str, dict]) -> list[str]:
-    """Notes on evals that find less held-out text than they ask for;
-    ValueError for one that cannot do with what is there.
-    """
+    """Notes on evals that find less held-out text than they ask for; ValueError for one that cannot do with it."""
     notes, place = [], source.core_dataset or source.dataset
     for name, config in chosen.items():
         least, wanted = evals.held_out(name, config)
@@ -64,9 +60,10 @@ def check_held_out(source, tokenizer, chosen: dict[str, dict]) -> list[str]:
             found = source.held_out_tokens(tokenizer, wanted) if wanted else 0
         if found < least:
             share = " (a twentieth of its documents is held out)" if source.of_one_set else ""
-            raise ValueError(f"the eval {name} needs {least:,} tokens of held-out text, and {place} has "
-                             f"{found:,}{share}\ngive more text or another --core_dataset, smaller sizes with "
-                             f"--eval_config, or leave {name} out of --evals")
+            raise ValueError(f"the eval {name} needs {least:,} tokens of held-out text, "
+                             f"and {place} has {found:,}{share}\n"
+                             "give more text or another --core_dataset, smaller sizes with --eval_config, "
+                             f"or leave {name} out of --evals")
         if found < wanted:
             notes.append(f"the eval {name} would read {wanted:,} tokens of held-out text; there are {found:,}")
     return notes

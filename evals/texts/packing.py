@@ -20,23 +20,20 @@ class TooLittleText(ValueError):
 
 
 def pack(texts: Iterable[str | list[int]], tokenizer, context: int, bos: int, rows: int | None = None) -> Tensor:
-    """Tokens [R, T] int64: BOS at position 0 of every row and between documents inside a row; R <= `rows` if texts run
-    out.
+    """Tokens [R, T] int64 with a BOS at position 0 of every row and between documents inside a row.
 
     Documents (texts, or token ids) are tokenised without special tokens and run on from one row to the next; what does
-    not fill a row is dropped.
-    Raises TooLittleText if the texts do not fill one row.
+    not fill a row is dropped. R is `rows`, or less if texts run out; TooLittleText if they do not fill one row.
     """
     return pack_numbered(texts, tokenizer, context, bos, rows)[0]
 
 
-def pack_numbered(texts: Iterable[str | list[int]], tokenizer, context: int, bos: int, rows: int
-                  | None = None) -> tuple[Tensor, Tensor]:
-    """What `pack` gives, and the number of the document that each token belongs to, [R, T];
-    a BOS belongs to what it precedes.
-    """
+def pack_numbered(texts: Iterable[str | list[int]], tokenizer, context: int, bos: int,
+                  rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """What `pack` gives, and the number [R, T] of each token's document; a BOS belongs to what it precedes."""
     if context < 2:
-        raise ValueError(f"a row of {context} tokens has no room for text after its BOS\nset context_size to 2 or more")
+        raise ValueError(f"a row of {context} tokens has no room for text after its BOS\n"
+                         "set context_size to 2 or more")
     packed = list(islice(_rows(_documents(texts, tokenizer, bos), context, bos), rows))
     if not packed:
         raise TooLittleText(f"the texts hold fewer than the {context} tokens of one row\n"
@@ -46,20 +43,19 @@ def pack_numbered(texts: Iterable[str | list[int]], tokenizer, context: int, bos
 
 
 def ids_of(documents: Iterable[str | list[int]], tokenizer, bos: int | None = None) -> list[list[int]]:
-    """The token ids of documents: texts tokenised in one call without special tokens,
-    ids as they are but for a leading `bos`.
-    """
+    """The token ids of documents: of texts without special tokens, of ids as they are but for a leading `bos`."""
     documents = list(documents)
     texts = [document for document in documents if isinstance(document, str)]
     tokenised = iter(_tokenised(texts, tokenizer))
-    return [next(tokenised) if isinstance(document, str) else document[document[:1] == [bos]:]
-            for document in documents]
+    return [next(tokenised) if isinstance(document, str) else _without_bos(document, bos) for document in documents]
+
+
+def _without_bos(ids: list[int], bos: int | None) -> list[int]:
+    return ids[1:] if ids[:1] == [bos] else ids
 
 
 def _tokenised(texts: list[str], tokenizer) -> list[list[int]]:
-    """The token ids of each text, about PIECE characters at a time:
-    at once, 10 MB take 3 GB of a tokenizer's memory.
-    """
+    """The token ids of each text, about PIECE characters at a time: at once, 10 MB take 3 GB of memory."""
     ids: list[list[int]] = [[] for _ in texts]
     group, size = [], 0
 
@@ -81,9 +77,7 @@ def _tokenised(texts: list[str], tokenizer) -> list[list[int]]:
 
 
 def pieces(text: str, most: int = 0) -> Iterator[str]:
-    """A text in parts of at most `most` characters (0:
-    PIECE), which begin with a space where one is near, as a word does for BPE.
-    """
+    """A text in parts of at most `most` characters (0: PIECE), cut before a space, with which BPE begins a word."""
     start, most = 0, most or PIECE
     while len(text) - start > most:
         space = text.rfind(" ", start + most // 2, start + most)

@@ -11,9 +11,7 @@ HELD_OUT = 13  # of 256 documents
 
 
 def held_out(document: str | list[int]) -> bool:
-    """Whether a document is kept out of training:
-    13 of 256 are, by the SHA-256 of the text, so equal texts go together.
-    """
+    """Whether a document is kept out of training: 13 of 256 are, by their SHA-256, so that equal texts go together."""
     text = document if isinstance(document, str) else json.dumps(document)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] < HELD_OUT
 
@@ -40,8 +38,8 @@ def draw(name: str, pools: dict[str, list[str]], config: dict, seed: int) -> dic
         texts = [text for text in dict.fromkeys(pool) if text and text not in seen]
         seen.update(texts)
         if len(texts) < n_train + n_test:
-            raise ValueError(f"probing set {name}: class {label!r} has {len(texts)} texts, {n_train} + {n_test} are "
-                             "asked for\n"
+            raise ValueError(f"probing set {name}: class {label!r} has {len(texts)} texts, "
+                             f"{n_train} + {n_test} are asked for\n"
                              f"set probe_train_set_size + probe_test_set_size to at most {2 * len(texts)}")
         random.Random(f"{seed} {name} {label}").shuffle(texts)
         drawn[label] = {"train": texts[n_test:n_test + n_train], "test": texts[:n_test]}

@@ -1,5 +1,4 @@
-"""Documents one after the other, of a data set on the hub or of local files; a place in them can be kept and gone back
-to.
+"""Documents one after the other, of a data set on the hub or of local files, from any place in them that was kept.
 
 A document is a text, or a list of token ids where the column holds those. Rows are read by `datasets`, JSON line by
 line, since its own JSON reader stops at the first row of another type. What comes from the hub is kept in segments, so
@@ -24,16 +23,13 @@ Document = str | list[int]
 
 SEED = 42  # SAEBench's, for the order of shards
 FIRST_ROWS, MOST_ROWS = 64, 1024  # of a segment: the first is read to see whether it can be, a long run has few of them
-# what readers say of a file without rows
-OF_NO_ROWS = ("BatchSize must be greater than 0, got 0", "No columns to parse from file")
+OF_NO_ROWS = ("BatchSize must be greater than 0, got 0", "No columns to parse from file")  # readers of a file without
 LOOKED_AT = 1000  # rows that must hold a text, or the column is the wrong one
-
-# ------------------------------------------------------------------------------------------------ rows
-
-
 BEGIN = {"shard": 0, "rows": None}  # the state of files: which of them, and the position in it by `datasets`
 # of segments: which, documents of it handed out, where its rows begin
 BEGIN_SEGMENTS = {"segment": 0, "row": 0, "source": None}
+
+# ------------------------------------------------------------------------------------------------ rows
 
 
 class Rows:
@@ -81,8 +77,7 @@ class Rows:
             except Exception as error:  # noqa: BLE001  each reader raises its own
                 if any(words in str(error) for words in OF_NO_ROWS):
                     continue
-                # it stands in the list: what failed is a request
-                if not self.of.local and isinstance(error, FileNotFoundError):
+                if not self.of.local and isinstance(error, FileNotFoundError):  # it is listed: a request failed
                     raise ConnectionError(f"{file} could not be opened: {network.first_line(error)}") from None
                 if not self.of.local:
                     raise
@@ -103,9 +98,12 @@ def open_file(file: str, module: str, options: dict):
 
     lines = {"encoding": "utf-8-sig", "encoding_errors": "replace", "chunksize": HEAD}
     if module == "text":
-        return _reader("text", file, **lines, **({} if _a_document_a_line(file, lines) else {"sample_by": "paragraph"}))
+        if "\n\n" not in _head(file, lines):
+            return _reader("text", file, **lines)  # a document a line
+        return _reader("text", file, **lines, sample_by="paragraph")
     if module == "json":
-        if suffix_of(file) != ".json" and "field" not in options or _is_lines(file, lines):
+        by_name = suffix_of(file) != ".json" and "field" not in options
+        if by_name or _is_lines(file, lines):
             return _reader("text", file, **lines)
         whole = _reader("text", file, **lines, sample_by="document")
         return whole.map(functools.partial(_items, options.get("field")), batched=True, batch_size=1)
@@ -126,21 +124,18 @@ def _header(file: str, options: dict) -> list[str]:
 
 
 def _reader(module: str, file: str, **options):
-    """One file through a reader of `datasets`; load_dataset itself would take brackets in its name for a pattern,
-    and ask the hub.
-    """
+    """One file through a reader of `datasets`: load_dataset takes brackets for a pattern, and asks the hub."""
     import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.load import import_main_class
 
-    # `datasets` reads on after a broken connection, but what a half-read buffer held is then lost: here a file is
-    # opened anew instead
+    # `datasets` reads on after a broken connection, but loses what a half-read buffer held: here a file is opened anew
     datasets.config.STREAMING_READ_MAX_RETRIES = 1
     for wait in ("RETRY", "SERVER_UNAVAILABLE_RETRY", "RATE_LIMIT_RETRY"):
         setattr(datasets.config, f"STREAMING_READ_{wait}_INTERVAL", 0)
     kind = import_main_class(f"datasets.packaged_modules.{module}.{module}")
-    return kind(data_files=DataFilesDict({"train": DataFilesList([file], [()])}),
-                **options).as_streaming_dataset(split="train")
+    files = DataFilesDict({"train": DataFilesList([file], [()])})
+    return kind(data_files=files, **options).as_streaming_dataset(split="train")
 
 
 def _head(file: str, lines: dict) -> str:
@@ -152,10 +147,6 @@ def _head(file: str, lines: dict) -> str:
         if size >= HEAD:
             break
     return "\n".join(taken).strip("\n")
-
-
-def _a_document_a_line(file: str, lines: dict) -> bool:
-    return "\n\n" not in _head(file, lines)
 
 
 def _is_lines(file: str, lines: dict) -> bool:
@@ -189,8 +180,10 @@ def document(row: dict | None, field: str) -> tuple[Document | None, str | None]
     value = row[field]
     if value is None:
         return None, "null"
-    if isinstance(value, list):
-        return (value, None) if _are_ids(value) else (None, "empty" if not value else "not text")
+    if _are_ids(value):
+        return value, None
+    if isinstance(value, list) and not value:
+        return None, "empty"
     if not isinstance(value, str):
         return None, "not text"
     if not value or value.isspace():
@@ -208,13 +201,14 @@ def _are_ids(value) -> bool:
 
 def columns_of(rows: Iterable[dict | None]) -> list[str]:
     """The columns that hold text, or token ids, in some of the rows."""
-    return list(dict.fromkeys(key for row in rows if row for key, value in row.items() if isinstance(value, str)
-                              or _are_ids(value)))
+    return list(dict.fromkeys(key for row in rows if row for key, value in row.items()
+                              if isinstance(value, str) or _are_ids(value)))
 
 
 def sifted(rows: Iterable[dict | None], of: Found, field: str, skipped: dict[str, int],
            check: bool) -> Iterator[Document]:
     """The documents of rows; others are counted in `skipped` by what is wrong.
+
     ValueError if `check` finds no text in the first 1,000.
     """
     seen: list | None = [] if check else None  # rows without text so far
@@ -238,10 +232,11 @@ def _no_text(of: Found, field: str, rows: list) -> ValueError:
     columns = ", ".join(name if len(name) < 40 else f"{name[:37]}…" for name in columns_of(rows))
     if not columns and of.module == "json" and not any(rows):
         return ValueError(f"{of.name} holds no JSON objects, one a line or in an array\n"
-                          f"write each document as {{\"text\": \"…\"}}")
+                          'write each document as {"text": "…"}')
     seen = "; ".join(f"{key}: {type(value).__name__}" for key, value in next(filter(None, rows), {}).items())
+    there = columns or f"none ({seen[:200]})"
     return ValueError(f"{of.name} has no text in the column {field!r}\n"
-                      f"give --text_field; columns with text: {columns or f'none ({seen[:200]})'}")
+                      f"give --text_field; columns with text: {there}")
 
 
 def rows_of(segment: int) -> int:
@@ -256,9 +251,10 @@ class Stream:
     hub is kept. ValueError for a column that never holds text, and for a state of other texts than these.
     """
 
-    def __init__(self, name: str, text_field: str = "text", keep: Callable[[Document], bool] | None = None, state: dict
-                 | None = None, cache_dir: Path | None = None, shuffled: bool = True):
-        self.name, self.text_field, self.keep, self.cache_dir, self.shuffled = name, text_field, keep, cache_dir, shuffled
+    def __init__(self, name: str, text_field: str = "text", keep: Callable[[Document], bool] | None = None,
+                 state: dict | None = None, cache_dir: Path | None = None, shuffled: bool = True):
+        self.name, self.text_field, self.keep = name, text_field, keep
+        self.cache_dir, self.shuffled = cache_dir, shuffled
         self.skipped: dict[str, int] = {}
         self.of = identity(name)
         if state and state.get("of") != self.of:
@@ -277,8 +273,8 @@ class Stream:
 
     def state(self) -> dict:
         """What follows the last document handed out, as JSON-able values."""
-        return {"of": self.of,
-                **self._place} if "segment" in self._place or not self._rows else {"of": self.of, **self._rows.state()}
+        read_from_files = self._rows and "segment" not in self._place
+        return {"of": self.of, **(self._rows.state() if read_from_files else self._place)}
 
     def _from_files(self) -> Iterator[Document]:
         of = found(self.name)
@@ -303,14 +299,13 @@ class Stream:
                 self._place = {"segment": n + 1, "row": 0, "source": segment["after"]}
 
     def segment(self, n: int, source: dict | None) -> dict:
-        """The documents of the n-th segment of rows, read from a state of the source on, or as they were kept:
+        """The documents of the n-th segment of rows, read from a state of the source on, or as they were kept.
 
-        {"rows": documents, "skipped": {reason: rows}, "columns": those with text, "after": state of the source, "end":
-        whether all is read}
+        {"rows": documents, "skipped": {reason: rows}, "columns": those with text, "after": the source's state behind
+        it, "end": whether all is read}
         """
         depends_on = {"texts": on_hub(self.name), "commit": self.of[1], "field": self.text_field,
-                      "shuffled": self.shuffled,
-                      "segment": n, "rows": rows_of(n), "version": VERSION}
+                      "shuffled": self.shuffled, "segment": n, "rows": rows_of(n), "version": VERSION}
         return kept(self.cache_dir, "texts", depends_on, lambda: self._read(n, source))
 
     def _read(self, n: int, source: dict | None) -> dict:
@@ -322,15 +317,13 @@ class Stream:
             self._next = None  # a source that breaks off is opened anew
             most, skipped = rows_of(n), {}
             rows = list(itertools.islice(self._rows, most))
-            # the column may begin with nothing
-            if n == 0 and not any(document(row, self.text_field)[0] for row in rows):
+            if n == 0 and not any(document(row, self.text_field)[0] for row in rows):  # it may begin with nothing
                 most += LOOKED_AT
                 rows += itertools.islice(self._rows, LOOKED_AT)
             documents = list(sifted(rows, of, self.text_field, skipped, check=n == 0))
             self._next, network.HEARD["last"] = n + 1, "an answer"
             return {"rows": documents, "skipped": skipped, "columns": columns_of(rows[:100]),
-                    "after": self._rows.state(),
-                    "end": len(rows) < most}
+                    "after": self._rows.state(), "end": len(rows) < most}
 
         return text_files.asked(on_hub(self.name).repository, None, work)
 
@@ -354,7 +347,8 @@ def look(name: str, text_field: str = "text", tokenizer_ids: int | None = None, 
     """
     of = found(name, cache_dir)
     if of.local and of.files and not of.size:
-        raise ValueError(f"{name} is empty: 0 bytes in {len(of.files)} file{'s' * (len(of.files) > 1)}\n"
+        number = "1 file" if len(of.files) == 1 else f"{len(of.files)} files"
+        raise ValueError(f"{name} is empty: 0 bytes in {number}\n"
                          "give a file with text, or copy it again")
     with text_files.patient(f"texts: looking at the first rows of {name} ({(of.size or 0) / 1e6:,.0f} MB)"):
         return _look(name, of, text_field, tokenizer_ids, cache_dir)
@@ -381,10 +375,9 @@ def _look(name: str, of: Found, text_field: str, tokenizer_ids: int | None, cach
     return Look(columns, pretokenised, of.size, len(documents[0]))
 
 
-def enough(documents: Iterable[Document], ids_of: Callable[[list[Document]], list[list[int]]],
-           tokens_needed: int) -> int:
-    """min(tokens_needed, tokens of the documents); `ids_of` tokenises a list of them."""
+def enough(documents: Iterable[Document], ids_of: Callable[[list[Document]], list[list[int]]], needed: int) -> int:
+    """min(needed, tokens of the documents); `ids_of` tokenises a list of them."""
     documents, count = iter(documents), 0
-    while count < tokens_needed and (batch := list(itertools.islice(documents, 64))):
+    while count < needed and (batch := list(itertools.islice(documents, 64))):
         count += sum(map(len, ids_of(batch)))
-    return min(count, tokens_needed)
+    return min(count, needed)

@@ -1,5 +1,4 @@
-"""Which files a name of texts stands for: a data set of the hub, a local file or folder; their split, format and
-content.
+"""Which files a name of texts stands for, of the hub or local ones: their split, their format, what they hold.
 
 What a name means is told by `datasets`' own rules, from the names of files and a repository's card alone.
 """
@@ -20,15 +19,15 @@ from typing import Any, NamedTuple
 from evals.storage import network
 from evals.storage.identity import file_digest, files_digest
 
+# {suffix: the reader of `datasets`}
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-           ".arrow": "arrow", ".txt": "text"}  # suffix: the reader of `datasets`
+           ".arrow": "arrow", ".txt": "text"}
 CODECS = {".gz": "gzip", ".gzip": "gzip", ".bz2": "bz2", ".xz": "xz", ".lz4": "lz4", ".zst": "zstd", ".zstd": "zstd"}
 PACKAGES = {"lz4": "lz4", "zstd": "zstandard"}  # that a codec needs
 # goes into the keys of what is kept: raise it when a name comes to mean other files, or rows other documents
 VERSION = 1
 HEAD = 1 << 20  # bytes by which the sort of a file is told
-# files of a repository that say something of its others
-CARDS = {"README.md", "dataset_infos.json", ".huggingface.yaml"}
+CARDS = {"README.md", "dataset_infos.json", ".huggingface.yaml"}  # that say something of a repository's other files
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a copy of data sets with a loading script
 
 # ------------------------------------------------------------------------------------------------ names
@@ -46,20 +45,20 @@ def local_path(name: str) -> Path | None:
     """The path that a name means; None for a name on the hub. FileNotFoundError for a path where nothing is."""
     path = Path(name).expanduser()
     if path.exists():
-        # a file of the hub's cache is a link to one without a suffix
-        return path.resolve() if path.is_dir() else path.absolute()
+        return path.resolve() if path.is_dir() else path.absolute()  # the hub's cache has links to files without suffix
     if is_path(name):
         raise FileNotFoundError(f"no file or folder {name}\n"
-                                f"give an existing {', '.join(FORMATS)} file, a folder of them, or the name of a data "
-                                "set on the hub")
+                                f"give an existing {', '.join(FORMATS)} file, a folder of them, "
+                                "or the name of a data set on the hub")
     return None
 
 
 def is_path(name: str) -> bool:
     """Whether a name can only be meant as a path: the hub's are `owner/name` or `name`."""
     repository = name.split(":")[0]
-    return name.startswith((".", "~", "/")) or bool(re.match(r"[A-Za-z]:[\\/]", name)) or repository.count("/") > 1 \
-        or suffix_of(repository) in FORMATS
+    of_windows = re.match(r"[A-Za-z]:[\\/]", name)
+    return bool(name.startswith((".", "~", "/")) or of_windows or repository.count("/") > 1
+                or suffix_of(repository) in FORMATS)
 
 
 def on_hub(name: str) -> Named:
@@ -130,7 +129,7 @@ def check_end(file: str) -> None:
                 continue
             about = number(1)
             single, checksum = about >> 5 & 1, about >> 2 & 1
-            at += 5 + (not single) + (0, 1, 2, 4)[about & 3] + ((1 if single else 0), 2, 4, 8)[about >> 6]
+            at += 5 + (not single) + (0, 1, 2, 4)[about & 3] + (single, 2, 4, 8)[about >> 6]
             last = magic != 0xFD2FB528
             while not last and at < size:
                 stream.seek(at)
@@ -152,7 +151,8 @@ def check_encoding(file: str) -> None:
             head = stream.read(HEAD)
     except Exception as error:  # noqa: BLE001  each codec raises its own
         what = f"damaged or no {codec} file" if codec else "not to be read"
-        raise ValueError(f"{file} is {what}: {network.first_line(error)}\ncopy it again, or check its suffix") from error
+        raise ValueError(f"{file} is {what}: {network.first_line(error)}\n"
+                         "copy it again, or check its suffix") from error
     stray = head.decode("utf-8", "replace").count("\ufffd") - head.count("\ufffd".encode())
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(0) > len(head) // 10:
         raise ValueError(f"{file} is UTF-16 or binary, not UTF-8\nconvert it: iconv -f UTF-16 -t UTF-8")
@@ -179,7 +179,7 @@ def _on_disk(name: str, path: Path) -> Found:
         splits, module, options = {split: _saved(path / split) for split in names}, "arrow", {}
     elif (path / "state.json").exists() and (path / "dataset_info.json").exists():
         splits, module, options = {"train": _saved(path)}, "arrow", {}
-    elif (path / "README.md").exists() and "configs:" in (path / "README.md").read_text(encoding="utf-8", errors="replace"):
+    elif _has_card(path):
         splits, module, options = _of_copy(path)
     else:
         splits, module, options = _by_name(path), None, {}
@@ -197,12 +197,19 @@ def _on_disk(name: str, path: Path) -> Found:
     return Found(name, files, module, options, left_out, sum(Path(file).stat().st_size for file in files), True)
 
 
+def _has_card(folder: Path) -> bool:
+    """Whether a folder is a copy of a repository of the hub whose card says which files are which."""
+    card = folder / "README.md"
+    return card.exists() and "configs:" in card.read_text(encoding="utf-8", errors="replace")
+
+
 def _of_copy(folder: Path) -> tuple[dict[str, list[str]], str, dict]:
     """As `_resolve`, of a copy of a repository of the hub."""
     try:
         return _resolve(str(folder), None)
     except ValueError as error:
-        raise ValueError(f"{folder}: {network.first_line(error)}\ngive the folder of one configuration, or its files") from error
+        raise ValueError(f"{folder}: {network.first_line(error)}\n"
+                         "give the folder of one configuration, or its files") from error
 
 
 def _saved(folder: Path) -> list[str]:
@@ -233,8 +240,10 @@ def _by_name(folder: Path) -> dict[str, list[str]]:
     walked = (os.path.join(place, file) for place, _, names in os.walk(folder, followlinks=True) for file in names)
     there = sorted(file for file in walked if suffix_of(file) in FORMATS)
     taken = {os.path.realpath(file) for of_split in splits.values() for file in of_split}
-    if others := [file for file in there if os.path.realpath(file) not in taken and not _is_hidden(file, folder)]:
-        return splits | {f"no split ({os.path.relpath(others[0], folder)}{', …' if len(others) > 1 else ''})": others}
+    others = [file for file in there if os.path.realpath(file) not in taken and not _is_hidden(file, folder)]
+    if others:
+        more = ", …" if len(others) > 1 else ""
+        splits[f"no split ({os.path.relpath(others[0], folder)}{more})"] = others
     return splits
 
 
@@ -256,7 +265,7 @@ def _say(line: str) -> None:
 
 def _say_left_out(name: str, files: list[str], left_out: list[str]) -> None:
     if left_out and files:
-        number = f"{len(files)} file{'s' * (len(files) > 1)}"
+        number = "1 file" if len(files) == 1 else f"{len(files)} files"
         _say(f"texts: {name}: {number} of the train split ({PurePosixPath(files[0]).name}…), left out: "
              f"{', '.join(left_out)}")
 
@@ -277,14 +286,11 @@ _resolved: dict[tuple, list] = {}
 
 
 def resolved(repository: str, config: str | None, cache_dir: Path | None = None) -> list:
-    """[{split: files}, reader, its options, {file: bytes}] of a data set of the hub at its pinned commit;
-    asked once, then kept.
-    """
+    """[{split: files}, reader, its options, {file: bytes}] of a hub's data set at its pinned commit; asked once."""
     key = repository, config, network.commit("dataset", repository)
-
     if key not in _resolved:
         _resolved[key] = network.kept(cache_dir, "files", {"files": key, "version": VERSION},
-                              lambda: asked(repository, config, lambda: _resolve_on_hub(*key)))
+                                      lambda: asked(repository, config, lambda: _resolve_on_hub(*key)))
     return _resolved[key]
 
 
@@ -298,8 +304,7 @@ def _resolve_on_hub(repository: str, config: str | None, commit: str) -> list:
 
 
 def _by_names(repository: str, config: str | None, commit: str) -> list:
-    """As `resolved`: what `datasets` makes of a folder with the repository's card and, empty, its other files, whose
-    names tell splits.
+    """As `resolved`: what `datasets` makes of a folder with the repository's card and its other files, empty.
 
     Asked itself, it sends some fifteen requests for each configuration; like this it is three for the repository.
     """
@@ -324,9 +329,7 @@ def _by_names(repository: str, config: str | None, commit: str) -> list:
 
 
 def is_script(error: Exception) -> bool:
-    """Whether `datasets` refuses a loading script, which it runs no more;
-    the hub keeps a converted copy of such data sets.
-    """
+    """Whether `datasets` refuses a loading script, which it runs no more; the hub keeps converted copies of these."""
     return "scripts are no longer" in str(error) or "trust_remote_code" in str(error)
 
 
@@ -340,8 +343,8 @@ def converted(repository: str) -> str:
         try:
             network.PINNED[key] = HfApi().dataset_info(repository, revision=CONVERTED).sha
         except RevisionNotFoundError as error:
-            raise Refused(f"{repository} has a loading script, which `datasets` runs no more, and the hub no converted "
-                          "copy of it\n"
+            raise Refused(f"{repository} has a loading script, which `datasets` runs no more, "
+                          "and the hub no converted copy of it\n"
                           "give another data set, or its files: a local folder of them") from error
     return network.PINNED[key]
 
@@ -354,13 +357,12 @@ def _resolve(folder: str, config: str | None) -> tuple[dict[str, list[str]], str
 
     builder = datasets.load_dataset_builder(folder, config)
     about = {"name", "version", "data_dir", "data_files", "description"}
-    options = {f.name: getattr(builder.config, f.name) for f in dataclasses.fields(builder.config)
-               if f.name not in about}
-    default = {f.name: f.default for f in dataclasses.fields(builder.config)}
-    options = {key: value for key, value in options.items() if value != default[key]
-               and isinstance(value, str | int | float)}
-    return ({str(split): list(map(str, files)) for split, files in builder.config.data_files.items()},
-            type(builder).__module__.rsplit(".", 1)[-1], options)
+    fields = [f for f in dataclasses.fields(builder.config) if f.name not in about]
+    changed = {f.name: getattr(builder.config, f.name) for f in fields
+               if getattr(builder.config, f.name) != f.default}
+    options = {key: value for key, value in changed.items() if isinstance(value, str | int | float)}
+    splits = {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
+    return splits, type(builder).__module__.rsplit(".", 1)[-1], options
 
 
 @contextlib.contextmanager
@@ -399,19 +401,17 @@ def asked(repository: str, config: str | None, work: Callable[[], Any]) -> Any:
 
 
 def refused(error: Exception, repository: str, config: str | None = None) -> Exception:
-    """What to raise for an error of the hub's libraries, in words ("what\\nwhat to do");
-    one that is a ValueError stays one.
-    """
+    """What to raise for an error of the hub's libraries, in words ("what\\nwhat to do"); a ValueError stays one."""
     from huggingface_hub import constants
 
-    said = str(error)
-    if isinstance(error, ValueError) and (listed := re.search(r"(?:Available|available configs): \[(.*?)\]", said)):
+    listed = re.search(r"(?:Available|available configs): \[(.*?)\]", str(error))
+    if isinstance(error, ValueError) and listed:
         names = re.findall(r"'([^']*)'", listed[1])
         what = f"has no configuration {config!r}" if config else "has several configurations"
-        return ValueError(f"{repository} {what}\nwrite for example {repository}:{names[0]}; there are "
-                          f"{', '.join(names)}")
-    if network.status(error) or network.passing(error) or any("OfflineMode" in type(e).__name__
-                                                              for e in network.chain(error)):
+        return ValueError(f"{repository} {what}\n"
+                          f"write for example {repository}:{names[0]}; there are {', '.join(names)}")
+    offline = any("OfflineMode" in type(e).__name__ for e in network.chain(error))
+    if offline or network.status(error) or network.passing(error):
         return Refused(network.refusal(error, "dataset", repository, offline=constants.HF_HUB_OFFLINE))
     if isinstance(error, ValueError):
         return error
@@ -420,9 +420,7 @@ def refused(error: Exception, repository: str, config: str | None = None) -> Exc
 
 
 def identity(name: str) -> list[str]:
-    """What cache keys and cursors know of texts: the hash of local files' bytes, or a hub data set's commit;
-    OSError if not to be had.
-    """
+    """What cache keys and cursors know of texts: the hash of local files, or a hub data set's commit (or OSError)."""
     path = local_path(name)
     if not path:
         return [name, network.commit("dataset", on_hub(name).repository)]
@@ -436,9 +434,7 @@ def identity(name: str) -> list[str]:
 
 @functools.cache
 def shared(one: str, other: str, cache_dir: Path | None = None) -> str:
-    """How two names' texts overlap: "all", "none", or the name of a file that both have;
-    by content, whatever the names.
-    """
+    """How two names' texts overlap, by content: "all", "none", or the name of a file that both have."""
     if one == other:
         return "all"
     local = [bool(local_path(name)) for name in (one, other)]
@@ -449,6 +445,6 @@ def shared(one: str, other: str, cache_dir: Path | None = None) -> str:
     if sides[0] == sides[1]:
         return "all"
     both = sides[0] & sides[1]
-    named = (file for file in map(str, local_files(one))
-             if file_digest(file) in both) if local[0] else iter(sorted(both))
-    return next(named, "none")
+    if local[0]:
+        return next((str(file) for file in local_files(one) if file_digest(file) in both), "none")
+    return min(both, default="none")

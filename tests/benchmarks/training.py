@@ -71,8 +71,7 @@ from torch.profiler import ProfilerActivity
 
 import experiment
 from evals.cache import Cache
-from evals.model import language_model
-from evals.model import places as model_places
+from evals.model import architecture, language_model
 from evals.texts.source import Listed
 from runs import environment
 
@@ -216,7 +215,7 @@ def lm_flop(config, blocks: int, context: int) -> float:
     """FLOP a token of a pass through so many blocks."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return blocks * (2 * model_places.sizes(config, "", 1)["block_parameters"] + 2 * heads * head_dim * (context + 1))
+    return blocks * (2 * architecture.sizes(config, "", 1)["block_parameters"] + 2 * heads * head_dim * (context + 1))
 
 
 def sae_flop(d_in: int, width: int) -> float:

@@ -13,8 +13,7 @@ from sklearn.metrics import f1_score
 from evals import Setup, absorption, declared
 from evals.cache import Cache
 from evals.common import first_letter, pooling
-from evals.model import language_model
-from evals.texts import tiny
+from evals.model import built_in, language_model
 from tests.evals import scarce
 
 # words of the letter with number SPLIT ("h") that carry MARK have features of their own
@@ -114,7 +113,7 @@ def sentencepiece_like():
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", unk_token="<unk>")
 
 
-@pytest.mark.parametrize("make", [FakeTokenizer, tiny._tokenizer, sentencepiece_like],
+@pytest.mark.parametrize("make", [FakeTokenizer, built_in.tiny_tokenizer, sentencepiece_like],
                          ids=["words", "byte-level", "sentencepiece"])
 def test_words_stand_as_one_token_where_the_protocol_reads(make):
     """Fails if a prompt's lines have other tokens than its text, or a word's token is not where it is looked for."""
@@ -133,7 +132,7 @@ def test_words_stand_as_one_token_where_the_protocol_reads(make):
         assert ids == words[3].head + words[3].tail + word.head and "▁dogs" not in word.text
         full = tokenizer([text + " has the first letter:"], add_special_tokens=False)["input_ids"][0]
         assert full[:len(ids)] == ids
-        if make is not tiny._tokenizer:  # whose words for the question are not single tokens
+        if make is not built_in.tiny_tokenizer:  # whose words for the question are not single tokens
             assert full[-6] == word.head[-1]
 
 
@@ -168,7 +167,7 @@ def test_a_prompt_is_examples_then_words():
 @pytest.mark.parametrize("architecture", ["gemma2", "llama"])
 def test_what_follows_the_word_is_not_needed(tmp_path, architecture):
     """Fails if the activation of a prompt cut after its word, beside longer ones, is not the whole prompt's."""
-    folder = tiny.model_folder(tmp_path, architecture)
+    folder = built_in.tiny_folder(tmp_path, architecture)
     lm = language_model.load(str(folder), "tiny", torch.float32, "cpu")
     words = first_letter.vocabulary(lm.tokenizer)
     prompted = [p for n in (1, 3) for p in first_letter.prompts(words[:6], words, n, n, lm.bos, random.Random(0))]
@@ -404,7 +403,7 @@ def test_a_tokenizer_that_joins_lines_is_refused(tmp_path):
 
 def test_the_tiny_profile_ends_without_a_score(tmp_path):
     """Fails if the random model's run raises, or claims to know letters."""
-    lm = language_model.load(str(tiny.model_folder(tmp_path)), "tiny", torch.float32, "cpu")
+    lm = language_model.load(str(built_in.tiny_folder(tmp_path)), "tiny", torch.float32, "cpu")
     shown = SimpleNamespace(tokenizer=lm.tokenizer, bos=lm.bos, device="cpu", digest=lm.digest,
                             residual=lambda tokens_BT, layer: lm.residuals(tokens_BT, [layer])[layer])
     setup = make_setup(tmp_path, shown, **absorption.CONFIG["tiny"])

@@ -1,6 +1,4 @@
-"""Every architecture of transformers that people train SAEs on:
-residuals, the rest of the pass and logits are the model's own.
-"""
+"""Every architecture that people train SAEs on: residuals, the rest of the pass and logits are the model's own."""
 
 import json
 import math
@@ -10,7 +8,7 @@ import torch
 import transformers
 
 import experiment
-from evals.model import language_model, places
+from evals.model import checks, language_model, places
 from evals.texts import packing, tiny
 from tests import architectures
 from variants.preflight import budget
@@ -23,17 +21,20 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
+def saved(folder, name):
+    """The folder of the tiny random model of that architecture, saved once."""
+    where = folder / name
+    return where if where.exists() else architectures.save(name, where)
+
+
 @pytest.fixture(params=list(architectures.configurations()))
 def model(request, folder):
     """(name, folder of the tiny random model)"""
-    where = folder / request.param
-    return request.param, where if where.exists() else architectures.save(request.param, where)
+    return request.param, saved(folder, request.param)
 
 
 def untouched(where):
-    """The model by transformers alone; eager, since other kernels drop Gemma-2's soft-capping in
-    some versions without a word.
-    """
+    """The model by transformers alone; eager, since other kernels may drop Gemma-2's soft-capping in silence."""
     return transformers.AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager").eval()
 
 
@@ -57,14 +58,15 @@ def hooked(hf, tokens_BT, change):
 
 @pytest.mark.slow
 def test_residuals_and_what_follows_them_are_the_model_s_own(model):
-    """Fails if an eval's residual is another than the block's output, if what follows a replaced or ablated one is not
-    what the
-    untouched model makes of it (a scale, a cap, a bias, a mask or a position lost), or sizes are not the model's."""
+    """Fails if an eval's residual is not the block's output, what follows another one not the untouched model's.
+
+    A scale, a cap, a bias, a mask or a position may be lost there. The sizes must be the model's, too.
+    """
     name, where = model
     tokens_BT = torch.randint(5, 390, (3, 24), generator=torch.Generator().manual_seed(1))
     plain = untouched(where)
     lm = language_model.load(where, name, torch.float32, "cpu")
-    language_model.trial(lm, [0, LAYER, 2])
+    checks.trial(lm, [0, LAYER, 2])
     truth, _ = hooked(plain, tokens_BT, lambda x: x)
     for x_BTD in (lm.residuals(tokens_BT, [LAYER])[LAYER], lm.residual(tokens_BT, LAYER)):
         assert (x_BTD - truth).abs().max() < 1e-4 * truth.abs().max()
@@ -76,7 +78,8 @@ def test_residuals_and_what_follows_them_are_the_model_s_own(model):
     shape = places.shape(str(where), 4)
     assert (shape["d_model"], shape["n_layers"]) == (truth.shape[-1], 3)
     assert shape["bytes"] == 4 * sum(p.numel() for p in plain.parameters())
-    assert 3 * shape["block_parameters"] < shape["bytes"] / 4 and budget.rows_per_pass(1e9, 24, 4 * shape["d_model"], "cpu") > 0
+    assert 3 * shape["block_parameters"] < shape["bytes"] / 4
+    assert budget.rows_per_pass(1e9, 24, 4 * shape["d_model"], "cpu") > 0
     assert shape["positions"] in (architectures.POSITIONS, 2048, None) and math.isfinite(float(logits.detach().sum()))
 
 
@@ -84,9 +87,7 @@ def test_the_bridge_is_used_where_it_agrees_and_only_there(folder, capsys):
     """Fails if another model's residuals are taken for Cohere's, in silence, or Llama loses TransformerLens' hooks."""
     for name, agrees in (("llama", True), ("gpt2", True), ("cohere", False), ("deepseek_v2", False),
                          ("gemma3_wrapped", False)):
-        where = folder / name
-        lm = language_model.load(where if where.exists() else architectures.save(name, where), name, torch.float32,
-                                 "cpu")
+        lm = language_model.load(saved(folder, name), name, torch.float32, "cpu")
         assert (lm.bridge is not None) == agrees
         for _ in range(2):
             lm.residual(torch.zeros(1, 3, dtype=torch.long), 1)
@@ -95,9 +96,7 @@ def test_the_bridge_is_used_where_it_agrees_and_only_there(folder, capsys):
 
 def test_gradients_pass_through_what_follows(folder):
     """Fails if RAVEL's masks would get no gradient through `finish` and `unembed`."""
-    where = folder / "gpt2"
-    lm = language_model.load(where if where.exists() else architectures.save("gpt2", where), "gpt2", torch.float32,
-                             "cpu")
+    lm = language_model.load(saved(folder, "gpt2"), "gpt2", torch.float32, "cpu")
     x_BTD = torch.randn(2, 5, 32, requires_grad=True)
     lm.unembed(lm.finish(x_BTD, LAYER))[:, -1, 7].sum().backward()
     assert x_BTD.grad[:, -1].abs().max() > 0 and x_BTD.grad[:, 0].isfinite().all()
@@ -105,9 +104,7 @@ def test_gradients_pass_through_what_follows(folder):
 
 @pytest.mark.slow
 def test_a_whole_run_measures_the_model_itself(model, tmp_path):
-    """Fails if a run breaks on a family without Llama's names,
-    or core's loss without an SAE is not the model's own on its rows.
-    """
+    """Fails if a run breaks on a family without Llama's names, or core's loss without an SAE is not the model's."""
     name, where = model
     config = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 4,
                        "n_eval_sparsity_variance_batches": 4}}

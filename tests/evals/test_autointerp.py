@@ -17,7 +17,7 @@ from evals import Setup, autointerp, declared
 from evals.autointerp import judge, windows
 from evals.cache import Cache, digest
 from evals.common import pooling
-from evals.texts import tiny
+from evals.model import built_in
 from evals.texts.source import Source
 from tests.evals import scarce
 
@@ -854,7 +854,7 @@ def test_eos_is_kept_where_it_is_the_padding_token():
     """Fails if documents lose their boundary or rows lose tokens where padding is EOS, or if EOS counts as text."""
     kept = []
     for padding in ("<pad>", None):
-        tokenizer = tiny._tokenizer()
+        tokenizer = built_in.tiny_tokenizer()
         tokenizer.pad_token = padding or tokenizer.eos_token
         special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         lm = SimpleNamespace(tokenizer=tokenizer, bos=tokenizer.bos_token_id, special_ids=special)
@@ -893,7 +893,7 @@ def test_what_cannot_be_judged_is_a_problem_with_its_figure(server, tmp_path):
 def test_the_tiny_profile_has_text_enough(server, tmp_path):
     """Fails if the tiny profile's settings, texts or tokenizer do not give cases for the judge."""
     lm, source = FakeLM(), Source("tiny", cache_dir=tmp_path)
-    lm.tokenizer = tiny._tokenizer()
+    lm.tokenizer = built_in.tiny_tokenizer()
     lm.bos, lm.special_ids = lm.tokenizer.bos_token_id, {0, 1, 2}
 
     def residual(tokens_BT, layer):

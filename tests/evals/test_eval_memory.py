@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import experiment
-from evals.model import memory, places
+from evals.model import architecture, memory
 from tests.evals.scarce import MESSAGE, small_setup
 
 
@@ -101,8 +101,11 @@ def test_a_real_model_that_ran_out_is_as_before(tmp_path):
             raise torch.OutOfMemoryError(MESSAGE)
 
     for block in (1, 2):
-        handle = places.blocks(lm._wrapped[0])[block].register_forward_pre_hook(run_out, with_kwargs=True)
-        halved = memory.residual(setup, tokens_BT) if block == 1 else memory.by_rows(setup, "the language model", lambda x_RTD: lm.finish(x_RTD, 1), x_BTD)
+        handle = architecture.blocks(lm._wrapped[0])[block].register_forward_pre_hook(run_out, with_kwargs=True)
+        if block == 1:
+            halved = memory.residual(setup, tokens_BT)
+        else:
+            halved = memory.by_rows(setup, "the language model", lambda x_RTD: lm.finish(x_RTD, 1), x_BTD)
         handle.remove()
         torch.testing.assert_close(halved, x_BTD if block == 1 else h_BTD, rtol=1e-4, atol=1e-5)
         setup.fits.clear()

@@ -78,8 +78,7 @@ def test_a_snapshot_is_the_repository(hub, hub_root, tmp_path):  # noqa: F811
         folder = Path(snapshot_download(name, repo_type=kind, endpoint=hub.url, token="hf_good", cache_dir=tmp_path))
         wanted = read(hub_root / f"{kind}s" / name / "main")
         assert folder.name == wanted.commit == HfApi(endpoint=hub.url).repo_info(name, repo_type=kind).sha
-        assert {path: (folder / path).read_bytes()
-                for path in wanted.files} == {p: f.read_bytes() for p, f in wanted.files.items()}
+        assert all((folder / path).read_bytes() == file.read_bytes() for path, file in wanted.files.items())
         assert len([f for f in folder.rglob("*") if f.is_file()]) == len(wanted.files)
 
 
@@ -87,16 +86,19 @@ LOADING = """
 import json, datasets
 from datasets import load_dataset
 found = {}
-for name, config in [("monology/pile-uncopyrighted", None), ("Skylion007/openwebtext", None), ("Helsinki-NLP/europarl", "en-fr"),
-                     ("LabHC/bias_in_bios", None), ("canrager/amazon_reviews_mcauley_1and5", None), ("fancyzhx/ag_news", None),
-                     ("cais/mmlu", "human_aging"), ("cais/wmdp", "wmdp-bio"), ("cais/wmdp-bio-forget-corpus", None),
-                     ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("texts/two-configs", "stories"), ("texts/pretokenised", None),
-                     ("texts/null-row", None), ("texts/parquet", None), ("texts/private", None)]:
+configs = {"Helsinki-NLP/europarl": "en-fr", "cais/mmlu": "human_aging", "cais/wmdp": "wmdp-bio",
+           "Salesforce/wikitext": "wikitext-2-raw-v1", "texts/two-configs": "stories"}
+plain = ["monology/pile-uncopyrighted", "Skylion007/openwebtext", "LabHC/bias_in_bios",
+         "canrager/amazon_reviews_mcauley_1and5", "fancyzhx/ag_news", "cais/wmdp-bio-forget-corpus",
+         "texts/pretokenised", "texts/null-row", "texts/parquet", "texts/private"]
+for name, config in [*configs.items(), *((name, None) for name in plain)]:
     whole, streamed = load_dataset(name, config), load_dataset(name, config, streaming=True)
     assert {s: next(iter(d)) for s, d in whole.items()} == {s: next(iter(d)) for s, d in streamed.items()}, name
     assert whole["train" if "train" in whole else "test"].features, name
-    found[name] = {split: [d.num_rows, streamed[split].num_shards, sorted(d.column_names)] for split, d in whole.items()}
-files = load_dataset("parquet", data_files="hf://datasets/codeparrot/github-code/data/train-*.parquet", split="train", streaming=True)
+    found[name] = {split: [d.num_rows, streamed[split].num_shards, sorted(d.column_names)]
+                   for split, d in whole.items()}
+files = load_dataset("parquet", data_files="hf://datasets/codeparrot/github-code/data/train-*.parquet",
+                     split="train", streaming=True)
 found["codeparrot/github-code"] = {"train": [sum(1 for _ in files), files.num_shards, sorted(next(iter(files)))]}
 for name in ("codeparrot/github-code", "texts/two-configs", "texts/closed"):
     try:
@@ -111,20 +113,19 @@ print(json.dumps(found))
 def test_datasets_reads_every_repository_whole_and_as_a_stream(hub, tmp_path):  # noqa: F811
     """Fails if a data set cannot be loaded by its name, or has other splits, rows, files or columns than are meant."""
     found = run(hub, tmp_path, LOADING)
-    columns = {name: sorted(columns) for name, splits in found.items() if isinstance(splits, dict)
-               for _, _, columns in splits.values()}
+    loaded = {name: splits for name, splits in found.items() if isinstance(splits, dict)}
+    columns = {name: columns for name, splits in loaded.items() for _, _, columns in splits.values()}
+    rows = {name: {split: n for split, (n, _, _) in splits.items()} for name, splits in loaded.items()}
     assert found[PILE] == {"train": [1800, 30, ["meta", "text"]]}
     assert found["Skylion007/openwebtext"] == {"train": [3200, 80, ["text"]]}
     assert found["Helsinki-NLP/europarl"] == {"train": [600, 2, ["translation"]]}
-    assert {split: rows
-            for split, (rows, _, _) in found["LabHC/bias_in_bios"].items()} == {"train": 3360, "test": 2240, "dev": 560}
-    assert {split: rows
-            for split, (rows, _, _) in found["texts/two-configs"].items()} == {"train": 200, "validation": 20, "test": 20}
+    assert rows["LabHC/bias_in_bios"] == {"train": 3360, "test": 2240, "dev": 560}
+    assert rows["texts/two-configs"] == {"train": 200, "validation": 20, "test": 20}
     assert columns["LabHC/bias_in_bios"] == ["gender", "hard_text", "profession"]
     assert columns["canrager/amazon_reviews_mcauley_1and5"] == ["category", "rating", "text"]
     assert columns["cais/wmdp-bio-forget-corpus"] == ["abstract", "doi", "text", "title"]
-    assert columns["cais/mmlu"] == ["answer", "choices", "question",
-                                    "subject"] and columns["texts/pretokenised"] == ["input_ids"]
+    assert columns["cais/mmlu"] == ["answer", "choices", "question", "subject"]
+    assert columns["texts/pretokenised"] == ["input_ids"]
     assert found["codeparrot/github-code"] == {"train": [1584, 8, ["content", "license", "path", "repo_name", "size"]]}
     assert "scripts are no longer supported" in found["codeparrot/github-code refused"]
     assert "Config name is missing" in found["texts/two-configs refused"]
@@ -146,20 +147,20 @@ for name in ("google/gemma-2-2b", "google/gemma-2-2b-it"):
     with torch.no_grad():
         loss = lm(tokens, labels=tokens).loss.item()
     special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
-    found[name] = [str(lm.dtype), lm.config.num_hidden_layers, special, tokens[0, 0].item(), tokenizer.chat_template is not None,
-                   math.log(lm.config.vocab_size) - loss, lm.model.embed_tokens.weight.float().std(0).sum().item()]
+    spread = lm.model.embed_tokens.weight.float().std(0).sum().item()
+    found[name] = [str(lm.dtype), lm.config.num_hidden_layers, special, tokens[0, 0].item(),
+                   tokenizer.chat_template is not None, math.log(lm.config.vocab_size) - loss, spread]
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 def test_transformers_loads_the_tiny_gemma(hub, tmp_path):  # noqa: F811
-    """Fails if model or tokenizer cannot be had by the real name, a text does not survive,
-    or the model guesses no better than chance.
-    """
+    """Fails if model or tokenizer lack the real name, a text does not survive, or the guesses are mere chance."""
     found = run(hub, tmp_path, GUESSING)
-    assert [row[:5] for row in found.values()] == [["torch.float32", 26, [0, 1, 2], 2, False],
-                                                   ["torch.bfloat16", 26, [0, 1, 2], 2, True]]
+    base, instruct = (row[:5] for row in found.values())
+    assert base == ["torch.float32", 26, [0, 1, 2], 2, False]
+    assert instruct == ["torch.bfloat16", 26, [0, 1, 2], 2, True]
     assert all(row[5] > 0.15 for row in found.values())  # nats better than a uniform guess
     assert len({row[6] for row in found.values()}) == 2  # different weights
 
@@ -180,15 +181,15 @@ def test_transformers_loads_the_tiny_gemma(hub, tmp_path):  # noqa: F811
 def test_each_token_is_refused_in_the_hubs_way(hub, tmp_path, name, token, error, status):  # noqa: F811
     """Fails if a token reads what it may not, or the library takes the refusal for another one."""
     kind = "model" if name == GEMMA else "dataset"
-    # the second for a 403 without a code: its cause tells
-    with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)) as refused:
+    with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)) as refused:  # the second: of a 403 without a code
         snapshot_download(name, repo_type=kind, endpoint=hub.url, token=token, cache_dir=tmp_path)
     found = refused.value
     while found.__cause__ is not None and not isinstance(found, error):
         found = found.__cause__
     assert isinstance(found, error) and found.response.status_code == status
     assert isinstance(found, GatedRepoError) == (error is GatedRepoError)
-    assert ("fine-grained" in str(found)) == (token == "hf_fine") and ("Invalid credentials" in str(found)) == (token == "hf_expired")
+    assert ("fine-grained" in str(found)) == (token == "hf_fine")
+    assert ("Invalid credentials" in str(found)) == (token == "hf_expired")
 
 
 def test_a_gated_repository_is_listed_and_a_readable_one_needs_no_token(hub, tmp_path):  # noqa: F811
@@ -207,8 +208,8 @@ def test_a_push_is_a_new_commit_and_the_old_one_can_still_be_read(hub, hub_root,
     after = hub.push("dataset", NEWS, {"README.md": b"other\n", NEWS_FILE: None, "more/x.txt": b"x"})
     assert before != after == hub.commit("dataset", NEWS)
     api = HfApi(endpoint=hub.url)
-    assert api.dataset_info(NEWS).sha == after == api.list_repo_refs(NEWS,
-                                                                     repo_type="dataset").branches[0].target_commit
+    (main,) = api.list_repo_refs(NEWS, repo_type="dataset").branches
+    assert api.dataset_info(NEWS).sha == after == main.target_commit
     assert NEWS_FILE not in api.list_repo_files(NEWS, repo_type="dataset")
     assert download(hub, tmp_path, NEWS, "README.md").read_text() == "other\n"
     assert download(hub, tmp_path, NEWS, "README.md", revision=before).read_text().startswith("---")
@@ -219,9 +220,7 @@ def test_a_push_is_a_new_commit_and_the_old_one_can_still_be_read(hub, hub_root,
 
 
 def test_a_file_rewritten_in_place_changes_the_commit_and_pushes_go_with_the_server(tmp_path):
-    """Fails if the server keeps what it once read of a folder, a new repository cannot be pushed,
-    or one stays behind.
-    """
+    """Fails if the server keeps what it read of a folder, or a new repository cannot be pushed or stays behind."""
     repositories.build(tmp_path, ["texts/parquet"])
     with serving(tmp_path) as own:
         before = own.commit("dataset", "texts/parquet")
@@ -238,7 +237,8 @@ def test_a_file_rewritten_in_place_changes_the_commit_and_pushes_go_with_the_ser
 
 def test_a_part_of_a_file(hub, hub_root):  # noqa: F811
     """Fails if a range gives other bytes than asked for, or one behind the end is not refused."""
-    path, content = f"/datasets/{NEWS}/resolve/main/{NEWS_FILE}", (hub_root / "datasets" / NEWS / "main" / NEWS_FILE).read_bytes()
+    path = f"/datasets/{NEWS}/resolve/main/{NEWS_FILE}"
+    content = (hub_root / "datasets" / NEWS / "main" / NEWS_FILE).read_bytes()
     for asked, wanted in (("bytes=10-19", content[10:20]), ("bytes=-5", content[-5:]), ("bytes=1000-", content[1000:])):
         with ask(hub, path, Range=asked) as answer:
             assert (answer.status, answer.read()) == (206, wanted)
@@ -302,16 +302,16 @@ def test_a_body_that_breaks_off_is_noticed_and_fetched_again(hub, hub_root, tmp_
         answer.read()
 
 
-@pytest.mark.parametrize("kind, status", [("500", 500), ("503", 503), ("504", 504), ("drop", 0), ("cut", 0),
-                                          ("hang", 0)])
+@pytest.mark.parametrize("kind, status",
+                         [("500", 500), ("503", 503), ("504", 504), ("drop", 0), ("cut", 0), ("hang", 0)])
 def test_each_request_in_turn_can_fail(hub, kind, status):  # noqa: F811
     """Fails if a fault comes at another request, more than once, or is not noted."""
     path = f"/datasets/{NEWS}/resolve/main/README.md"  # answered by 307, then 200
     for n in (1, 2):
         hub.reset()
         rule = hub.fault_at(n, kind, seconds=0.1)
-        with pytest.raises((urllib.error.HTTPError, http.client.HTTPException,
-                            ConnectionError)), ask(hub, path) as answer:
+        broken = (urllib.error.HTTPError, http.client.HTTPException, ConnectionError)
+        with pytest.raises(broken), ask(hub, path) as answer:
             answer.read()
         expected = [307, 200][n - 1] if kind == "cut" else status
         assert [s for _, _, s in hub.requests] == [307][:n - 1] + [expected] and rule["fired"] == 1

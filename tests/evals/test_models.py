@@ -1,9 +1,8 @@
-"""Where a model's weights lie, what identifies them, and what can be wrong with a folder:
-told before anything is loaded.
-"""
+"""Where a model's weights lie, what identifies them, and what can be wrong with them, told before a run."""
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from evals.model import language_model, places
+from evals.model import architecture, checks, language_model, places
 from evals.storage import network
 from tests import architectures
 
@@ -26,10 +25,23 @@ def folder(llama, tmp_path):
     return shutil.copytree(llama, tmp_path / "copy")
 
 
+@pytest.fixture
+def lm(folder):
+    return load(folder)
+
+
+def load(folder, name="m"):
+    return language_model.load(folder, name, torch.float32, "cpu")
+
+
+def configure(folder, **changed):
+    """Other values in config.json."""
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+
+
 def test_the_content_of_a_folder_is_its_identity(folder, tmp_path):
     """Fails if another name or time makes another model, or other weights under the same name, size and time do not."""
-    import os
-
     before = places.identity(folder)
     assert places.identity(shutil.copytree(folder, tmp_path / "elsewhere")) == before
     weights = folder / "model.safetensors"
@@ -44,87 +56,98 @@ def test_the_content_of_a_folder_is_its_identity(folder, tmp_path):
 
 
 def test_two_models_of_the_hub_never_share_a_digest(llama, tmp_path, monkeypatch):
-    """Fails if what is known of a snapshot is not its commit (two models then share cached activations), or a folder
-    that a user names
-    in the hub's cache is taken for the commit that once was in it."""
+    """Fails if a snapshot is not known by its commit, or a folder that a user names in the hub's cache is.
+
+    Two models would share cached activations, or a folder would be taken for the commit that once was in it.
+    """
     digests = set()
-    for name, commit in (("google/gemma-2-2b", "a" * 40), ("google/gemma-2-2b-it", "a" * 40),
-                         ("google/gemma-2-2b", "b" * 40)):
+    pinned = [("google/gemma-2-2b", "a" * 40), ("google/gemma-2-2b-it", "a" * 40), ("google/gemma-2-2b", "b" * 40)]
+    for name, commit in pinned:
         place = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / commit
         if not place.exists():
             shutil.copytree(llama, place)
         monkeypatch.setattr(network, "PINNED", {("model", name): commit})
-        digests.add(language_model.load(place, name, torch.float32, "cpu").digest)
-    assert digests == {f"{name}@{commit * 40}:float32"
-                       for name, commit in (("google/gemma-2-2b", "a"), ("google/gemma-2-2b-it", "a"),
-                                                                            ("google/gemma-2-2b", "b"))}
+        digests.add(load(place, name).digest)
+    assert digests == {f"{name}@{commit}:float32" for name, commit in pinned}
     before = places.known_identity(str(place), "", "")
     weights = place / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert places.known_identity(str(place), "", "") != before
 
 
-def spoilt(folder, how):
-    config, index = folder / "config.json", folder / "model.safetensors.index.json"
-    if how in ("shard", "index cut", "index of nothing"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
-        (folder / "model.safetensors").unlink(missing_ok=True)
-    if how == "index cut":
-        index.write_text(index.read_text()[:-5])
-    elif how == "index of nothing":
-        index.write_text("{}")
-    elif how in ("gguf", "gguf alone"):
-        (folder / "model.safetensors").rename(folder / "m.gguf")
-        if how == "gguf alone":
-            config.unlink()
-    elif how == "adapter beside":
-        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x/y"}))
-    elif how == "config cut":
-        config.write_text(config.read_text()[:-5])
-    elif how == "empty":
-        (folder / "model.safetensors").write_bytes(b"")
-    elif how == "pickle cut":
-        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
-        (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-500])
-    elif how == "integers":
-        rewrite(folder, lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)})
-    elif how == "no blocks":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 0}))
-    elif how == "tokenizer cut":
-        (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:-200])
-    elif how == "tokenizer of another model":
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        tokenizer["model"]["vocab"] |= {f"more{i}": 400 + i for i in range(50)}
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    if how == "adapter":
-        config.unlink()
-        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-2-2b"}))
-    elif how == "no config":
-        config.unlink()
-    elif how == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-    elif how == "no weights":
-        (folder / "model.safetensors").unlink()
-    elif how == "shard":
-        sorted(folder.glob("model-0*.safetensors"))[1].unlink()
-    elif how == "cut":
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-10])
-    elif how == "encoder":
-        config.write_text(transformers.T5Config().to_json_string())
-    elif how == "quantised":
-        config.write_text(json.dumps(json.loads(config.read_text())
-                                     | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    elif how == "unknown type":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "nothing_known"}))
+def in_shards(folder):
+    """The index of the same weights in several files."""
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return folder / "model.safetensors.index.json"
+
+
+def cut(file, n):
+    file.write_bytes(file.read_bytes()[:-n])
+
+
+def adapter(folder, base):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+
+
+def adapter_alone(folder):
+    (folder / "config.json").unlink()
+    adapter(folder, "google/gemma-2-2b")
+
+
+def gguf(folder):
+    (folder / "model.safetensors").rename(folder / "m.gguf")
+
+
+def gguf_alone(folder):
+    gguf(folder)
+    (folder / "config.json").unlink()
+
+
+def pickle_cut(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    cut(folder / "pytorch_model.bin", 500)
+
+
+def other_tokenizer(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"more{i}": 400 + i for i in range(50)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+SPOILT = {
+    "adapter": adapter_alone,
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "shard": lambda folder: sorted(in_shards(folder).parent.glob("model-0*.safetensors"))[1].unlink(),
+    "cut": lambda folder: cut(folder / "model.safetensors", 10),
+    "encoder": lambda folder: (folder / "config.json").write_text(transformers.T5Config().to_json_string()),
+    "quantised": lambda folder: configure(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "unknown type": lambda folder: configure(folder, model_type="nothing_known"),
+    "index cut": lambda folder: cut(in_shards(folder), 5),
+    "index of nothing": lambda folder: in_shards(folder).write_text("{}"),
+    "gguf": gguf,
+    "gguf alone": gguf_alone,
+    "adapter beside": lambda folder: adapter(folder, "x/y"),
+    "config cut": lambda folder: cut(folder / "config.json", 5),
+    "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "pickle cut": pickle_cut,
+    "integers": lambda folder: rewrite(folder, lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+    "no blocks": lambda folder: configure(folder, num_hidden_layers=0),
+    "tokenizer cut": lambda folder: cut(folder / "tokenizer.json", 200),
+    "tokenizer of another model": other_tokenizer,
+}
 
 
 @pytest.mark.parametrize("how, words", [
-    ("adapter", "PEFT adapter of google/gemma-2-2b.*\n.*merge_and_unload"), ("no config", "no config.json\n"),
-    ("no tokenizer", "no tokenizer .*\n.*save_pretrained"), ("no weights", "lacks model.safetensors\n"),
-    ("shard", "lacks model-00002-of-.*\ncopy the folder whole"), ("cut", r"model.safetensors is damaged or cut off "
-                                                                         r"\([\d,]+ bytes\)\n"),
+    ("adapter", "PEFT adapter of google/gemma-2-2b.*\n.*merge_and_unload"),
+    ("no config", "no config.json\n"),
+    ("no tokenizer", "no tokenizer .*\n.*save_pretrained"),
+    ("no weights", "lacks model.safetensors\n"),
+    ("shard", "lacks model-00002-of-.*\ncopy the folder whole"),
+    ("cut", r"model.safetensors is damaged or cut off \([\d,]+ bytes\)\n"),
     ("encoder", "type t5, which is no causal language model\n"),
     ("quantised", "is quantised, and its format needs a package: .*\n.*before it was quantised"),
     ("unknown type", "config.json: .*nothing_known.*\n.*pip install -U transformers"),
@@ -137,33 +160,33 @@ def spoilt(folder, how):
     ("empty", r"model.safetensors is damaged or cut off \(0 bytes\)\n"),
     ("pickle cut", r"pytorch_model.bin is damaged or cut off \([\d,]+ bytes\)\n"),
     ("integers", "holds integers as weights, and config.json no quantization_config .*: model.norm.weight\n"),
-    ("no blocks", "says that it has no blocks\n"), ("tokenizer cut", "tokenizer.json is damaged or cut off: "),
-    ("tokenizer of another model", "has 50 ordinary tokens beyond the 400 .* such as 400 \\('more0'\\): it is another "
-                                   "model's\n")])
-def test_a_folder_that_cannot_serve_is_refused_from_its_files_alone(folder, how, words, monkeypatch):
+    ("no blocks", "says that it has no blocks\n"),
+    ("tokenizer cut", "tokenizer.json is damaged or cut off: "),
+    ("tokenizer of another model",
+     r"has 50 ordinary tokens beyond the 400 .* such as 400 \('more0'\): it is another model's\n")])
+def test_a_folder_that_cannot_serve_is_refused_from_its_files_alone(folder, how, words):
     """Fails if a folder passes preflight, or is filled up in silence, or ends in another library's words."""
-    spoilt(folder, how)
+    SPOILT[how](folder)
     with pytest.raises(ValueError, match=words):
         places.shape(str(folder), 4)
 
 
 def test_weights_that_would_be_made_up_are_refused(folder):
     """Fails if a missing weight becomes a random one: two runs would differ under one digest."""
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
-    with pytest.raises(ValueError, match=r"lacks weights that its configuration asks for: model.layers.3.* and \d+ "
-                                         r"more\n"):
-        language_model.load(folder, "m", torch.float32, "cpu")
+    configure(folder, num_hidden_layers=4)
+    words = r"lacks weights that its configuration asks for: model.layers.3.* and \d+ more\n"
+    with pytest.raises(ValueError, match=words):
+        load(folder)
 
 
 def test_blocks_that_the_configuration_does_not_have_are_not_left_out(folder):
     """Fails if a model is cut short in silence, or the one with a file too many in its index is refused."""
-    config = folder / "config.json"
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert places.shape(str(folder), 4)["n_layers"] == 3  # transformers takes the whole file first
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
+    configure(folder, num_hidden_layers=2)
     with pytest.raises(ValueError, match="has weights of block 2, and its configuration says 2 blocks\n"):
-        language_model.load(folder, "m", torch.float32, "cpu")
+        load(folder)
 
 
 def rewrite(folder, change):
@@ -182,7 +205,8 @@ def with_row(number, value):
     return change
 
 
-UP, DOWN, EMBED = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"
+UP, DOWN = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+EMBED = "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("change, words", [
@@ -193,8 +217,8 @@ UP, DOWN, EMBED = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_
     (lambda w: w | {DOWN: torch.ones(32, 60)}, rf"another shape .*: {DOWN}, \[32, 60\] instead of \[32, 64\]\n"),
     (lambda w: w | {"model.layers.1.mlp.down_proj.bias": torch.ones(32)},
      "makes no use of: model.layers.1.mlp.down_proj.bias\n"),
-    (with_weight(DOWN, with_row(3, math.nan)), f"{DOWN} holds NaN or infinite values in float32: 64 of its 2,048, "
-                                               "first in row 3\n"),
+    (with_weight(DOWN, with_row(3, math.nan)),
+     f"{DOWN} holds NaN or infinite values in float32: 64 of its 2,048, first in row 3\n"),
     (with_weight(EMBED, with_row(300, math.inf)), f"{EMBED} holds NaN or .* first in row 300, the token 300 "),
     (lambda w: w | {DOWN: 1e300 * w[DOWN].double()}, f"{DOWN} holds NaN or infinite values in float32: 2,048 of"),
     (lambda w: w | {key: 0 * value for key, value in w.items() if "layers.1." in key},
@@ -208,31 +232,26 @@ UP, DOWN, EMBED = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_
     (with_weight(UP, lambda x: 1e38 * x),
      "NaN or infinite values after block 1 in float32: it overflows with weights up to .*mlp.up_proj")])
 def test_weights_that_are_no_model_are_refused_at_the_load(folder, change, words):
-    """Fails if weights are made up or left out,
-    or a model that gives no numbers is found out by what was trained on it.
-    """
+    """Fails if weights are made up or left out, or training finds out that a model gives no numbers."""
     rewrite(folder, change)
     with pytest.raises((ValueError, RuntimeError), match=words):
-        language_model.load(folder, "m", torch.float32, "cpu")
+        load(folder)
 
 
 def test_what_old_files_hold_beside_the_weights_is_no_fault(folder, capsys):
-    """Fails if a buffer of an old version is taken for a weight, or a matrix of zeros that is meant ends the run,
-    or passes unsaid.
-    """
+    """Fails if an old version's buffer is taken for a weight, or a matrix of zeros ends the run or passes unsaid."""
     rewrite(folder, lambda w: w | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8), DOWN: 0 * w[DOWN]})
-    language_model.load(folder, "m", torch.float32, "cpu")
+    load(folder)
     assert f"has matrices of zeros alone: {DOWN}\n" in capsys.readouterr().out
 
 
-def test_the_token_that_gives_nan_is_named_and_not_its_neighbours(folder):
+def test_the_token_that_gives_nan_is_named_and_not_its_neighbours(lm):
     """Fails if the first token that has NaN is blamed: attention carries it to earlier tokens of the row too."""
-    lm = language_model.load(folder, "m", torch.float32, "cpu")
     lm.hf.get_input_embeddings().weight.data[77] = math.nan
     tokens_BT = torch.tensor([[lm.bos, 5, 6, 7, 8], [lm.bos, 9, 10, 77, 11]])
     x_ND = lm.residuals(tokens_BT, [1])[1][:, 1:].flatten(0, 1)
     assert int((~x_ND.isfinite().all(-1)).nonzero()[0]) == 4  # the 9, which is innocent
-    said = str(language_model.not_finite(lm, 1, x_ND, tokens_BT[:, 1:].flatten()))
+    said = str(checks.not_finite(lm, 1, x_ND, tokens_BT[:, 1:].flatten()))
     assert "for the token 77 ('" in said and "first before block 0, in its embeddings, in float32" in said
     lm.hf.get_input_embeddings().weight.data[77] = 0.1
     seen = []
@@ -244,22 +263,21 @@ def test_the_token_that_gives_nan_is_named_and_not_its_neighbours(folder):
     lm.backbone.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]),
                                           with_kwargs=True)
     x_ND = lm.residuals(tokens_BT[1:], [1])[1][:, 1:].flatten(0, 1)
-    said = str(language_model.not_finite(lm, 1, x_ND, tokens_BT[1, 1:]))
+    said = str(checks.not_finite(lm, 1, x_ND, tokens_BT[1, 1:]))
     assert "for the token 77 ('" in said and "after the 2 before it, first after block 1" in said
 
 
 def test_few_tokens_that_hold_most_of_the_norm_are_named(folder):
-    """Fails if outliers are not named with their shares, worked out by hand here,
-    or ordinary spread is taken for them.
-    """
+    """Fails if outliers are not named with their shares, worked out by hand, or ordinary spread is taken for them."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     x_ND, tokens_N = torch.ones(1000, 4), torch.arange(1000) % 100 + 10
-    assert language_model.outliers(x_ND * torch.linspace(0.5, 4, 1000)[:, None], tokens_N, tokenizer) is None
+    assert checks.outliers(x_ND * torch.linspace(0.5, 4, 1000)[:, None], tokens_N, tokenizer) is None
     x_ND[tokens_N == 20] *= 30  # 10 of 1,000 tokens, each 900 times a common one's square: 9000 / 9990
     x_ND[5] *= 20  # the token 15: 400 / 10389
-    said = language_model.outliers(x_ND.bfloat16(), tokens_N, tokenizer)
+    said = checks.outliers(x_ND.bfloat16(), tokens_N, tokenizer)
     assert said.startswith("1.10% of tokens, of norms over 10 times the median, hold 90.5% of E‖x‖²: ")
-    assert f"{tokenizer.decode([20])!r} (id 20): 1.00% of tokens, 86.6%; {tokenizer.decode([15])!r} (id 15): 0.10% of tokens, 3.9%;" in said
+    assert f"{tokenizer.decode([20])!r} (id 20): 1.00% of tokens, 86.6%; " in said
+    assert f"{tokenizer.decode([15])!r} (id 15): 0.10% of tokens, 3.9%;" in said
 
 
 @pytest.mark.parametrize("name", ["./no/such", "a/b/c", "~/nope"])
@@ -289,43 +307,38 @@ def test_a_tokenizer_without_bos_takes_eos_and_without_both_is_refused(folder):
     """Fails if rows begin with a made-up token."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.bos_token = None
-    assert places.bos_of(tokenizer, "m") == tokenizer.eos_token_id == 1
+    assert architecture.bos_of(tokenizer, "m") == tokenizer.eos_token_id == 1
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
     with pytest.raises(ValueError, match="neither a BOS nor an EOS token\n"):
         places.tokenizer(str(folder), "", "")
 
 
-def test_a_model_that_cannot_be_cut_is_refused_with_the_figure(folder):
-    """Fails if a model whose later blocks see more than the residual stream gets a result:
-    here block 2 sees the tokens themselves.
-    """
-    lm = language_model.load(folder, "m", torch.float32, "cpu")
-    language_model.trial(lm, [0, 1, 2])
+def test_a_model_that_cannot_be_cut_is_refused_with_the_figure(lm):
+    """Fails if a model whose blocks see more than the residual stream gets a result: here block 2 sees the tokens."""
+    checks.trial(lm, [0, 1, 2])
     seen = []
     lm.hf.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
     lm.blocks[2].register_forward_hook(lambda module, args, output: output + seen[-1])
-    with pytest.raises(RuntimeError, match=r"m \(llama\) gives other logits when .* after block 1 .* differ by [\d.]+ "
-                                           r"of their norm"):
-        language_model.trial(lm, [1])
+    words = r"m \(llama\) gives other logits when .* after block 1 .* differ by [\d.]+ of their norm"
+    with pytest.raises(RuntimeError, match=words):
+        checks.trial(lm, [1])
 
 
-def test_a_model_that_sees_later_tokens_is_refused(folder):
+def test_a_model_that_sees_later_tokens_is_refused(lm):
     """Fails if a model that is not causal is taken for one; here block 0 adds what the next token has."""
-    lm = language_model.load(folder, "m", torch.float32, "cpu")
     lm.blocks[0].register_forward_pre_hook(lambda module, args: (args[0] + args[0].roll(-1, 1), *args[1:]))
-    with pytest.raises(RuntimeError, match=r"is not causal: another last token changes .* block 1 by [\d.]+ of their "
-                                           r"norm"):
-        language_model.trial(lm, [1])
+    words = r"is not causal: another last token changes .* block 1 by [\d.]+ of their norm"
+    with pytest.raises(RuntimeError, match=words):
+        checks.trial(lm, [1])
 
 
-def test_nan_is_named_before_training(folder):
+def test_nan_is_named_before_training(lm):
     """Fails if a model that gives NaN is found out by the SAE's loss."""
-    lm = language_model.load(folder, "m", torch.float32, "cpu")
     lm.blocks[1].mlp.down_proj.weight.data.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="NaN or infinite values after block 1 in float32: its mlp.down_proj.weight "
-                                           "holds such"):
-        language_model.trial(lm, [1])
+    words = "NaN or infinite values after block 1 in float32: its mlp.down_proj.weight holds such"
+    with pytest.raises(RuntimeError, match=words):
+        checks.trial(lm, [1])
 
 
 def test_refusals_say_what_to_do(monkeypatch):
@@ -343,12 +356,11 @@ def test_refusals_say_what_to_do(monkeypatch):
     for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
+    fine = "Please enable access to public gated repositories in your fine-grained token settings"
     cases = [(error(HfHubHTTPError, 401, "Invalid credentials in Authorization header"), "invalid or expired",
               "hf auth login` again"),
              (error(GatedRepoError, 403, "not in the authorized list"), "no access to it yet", "ask for access on"),
-             (error(HfHubHTTPError, 403, "Please enable access to public gated repositories in your fine-grained token "
-                                         "settings"),
-              "fine-grained", "settings/tokens"),
+             (error(HfHubHTTPError, 403, fine), "fine-grained", "settings/tokens"),
              (error(RepositoryNotFoundError, 404, "no"), "no model o/n, or it is private, and there is no such folder",
               "check the name"),
              (error(HfHubHTTPError, 429, "Too Many Requests"), "asks to wait", "start again later"),
@@ -359,14 +371,12 @@ def test_refusals_say_what_to_do(monkeypatch):
         assert what in first and advice in second and "o/n" in first
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(network, "_stored_token", lambda: None)
-    assert "no token is given\naccept its licence" in network.refusal(error(GatedRepoError, 401, "Please log in"),
-                                                                      "model", "o/n")
+    said = network.refusal(error(GatedRepoError, 401, "Please log in"), "model", "o/n")
+    assert "no token is given\naccept its licence" in said
 
 
 def test_patience_waits_as_long_as_asked_and_only_for_what_may_pass(monkeypatch):
-    """Fails if Retry-After is ignored, a 404 is asked again, a dead network is waited for a minute,
-    or the last error is lost.
-    """
+    """Fails if Retry-After is ignored, a 404 asked again, a dead network waited for, or the last error lost."""
     import httpx
 
     waits = []
@@ -387,23 +397,20 @@ def test_patience_waits_as_long_as_asked_and_only_for_what_may_pass(monkeypatch)
         return httpx.HTTPStatusError(str(code), request=request,
                                      response=httpx.Response(code, headers=headers, request=request))
 
-    assert network.patiently("x", failing(http(429, **{"Retry-After": "17"}), http(503),
-                                          httpx.ReadTimeout("slow"))) == "done"
-    assert waits == [17, 2, 4]
+    passing = [http(429, **{"Retry-After": "17"}), http(503), httpx.ReadTimeout("slow")]
+    assert network.patiently("x", failing(*passing)) == "done" and waits == [17, 2, 4]
     waits.clear()
     with pytest.raises(httpx.HTTPStatusError):
         network.patiently("x", failing(http(404)))
     assert waits == []
-    with pytest.raises(httpx.ConnectError):
-        network.patiently("x", failing(*[httpx.ConnectError("refused")] * 9))
-    assert waits == [1, 2]
-    with pytest.raises(httpx.ConnectError):  # the next that is asked is not waited for again
-        network.patiently("x", failing(*[httpx.ConnectError("refused")] * 9))
-    assert waits == [1, 2]
+    for _ in range(2):  # the second that is asked is not waited for again
+        with pytest.raises(httpx.ConnectError):
+            network.patiently("x", failing(*[httpx.ConnectError("refused")] * 9))
+        assert waits == [1, 2]
     waits.clear()
     network.HEARD["last"] = "an answer"  # an outage in the middle of a run is waited out
-    assert network.patiently("x",
-                             failing(*[httpx.ConnectError("refused")] * 6)) == "done" and waits == [1, 2, 4, 8, 16, 32]
+    assert network.patiently("x", failing(*[httpx.ConnectError("refused")] * 6)) == "done"
+    assert waits == [1, 2, 4, 8, 16, 32]
     waits.clear()
     with pytest.raises(httpx.HTTPStatusError, match="500"):
         network.patiently("x", failing(*[http(500)] * 9))

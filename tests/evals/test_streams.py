@@ -1,6 +1,4 @@
-"""Reading documents: formats, splits, bad rows, cursors, what is kept of the hub;
-the hub itself is a list of rows here.
-"""
+"""Reading documents: formats, splits, bad rows, cursors, what is kept of the hub, which is a list of rows here."""
 
 import csv
 import gzip
@@ -9,7 +7,6 @@ import io
 import itertools
 import json
 import os
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +16,7 @@ import zstandard
 from evals.storage import network
 from evals.texts import hub, packing, splits, streams, text_files
 from evals.texts.source import Source
+from tests.evals.stand_ins import two_at_once
 
 TEXTS = ["The first one.", "Zwei\u2028Zeilen, \"so\" genannt", "trois\nlignes", "四つ", "five, and a comma", "last"]
 DOCUMENTS = ["The first one.\nIn two lines.", "Zwei.", "trois", "last"]  # of text files, where a blank line parts them
@@ -44,13 +42,12 @@ def saved(path, splits=None):
     import datasets
 
     whole = datasets.Dataset.from_dict({"text": TEXTS})
-    (datasets.DatasetDict({"train": whole, "test": whole.select([0])}) if splits
-     else whole).save_to_disk(path, num_shards=None)
+    if splits:
+        whole = datasets.DatasetDict({"train": whole, "test": whole.select([0])})
+    whole.save_to_disk(path, num_shards=None)
 
 
 def compressed(path, text):
-    import zstandard
-
     raw = text.encode()
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else zstandard.compress(raw))
 
@@ -83,14 +80,14 @@ WRITERS = {
 
 
 def expected(name):
-    return TEXTS[3:] if name.startswith("Lines") else DOCUMENTS if ".txt" in name else TEXTS
+    if name.startswith("Lines"):
+        return TEXTS[3:]
+    return DOCUMENTS if ".txt" in name else TEXTS
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_format_gives_its_documents_and_goes_on_after_each_of_them(tmp_path, name):
-    """Fails if a format is read wrongly, a row breaks at another sign than \\n,
-    or a cursor repeats or drops a document anywhere.
-    """
+    """Fails if a format is read wrongly, a row breaks at another sign than \\n, or a cursor repeats or drops any."""
     WRITERS[name](tmp_path / name)
     path, want = str(tmp_path / name), expected(name)
     for n in range(len(want) + 1):
@@ -101,9 +98,7 @@ def test_every_format_gives_its_documents_and_goes_on_after_each_of_them(tmp_pat
 
 
 def test_a_folder_of_compressed_files_in_several_parts(tmp_path):
-    """Fails if the order of files is another than numpy's shuffle by 42 of the sorted ones,
-    or the own order is not kept.
-    """
+    """Fails if the order of files is not numpy's shuffle by 42 of the sorted ones, or, asked for, their own."""
     for i in range(4):
         compressed(tmp_path / f"{i}.jsonl.{'gz' if i % 2 else 'zst'}", lines([{"text": f"{i} {r}"} for r in range(3)]))
     texts = [f"{i} {r}" for i in (3, 2, 1, 0) for r in range(3)]
@@ -114,30 +109,31 @@ def test_a_folder_of_compressed_files_in_several_parts(tmp_path):
 # ------------------------------------------------------------------------------------------------ splits
 
 
+def path_of(folder, name):
+    """The .jsonl file of that name, in which __ stands for /."""
+    return folder / (name.replace("__", "/") + ".jsonl")
+
+
 def write(folder, **files):
-    """{name of a file, _ for . and __ for /: its only text} as .jsonl files."""
+    """{name as `path_of` takes it: its only text} as .jsonl files."""
     for name, text in files.items():
-        path = folder / (name.replace("__", "/") + ".jsonl")
+        path = path_of(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(lines([{"text": text}]))
 
 
-@pytest.mark.parametrize("layout", [("train-0", "validation-0", "test-0"), ("train__a", "validation__a", "test__a"),
-                                    ("data__train-00000-of-00001", "data__dev-00000-of-00001",
-                                     "data__test-00000-of-00001")])
+@pytest.mark.parametrize("layout", [
+    ("train-0", "validation-0", "test-0"), ("train__a", "validation__a", "test__a"),
+    ("data__train-00000-of-00001", "data__dev-00000-of-00001", "data__test-00000-of-00001")])
 def test_only_the_train_split_is_read_and_what_is_left_out_is_said_once(tmp_path, capsys, layout):
-    """Fails if texts of another split are read, in any of the layouts that `datasets` knows,
-    or the line is missing or repeated.
-    """
+    """Fails if another split is read, in any layout that `datasets` knows, or the line is missing or repeated."""
     folder = tmp_path / "test [1]" / "validation"  # names of the folders above say nothing
     write(folder, **dict(zip(layout, ("trained on", "validation", "test"))))
     for _ in range(2):
         assert list(streams.Stream(str(folder))) == ["trained on"]
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("texts: ")]
     assert len(said) == 1 and f"{folder}: 1 file of the train split (" in said[0] and said[0].count("test") >= 2
-    (next(folder.rglob("*tra*.jsonl")) if "__" not in layout[0]
-     else next((folder / layout[0].split("__")[0]).glob("*tra*.jsonl"), None)
-     or folder / "train" / "a.jsonl").unlink()
+    path_of(folder, layout[0]).unlink()
     with pytest.raises(ValueError, match=r"has no train split; its splits: .*(validation|dev).*\n"):
         streams.Stream(str(folder))
 
@@ -145,23 +141,20 @@ def test_only_the_train_split_is_read_and_what_is_left_out_is_said_once(tmp_path
 def test_a_copy_of_a_hub_repository_follows_its_readme(tmp_path):
     """Fails if the files of several configurations are mixed although README.md names the default one."""
     write(tmp_path, big__train="big", small__train="small", small__test="test")
-    entries = [f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train.jsonl\n"
-               for name in ("small", "big")]
-    (tmp_path / "README.md").write_text("---\nconfigs:\n" + entries[0] + "  default: true\n" + entries[1]
-                                        + "---\n# Read me\n")
+    small, big = (f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train.jsonl\n"
+                  for name in ("small", "big"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{small}  default: true\n{big}---\n# Read me\n")
     assert list(streams.Stream(str(tmp_path))) == ["small"]
 
 
 def test_names_of_the_hub_and_paths():
-    """Fails if a configuration or split is taken from the wrong place,
-    or a drive letter or path for a data set of the hub.
-    """
+    """Fails if a configuration or split is taken from the wrong place, or a drive or path for a name on the hub."""
     assert text_files.on_hub("o/n") == ("o/n", None, "train") and text_files.on_hub("o/n:c") == ("o/n", "c", "train")
     assert text_files.on_hub("o/n:c:s") == ("o/n", "c", "s") and text_files.on_hub("o/n::test") == ("o/n", None, "test")
     with pytest.raises(ValueError, match="owner/name:config:split"):
         text_files.on_hub("a:b:c:d")
-    assert all(map(text_files.is_path, ("C:\\texts", "c:/texts", "~/x", "/x", "./o/n", "a/b/c", "o/n.jsonl.zst",
-                                        "n.txt")))
+    paths = ("C:\\texts", "c:/texts", "~/x", "/x", "./o/n", "a/b/c", "o/n.jsonl.zst", "n.txt")
+    assert all(map(text_files.is_path, paths))
     assert not any(map(text_files.is_path, ("o/n", "o/n:c", "o/n:a.b:test", "o/c4:en/x", "name")))
 
 
@@ -169,22 +162,22 @@ def test_names_of_the_hub_and_paths():
 
 
 BAD = ['{"text": null}', '{"text": 7}', '{"other": "x"}', '{"text": "  "}', '{"text": "\\ud800"}', "no JSON", "[1]",
-       '{"text": {"a": 1}}',
-       "", '{"text": []}', '"text"', '{"text": "cut']
+       '{"text": {"a": 1}}', "", '{"text": []}', '"text"', '{"text": "cut']
 COUNTS = {"null": 1, "not text": 2, "missing": 1, "empty": 2, "lone surrogate": 1, "not JSON": 4}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
 def test_bad_rows_are_passed_over_and_counted(tmp_path, suffix):
-    """Fails if one bad row, wherever it stands, raises, is handed out, changes a neighbour, or is not counted
-    (a blank line is no row).
-    """
-    path = tmp_path / f"a{suffix}"
-    text = (lines([{"text": f"good {i}"} for i in range(300)]) + "\n".join(BAD) + "\n"
-            + lines([{"text": "more", "new": [1]}]))
-    compressed(path, text) if suffix.endswith("gz") else path.write_text(text)
+    """Fails if a bad row raises, is handed out, changes a neighbour, or is not counted (a blank line is no row)."""
+    path, good = tmp_path / f"a{suffix}", [f"good {i}" for i in range(300)]
+    bad = "".join(f"{line}\n" for line in BAD)
+    text = lines([{"text": row} for row in good]) + bad + lines([{"text": "more", "new": [1]}])
+    if suffix.endswith("gz"):
+        compressed(path, text)
+    else:
+        path.write_text(text)
     stream = streams.Stream(str(path))
-    assert list(stream) == [f"good {i}" for i in range(300)] + ["more"] and stream.skipped == COUNTS
+    assert list(stream) == [*good, "more"] and stream.skipped == COUNTS
     source = Source("tiny", dataset=str(path))
     assert source.skipped == {} and list(source.documents("heldout")) and source.skipped == COUNTS
     list(source.documents("train"))
@@ -192,13 +185,11 @@ def test_bad_rows_are_passed_over_and_counted(tmp_path, suffix):
 
 
 def test_bad_items_of_an_array_tables_and_bytes(tmp_path):
-    """Fails if mixed types in a JSON array turn texts into JSON, a table's gap or wrong line ends the run,
-    or bad UTF-8 does.
-    """
+    """Fails if mixed types in a JSON array turn texts into JSON, or a table's gap, a wrong line or bad UTF-8 raises."""
     import pandas
 
-    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": 7}, "x", {"text": None},
-                                                 {"text": "two", "x": [1]}]))
+    rows = [{"text": "one"}, {"text": 7}, "x", {"text": None}, {"text": "two", "x": [1]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
     stream = streams.Stream(str(tmp_path / "a.json"))
     assert list(stream) == ["one", "two"] and stream.skipped == {"not text": 1, "not JSON": 1, "null": 1}
     (tmp_path / "b.csv").write_bytes(b"id,text\n1,one\n2,\n3,four,too,many\n4,sch\xf6n\n5,7\n6,NA\n")
@@ -254,11 +245,13 @@ def test_token_ids_are_documents(tmp_path, suffix):
 
     rows = [{"input_ids": [1, i, 3]} for i in range(200)]
     path = tmp_path / f"a{suffix}"
-    path.write_text(lines([*rows,
-                           {"input_ids": [1, "x"]}])) if suffix == ".jsonl" else pandas.DataFrame(rows).to_parquet(path)
+    if suffix == ".jsonl":
+        path.write_text(lines([*rows, {"input_ids": [1, "x"]}]))
+    else:
+        pandas.DataFrame(rows).to_parquet(path)
     stream = streams.Stream(str(path), "input_ids")
-    assert list(stream) == [row["input_ids"]
-                            for row in rows] and stream.skipped == ({"not text": 1} if suffix == ".jsonl" else {})
+    assert list(stream) == [row["input_ids"] for row in rows]
+    assert stream.skipped == ({"not text": 1} if suffix == ".jsonl" else {})
     source = Source("tiny", dataset=str(path), text_field="input_ids")
     train, heldout = list(source.documents("train")), list(source.documents("heldout"))
     assert len(train) + len(heldout) == 200 and 0 < len(heldout) < 40
@@ -284,9 +277,7 @@ def test_texts_and_token_ids_are_packed_alike():
 
 
 def test_identity_is_of_content(tmp_path):
-    """Fails if a name above the files or a time enters it,
-    or a changed byte is missed where size and time are as before.
-    """
+    """Fails if a name above the files or a time enters it, or a changed byte of the same size and time does not."""
     for folder in ("a", "b"):
         write(tmp_path / folder, x="one", y="two")
     os.utime(tmp_path / "b" / "x.jsonl", (1, 1))
@@ -341,12 +332,11 @@ class Shard:
 
 @pytest.fixture
 def far(monkeypatch):
-    """A data set of the hub of 3 files of 1,500 rows;
-    `opened` lists the files opened, `resolved` what was asked for.
-    """
-    files = {f"hf://datasets/o/n@c1/{i}.jsonl": [{"text": json.dumps({"text": f"{i} {r}"} if r % 10
-                                                                     else {"text": None})}
-                                                 for r in range(1500)] for i in range(3)}
+    """A data set of the hub, 3 files of 1,500 rows; `opened` lists the files opened, `resolved` what was asked for."""
+    def line(i, r):
+        return json.dumps({"text": f"{i} {r}" if r % 10 else None})
+
+    files = {f"hf://datasets/o/n@c1/{i}.jsonl": [{"text": line(i, r)} for r in range(1500)] for i in range(3)}
     at = SimpleNamespace(opened=[], resolved=[], fail=lambda row: None, files=files)
 
     def open_file(file, module, options):
@@ -378,17 +368,15 @@ def shuffled(n):
 
 
 def test_the_hub_is_read_once(tmp_path, far):
-    """Fails if a second run or a resume opens a file or asks for a list of files, or gets other documents,
-    at any border of segments.
-    """
+    """Fails if a second run or a resume, at any border, opens or lists files again, or gets other documents."""
     want = of_far(far, shuffled(3))
     stream = streams.Stream("o/n", cache_dir=tmp_path)
     assert list(stream) == want and len(far.opened) == 3 and far.resolved == [("o/n", None, "c1")]
     assert stream.skipped == {"null": 450}
     far.opened.clear(), far.resolved.clear(), text_files._resolved.clear()
     borders = [57, 172, 403, 864]  # documents, nine of ten rows, of segments of 64, 128, 256 and 512 rows
-    for n in (0, 1, *(border + step for border in borders for step in (-1, 0, 1)), 1349, 1350, len(want) - 1,
-              len(want)):
+    around = [border + step for border in borders for step in (-1, 0, 1)]
+    for n in (0, 1, *around, 1349, 1350, len(want) - 1, len(want)):
         stream = streams.Stream("o/n", cache_dir=tmp_path)
         assert list(itertools.islice(stream, n)) == want[:n]
         assert list(streams.Stream("o/n", state=json.loads(json.dumps(stream.state())), cache_dir=tmp_path)) == want[n:]
@@ -424,9 +412,7 @@ def test_without_a_cache_or_with_a_part_of_it_the_documents_are_the_same(tmp_pat
 
 
 def test_failures_that_pass_cost_a_wait_and_no_document(tmp_path, far):
-    """Fails if a broken connection in the middle of a file raises, or repeats or drops rows;
-    one that does not pass must raise.
-    """
+    """Fails if a connection broken in a file raises, repeats or drops rows, or a lasting failure does not raise."""
     broken = iter([True] * 5)
 
     def fail(row):
@@ -446,13 +432,7 @@ def test_failures_that_pass_cost_a_wait_and_no_document(tmp_path, far):
 
 def test_two_at_once_fill_the_same_segments(tmp_path, far):
     """Fails if two readers of one cache get in each other's way."""
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(list(streams.Stream("o/n", cache_dir=tmp_path))))
-               for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = two_at_once(lambda: list(streams.Stream("o/n", cache_dir=tmp_path)))
     assert results == [of_far(far, shuffled(3))] * 2
 
 
@@ -476,12 +456,10 @@ def test_what_is_kept_depends_on_commit_column_split_and_order(tmp_path, far, mo
 
 
 def test_a_configuration_that_is_not_there_is_named_with_those_that_are():
-    """Fails if the configurations are lost from the message of `datasets`,
-    or another ValueError becomes a matter of the network.
-    """
+    """Fails if the message of `datasets` loses the configurations, or another ValueError is laid to the network."""
     error = text_files.refused(ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"), "o/n", "x")
-    assert isinstance(error,
-                      ValueError) and str(error) == "o/n has no configuration 'x'\nwrite for example o/n:a; there are a, b"
+    assert isinstance(error, ValueError)
+    assert str(error) == "o/n has no configuration 'x'\nwrite for example o/n:a; there are a, b"
     missing = ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample")
     error = text_files.refused(missing, "o/n")
     assert str(error).splitlines()[0] == "o/n has several configurations"
@@ -497,9 +475,9 @@ def test_values_are_kept_by_what_they_depend_on(tmp_path, far):
         made.append(len(made))
         return {"n": made[-1], "text": "ü \ud800", "pair": (1, 2)}
 
-    first = network.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"])
-    assert first == network.kept(tmp_path, "probing", {"a": 1}, make,
-                                 ["o/n"]) == {"n": 0, "text": "ü \ud800", "pair": [1, 2]}
+    for _ in range(2):
+        kept = network.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"])
+        assert kept == {"n": 0, "text": "ü \ud800", "pair": [1, 2]}
     assert network.kept(tmp_path, "probing", {"a": 2}, make, ["o/n"])["n"] == 1
     network.PINNED["dataset", "o/n"] = "c2"
     assert network.kept(tmp_path, "probing", {"a": 1}, make, ["o/n"])["n"] == 2
@@ -507,9 +485,7 @@ def test_values_are_kept_by_what_they_depend_on(tmp_path, far):
 
 
 def test_drawn_probing_sets_are_kept(tmp_path, far, monkeypatch):
-    """Fails if a second run draws again, a stream that breaks off is not read anew,
-    or other sizes are answered with the first ones.
-    """
+    """Fails if a second run draws again, a broken stream is not read anew, or other sizes get the first texts."""
     calls = []
 
     def draw(n_train, n_test):
@@ -531,14 +507,12 @@ def test_drawn_probing_sets_are_kept(tmp_path, far, monkeypatch):
 
 
 def test_a_look_tells_columns_size_and_what_would_stop_the_run(tmp_path):
-    """Fails if a look reads more than the first rows, or lets a wrong column,
-    an empty file or a missing codec through.
-    """
-    (tmp_path / "a.jsonl").write_text(lines([{"text": "four", "title": "t", "n": 1}] * 5))
-    assert streams.look(str(tmp_path / "a.jsonl")) == (["text", "title"], False, (tmp_path / "a.jsonl").stat().st_size,
-                                                       4)
+    """Fails if a look reads more than the first rows, or passes a wrong column, an empty file, a missing codec."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines([{"text": "four", "title": "t", "n": 1}] * 5))
+    assert streams.look(str(path)) == (["text", "title"], False, path.stat().st_size, 4)
     with pytest.raises(ValueError, match="columns with text: text, title$"):
-        streams.look(str(tmp_path / "a.jsonl"), "body")
+        streams.look(str(path), "body")
     (tmp_path / "b.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"b\.jsonl is empty: 0 bytes in 1 file\n"):
         streams.look(str(tmp_path / "b.jsonl"))
@@ -575,9 +549,7 @@ def test_held_out_tokens_are_counted_only_where_they_may_lack(tmp_path):
 
 
 def test_the_same_texts_by_another_name_are_the_same(tmp_path, monkeypatch):
-    """Fails if held-out texts are trained on because a path is spelt another way,
-    or a folder holds the other data set's file.
-    """
+    """Fails if held-out texts are trained on, as a path is spelt another way or a folder holds the other's file."""
     texts = [{"text": f"document {i}"} for i in range(300)]
     (tmp_path / "a.jsonl").write_text(lines(texts))
     (tmp_path / "copy.jsonl").write_text(lines(texts))
@@ -605,21 +577,17 @@ def test_the_same_texts_by_another_name_are_the_same(tmp_path, monkeypatch):
     ("wide.jsonl", ('{"text": "a"}\n' * 9).encode("utf-16-le"), "is UTF-16 or binary"),
     ("latin.txt", "déjà vu, à côté\n\nété\n".encode("latin-1") * 50, r"is not UTF-8: \d+ bytes .*\nconvert it: iconv"),
     ("strings.json", b'["one", "two"]', "holds no JSON objects, one a line or in an array\nwrite each document as"),
-    ("nested.jsonl", b'{"meta": {"text": "a"}, "n": 1}\n', r"no text in the column 'text'\n"
-                                                           r".*none \(meta: dict; n: int\)")])
+    ("nested.jsonl", b'{"meta": {"text": "a"}, "n": 1}\n',
+     r"no text in the column 'text'\n.*none \(meta: dict; n: int\)")])
 def test_what_would_be_read_as_something_else_is_refused(tmp_path, name, content, words):
-    """Fails if half a file is taken for the whole, bytes in another encoding for text,
-    or the shape of rows for an empty column.
-    """
+    """Fails if half a file is taken for the whole, other bytes for text, or a shape of rows for an empty column."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         streams.look(str(tmp_path / name))
 
 
 def test_whole_zstd_files_of_every_sort_pass(tmp_path):
-    """Fails if the walk over frames and blocks loses its way:
-    several frames, a checksum, no content size, an empty file's frame.
-    """
+    """Fails if the walk over frames and blocks loses its way: several frames, a checksum, no content size."""
     line = b'{"text": "a b c"}\n'
     several = b"".join(zstandard.ZstdCompressor(level=level, write_checksum=bool(level % 2)).compress(line * n)
                        for level, n in ((1, 1), (3, 40_000), (2, 9)))

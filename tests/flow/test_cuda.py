@@ -11,7 +11,7 @@ import torch
 import experiment
 import variants
 from evals.model import language_model
-from evals.model.language_model import ROUNDING
+from evals.model.checks import ROUNDING
 from tests import OWN_VARIANTS
 from variants import base
 from variants.kit import contexts

@@ -206,6 +206,7 @@ def test_a_local_folder_and_a_local_file_stand_for_gemma(cache, tmp_path):
     """Fails if the path that Gemma takes (profile gemma, streamed text, bf16 model,
     core on another data set) breaks anywhere.
     """
+    from evals.model import built_in
     from evals.texts import tiny
 
     for name, split in (("train", "train"), ("core", "heldout")):
@@ -213,12 +214,13 @@ def test_a_local_folder_and_a_local_file_stand_for_gemma(cache, tmp_path):
     small = {"core": dict(batch_size_prompts=4, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=3,
                           context_size=32)}
     assert experiment.main([
-        "--profile=gemma", f"--model={tiny.model_folder(cache)}", f"--dataset={tmp_path / 'train.jsonl'}", "--layers=1",
-        "--device=cpu", f"--core_dataset={tmp_path / 'core.jsonl'}", "--context=32", "--num_tokens=8192",
+        "--profile=gemma", f"--model={built_in.tiny_folder(cache)}", f"--dataset={tmp_path / 'train.jsonl'}",
+        "--layers=1", "--device=cpu", f"--core_dataset={tmp_path / 'core.jsonl'}", "--context=32", "--num_tokens=8192",
         "--block_tokens=2048", "--d_sae=128", "--batch_size=256", "--lm_batch_size=16", "--evals=core",
         f"--eval_config={json.dumps(small)}", f"--out_dir={tmp_path / 'run'}", f"--cache_dir={cache}"]) == 0
     section = json.loads((tmp_path / "run/final_info.json").read_text())["layer_1"]
-    assert section["config"]["dtype"] == "bfloat16" and section["config"]["model"] == Path(tiny.model_folder(cache)).name
+    assert section["config"]["dtype"] == "bfloat16"
+    assert section["config"]["model"] == built_in.tiny_folder(cache).name
     assert 0 < section["means"]["core.r2"] < 1 and section["means"]["core.total_tokens_eval_reconstruction"] == 256
 
 

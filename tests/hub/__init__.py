@@ -1,5 +1,4 @@
-"""An imitation of the Hugging Face hub on loopback: what huggingface_hub, datasets and transformers ask of it, and its
-faults on demand.
+"""An imitation of the Hugging Face hub on loopback: what its libraries ask of it, and its faults on demand.
 
     with serving(root) as hub:
         subprocess.run([sys.executable, "experiment.py", ...], env=hub.environment(home=tmp_path))
@@ -100,14 +99,16 @@ class Repository:
         if wanted in branches:
             return branches[wanted]
         for folder in self.folders():
-            if (revision := read(folder)).commit == wanted:
+            revision = read(folder)
+            if revision.commit == wanted:
                 return revision
         raise Refused(404, "RevisionNotFound", f"Invalid rev id: {wanted}")
 
     def new_folder(self, branch: str) -> Path:
         """Where the next revision of a branch goes."""
         taken = [number_of(f) for f in self.folders() if branch_of(f) == branch]
-        return self.folder / (quote(branch, safe="") + (f"~{max(taken) + 1}" if taken else ""))
+        suffix = f"~{max(taken) + 1}" if taken else ""
+        return self.folder / (quote(branch, safe="") + suffix)
 
 
 def branch_of(folder: Path) -> str:
@@ -194,9 +195,9 @@ class Handler(BaseHTTPRequestHandler):
             self.leave()
         elif kind == "429":
             seconds = 1 if seconds is None else seconds
-            raise Refused(429, "", "We had to rate limit your IP.", {
-                "Retry-After": str(seconds), "RateLimit": f'"api";r=0;t={seconds}',
-                "RateLimit-Policy": '"fixed window";"api";q=500;w=300'})
+            headers = {"Retry-After": str(seconds), "RateLimit": f'"api";r=0;t={seconds}',
+                       "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+            raise Refused(429, "", "We had to rate limit your IP.", headers)
         elif kind.isdigit():
             headers = {} if seconds is None else {"Retry-After": str(seconds)}
             raise Refused(int(kind), "", "Internal Error - We're working hard to fix this as soon as possible!",
@@ -210,7 +211,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def route(self) -> None:
         for pattern, method in ROUTES:
-            if found := pattern.fullmatch(self.url.path):
+            found = pattern.fullmatch(self.url.path)
+            if found:
                 parts = {key: unquote(value or "") for key, value in found.groupdict().items()}
                 if method != "content":  # its addresses are signed ones, which ask for no token
                     self.access()
@@ -245,14 +247,14 @@ class Handler(BaseHTTPRequestHandler):
                                    "settings to view this repository.")
         what = f"Access to {self.repository.kind[:-1]} {name} is restricted"
         if access:
-            raise Refused(403, "GatedRepo", f"{what} and you are not in the authorized list. Visit "
-                                            f"https://huggingface.co/{name} to ask for access.")
-        raise Refused(401, "GatedRepo", f"{what}. You must have access to it and be authenticated to access it. Please "
-                                        "log in.")
+            raise Refused(403, "GatedRepo", f"{what} and you are not in the authorized list. "
+                                            f"Visit https://huggingface.co/{name} to ask for access.")
+        raise Refused(401, "GatedRepo", f"{what}. You must have access to it and be authenticated to access it. "
+                                        "Please log in.")
 
     def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json; charset=utf-8",
-                                                       **(headers or {})})
+        kind = {"Content-Type": "application/json; charset=utf-8"}
+        self.send(json.dumps(value).encode(), status, kind | (headers or {}))
 
     def send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
         """An answer; its body is broken off where a fault says so, by default in the middle."""
@@ -280,12 +282,13 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, revision: str = "main") -> None:
         repository, found = self.repository, self.repository.revision(revision)
         private, gated = (repository.settings.get(key, False) for key in ("private", "gated"))
+        siblings = [{"rfilename": path} for path in found.files]
+        if self.asked("blobs"):
+            siblings = [{"rfilename": path, "size": file.stat().st_size} for path, file in found.files.items()]
         answer = {"_id": sha1(repository.name)[:24], "id": repository.name, "sha": found.commit, "private": private,
-                  "gated": gated,
-                  "disabled": False, "downloads": 1, "likes": 1, "tags": [],
+                  "gated": gated, "disabled": False, "downloads": 1, "likes": 1, "tags": [],
                   "createdAt": "2024-01-01T00:00:00.000Z", "lastModified": "2025-01-01T00:00:00.000Z",
-                  "siblings": [{"rfilename": path} | ({"size": entry.stat().st_size} if self.asked("blobs") else {})
-                               for path, entry in found.files.items()]}
+                  "siblings": siblings}
         if repository.kind == "models":
             answer |= {"tags": ["transformers", "safetensors"], "library_name": "transformers",
                        "pipeline_tag": "text-generation"}
@@ -343,8 +346,8 @@ class Handler(BaseHTTPRequestHandler):
             cdn = f"http://localhost:{self.server.server_port}/cdn/{place}?Expires={int(time.time()) + 3600}"
             self.send(b"Found", 302, {**headers, "Location": cdn, "X-Linked-Etag": etag(path, file)})
         else:
-            self.send(b"Temporary Redirect", 307, {**headers, "Location": f"/api/resolve-cache/{place}",
-                                                   "ETag": etag(path, file)})
+            here = {"Location": f"/api/resolve-cache/{place}", "ETag": etag(path, file)}
+            self.send(b"Temporary Redirect", 307, headers | here)
 
     def content(self, revision: str, path: str) -> None:
         found = self.repository.revision(revision)
@@ -378,8 +381,9 @@ def below(files: dict[str, Path], folder: str, recursive: bool = False) -> list[
 
 def entry(revision: Revision, path: str, expand: bool) -> dict:
     """What the API says of a file or folder."""
-    last = ({"lastCommit": {"id": revision.commit, "title": "Upload", "date": "2025-01-01T00:00:00.000Z"}} if expand
-            else {})
+    last = {}
+    if expand:
+        last = {"lastCommit": {"id": revision.commit, "title": "Upload", "date": "2025-01-01T00:00:00.000Z"}}
     if path not in revision.files:
         return {"type": "directory", "oid": sha1(path), "size": 0, "path": path, **last}
     file = revision.files[path]
@@ -424,9 +428,10 @@ class Hub(ThreadingHTTPServer):
         kept = {key: value for key, value in os.environ.items()
                 if not key.upper().endswith("_PROXY") and not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
-               "HF_HUB_DISABLE_XET": "1",
-               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-        return kept | own | ({"HF_TOKEN": token} if token else {})
+               "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+        if token:
+            own["HF_TOKEN"] = token
+        return kept | own
 
     def reset(self) -> None:
         """No faults and no requests, as at the start."""

@@ -73,15 +73,19 @@ def document(rng: random.Random, sentences: int, words: list[str] = WORDS) -> st
 
 def card(about: dict, text: str = "Invented texts.\n") -> Files:
     head = yaml.safe_dump(about, sort_keys=False)
-    return {"README.md": f"---\n{head}---\n{text}".encode(), ".gitattributes": b"*.parquet filter=lfs diff=lfs "
-                                                                               b"merge=lfs -text\n"}
+    return {"README.md": f"---\n{head}---\n{text}".encode(),
+            ".gitattributes": b"*.parquet filter=lfs diff=lfs merge=lfs -text\n"}
 
 
 def configs(patterns: dict[str, dict[str, str]], default: str = "") -> dict:
     """The card's list of configurations {name: {split: pattern of its files}}."""
-    return {"configs": [{"config_name": name, "data_files": [{"split": split, "path": path}
-                                                             for split, path in splits.items()],
-                         **({"default": True} if name == default else {})} for name, splits in patterns.items()]}
+    listed = []
+    for name, splits in patterns.items():
+        files = [{"split": split, "path": path} for split, path in splits.items()]
+        listed.append({"config_name": name, "data_files": files})
+        if name == default:
+            listed[-1]["default"] = True
+    return {"configs": listed}
 
 
 def features(columns: dict, rows: dict[str, int], config: str = "") -> dict:
@@ -123,8 +127,7 @@ def pile() -> Files:
     for name in [f"train/{i:02}" for i in range(30)] + ["val", "test"]:
         rng = random.Random(f"pile {name}")
         rows = [{"text": document(rng, rng.choice((4, 12, 40))),
-                 "meta": {"pile_set_name": rng.choice(("Pile-CC", "ArXiv", "Github"))}}
-                for _ in range(60)]
+                 "meta": {"pile_set_name": rng.choice(("Pile-CC", "ArXiv", "Github"))}} for _ in range(60)]
         files[f"{name}.jsonl.zst"] = zstandard.ZstdCompressor(level=3).compress(jsonl(rows))
     return files
 
@@ -140,16 +143,13 @@ def openwebtext() -> Files:
 
 
 CODE = {".c": "int {}(int {}) {{ return 0; }}", ".h": "#define {} {}", ".py": "def {}({}): pass",
-        ".html": "<p class=\"{}\">{}</p>",
-        ".java": "public static void {}(String {}) {{}}", ".php": "<?php function {}(${}) {{}} ?>",
-        ".js": "var {} = {};",
+        ".html": "<p class=\"{}\">{}</p>", ".java": "public static void {}(String {}) {{}}",
+        ".php": "<?php function {}(${}) {{}} ?>", ".js": "var {} = {};",
         ".go": "func {}({} int) {{}}", ".md": "# {} {}"}
 
 
 def github_code() -> Files:
-    """A loading script, which `datasets` runs no more, and 8 files (the real one has 1126);
-    about 180 texts of each suffix.
-    """
+    """A loading script, which `datasets` runs no more, and 8 files (really 1126); about 180 texts of each suffix."""
     files = card({"license": ["other"]}) | {"github-code.py": b"# a loading script\n"}
     for i in range(8):
         rng = random.Random(f"code {i}")
@@ -162,12 +162,11 @@ def github_code() -> Files:
 def source(rng: random.Random, suffix: str) -> dict:
     """A source file: a licence of 150 characters or more, then 20 to 40 lines."""
     words = pool(topic(list(CODE).index(suffix)))
-    lines = [f"/* {document(rng, 4)} */", *(CODE[suffix].format(*rng.choices(words, k=2))
-                                            for _ in range(rng.randint(20, 40)))]
+    lines = [f"/* {document(rng, 4)} */"]
+    lines += [CODE[suffix].format(*rng.choices(words, k=2)) for _ in range(rng.randint(20, 40))]
     content = "\n".join(lines).ljust(640)
     return {"content": content, "repo_name": "/".join(rng.choices(WORDS, k=2)),
-            "path": f"src/{rng.choice(WORDS)}{suffix}",
-            "license": "mit", "size": len(content)}
+            "path": f"src/{rng.choice(WORDS)}{suffix}", "license": "mit", "size": len(content)}
 
 
 LANGUAGES = ("bg", "cs", "de", "en", "es", "fr", "it", "nl", "pt")
@@ -213,7 +212,8 @@ def bias_in_bios() -> Files:
     hashes = {"train": "0ab65b32c47407e8", "test": "5598c840ce8de1ee", "dev": "e6551072fff26949"}
     for split, n in sizes.items():
         rows = labelled(f"bios {split}", 28, 2, n)
-        files[f"data/{split}-00000-of-00001-{hashes[split]}.parquet"] = parquet(dict(zip(columns, map(list, zip(*rows)))))
+        table = parquet(dict(zip(columns, map(list, zip(*rows)))))
+        files[f"data/{split}-00000-of-00001-{hashes[split]}.parquet"] = table
     return files
 
 
@@ -251,8 +251,7 @@ SUBJECTS = ("college_biology", "college_computer_science", "high_school_geograph
 def questions(name: str, n: int) -> list[dict]:
     rng = random.Random(f"questions {name}")
     return [{"question": sentence(rng), "choices": [sentence(rng, WORDS, 2, 5) for _ in range(4)],
-             "answer": rng.randrange(4)}
-            for _ in range(n)]
+             "answer": rng.randrange(4)} for _ in range(n)]
 
 
 def mmlu() -> Files:
@@ -282,22 +281,22 @@ def forget_corpus() -> Files:
     for i in range(2):
         rng = random.Random(f"papers {i}")
         rows = [{"title": sentence(rng), "abstract": document(rng, 4), "text": document(rng, 60, pool(topic(0))),
-                 "doi": "10.1/x"}
-                for _ in range(30)]
+                 "doi": "10.1/x"} for _ in range(30)]
         files[f"data/train-{i:05}-of-00002.parquet"] = parquet(columns_of(rows))
     return files
 
 
 def wikitext() -> Files:
     """Four configurations; rows are lines: empty ones, headings, paragraphs."""
-    names, splits = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1",
-                     "wikitext-2-v1"), ("test", "train", "validation")
+    names = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
+    splits = ("test", "train", "validation")
     files = card(configs({name: {split: f"{name}/{split}-*" for split in splits} for name in names}))
     for name in names:
         for split in splits:
             rng = random.Random(f"wikitext {split}")
-            lines = [line for _ in range(80) for line in ("", f" = {sentence(rng, WORDS, 1, 3)} = \n", "",
-                                                          f" {document(rng, 8)} \n")]
+            lines = []
+            for _ in range(80):
+                lines += ["", f" = {sentence(rng, WORDS, 1, 3)} = \n", "", f" {document(rng, 8)} \n"]
             files[f"{name}/{split}-00000-of-00001.parquet"] = parquet({"text": lines})
     return files
 
@@ -333,22 +332,18 @@ def split_of(rng: random.Random, keys: Iterable[str]) -> dict[str, str]:
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99)),
            "<start_of_turn>", "<end_of_turn>"]
-CHAT = ("{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n"
-        "' + message['content'] | trim + '<end_of_turn>\n"
-        "' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+CHAT = ("{{ bos_token }}{% for message in messages %}"
+        "{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
 # google/gemma-2-2b's config.json; smaller than there: head_dim 256, hidden_size 2304, intermediate_size 9216, 8 heads
-# of
+# of attention and 4 of keys, query_pre_attn_scalar 256, vocab_size 256000
 SETTINGS = {
-    # attention and 4 of keys, query_pre_attn_scalar 256, vocab_size 256000
     "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "attn_logit_softcapping": 50.0,
-    "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0,
-    "head_dim": 8,
-    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 32,
-    "initializer_range": 0.02,
-    "intermediate_size": 64, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 4,
-    "num_hidden_layers": 26, "num_key_value_heads": 2, "pad_token_id": 0, "query_pre_attn_scalar": 8,
-    "rms_norm_eps": 1e-06,
+    "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+    "final_logit_softcapping": 30.0, "head_dim": 8, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 64,
+    "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 4, "num_hidden_layers": 26,
+    "num_key_value_heads": 2, "pad_token_id": 0, "query_pre_attn_scalar": 8, "rms_norm_eps": 1e-06,
     "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.42.4",
     "use_cache": True,
 }
@@ -361,9 +356,7 @@ RARE = len(SPECIAL) + 256
 
 
 def tokenizer(instruct: bool) -> Files:
-    """Gemma's files: BPE with byte fallback, spaces as ▁, a BOS before every text;
-    each of WORDS is a token after a space.
-    """
+    """Gemma's files: BPE with byte fallback, spaces as ▁, a BOS before each text; each of WORDS is a token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     numbers = {token: i for i, token in enumerate(VOCABULARY)}
@@ -381,11 +374,10 @@ def tokenizer(instruct: bool) -> Files:
                                        for i, token in enumerate(SPECIAL)},
               "additional_special_tokens": SPECIAL[-2:], **named, **({"chat_template": CHAT} if instruct else {}),
               "clean_up_tokenization_spaces": False, "model_max_length": 1000000000000000019884624838656,
-              "sp_model_kwargs": {},
-              "spaces_between_special_tokens": False, "tokenizer_class": "GemmaTokenizer",
+              "sp_model_kwargs": {}, "spaces_between_special_tokens": False, "tokenizer_class": "GemmaTokenizer",
               "use_default_system_prompt": False}
-    special = {"additional_special_tokens": SPECIAL[-2:], **{key: {"content": token, **about}
-                                                             for key, token in named.items()}}
+    special = {"additional_special_tokens": SPECIAL[-2:],
+               **{key: {"content": token, **about} for key, token in named.items()}}
     return {"tokenizer.json": made.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode(),
             "special_tokens_map.json": json.dumps(special, indent=2).encode(),
             "tokenizer.model": b"\n\r\n\x05<pad>"}  # transformers 5 reads tokenizer.json instead
@@ -393,9 +385,8 @@ def tokenizer(instruct: bool) -> Files:
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """The model's tensors in Gemma's names; the unembedding is the embedding, kept once."""
-    width, inner, heads, pairs, each = (SETTINGS[key] for key in ("hidden_size", "intermediate_size",
-                                                                  "num_attention_heads", "num_key_value_heads",
-                                                                  "head_dim"))
+    width, inner, each = (SETTINGS[key] for key in ("hidden_size", "intermediate_size", "head_dim"))
+    heads, pairs = SETTINGS["num_attention_heads"], SETTINGS["num_key_value_heads"]
     found = {"model.embed_tokens.weight": (len(VOCABULARY), width), "model.norm.weight": (width,)}
     for i in range(SETTINGS["num_hidden_layers"]):
         block = f"model.layers.{i}"
@@ -435,8 +426,7 @@ def gemma(instruct: bool) -> Files:
     dtype, shards, eos = ("bfloat16", 2, [1, 107]) if instruct else ("float32", 3, 1)
     config = SETTINGS | {"vocab_size": len(VOCABULARY), "torch_dtype": dtype, "eos_token_id": eos}
     generation = {"_from_model_config": True, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": eos,
-                  "pad_token_id": 0,
-                  "transformers_version": "4.42.4"}
+                  "pad_token_id": 0, "transformers_version": "4.42.4"}
     files = card(about | ({"base_model": "google/gemma-2-2b"} if instruct else {})) | tokenizer(instruct)
     files |= {"config.json": json.dumps(config, indent=2).encode(),
               "generation_config.json": json.dumps(generation, indent=2).encode()}
@@ -470,8 +460,8 @@ def two_configs() -> Files:
     files = card(configs({name: {split: f"{name}/{split}.jsonl" for split in splits} for name in names}))
     for name in names:
         for split, n in splits.items():
-            files[f"{name}/{split}.jsonl"] = jsonl([{"text": text, "id": i}
-                                                    for i, text in enumerate(stories(f"{name} {split}", n))])
+            texts = stories(f"{name} {split}", n)
+            files[f"{name}/{split}.jsonl"] = jsonl([{"text": text, "id": i} for i, text in enumerate(texts)])
     return files
 
 
@@ -487,8 +477,8 @@ def pretokenised() -> Files:
 def null_row() -> Files:
     """Lines of which the third has no text."""
     texts = stories("null", 100)
-    return (card({"license": "mit"})
-            | {"train.jsonl": jsonl([{"text": None if i == 2 else text} for i, text in enumerate(texts)])})
+    texts[2] = None
+    return card({"license": "mit"}) | {"train.jsonl": jsonl([{"text": text} for text in texts])}
 
 
 def one_parquet(name: str) -> Files:

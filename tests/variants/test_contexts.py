@@ -11,8 +11,8 @@ from transformers import (
     GPTNeoXForCausalLM,
 )
 
+from evals.model import built_in
 from evals.model.language_model import LanguageModel
-from evals.texts import tiny
 from variants import base
 from variants.kit import contexts
 
@@ -27,7 +27,7 @@ PLACE = torch.tensor([1, 2, 4, 11, 12, 13, 14, 16], dtype=torch.int32)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {name: tiny.model_folder(tmp_path_factory.mktemp("cache"), name) for name in ("gemma2", "llama")}
+    return {name: built_in.tiny_folder(tmp_path_factory.mktemp("cache"), name) for name in ("gemma2", "llama")}
 
 
 def language_model(folders, architecture):

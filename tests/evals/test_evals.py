@@ -12,7 +12,7 @@ from evals.common.settings import choose
 from evals.texts import embedded
 from evals.texts.source import Source
 from runs import compare
-from tests.flow.test_experiment import cache, command, signals  # noqa: F401  fixtures
+from tests.small_run import command
 
 PROFILES = {"gemma": ("google/gemma-2-2b", "google/gemma-2-2b-it", "hub"),
             "tiny": ("tiny-gemma2", "tiny-gemma2", "tiny"),
@@ -37,7 +37,7 @@ def test_declarations(name, monkeypatch):
     assert evals.repositories(name, config, Source("tiny")) == [] and least <= wanted
 
 
-def test_all_evals_in_one_run(tmp_path, cache, monkeypatch):  # noqa: F811
+def test_all_evals_in_one_run(tmp_path, cache, monkeypatch):
     """Fails if an eval crashes beside the others, returns an undeclared metric or no score without a reason,
     or a second run differs.
     """

@@ -4,13 +4,11 @@ README.md has the table.
 
 import errno
 import io
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,8 @@ import runs.folder
 import variants.kit.saving
 from evals.common import stored
 from runs import checkpoint, disk, environment, failure, voice
-from tests.flow.test_experiment import PROJECT, cache, command, reference, signals  # noqa: F401  fixtures
+from tests import PROJECT
+from tests.small_run import command, fail_at_checkpoint
 from variants.kit import files, interchange
 from variants.preflight import budget
 from variants.preflight.check import Findings
@@ -96,34 +95,15 @@ def test_a_checkpoint_of_other_saes_is_named(tmp_path):
         checkpoint.fit(torch.nn.Linear(2, 3).load_state_dict, torch.nn.Linear(2, 4).state_dict(), tmp_path)
 
 
-def filled(out, cache, monkeypatch, writes, *more):  # noqa: F811
-    """A run whose disk is full from checkpoint number `writes` on."""
-    count, real = [0], checkpoint.write
-
-    def limited(folder, state):
-        count[0] += 1
-        if count[0] > writes:
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder / checkpoint.NAME))
-        real(folder, state)
-
-    monkeypatch.setattr(checkpoint, "write", limited)
-    # so that there are as many
-    monkeypatch.setattr(experiment, "time", types.SimpleNamespace(monotonic=itertools.count().__next__))
-    assert experiment.main(command(out, cache, "--checkpoint_seconds=0", *more)) == 1
-    monkeypatch.undo()
-
-
 @pytest.mark.parametrize("damage, used", [
     ((), checkpoint.NAME),
     pytest.param(("a flipped bit",), checkpoint.PREVIOUS, marks=pytest.mark.slow),
     pytest.param(("a flipped bit", "cut off"), None, marks=pytest.mark.slow)])
-def test_after_a_full_disk_and_damage_the_run_ends_in_the_same_bytes(
-        reference, cache, tmp_path, monkeypatch, capsys, damage, used):  # noqa: F811
-    """Fails if a resume from the checkpoint before, or from none, differs,
-    or the failure is not named or is taken for one of memory.
-    """
+def test_after_a_full_disk_and_damage_the_run_ends_in_the_same_bytes(reference, cache, tmp_path, monkeypatch, capsys,
+                                                                     damage, used):
+    """Fails if a resume from the checkpoint before, or from none, differs, or the failure is taken for another."""
     out = tmp_path / "run"
-    filled(out, cache, monkeypatch, 2)
+    fail_at_checkpoint(3, command(out, cache), monkeypatch)
     assert "no space left on the disk (while writing checkpoint.pt)" in capsys.readouterr().err
     assert json.loads((out / "run_info.json").read_text())["status"] == "failed"
     words = f"from step {torch.load(out / used)['step']}" if used else None
@@ -138,7 +118,7 @@ def test_after_a_full_disk_and_damage_the_run_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_damaged_results_of_a_finished_run_are_made_again(reference, cache, tmp_path, capsys):  # noqa: F811
+def test_damaged_results_of_a_finished_run_are_made_again(reference, cache, tmp_path, capsys):
     """Fails if a finished run is reported from damaged files, if they are not named,
     or if what is made again differs.
     """
@@ -275,7 +255,7 @@ def test_a_library_s_own_error_is_traced_to_the_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_can_be_written_any_more_and_the_error_is_said_all_the_same(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_nothing_can_be_written_any_more_and_the_error_is_said_all_the_same(cache, tmp_path, monkeypatch, capsys):
     """Fails if the handler of a failure fails itself, hides the first error,
     or the next run takes it for a lack of memory.
     """
@@ -298,7 +278,7 @@ def test_nothing_can_be_written_any_more_and_the_error_is_said_all_the_same(cach
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_taken_away_is_named(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_folder_that_is_taken_away_is_named(cache, tmp_path, monkeypatch, capsys):
     """Fails if a run goes on in a folder made anew without its lock and its files,
     or dies of a FileNotFoundError without saying why.
     """
@@ -446,10 +426,10 @@ def test_output_that_cannot_be_written_ends_nothing(tmp_path, how):
 
 
 @pytest.mark.slow
-def test_a_run_needs_no_streams(cache, tmp_path):  # noqa: F811
+def test_a_run_needs_no_streams(cache, tmp_path):
     """Fails if the command, its libraries or its evals need a stdout or a stderr."""
     line = " ".join([sys.executable, "experiment.py", *command(tmp_path / "run", cache, "--evals=core"), ">&- 2>&-"])
-    assert subprocess.run(["bash", "-c", line], cwd=PROJECT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+    assert subprocess.run(["bash", "-c", line], cwd=PROJECT).returncode == 0
     assert "E‖x‖²" in (tmp_path / "run/log.txt").read_text(encoding="utf-8")
 
 
@@ -468,7 +448,7 @@ def test_say_survives_whatever_stands_for_stdout(monkeypatch):
 
 
 @pytest.mark.slow
-def test_sys_exit_inside_a_run_is_a_failure_and_help_is_none(cache, tmp_path, capsys):  # noqa: F811
+def test_sys_exit_inside_a_run_is_a_failure_and_help_is_none(cache, tmp_path, capsys):
     """Fails if sys.exit() of a variant or library ends with status 0, without a word or its place,
     or leaves the status running.
     """

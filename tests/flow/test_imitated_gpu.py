@@ -12,8 +12,8 @@ import sys
 import pytest
 import torch
 
-from tests import imitated_gpu
-from tests.flow.test_experiment import PROJECT, wait_for
+from tests import PROJECT, imitated_gpu
+from tests.small_run import wait_for
 
 pytestmark = [pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has real GPUs: "
                                                                         "tests/flow/test_cuda.py"),

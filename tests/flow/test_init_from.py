@@ -8,9 +8,7 @@ import torch
 import experiment
 import variants
 import variants.kit.saving
-
-# the reference run is shared
-from tests.flow.test_experiment import SMALL, cache, command, reference, signals  # noqa: F401
+from tests.small_run import command
 from variants import base
 
 
@@ -19,7 +17,7 @@ def means(out):
 
 
 @pytest.mark.slow
-def test_an_earlier_run_evaluated_again_gives_its_own_figures(reference, cache, tmp_path):  # noqa: F811
+def test_an_earlier_run_evaluated_again_gives_its_own_figures(reference, cache, tmp_path):
     """Fails if the weights, their scale or the layer are not the run's: width, variant and k are taken from it."""
     again = ["--profile=tiny", "--num_tokens=0", f"--init_from={reference}", "--evals=core", "--device=cpu",
              f"--cache_dir={cache}"]
@@ -36,7 +34,7 @@ def test_an_earlier_run_evaluated_again_gives_its_own_figures(reference, cache, 
 
 
 @pytest.mark.slow
-def test_trained_further_it_begins_where_it_was(reference, cache, tmp_path):  # noqa: F811
+def test_trained_further_it_begins_where_it_was(reference, cache, tmp_path):
     """Fails if the weights are not in the new training's units, or are initialised anew:
     the first losses would be those of a fresh SAE.
     """
@@ -49,7 +47,7 @@ def test_trained_further_it_begins_where_it_was(reference, cache, tmp_path):  # 
 
 
 @pytest.mark.slow
-def test_a_sweep_is_taken_over_sae_by_sae(cache, tmp_path):  # noqa: F811
+def test_a_sweep_is_taken_over_sae_by_sae(cache, tmp_path):
     """Fails if SAEs of several layers and hyper-parameters are mixed up."""
     assert experiment.main(command(tmp_path / "many", cache, "--layers=1,2", "--sweep=k=8,16", "--evals=core")) == 0
     again = ["--profile=tiny", "--num_tokens=0", f"--init_from={tmp_path / 'many'}", "--evals=core", "--device=cpu",
@@ -62,7 +60,7 @@ def test_a_sweep_is_taken_over_sae_by_sae(cache, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_dictionary_learnings_file_is_evaluated_and_read_by_saelens(cache, tmp_path):  # noqa: F811
+def test_dictionary_learnings_file_is_evaluated_and_read_by_saelens(cache, tmp_path):
     """Fails if ae.pt needs anything but --init_from, or the features of the saved SAE are not its own:
     written out by hand here.
     """
@@ -86,8 +84,7 @@ def test_dictionary_learnings_file_is_evaluated_and_read_by_saelens(cache, tmp_p
 
 
 @pytest.mark.slow
-def test_what_cannot_be_started_from_is_said_before_anything_is_loaded(
-        reference, cache, tmp_path, capsys):  # noqa: F811
+def test_what_cannot_be_started_from_is_said_before_anything_is_loaded(cache, tmp_path, capsys):
     """Fails if 0 tokens pass without an SAE, a wrong place or width is noticed late,
     or the message names no way out.
     """

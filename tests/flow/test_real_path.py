@@ -14,7 +14,6 @@ import time
 import pytest
 
 from tests import PROJECT
-from tests.hub import hub, hub_root  # noqa: F401  fixtures
 
 FEW = {"core": {"batch_size_prompts": 4, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 3},
        "sparse_probing": {"probe_train_set_size": 80, "probe_test_set_size": 40}}
@@ -27,14 +26,14 @@ SMALL = ["--profile=gemma", "--device=cpu", "--dtype=float32", "--d_sae=64", "--
 
 
 @pytest.fixture
-def places(hub, tmp_path):  # noqa: F811
+def places(hub, tmp_path):
     return Places(hub, tmp_path)
 
 
 class Places:
     """A hub, and a machine that has never asked it anything."""
 
-    def __init__(self, hub, folder):  # noqa: F811
+    def __init__(self, hub, folder):
         self.hub, self.folder = hub, folder
 
     def command(self, out, *flags, evals=FEW):

@@ -12,8 +12,8 @@ import variants
 import variants.kit.saving
 from evals.common.settings import choose
 from runs import compare, folder
-from tests.flow.test_experiment import cache, command, signals  # noqa: F401  fixtures
 from tests.runs.test_runs import run as recorded
+from tests.small_run import command
 from variants.kit import interchange
 
 MODE = """from variants import topk
@@ -92,7 +92,7 @@ def cases(listed, *marks):
 
 
 @pytest.mark.parametrize("arguments, words", [*cases(WRONG), *cases(MORE_WRONG, pytest.mark.slow)])
-def test_a_mistake_in_the_settings_is_named_at_once(tmp_path, cache, capsys, arguments, words):  # noqa: F811
+def test_a_mistake_in_the_settings_is_named_at_once(tmp_path, cache, capsys, arguments, words):
     """Fails if the line does not name the setting and its value, comes late, or leaves more than words."""
     begun = time.monotonic()
     assert experiment.main(command(tmp_path / "run", cache, *arguments)) == 1
@@ -104,7 +104,7 @@ def test_a_mistake_in_the_settings_is_named_at_once(tmp_path, cache, capsys, arg
     } <= folder.NOTHING_BUT_WORDS | {folder.LOCK}
 
 
-def test_a_device_that_is_not_there_is_named(tmp_path, cache, capsys, monkeypatch):  # noqa: F811
+def test_a_device_that_is_not_there_is_named(tmp_path, cache, capsys, monkeypatch):
     """Fails if --device=cuda without a GPU fails in torch's words, after the model was read."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert experiment.main(command(tmp_path / "run", cache, "--device=cuda")) == 1
@@ -152,7 +152,7 @@ def test_ordinary_names_of_a_sweep_stay_and_others_become_names_of_files(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_swept_path_stays_in_the_run(tmp_path, cache):  # noqa: F811
+def test_a_swept_path_stays_in_the_run(tmp_path, cache):
     """Fails if an SAE is written outside its run, what lies there is removed, or a long value fails late."""
     module_of(tmp_path)
     (tmp_path / "precious").mkdir()
@@ -225,7 +225,7 @@ def foreign(tmp_path, code: str, **cfg):
     return place
 
 
-def test_code_from_elsewhere_runs_only_when_trusted(tmp_path, cache, capsys):  # noqa: F811
+def test_code_from_elsewhere_runs_only_when_trusted(tmp_path, cache, capsys):
     """Fails if a variant.py that is none of variants/ is executed unasked, or cannot be asked for."""
     ran = tmp_path / "RAN"
     code = f"open({str(ran)!r}, 'w')\n" + variants.path("topk").read_text()

@@ -1,6 +1,4 @@
-"""What test_ranks.py lets torchrun start: gradients <file> | runs <arguments of one run>,
-… as JSON | fragile <the same>.
-"""
+"""What torchrun starts for test_ranks.py: gradients FILE | runs ARGUMENTS_OF_A_RUN_AS_JSON … | fragile (the same)."""
 
 import json
 import os
@@ -14,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import experiment  # noqa: E402
 import variants  # noqa: E402
-from tests import OWN_VARIANTS
+from tests import OWN_VARIANTS  # noqa: E402
 from variants import base  # noqa: E402
 from variants.kit import ranks  # noqa: E402
 
@@ -22,9 +20,7 @@ D, F, B, DEAD = 16, 192, 64, 40
 
 
 def gradients(file: str) -> int:
-    """For each data-parallel variant what a step's parts give on a whole batch in one process,
-    and on two halves of it on two ranks.
-    """
+    """For each data-parallel variant what a step gives on a whole batch in one process, and on its halves on two."""
     torch.set_default_dtype(torch.float64)
     ranks.join("cpu")
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(1)).double() / D**0.5
@@ -48,9 +44,8 @@ def gradients(file: str) -> int:
             sae.count_step(len(mine_BD))
             with torch.no_grad():
                 sae.after_step(base.Batch(mine_BD), progress)
-            result = {key: p.grad for key, p in sae.named_parameters()
-                      if p.grad is not None} | dict(sae.named_buffers())
-            found[name, together] = result | dict(loss=ranks.mean(loss))
+            result = {key: p.grad for key, p in sae.named_parameters() if p.grad is not None}
+            found[name, together] = result | dict(sae.named_buffers()) | dict(loss=ranks.mean(loss))
     if not ranks.number():
         torch.save([[name, together, result] for (name, together), result in found.items()], file)
     ranks.leave()

@@ -1,5 +1,5 @@
-"""How long the evals take, for one SAE and for several, beside SAEBench's own code: python -m tests.benchmarks.evals
-[--saebench]
+"""How long the evals take, for one SAE and for several, beside SAEBench's own code:
+python -m tests.benchmarks.evals [--saebench]
 
 The embedded model with untrained TopK SAEs (time does not depend on training): each eval with an empty cache, then
 again with what the language model gave kept. `--saebench` runs the same work through SAEBench 0.6.0 in the same process
@@ -48,7 +48,9 @@ def main() -> None:
     saes = {str(i): trained(lm, settings, layer, i) for i in range(args.saes)}
     print(f"{lm.name}, layer {layer}, width {settings.d_sae:,}, torch {torch.__version__}, {args.threads} thread(s); "
           "CPU seconds")
-    header = ("1 SAE, first", "again", f"{args.saes} SAEs, first", "again", *("SAEBench, 1", "another") * args.saebench)
+    header = ["1 SAE, first", "again", f"{args.saes} SAEs, first", "again"]
+    if args.saebench:
+        header += ["SAEBench, 1", "another"]
     print(" " * 16 + "".join(f"{title:>{width}}" for title, width in zip(header, WIDTHS)))
     for name in args.evals.split(","):
         config, row = choose(name, "embedded", "")[name], []
@@ -64,9 +66,7 @@ def main() -> None:
 
 
 def trained(lm, settings, layer: int, seed: int) -> base.TrainedSAE:
-    """A TopK SAE with random directions, biased to the mean of some activations so that it
-    fires as a trained one does.
-    """
+    """A TopK SAE of random directions, biased to the mean of some activations so that it fires as a trained one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sae = topk.SAE(lm.d_model, settings.d_sae, k=K)
@@ -102,8 +102,8 @@ def theirs(sae: base.TrainedSAE, setup):
     from sae_bench.custom_saes.topk_sae import TopKSAE
 
     own = TopKSAE(sae.sae.d_in, sae.sae.d_sae, K, setup.lm.name, setup.layer, torch.device("cpu"), torch.float32)
-    own.load_state_dict({**own.state_dict(), **{key: getattr(sae.sae, key).detach()
-                                                for key in ("W_enc", "b_enc", "W_dec", "b_dec")}})
+    weights = {key: getattr(sae.sae, key).detach() for key in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    own.load_state_dict(own.state_dict() | weights)
     own.cfg.architecture_str = "topk"  # core asks for it; its own config class has none
     return own.requires_grad_(False)
 
@@ -115,8 +115,8 @@ def reference_core(setup, sae, folder) -> None:
     from evals.texts import packing
 
     config = setup.config
-    batch, batches = config["batch_size_prompts"], (config["n_eval_reconstruction_batches"],
-                                                    config["n_eval_sparsity_variance_batches"])
+    batch = config["batch_size_prompts"]
+    batches = config["n_eval_reconstruction_batches"], config["n_eval_sparsity_variance_batches"]
     rows_RT = packing.pack(setup.texts(), setup.lm.tokenizer, config["context_size"], setup.lm.bos,
                            batch * sum(batches))
     parts = iter(rows_RT.split(batch))
@@ -176,9 +176,9 @@ def reference_scr(setup, sae, folder) -> None:
     def six_sets(of: dict, split: str) -> dict[str, list[str]]:
         pp, pn, np, nn = (of[sign][split] for sign in pairs.COMBINATIONS)  # first attribute: profession, second: gender
         half = len(pn)
-        return {"male / female": pp[:half] + np, "female_data_only": pn + nn[:half], "professor / nurse": pp[:half]
-                + pn,
-                "nurse_data_only": np + nn[:half], "male_professor / female_nurse": pp, "female_nurse_data_only": nn}
+        return {"male / female": pp[:half] + np, "female_data_only": pn + nn[:half],
+                "professor / nurse": pp[:half] + pn, "nurse_data_only": np + nn[:half],
+                "male_professor / female_nurse": pp, "female_nurse_data_only": nn}
 
     for name, of in pairs.Source(setup.data).probing(setup.config).items():
         main.dataset_creation.get_train_test_data = lambda *rest, of=of: (six_sets(of, "train"), six_sets(of, "test"))

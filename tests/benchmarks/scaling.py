@@ -4,15 +4,14 @@ Gemma-2-2B to layer 12, TopK, context 128; H200s: 790 TFLOP/s in bf16, 4.3 TB/s 
 450 GB/s within a machine of eight (NVLink), 50 GB/s between machines. Seconds a token, for D = 2304, F features, B
 tokens a batch, W GPUs:
 
-    t = (2.08e9 + 10·D·F) / (e·790e12·W)     the language model and the SAE's matrix products, at the share e = .7 of
-    the rate;
-                                             from F = 1,024·k on only the encoder's, 2·D·F, and four times k = 32 rows
-                                             of W_dec or W_enc are read, 16·k·D / (1.7e12·W)
+    t = (2.08e9 + 10·D·F) / (e·790e12·W)     the language model and the SAE's matrix products, at the share e = .7
+                                             of the rate; from F = 1,024·k on only the encoder's, 2·D·F, and four times
+                                             k = 32 rows of W_dec or W_enc are read, 16·k·D / (1.7e12·W)
       + 8·F / (4.3e12·W)                     pre-activations, written and read twice in bf16
       + (64 + 40)·D·F / (4.3e12·S·B)         per step: Adam (32 bytes a parameter), projection, clipping, unit norm (20)
       + 2·(W − 1)/W · 8·D·F / (link·B)       per step: gradients averaged; spread over S = W GPUs, gathered and
-      scattered: as much + 2·D·(W − 1)/W / (link·W)             per token: bf16 activations handed to the ranks that
-      need them
+                                             scattered: as much
+      + 2·D·(W − 1)/W / (link·W)             per token: bf16 activations handed to the ranks that need them
 
 S = 1: the SAE is whole on every GPU; S = W: spread over them. Nothing overlaps in this, and nothing of it was measured.
 Memory is the forecast that a run prints itself. The share e is an assumption: `python -m tests.benchmarks.training`
@@ -58,8 +57,8 @@ def cells(F: int, B: int, W: int) -> list[str]:
         peak = budget.peak(budget.need(found, 1, GEMMA, block, 64 * 128, 2, True, "cuda", S))
         speed = tokens_per_s(F, B, W, S)
         fits = peak <= ROOM
-        columns.append((f"{speed:,.0f}" if fits else "–", f"{peak / 1e9:.0f}", f"{TOKENS / speed / 3600:.2f}" if fits
-                        else "–"))
+        reached, hours = (f"{speed:,.0f}", f"{TOKENS / speed / 3600:.2f}") if fits else ("–", "–")
+        columns.append((reached, f"{peak / 1e9:.0f}", hours))
     return [" / ".join(parts) for parts in zip(*columns)]
 
 

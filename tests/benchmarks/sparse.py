@@ -1,5 +1,5 @@
-"""From which width on a step of few features pays, against dense products: python -m tests.benchmarks.sparse [--device
-cuda]
+"""From which width on a step of few features pays, against dense products:
+python -m tests.benchmarks.sparse [--device cuda]
 
 One row per width and k: a TopK step (`base.gradients`) either way in turn, median seconds of `--steps`, and their ratio
 beside what `variants.base.sparse_pays` decides: it is right where it says sparse below 1. Needs torch alone; the

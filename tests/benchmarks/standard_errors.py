@@ -1,5 +1,5 @@
-"""Every stated standard error beside a bootstrap over its sampling units: python -m tests.benchmarks.standard_errors
-[--evals core,scr]
+"""Every stated standard error beside a bootstrap over its sampling units:
+python -m tests.benchmarks.standard_errors [--evals core,scr]
 
 The embedded model with an untrained TopK SAE (or `--profile tiny`, which states few: its evals have fewer than five
 units). Each eval runs once; what it knows of each unit is drawn anew 2000 times and its metrics computed again by
@@ -73,8 +73,9 @@ def compared(name: str, stderrs: dict[str, float], unit: str, drawn: dict[str, t
         spread = float(np.nanstd(values, ddof=1) if np.ndim(values) else values)
         if stated > 1e-12 or spread > 1e-12:  # a constant has neither
             ratio = stated / max(spread, 1e-300)
-            group = "all of a pass" if name == "core" else re.sub(r"(top|threshold)_\d+", r"\1_n",
-                                                                  re.sub("dir[12]", "dirn", metric))
+            group = re.sub(r"(top|threshold)_\d+", r"\1_n", re.sub("dir[12]", "dirn", metric))
+            if name == "core":
+                group = "all of a pass"
             groups[group.replace("llm", "sae"), n].append(ratio)
             outside += [f"{name}.{metric} {ratio:.2f}"] if abs(ratio - 1) > BOUND else []
     for (group, n), ratios in groups.items():
@@ -137,9 +138,12 @@ def of_classes(name: str) -> Callable:
         for metric in result.stderrs:
             units = []
             for of in result.unstructured.values():
-                classes = (list(of[metric].values()) if name == "sparse_probing"
-                           else [by_metric[metric] for by_metric in of.values()])
-                classes = [np.mean(classes)] if len(classes) == 2 else classes
+                if name == "sparse_probing":
+                    classes = list(of[metric].values())
+                else:
+                    classes = [by_metric[metric] for by_metric in of.values()]
+                if len(classes) == 2:
+                    classes = [np.mean(classes)]
                 units += [(1 / len(result.unstructured) / len(classes), value) for value in classes]
             weight_n, value_n = np.array(units).T
             # a unit drawn stands with its own weight
@@ -191,8 +195,8 @@ def absorption(setup, sae) -> tuple:
 def means(columns: dict[str, list[float]]) -> dict:
     rng, drawn = np.random.default_rng(0), {}
     for metric, values in columns.items():
-        drawn[metric] = len(values), times(rng,
-                                           len(values)) @ np.array(values) / len(values) if values else np.zeros(DRAWS)
+        n = len(values)
+        drawn[metric] = n, times(rng, n) @ np.array(values) / n if n else np.zeros(DRAWS)
     return drawn
 
 
@@ -240,15 +244,13 @@ def ravel(setup, sae) -> tuple:
     of_base, of_source = (lambda pair, a=a: (known[pair[a]].kind, known[pair[a]].entity) for a in (0, 1))
     for which, suffix in enumerate(("", "_unseen_prompts")):
         found = [ravel.counted(known, task, ok)[which] for task, ok in zip(tasks, right)]
-        # both together draw a pair as often as both of its entities, which counts a pair's own chance three times (Owen
-        # 2007)
-        spreads = [ravel_spreads(weights, found, unit) for unit in (of_base, of_source,
-                                                                    lambda pair: (of_base(pair), of_source(pair)))]
+        # both together draw a pair as often as both of its entities: its own chance counts three times (Owen 2007)
+        units = of_base, of_source, lambda pair: (of_base(pair), of_source(pair))
+        spreads = [ravel_spreads(weights, found, unit) for unit in units]
         for metric in ("cause_score", "isolation_score", "disentanglement_score"):
             base, source, both = (spread[metric] ** 2 for spread in spreads)
-            drawn[metric + suffix] = len({of_base(pair) for of in found for pairs in of.values()
-                                          for pair, _ in pairs}), np.sqrt(
-                max(base + source - both, base, source))
+            entities = {of_base(pair) for of in found for pairs in of.values() for pair, _ in pairs}
+            drawn[metric + suffix] = len(entities), np.sqrt(max(base + source - both, base, source))
     return results["sae"].stderrs, "entity of base, of source", drawn
 
 
@@ -282,13 +284,13 @@ def autointerp(setup, sae) -> tuple:
     with mock.patch.object(autointerp, "_verdicts", verdicts):
         result = autointerp.run(setup, {"sae": sae})["sae"]
     columns = {"autointerp_score": "score", "autointerp_score_checked": "score_checked"}
-    return result.stderrs, "latent", means({m: [s[c] for s in result.unstructured.values()]
-                                            for m, c in columns.items()})
+    judged = result.unstructured.values()
+    return result.stderrs, "latent", means({m: [scores[c] for scores in judged] for m, c in columns.items()})
 
 
 CHECKS = {"core": core, "sparse_probing": of_classes("sparse_probing"), "tpp": of_classes("tpp"), "scr": scr,
-          "absorption": absorption,
-          "sae_probes": sae_probes, "unlearning": unlearning, "ravel": ravel, "autointerp": autointerp}
+          "absorption": absorption, "sae_probes": sae_probes, "unlearning": unlearning, "ravel": ravel,
+          "autointerp": autointerp}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,5 @@
-"""How fast training goes, beside the machine and the peers: python -m tests.benchmarks.training [--peers] [--growth]
-[--profile]
+"""How fast training goes, beside the machine and the peers:
+python -m tests.benchmarks.training [--peers] [--growth] [--profile]
 
 Needs torch and transformers. `--model`: gemma-2-2b-shape (random weights, random tokens; the default where there is a
 GPU), embedded (the default elsewhere) or tiny with their own texts, or a local folder or hub name, with random tokens.
@@ -131,8 +131,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    parser.add_argument("--cpu_seconds", action="store_true", help="of the process, not wall time: for one thread on a "
-                                                                   "shared machine")
+    parser.add_argument("--cpu_seconds", action="store_true",
+                        help="of the process, not wall time: for one thread on a shared machine")
     parser.add_argument("--cache_dir", default="", help="where models and wheels lie; nothing else is taken from it")
     parser.add_argument("--data_dir", default="")
     args = parser.parse_args(argv)
@@ -143,8 +143,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.dtype = "float32"
     if args.run_tokens < (BLOCKS + 2) * block_tokens(args):
         raise ValueError(f"a run of --run_tokens={args.run_tokens} has no {BLOCKS + 2} blocks of {block_tokens(args)} "
-                         "tokens\n"
-                         "give a longer run, or fewer --tokens")
+                         "tokens\ngive a longer run, or fewer --tokens")
     return args
 
 
@@ -245,8 +244,9 @@ def machine_of(device: str, dtype: torch.dtype) -> tuple[float, float]:
     n = 8192 if device == "cuda" else 1024
     a_NN, b_NN = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     source, target = (torch.ones(2**26, device=device) for _ in range(2))  # 268 MB, more than caches hold
-    return 2 * n**3 / least_seconds(device,
-                                    lambda: a_NN @ b_NN), 2 * source.nbytes / least_seconds(device, lambda: target.copy_(source))
+    rate = 2 * n**3 / least_seconds(device, lambda: a_NN @ b_NN)
+    bandwidth = 2 * source.nbytes / least_seconds(device, lambda: target.copy_(source))
+    return rate, bandwidth
 
 
 def least_seconds(device: str, work: Callable) -> float:
@@ -274,8 +274,8 @@ class Enough(Exception):
     """Ends a run after the blocks that are measured."""
 
 
-def train(settings, lm, source, blocks: int, between: Callable[[int, int], None] = lambda b, rows: None, parts: Parts
-          | None = None):
+def train(settings, lm, source, blocks: int, between: Callable[[int, int], None] = lambda b, rows: None,
+          parts: Parts | None = None):
     """Seconds of each of `blocks` blocks of a run by `experiment.train`, after a warm-up block.
 
     `between(b, rows)` is called after block b, of so many rows; what it does is not counted.
@@ -412,7 +412,9 @@ def table(args, lm, source, machine: tuple[float, float]) -> None:
     """One row per width, number of SAEs and number of layers."""
     cpu = args.device == "cpu"
     columns = ["width", "SAEs", "layers", "tokens/s", "MFU %", "of floor %", *(f"{name} %" for name in Parts.NAMES),
-               "host %", "host GB" if cpu else "GPU GB", *["bare LM tokens/s", "of bare LM %", "not LM %"] * cpu]
+               "host %", "host GB" if cpu else "GPU GB"]
+    if cpu:
+        columns += ["bare LM tokens/s", "of bare LM %", "not LM %"]
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
     cases = list(itertools.product(numbers(args.widths), numbers(args.saes), numbers(args.n_layers)))
     # all of them can be, before any is measured
@@ -432,7 +434,8 @@ def numbers(text: str) -> list[int]:
 def row(settings: experiment.Settings, lm, source, machine: tuple[float, float]) -> list[str]:
     """Its cells after the first three."""
     forget_peak(settings.device)
-    config, n_saes = lm.hf.config.get_text_config(), len(experiment.layers_of(settings)) * len(settings.sweep.split(","))
+    config = lm.hf.config.get_text_config()
+    n_saes = len(experiment.layers_of(settings)) * len(settings.sweep.split(","))
     alone, alone_seconds = bare(lm, settings), []
 
     def between(b: int, rows: int) -> None:
@@ -445,11 +448,10 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
     wall = sum(train(settings, lm, source, BLOCKS - 1, parts=parts))
     shares = {name: taken / wall for name, taken in parts.seconds().items()}
     speed = settings.block_tokens / median(seconds)
-    mfu, of_floor = flop(config, settings,
-                         n_saes) * speed / machine[0], floor(config, settings, n_saes, machine) * speed
-    cells = [f"{speed:,.0f}", *(f"{100 * share:.1f}" for share in (mfu, of_floor, *shares.values(),
-                                                                   1 - sum(shares.values()))),
-             f"{peak.get('gpu', peak['host']):.2f}"]
+    mfu = flop(config, settings, n_saes) * speed / machine[0]
+    of_floor = floor(config, settings, n_saes, machine) * speed
+    percent = [f"{100 * share:.1f}" for share in (mfu, of_floor, *shares.values(), 1 - sum(shares.values()))]
+    cells = [f"{speed:,.0f}", *percent, f"{peak.get('gpu', peak['host']):.2f}"]
     if alone_seconds:
         of_bare = median(one / other for one, other in zip(alone_seconds[1:], seconds))
         cells += [f"{settings.block_tokens / median(alone_seconds[1:]):,.0f}", f"{100 * of_bare:.1f}",
@@ -459,11 +461,17 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
 
 def profile(args, lm, source) -> None:
     """The operations of a block that take most of the device's own time, for one SAE of each width."""
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.device == "cuda")
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if args.device == "cuda" else [ProfilerActivity.CPU]
     for width in numbers(args.widths):
         watcher = torch.profiler.profile(activities=kinds)
-        train(settings_of(args, width), lm, source, 1, lambda b, rows, watcher=watcher: watcher.stop() if b
-              else watcher.start())
+
+        def between(b: int, rows: int, watcher=watcher) -> None:
+            if b:
+                watcher.stop()
+            else:
+                watcher.start()
+
+        train(settings_of(args, width), lm, source, 1, between)
         by = f"self_{args.device}_time_total"
         print(f"width {width:,}\n{watcher.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)}",
               flush=True)
@@ -482,8 +490,8 @@ def growth(args, lm, source) -> None:
     by_tokens = {f"{n * block_tokens(args):,}": sum(seconds[:n]) for n in (1, 2, 4)}
     by_width = {f"{width:,}": block(width, 1) for width in widths}
     by_saes = {f"{saes}": block(widths[0], saes) for saes in (1, 2, 4)}
-    for title, found in ((f"tokens, width {widths[0]:,}", by_tokens), (f"width, {block_tokens(args):,} tokens",
-                                                                       by_width),
+    for title, found in ((f"tokens, width {widths[0]:,}", by_tokens),
+                         (f"width, {block_tokens(args):,} tokens", by_width),
                          (f"SAEs, width {widths[0]:,}, {block_tokens(args):,} tokens", by_saes)):
         first = next(iter(found.values()))
         print(f"| {title} | seconds | ratio |\n|--:|--:|--:|")
@@ -492,9 +500,11 @@ def growth(args, lm, source) -> None:
 
 
 def provenance(args, argv: list[str] | None) -> str:
-    where = (torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, "
-                                                                        f"{torch.get_num_threads()} thread(s)")
-    where += ", CPU seconds" * args.cpu_seconds
+    where = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+    if args.cpu_seconds:
+        where += ", CPU seconds"
     command = " ".join(["python -m tests.benchmarks.training", *(sys.argv[1:] if argv is None else argv)])
     return (f"{date.today()}, torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}, "
             f"Python {platform.python_version()}, {where}: `{command}`")
@@ -513,8 +523,9 @@ def beside_peers(args, lm, source) -> None:
         except ImportError as error:
             print(f"{name} is left out ({error}): {install}")
     titles = [f"{name} {importlib.metadata.version(name)}" for name in peers]
-    columns = ["width", "here, tokens/s", *(column for title in titles
-                                            for column in (f"{title}, tokens/s", "here / there"))]
+    columns = ["width", "here, tokens/s"]
+    for title in titles:
+        columns += [f"{title}, tokens/s", "here / there"]
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
     for width in numbers(args.widths):
         settings = settings_of(args, width, keep_bos=True, num_tokens=500_000_000)
@@ -542,15 +553,14 @@ def beside_peers(args, lm, source) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what libraries print and warn of."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    nowhere = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         yield
 
 
 def copied(lm):
-    """The transformers model in modules of its own, so that nobody's hooks slow another one down;
-    weights are shared.
-    """
+    """The transformers model in modules of its own, so that nobody's hooks slow another down; weights are shared."""
     return copy.deepcopy(lm.hf, {id(t): t for t in (*lm.hf.parameters(), *lm.hf.buffers())})
 
 
@@ -580,7 +590,8 @@ def dictionary_learning():
     from nnsight import LanguageModel
 
     def windows(hf, rows_RT: Tensor, settings, steps: int) -> Callable[[], float]:
-        layer, B, T, device = max(experiment.layers_of(settings)), settings.batch_size, settings.context, settings.device
+        layer, device = max(experiment.layers_of(settings)), settings.device
+        B, T = settings.batch_size, settings.context
         model = LanguageModel(hf, tokenizer=words(hf.config.get_text_config().vocab_size))
         path = next(name for name, module in hf.named_modules() if isinstance(module, torch.nn.ModuleList))
         # it refills at half the buffer, which is then after as many steps as a window has
@@ -624,8 +635,8 @@ def words(vocab_size: int):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.WordLevel({**{str(i): i for i in range(vocab_size)}, "<pad>": vocab_size},
-                                      unk_token="<pad>"))
+    ids = {str(i): i for i in range(vocab_size)} | {"<pad>": vocab_size}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", padding_side="left")
 
@@ -640,7 +651,8 @@ def sae_lens():
     from sae_lens.training.sae_trainer import SAETrainer
 
     def windows(hf, rows_RT: Tensor, settings, steps: int) -> Callable[[], float]:
-        layer, B, T, device = max(experiment.layers_of(settings)), settings.batch_size, settings.context, settings.device
+        layer, device = max(experiment.layers_of(settings)), settings.device
+        B, T = settings.batch_size, settings.context
         path = next(name for name, module in hf.named_modules() if isinstance(module, torch.nn.ModuleList))
         hook, d_in = f"{path}.{layer}", hf.config.get_text_config().hidden_size
         store = ActivationsStore(HookedProxyLM(hf, None, hook_names=[hook]),

@@ -17,7 +17,7 @@ from evals.texts import embedded
 from evals.texts.source import Source
 from runs import compare
 from tests import PROJECT
-from tests.flow.test_experiment import cache, command, signals  # noqa: F401  fixtures
+from tests.small_run import command
 
 PROFILES = {"gemma": ("google/gemma-2-2b", "google/gemma-2-2b-it", "hub"),
             "tiny": ("tiny-gemma2", "tiny-gemma2", "tiny"),
@@ -72,7 +72,7 @@ def test_nobody_but_its_own_test_needs_an_eval(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpp", "ravel"])  # a file and a folder
-def test_an_eval_goes_by_deleting_it(name, tmp_path, cache, no_judge):  # noqa: F811
+def test_an_eval_goes_by_deleting_it(name, tmp_path, cache, no_judge):
     """Fails if a run of all evals, or the other tests, miss an eval whose file or folder and test were deleted."""
     ignored = shutil.ignore_patterns("__pycache__", ".*")
     for part in ("evals", "runs", "variants", "tests"):
@@ -102,7 +102,7 @@ def test_an_eval_goes_by_deleting_it(name, tmp_path, cache, no_judge):  # noqa: 
 # ------------------------------------------------------------------------------------------------ all of them
 
 
-def test_all_evals_in_one_run(tmp_path, cache, no_judge):  # noqa: F811
+def test_all_evals_in_one_run(tmp_path, cache, no_judge):
     """Fails if an eval crashes, returns an undeclared metric or no score without a reason, or a second run differs."""
     assert experiment.main(command(tmp_path / "run", cache, "--evals=all")) == 0
     section = json.loads((tmp_path / "run" / "final_info.json").read_text())["layer_2"]

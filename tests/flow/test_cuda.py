@@ -1,5 +1,6 @@
-"""What only a GPU can show; skipped without one. Needs torch and transformers alone:
-python -m tests.flow.test_cuda runs it without pytest.
+"""What only a GPU can show; skipped without one.
+
+`python -m tests.flow.test_cuda` runs it without pytest, and needs torch and transformers alone.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -62,13 +63,12 @@ def stepped(name: str, device: str, steps: int, inside=nullcontext, free: int = 
 
 
 def test_every_variant_learns_on_a_gpu_what_it_learns_on_the_cpu():
-    """Fails if bf16 autocast, a device or a GPU's own path (dense top-k, auxk without ranking,
-    compiled projection) changes training.
-    """
+    """Fails if bf16, a device or a GPU's own path (dense top-k, auxk unranked, compiled steps) changes training."""
     for name in OWN_VARIANTS:
         (here, expected), (there, found) = (stepped(name, device, 48) for device in ("cpu", DEVICE))
         last, last_found = sum(expected[-8:]) / 8, sum(found[-8:]) / 8
-        assert abs(last_found - last) < 0.05 * abs(last), f"{name}: loss {last_found:.4f} on the GPU, {last:.4f} on the CPU"
+        said = f"{name}: loss {last_found:.4f} on the GPU, {last:.4f} on the CPU"
+        assert abs(last_found - last) < 0.05 * abs(last), said
         if here.unit_norm_decoder:
             assert (there.W_dec.norm(dim=1) - 1).abs().max() < 1e-5, name
 
@@ -81,9 +81,7 @@ def test_no_step_waits_for_the_gpu():
 
 
 def test_wide_saes_have_the_gradients_of_dense_products():
-    """Fails if the sparse path that a GPU takes from some width on computes something else,
-    or waits where k is fixed.
-    """
+    """Fails if the sparse path that a GPU takes from some width on computes something else, or waits at a fixed k."""
     wide = 2**16
     batch = base.Batch(torch.randn(B, D, generator=torch.Generator().manual_seed(0)).to(DEVICE) / D**0.5)
     progress = base.Progress(50, 100, 50 * B, 100 * B)

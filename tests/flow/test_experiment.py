@@ -1,60 +1,17 @@
 """The command: what a run writes, that it is the same every time, that nothing is lost, and how it fails."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 import experiment
 import variants
 from tests import PROJECT
-
-# small enough for seconds, with several blocks, passes and a last block that is cut
-SMALL = ["--profile=tiny", "--num_tokens=5000", "--block_tokens=2048", "--passes=2", "--device=cpu"]
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def command(out, cache, *more):
-    return [*SMALL, f"--out_dir={out}", f"--cache_dir={cache}", *more]
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory, cache):
-    """An uninterrupted run, the first on its cache."""
-    out = tmp_path_factory.mktemp("runs") / "reference"
-    assert experiment.main(command(out, cache)) == 0
-    return out
-
-
-def start(out, cache, *more):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "experiment.py", *command(out, cache, *more)], cwd=PROJECT,
-                            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_for(path: Path, process):
-    deadline = time.monotonic() + 120
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert path.exists(), process.communicate()[1]
-
+from tests.small_run import SMALL, command, fail_at_checkpoint, start, wait_for
 
 # ------------------------------------------------------------------------------------------------ results
 
@@ -75,7 +32,8 @@ def test_final_info_is_what_the_client_parses(reference):
     section = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} in final_info.json"))["layer_2"]
     assert {"core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1_test_accuracy",
             "training.final_loss"} <= set(section["means"])
-    assert section["config"]["steps"] == experiment.count_steps(experiment.resolve(experiment.parse_settings(SMALL))[0]) == 38
+    settings, _ = experiment.resolve(experiment.parse_settings(SMALL))
+    assert section["config"]["steps"] == experiment.count_steps(settings) == 38
     assert str(reference.parent) not in text and "seconds" not in text
     assert list(section["means"]) == sorted(section["means"],
                                             key=lambda k: (not k.startswith(("training.", "variant.")), k))
@@ -87,8 +45,9 @@ def test_same_seed_same_bytes_with_a_cold_cache_and_another_with_another_seed(re
     assert experiment.main(command(tmp_path / "cold", tmp_path / "cache")) == 0
     assert (tmp_path / "cold/final_info.json").read_bytes() == (reference / "final_info.json").read_bytes()
     assert experiment.main(command(tmp_path / "seed", tmp_path / "cache", "--seed=1", "--evals=none")) == 0
-    loss = lambda run: json.loads((run / "final_info.json").read_text())["layer_2"]["means"]["training.final_loss"]  # noqa: E731
-    assert loss(tmp_path / "seed") != loss(reference)
+    one, other = (json.loads((run / "final_info.json").read_text())["layer_2"]["means"]["training.final_loss"]
+                  for run in (reference, tmp_path / "seed"))
+    assert one != other
 
 
 @pytest.mark.slow
@@ -99,8 +58,8 @@ def test_several_layers_and_a_sweep_share_one_stream_and_change_nothing(referenc
     assert set(many) == {"layer_1.k_8", "layer_1.k_32", "layer_2.k_8", "layer_2.k_32"}
     alone = json.loads((reference / "final_info.json").read_text())["layer_2"]["means"]
     together = many["layer_2.k_32"]["means"]
-    assert {k: together[k] for k in alone
-            if not k.startswith("sparse")} == {k: v for k, v in alone.items() if not k.startswith("sparse")}
+    measured = [name for name in alone if not name.startswith("sparse")]
+    assert {name: together[name] for name in measured} == {name: alone[name] for name in measured}
     assert many["layer_2.k_8"]["means"]["core.l0"] < 8.5
 
 
@@ -108,16 +67,14 @@ def test_a_sweep_of_two_hyper_parameters_trains_every_combination():
     """Fails if combinations are missing, values go to the wrong name, or a list without a name is let through."""
     module = variants.load("topk")
     settings = experiment.parse_settings(["--sweep=k=8,16,auxk_alpha=0,0.5", "--hyper=auxk_alpha=1"])
-    assert experiment.hypers_of(settings, module) == {f".k_{k}.auxk_alpha_{a}": dict(k=k, auxk_alpha=a) for k in (8, 16)
-                                                      for a in (0, 0.5)}
+    every = {f".k_{k}.auxk_alpha_{a}": dict(k=k, auxk_alpha=a) for k in (8, 16) for a in (0, 0.5)}
+    assert experiment.hypers_of(settings, module) == every
     with pytest.raises(ValueError, match="does not begin with a name"):
         experiment.hypers_of(experiment.parse_settings(["--sweep=8,16"]), module)
 
 
 def test_the_fingerprint_covers_what_a_variant_imports(tmp_path):
-    """Fails if an edit to the variant that mine derives from would pass as the same code:
-    its old result would be reported again.
-    """
+    """Fails if an edit to the variant that mine derives from passes as the same code: its old result would be given."""
     file = tmp_path / "mine.py"
     file.write_text("from variants import batch_topk\n\nclass SAE(batch_topk.SAE):\n    grad_clip = 0.5\n")
     names = {path.name for path in variants.sources(str(file))}
@@ -126,17 +83,15 @@ def test_the_fingerprint_covers_what_a_variant_imports(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["neighbours", "attention_pairs"])
-def test_contexts_and_attention_are_delivered_and_resumed(cache, tmp_path, name):
-    """Fails if a variant that needs whole contexts or attention patterns does not continue bit for bit after a kill."""
-    more = [f"--variant={PROJECT / 'tests/fixtures/good_variants'}/{name}.py", "--evals=none", "--checkpoint_seconds=0"]
+def test_contexts_and_attention_are_delivered_and_resumed(cache, tmp_path, monkeypatch, name):
+    """Fails if a variant that needs whole contexts or attention patterns does not continue bit for bit."""
+    more = [f"--variant={PROJECT / 'tests/fixtures/good_variants'}/{name}.py", "--evals=none"]
     assert experiment.main(command(tmp_path / "whole", cache, *more)) == 0
-    process = start(tmp_path / "killed", cache, *more)
-    wait_for(tmp_path / "killed/checkpoint.pt", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert experiment.main(command(tmp_path / "killed", cache, *more)) == 0
-    assert "continuing from step" in (tmp_path / "killed/log.txt").read_text()
-    assert (tmp_path / "killed/final_info.json").read_bytes() == (tmp_path / "whole/final_info.json").read_bytes()
+    stopped = command(tmp_path / "stopped", cache, *more)
+    fail_at_checkpoint(3, stopped, monkeypatch)
+    assert experiment.main(stopped) == 0
+    assert "continuing from step" in (tmp_path / "stopped/log.txt").read_text()
+    assert (tmp_path / "stopped/final_info.json").read_bytes() == (tmp_path / "whole/final_info.json").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ nothing is lost
@@ -154,12 +109,9 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(reference,
     process.send_signal(how)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == -how if how == signal.SIGKILL else process.returncode in (128 + how, 0), stderr
-    again = subprocess.run([sys.executable, "experiment.py", *command(out, cache, "--checkpoint_seconds=0")],
-                           cwd=PROJECT,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
-    assert again.returncode == 0, again.stderr
+    assert experiment.main(command(out, cache, "--checkpoint_seconds=0")) == 0
     assert (out / "final_info.json").read_bytes() == (reference / "final_info.json").read_bytes()
-    assert not list(tmp_path.glob("run.previous*")), "a run of the same settings and code must be continued, not moved away"
+    assert not list(tmp_path.glob("run.previous*")), "the same settings and code are continued, not moved away"
 
 
 @pytest.mark.slow
@@ -172,7 +124,8 @@ def test_a_finished_run_is_reported_again_and_another_one_moves_it_aside(referen
     assert experiment.main(command(out, cache, "--evals=none")) == 0
     assert "already finished" in capsys.readouterr().out and (out / "final_info.json").stat().st_mtime_ns == stamp
     assert experiment.main(command(out, cache, "--evals=none", "--hyper=k=8")) == 0
-    assert (tmp_path / "run.previous-1/final_info.json").read_bytes() == before != (out / "final_info.json").read_bytes()
+    aside = (tmp_path / "run.previous-1/final_info.json").read_bytes()
+    assert aside == before != (out / "final_info.json").read_bytes()
 
 
 def test_a_crashing_eval_costs_only_itself(cache, tmp_path, capsys, monkeypatch):
@@ -203,9 +156,7 @@ def test_a_typo_leaves_no_heap_of_folders(cache, tmp_path):
 
 @pytest.mark.slow
 def test_a_local_folder_and_a_local_file_stand_for_gemma(cache, tmp_path):
-    """Fails if the path that Gemma takes (profile gemma, streamed text, bf16 model,
-    core on another data set) breaks anywhere.
-    """
+    """Fails if Gemma's path (its profile, streamed text, bf16 model, core on another data set) breaks anywhere."""
     from evals.model import built_in
     from evals.texts import tiny
 
@@ -251,8 +202,8 @@ def test_each_wrong_input_ends_in_one_clear_message(tmp_path, cache, capsys, arg
     broken = tmp_path / "broken.py"
     broken.write_text(NAN.format("(batch.x.sum() * 0)"))
     begun = time.monotonic()
-    assert experiment.main(command(tmp_path / "run", cache, *(a.replace("BROKEN", str(broken))
-                                                              for a in arguments))) == 1
+    given = [argument.replace("BROKEN", str(broken)) for argument in arguments]
+    assert experiment.main(command(tmp_path / "run", cache, *given)) == 1
     took, stderr = time.monotonic() - begun, capsys.readouterr().err
     assert words in stderr and len(stderr) <= 1200, stderr
     assert "Traceback" not in stderr
@@ -283,9 +234,7 @@ def test_an_exploding_loss_stops_with_step_term_and_checkpoint(tmp_path, cache, 
 
 @pytest.mark.slow
 def test_help_imports_nothing_heavy():
-    """Fails if --help pays for transformers, scikit-learn, datasets or TransformerLens
-    (it must answer within two seconds).
-    """
+    """Fails if --help, which must answer within two seconds, pays for transformers, scikit-learn or datasets."""
     code = ("import sys, experiment\ntry: experiment.main(['--help'])\nexcept SystemExit: pass\n"
             "print({'transformers', 'sklearn', 'datasets', 'transformer_lens', 'sae_lens', 'pandas'} & "
             "set(sys.modules))")

@@ -1,8 +1,6 @@
-"""Numbers stay what they were: a short training of every variant against stored results, from before the last work on
-speed.
+"""Numbers stay what they were: a short training of every variant against stored results.
 
-`python -m tests.flow.test_golden` writes tests/fixtures/golden.json anew; it belongs to a change that is meant to move
-numbers.
+`python -m tests.flow.test_golden` writes tests/fixtures/golden.json anew: for a change that is meant to move numbers.
 """
 
 import json
@@ -18,8 +16,7 @@ from variants.kit import contexts
 
 STORED = FIXTURES / "golden.json"
 D, F, B, STEPS = 24, 384, 63, 60  # contexts of 7 tokens fill the batch
-# rounding (another processor, another order of summation) grows in 60 steps of Adam, most where a feature is chosen by
-# rank
+# rounding (another processor or order of summation) grows in 60 steps of Adam, most where rank chooses a feature
 RELATIVE = {"loss": 2e-3, "l0": 0.01, "decoder": 2e-3, "moved": 5e-3}
 
 
@@ -28,8 +25,8 @@ def trained(name: str) -> dict[str, float]:
     generator = torch.Generator().manual_seed(7)
     atoms_AD = torch.nn.functional.normalize(torch.randn(64, D, generator=generator), dim=1)
     share_NA = torch.rand(STEPS * B, 64, generator=generator)
-    x_ND = torch.where(share_NA > 0.94, share_NA,
-                       0.0) @ atoms_AD + 0.02 * torch.randn(STEPS * B, D, generator=generator)
+    x_ND = torch.where(share_NA > 0.94, share_NA, 0.0) @ atoms_AD
+    x_ND = x_ND + 0.02 * torch.randn(STEPS * B, D, generator=generator)
     x_ND = x_ND / x_ND.pow(2).sum(1).mean().sqrt()
     torch.manual_seed(0)
     hyper = {"k": 8} if "k" in variants.hyperparameters(variants.load(name)) else {}
@@ -37,10 +34,11 @@ def trained(name: str) -> dict[str, float]:
     sae.initialise(x_ND[:1024])
     optimizer, before_FD, losses = experiment.make_optimizer(sae, 3e-3), sae.decoder.detach().clone(), []
     for step, x_BD in enumerate(x_ND.split(B)):
-        fields = contexts.synthetic(x_BD, sae.attention_layers, sae.attention_threshold, step) if (
-            sae.needs_contexts or sae.attention_layers) else dict(x=x_BD)
-        loss, _ = experiment.train_step(sae, optimizer, base.Batch(**fields),
-                                        base.Progress(step, STEPS, step * B, STEPS * B))
+        fields = dict(x=x_BD)
+        if sae.needs_contexts or sae.attention_layers:
+            fields = contexts.synthetic(x_BD, sae.attention_layers, sae.attention_threshold, step)
+        progress = base.Progress(step, STEPS, step * B, STEPS * B)
+        loss, _ = experiment.train_step(sae, optimizer, base.Batch(**fields), progress)
         losses.append(float(loss))
     z_NF = sae.eval().encode(x_ND[:1024])
     return dict(loss=sum(losses[-10:]) / 10, l0=float((z_NF != 0).float().sum(1).mean()),

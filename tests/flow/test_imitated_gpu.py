@@ -1,6 +1,4 @@
-"""What only shows off the CPU: devices that do not mix, steps that wait, memory that ends;
-on a GPU imitated in host memory.
-"""
+"""What only shows off the CPU, on a GPU imitated in host memory: devices that do not mix, steps that wait, memory."""
 
 import json
 import os
@@ -12,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from tests import imitated_gpu
-from tests.flow.test_experiment import PROJECT, wait_for
+import experiment
+from tests import PROJECT, imitated_gpu
+from tests.small_run import wait_for
 
-pytestmark = [pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has real GPUs: "
-                                                                        "tests/flow/test_cuda.py"),
+pytestmark = [pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has real GPUs: test_cuda.py"),
               pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")]
 
 EVALS = "core,sparse_probing,absorption,tpp,scr,ravel,unlearning,sae_probes"
@@ -55,9 +53,9 @@ def means(out) -> dict:
 REFUSED = """
 import torch
 x, host = torch.ones(3, 3, device="cuda"), torch.ones(3, 3)
-for what in (lambda: x + host, lambda: torch.cat([x, host]), lambda: x.index_select(0, torch.zeros(1).long()), lambda: host[x > 0],
-             lambda: x.numpy(), lambda: torch.randperm(3, generator=torch.Generator(), device="cuda"),
-             lambda: torch.empty(2 * 10**9, device="cuda")):
+for what in (lambda: x + host, lambda: torch.cat([x, host]), lambda: x.index_select(0, torch.zeros(1).long()),
+             lambda: host[x > 0], lambda: x.numpy(), lambda: torch.empty(2 * 10**9, device="cuda"),
+             lambda: torch.randperm(3, generator=torch.Generator(), device="cuda")):
     try:
         raise SystemExit(f"done: {what()}")
     except (RuntimeError, TypeError):  # torch.OutOfMemoryError is one
@@ -65,7 +63,8 @@ for what in (lambda: x + host, lambda: torch.cat([x, host]), lambda: x.index_sel
 assert torch.equal((x + torch.tensor(1.0))[torch.tensor([0])].cpu(), 2 * host[:1])  # these may mix
 torch.cuda.set_sync_debug_mode("error")
 y = (x @ x).topk(2).values.sum() * torch.tensor(5.0)
-for what in (y.item, y.cpu, lambda: x[x > 0], lambda: x.nonzero(), lambda: torch.tensor(1.0, device="cuda"), lambda: bool(y > 0)):
+for what in (y.item, y.cpu, lambda: x[x > 0], lambda: x.nonzero(), lambda: torch.tensor(1.0, device="cuda"),
+             lambda: bool(y > 0)):
     try:
         raise SystemExit(f"did not wait: {what()}")
     except RuntimeError:
@@ -81,17 +80,20 @@ def test_the_imitation_refuses_what_a_gpu_refuses(tmp_path):
 
 @pytest.mark.slow
 def test_steps_on_a_gpu(tmp_path):
-    """Fails if a variant mixes devices, learns something else in bf16, waits for the device in a step,
-    or dies of a step's memory.
-    """
-    tests = ("every_variant_learns_on_a_gpu_what_it_learns_on_the_cpu", "no_step_waits_for_the_gpu",
-             "a_step_without_memory_goes_on_in_parts",
-             "wide_saes_have_the_gradients_of_dense_products")
+    """Fails if a variant mixes devices, learns something else in bf16, waits in a step, or dies of a step's memory."""
     script = tmp_path / "steps.py"
-    script.write_text("import sys\nsys.path.insert(0, '.')\nfrom tests.flow import test_cuda\n"
-                      "from tests.variants import test_variants\n"
-                      + "".join(f"test_cuda.test_{name}()\n" for name in tests)
-                      + "for every in (13, 5, 2):\n    test_variants.auxk_against_its_formula('cuda', every)\n")
+    script.write_text("""
+import sys
+sys.path.insert(0, ".")
+from tests.flow import test_cuda
+from tests.variants import test_variants
+test_cuda.test_every_variant_learns_on_a_gpu_what_it_learns_on_the_cpu()
+test_cuda.test_no_step_waits_for_the_gpu()
+test_cuda.test_a_step_without_memory_goes_on_in_parts()
+test_cuda.test_wide_saes_have_the_gradients_of_dense_products()
+for every in (13, 5, 2):
+    test_variants.auxk_against_its_formula("cuda", every)
+""")
     ended(on_gpu(script))
 
 
@@ -105,26 +107,22 @@ sys.path.insert(0, ".")
 import torch
 torch.cuda.get_device_name = lambda *args: "H200"  # whose rates are not measured, which would take minutes here
 from tests.benchmarks import sparse, training
-training.main(["--layers=0,1", "--tokens=384", "--context=32", "--lm_batch_size=4", "--batch_size=64", "--run_tokens=20000", "--saes=2",
-               "--n_layers=2", "--widths=256", "--growth", "--cache_dir={tmp_path}"])
+training.main(["--layers=0,1", "--tokens=384", "--context=32", "--lm_batch_size=4", "--batch_size=64",
+               "--run_tokens=20000", "--saes=2", "--n_layers=2", "--widths=256", "--growth", "--cache_dir={tmp_path}"])
 sys.argv = ["sparse", "--d_in=64", "--widths=512", "--ks=8", "--batch_size=64", "--steps=2"]
 sparse.main()
 """)
     said = ended(on_gpu(script))
-    assert "gemma-2-2b-shape: d_model 2304, bfloat16" in said and "| 256 | 2 | 2 |" in said and "| 512 | 8 |" in said, said
+    for part in ("gemma-2-2b-shape: d_model 2304, bfloat16", "| 256 | 2 | 2 |", "| 512 | 8 |"):
+        assert part in said, said
 
 
 @pytest.mark.slow
-def test_evals_give_the_same_on_a_gpu(tmp_path):
-    """Fails if an eval mixes devices, draws from a generator of the device,
-    or takes another path there that gives other results.
-    """
-    subprocess.run([sys.executable, *tiny(tmp_path / "sae", tmp_path, "--evals=none", "--device=cpu")], cwd=PROJECT,
-                   check=True)
-    evaluate = [f"--init_from={tmp_path / 'sae'}", "--num_tokens=0", f"--evals={EVALS}", "--activation_cache_gb=0"]
+def test_evals_give_the_same_on_a_gpu(tmp_path, reference):
+    """Fails if an eval mixes devices, draws from a generator of the device, or takes a path of another result there."""
+    evaluate = [f"--init_from={reference}", "--num_tokens=0", f"--evals={EVALS}", "--activation_cache_gb=0"]
     ended(on_gpu(*tiny(tmp_path / "gpu", tmp_path, *evaluate)))
-    subprocess.run([sys.executable, *tiny(tmp_path / "cpu", tmp_path, *evaluate, "--device=cpu")], cwd=PROJECT,
-                   check=True)
+    assert experiment.main(tiny(tmp_path / "cpu", tmp_path, *evaluate, "--device=cpu")[1:]) == 0
     here, there = means(tmp_path / "cpu"), means(tmp_path / "gpu")
     assert len(here) > 80 and there == pytest.approx(here, rel=1e-5)
 
@@ -133,7 +131,7 @@ def test_evals_give_the_same_on_a_gpu(tmp_path):
 def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
     """Fails if a checkpoint does not bring everything back to the device: a bf16 model, a sweep, two layers."""
     def run(name, *more):
-        return on_gpu(*tiny(tmp_path / name, tmp_path, "--num_tokens=100000", "--variant=batch_topk", "--sweep=k=4,8",
+        return on_gpu(*tiny(tmp_path / name, tmp_path, "--num_tokens=50000", "--variant=batch_topk", "--sweep=k=4,8",
                             "--layers=1,2", "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none",
                             "--checkpoint_seconds=0.1", *more))
 
@@ -156,8 +154,8 @@ def test_a_run_ends_well_with_less_memory_than_it_was_promised(tmp_path):
     def run(name, **environment):
         return ended(on_gpu(*tiny(tmp_path / name, tmp_path, "--activation_cache_gb=0", "--evals=core,sparse_probing",
                                   "--num_tokens=65536", "--block_tokens=65536", "--lm_batch_size=2048", "--d_sae=4096",
-                                  "--batch_size=4096",
-                                  '--eval_config={"core": {"batch_size_prompts": 512}}'), **environment))
+                                  "--batch_size=4096", '--eval_config={"core": {"batch_size_prompts": 512}}'),
+                            **environment))
 
     assert "out of GPU memory" not in run("enough")
     said = run("little", IMITATED_GPU_LEFT="90e6")

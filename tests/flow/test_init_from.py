@@ -8,9 +8,7 @@ import torch
 import experiment
 import variants
 import variants.kit.saving
-
-# the reference run is shared
-from tests.flow.test_experiment import SMALL, cache, command, reference, signals  # noqa: F401
+from tests.small_run import command
 from variants import base
 
 
@@ -19,7 +17,7 @@ def means(out):
 
 
 @pytest.mark.slow
-def test_an_earlier_run_evaluated_again_gives_its_own_figures(reference, cache, tmp_path):  # noqa: F811
+def test_an_earlier_run_evaluated_again_gives_its_own_figures(reference, cache, tmp_path):
     """Fails if the weights, their scale or the layer are not the run's: width, variant and k are taken from it."""
     again = ["--profile=tiny", "--num_tokens=0", f"--init_from={reference}", "--evals=core", "--device=cpu",
              f"--cache_dir={cache}"]
@@ -36,10 +34,8 @@ def test_an_earlier_run_evaluated_again_gives_its_own_figures(reference, cache, 
 
 
 @pytest.mark.slow
-def test_trained_further_it_begins_where_it_was(reference, cache, tmp_path):  # noqa: F811
-    """Fails if the weights are not in the new training's units, or are initialised anew:
-    the first losses would be those of a fresh SAE.
-    """
+def test_trained_further_it_begins_where_it_was(reference, cache, tmp_path):
+    """Fails if the weights are in other units or initialised anew: first losses would be those of a fresh SAE."""
     further = command(tmp_path / "further", cache, f"--init_from={reference}/sae/layer_2", "--evals=none", "--lr=1e-5",
                       "--log_lines=38")
     assert experiment.main(further) == 0
@@ -49,7 +45,7 @@ def test_trained_further_it_begins_where_it_was(reference, cache, tmp_path):  # 
 
 
 @pytest.mark.slow
-def test_a_sweep_is_taken_over_sae_by_sae(cache, tmp_path):  # noqa: F811
+def test_a_sweep_is_taken_over_sae_by_sae(cache, tmp_path):
     """Fails if SAEs of several layers and hyper-parameters are mixed up."""
     assert experiment.main(command(tmp_path / "many", cache, "--layers=1,2", "--sweep=k=8,16", "--evals=core")) == 0
     again = ["--profile=tiny", "--num_tokens=0", f"--init_from={tmp_path / 'many'}", "--evals=core", "--device=cpu",
@@ -62,20 +58,18 @@ def test_a_sweep_is_taken_over_sae_by_sae(cache, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_dictionary_learnings_file_is_evaluated_and_read_by_saelens(cache, tmp_path):  # noqa: F811
-    """Fails if ae.pt needs anything but --init_from, or the features of the saved SAE are not its own:
-    written out by hand here.
-    """
+def test_dictionary_learnings_file_is_evaluated_and_read_by_saelens(cache, tmp_path):
+    """Fails if ae.pt needs anything but --init_from, or the saved SAE's features are not its own, written out here."""
     from sae_lens import SAE as SAELens
 
     torch.manual_seed(0)
     state = {"encoder.weight": torch.randn(96, 32), "encoder.bias": torch.randn(96),
-             "decoder.weight": torch.randn(32, 96),
-             "bias": torch.randn(32)}
+             "decoder.weight": torch.randn(32, 96), "bias": torch.randn(32)}
     state["decoder.weight"] /= state["decoder.weight"].norm(dim=0)
     (tmp_path / "ae").mkdir()
     torch.save(state, tmp_path / "ae/ae.pt")
-    (tmp_path / "ae/config.json").write_text(json.dumps(dict(trainer=dict(dict_class="AutoEncoder", layer=2, lm_name="tiny"))))
+    trainer = dict(dict_class="AutoEncoder", layer=2, lm_name="tiny")
+    (tmp_path / "ae/config.json").write_text(json.dumps(dict(trainer=trainer)))
     run = ["--profile=tiny", "--num_tokens=0", f"--init_from={tmp_path / 'ae'}", "--evals=none", "--device=cpu",
            f"--cache_dir={cache}"]
     assert experiment.main([*run, f"--out_dir={tmp_path / 'run'}"]) == 0
@@ -86,11 +80,8 @@ def test_dictionary_learnings_file_is_evaluated_and_read_by_saelens(cache, tmp_p
 
 
 @pytest.mark.slow
-def test_what_cannot_be_started_from_is_said_before_anything_is_loaded(
-        reference, cache, tmp_path, capsys):  # noqa: F811
-    """Fails if 0 tokens pass without an SAE, a wrong place or width is noticed late,
-    or the message names no way out.
-    """
+def test_what_cannot_be_started_from_is_said_before_anything_is_loaded(cache, tmp_path, capsys):
+    """Fails if 0 tokens pass without an SAE, or a wrong place or width is noticed late or leaves no way out."""
     wide = variants.build(variants.load("topk"), 12, 40, dict(k=4))
     variants.kit.saving.save_sae(tmp_path / "wide", wide, 1.0, variants.path("topk"), dict(k=4), {})
     for arguments, words in ((["--num_tokens=0"], "num_tokens=0 is below 1"),
@@ -101,9 +92,7 @@ def test_what_cannot_be_started_from_is_said_before_anything_is_loaded(
 
 
 def test_norms_are_folded_before_a_variant_that_keeps_them_at_one_trains_further(tmp_path):
-    """Fails if foreign decoder norms change the features of the first step,
-    or a top-k whose choice they decide passes.
-    """
+    """Fails if foreign decoder norms change the first step's features, or a top-k whose choice they decide passes."""
     from variants.kit import interchange
 
     torch.manual_seed(0)
@@ -118,14 +107,12 @@ def test_norms_are_folded_before_a_variant_that_keeps_them_at_one_trains_further
             continue
         interchange.fold_norms(sae, "there")
         assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(40)) and sae.W_dec.requires_grad
-        assert torch.allclose(sae.encode(x), z,
-                              atol=1e-5) and torch.allclose(sae.decode(sae.encode(x)), wanted, atol=1e-5)
+        assert torch.allclose(sae.encode(x), z, atol=1e-5)
+        assert torch.allclose(sae.decode(sae.encode(x)), wanted, atol=1e-5)
 
 
 def test_a_run_from_a_run_is_called_by_the_variant(tmp_path):
-    """Fails if what is evaluated from a run's folder is called by the name of the copy, `variant`,
-    in results and comparisons.
-    """
+    """Fails if what is evaluated from a run's folder is called by its copy's name, `variant`, in results."""
     (tmp_path / "variant.py").write_text("")
     assert variants.title(str(tmp_path / "variant.py")) == "variant" and variants.title("topk") == "topk"
     (tmp_path / "run_info.json").write_text('{"settings": {"variant": "variants/mine.py"}}')

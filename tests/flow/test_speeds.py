@@ -1,4 +1,4 @@
-"""Two speeds: `python -m pytest -m "not slow"` leaves out what is marked slow, and still has something of every file."""
+"""Two speeds: `python -m pytest -m "not slow"` leaves out what is marked slow, and has something of every file."""
 
 import ast
 

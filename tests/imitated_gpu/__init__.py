@@ -24,22 +24,19 @@ SOURCE = Path(__file__).with_name("gpu.cpp")
 
 
 def build() -> Path:
-    """The compiled library, made once for this source and this torch;
-    subprocess.CalledProcessError where it does not compile.
-    """
+    """The compiled library, made once for this source and torch; CalledProcessError where it does not compile."""
     torch_folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
-    made_for = hashlib.sha256(SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes()
-                              + bytes(torch_folder)).hexdigest()[:16]
+    made_of = SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes() + bytes(torch_folder)
+    made_for = hashlib.sha256(made_of).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae_experiment"
     library = folder / f"imitated_gpu_{made_for}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([os.environ.get("CXX", "c++"), "-O1", "-std=c++20", "-fPIC", "-shared", str(SOURCE), "-o",
-                        str(unfinished), *(f"-I{torch_folder / 'include' / part}"
-                                           for part in ("", "torch/csrc/api/include")),
-                        f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder / 'lib'}"],
-                       check=True, capture_output=True, text=True)
+        headers = [f"-I{torch_folder / 'include' / part}" for part in ("", "torch/csrc/api/include")]
+        links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder / 'lib'}"]
+        subprocess.run([os.environ.get("CXX", "c++"), "-O1", "-std=c++20", "-fPIC", "-shared", str(SOURCE),
+                        "-o", str(unfinished), *headers, *links], check=True, capture_output=True, text=True)
         os.replace(unfinished, library)
     return library
 

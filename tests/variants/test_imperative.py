@@ -16,7 +16,7 @@ import experiment
 import variants
 import variants.kit.saving
 from tests import FIXTURES
-from tests.flow.test_experiment import start, wait_for
+from tests.small_run import start, wait_for
 from variants import base
 from variants.kit import imperative
 from variants.preflight import check, messages

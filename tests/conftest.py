@@ -1,0 +1,48 @@
+"""Fixtures that many tests share, each made once; one thread for each process, two processes for the whole suite."""
+
+import os
+
+# before torch is imported: one thread makes the same bits everywhere, and two workers do not fight over the cores
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+import signal  # noqa: E402
+
+import pytest  # noqa: E402
+
+from tests import small_run  # noqa: E402
+
+pytest_plugins = ["tests.hub"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Whoever asks for the whole suite, and not for one process (`-n 0`, `-p no:xdist`, a debugger), has it on two."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    alone = config.option.collectonly or config.option.usepdb or len(os.sched_getaffinity(0)) < 2
+    if whole and not alone and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run that a test starts in its own process leaves no handler behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A cache folder, filled by the first run."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, cache):
+    """The folder of a small run that nothing interrupted."""
+    import experiment
+
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    assert experiment.main(small_run.command(out, cache)) == 0
+    return out

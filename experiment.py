@@ -57,6 +57,9 @@ from runs.interrupts import Interrupts  # noqa: E402
 from variants import base  # noqa: E402
 from variants.kit import contexts, files, imperative, interchange, ranks  # noqa: E402
 from variants.kit.copying import duplicate  # noqa: E402
+from variants.kit.scale import DOMINANT, stream_scale  # noqa: E402
+from variants.kit.steps import gradients  # noqa: E402
+from variants.kit.trained import TrainedSAE  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -591,7 +594,7 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
             return sae.update(batch, progress)
     for group in optimizer.param_groups:
         group["lr"] = group.get("base_lr", lr) * progress.lr_factor() * sae.lr_scale(progress)
-    loss, terms = base.gradients(sae, batch, progress, say)
+    loss, terms = gradients(sae, batch, progress, say)
     ranks.average_gradients(sae)
     if sae.unit_norm_decoder:
         base.project_decoder_gradient(sae.W_dec)
@@ -705,8 +708,8 @@ def begin(settings: Settings, jobs: list[Job], block: dict[str, Tensor], fresh: 
     for job in jobs:
         x_ND = block[f"x_{job.layer}"]
         if not job.scale:
-            job.scale, share = base.stream_scale(x_ND)
-            if share > base.DOMINANT:
+            job.scale, share = stream_scale(x_ND)
+            if share > DOMINANT:
                 say(f"note: {job.name}: the mean of the activations holds {share:.1%} of E‖x‖²: they are divided by the spread "
                     "around it")
             if not fresh:  # its weights took raw activations
@@ -803,7 +806,7 @@ def load_checkpoint(settings: Settings, out: Path, jobs: list[Job]) -> Optional[
 
 def report_of(settings: Settings, lm: LanguageModel, job: Job, source) -> tuple[dict, dict]:
     """What the variant measures of itself, numbers and files; before the evals wrap the model."""
-    looked_at = base.TrainedSAE(duplicate(job.sae), job.scale)
+    looked_at = TrainedSAE(duplicate(job.sae), job.scale)
     held_out = functools.partial(held_out_batch, settings, lm, job, source)
     return job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
 
@@ -863,7 +866,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     code, variant = files_digest((PROJECT / "evals").rglob("*.py"), PROJECT), variants.title(settings.variant)
     chosen, crashed = evals_of(settings), {}
     for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
-        trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
+        trained = {job.name: TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
         texts = [source.digest("heldout"), source.digest("train")]
         common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name)]
         depends = {sae: evals.cache.digest([*common, stored.weights_digest(t)]) for sae, t in trained.items()}
@@ -939,7 +942,7 @@ def boards_of(settings: Settings, lm: LanguageModel, jobs: list[Job], source, ca
 
     try:
         return [dict(board, sae=job.name) for job in jobs for board in dashboards(
-            make_setup(settings, lm, job.layer, {}, source, cache), base.TrainedSAE(job.sae, job.scale))]
+            make_setup(settings, lm, job.layer, {}, source, cache), TrainedSAE(job.sae, job.scale))]
     except (packing.TooLittleText, OSError) as error:
         say(f"report: no feature dashboards: {network.first_line(error)}")
         return []

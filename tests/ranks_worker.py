@@ -16,7 +16,10 @@ import experiment  # noqa: E402
 import variants  # noqa: E402
 from tests import OWN_VARIANTS
 from variants import base  # noqa: E402
-from variants.kit import ranks  # noqa: E402
+from variants.kit import (
+    ranks,  # noqa: E402
+    steps,  # noqa: E402
+)
 
 D, F, B, DEAD = 16, 192, 64, 40
 
@@ -43,7 +46,7 @@ def gradients(file: str) -> int:
                 sae.W_dec += 0.1 * torch.randn(F, D)  # else residuals hardly differ between tokens
             sae.tokens_since_fired[:DEAD] = 10**9
             progress = base.Progress(90, 100, 90 * B, 100 * B)  # theta moves, penalties are whole
-            loss, terms = base.gradients(sae, base.Batch(mine_BD), progress, print)
+            loss, terms = steps.gradients(sae, base.Batch(mine_BD), progress, print)
             ranks.average_gradients(sae)
             sae.count_step(len(mine_BD))
             with torch.no_grad():

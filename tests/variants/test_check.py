@@ -9,6 +9,7 @@ import experiment
 import variants
 from tests import FIXTURES
 from variants import base
+from variants.kit.sparse import taken
 from variants.preflight import check, memory, messages
 
 BROKEN = FIXTURES / "broken_variants"
@@ -229,12 +230,12 @@ def test_grown_tells_products_from_sums_and_samples():
 @pytest.mark.parametrize("file", [*SHIPPED, GOOD / "gram_sample.py", GOOD / "two_decoders.py",
                                   BROKEN / "gram_matrix.py"],
                          ids=lambda p: p.stem)
-def test_forecast_agrees_with_a_measured_step(file, monkeypatch):
+@taken(sparse=False)  # the path that is followed from size to size
+def test_forecast_agrees_with_a_measured_step(file):
     """Fails if the forecast is off by a tenth from what torch's own allocator reports for one real step,
     too large to be just measured.
     """
     B, D, F = 4160, 32, 4096
-    monkeypatch.setattr(base, "sparse_pays", lambda *_: False)  # the path that is followed from size to size
     module = variants.load(str(file))
     torch.manual_seed(0)
     sae = variants.build(module, D, F, {})

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 import variants
 from variants import base
 from variants.kit.copying import duplicate
+from variants.kit.trained import TrainedSAE
 
 
 @dataclass(frozen=True)
@@ -604,7 +605,7 @@ def fold_norms(sae: base.SAE, place: str) -> None:
     """Give an SAE decoder rows of unit norm without changing what it does, in place;
     ValueError where its activation forbids that.
     """
-    norm_F, before = sae.W_dec.norm(dim=1).clamp_min(1e-12), base.TrainedSAE(duplicate(sae), 1.0)
+    norm_F, before = sae.W_dec.norm(dim=1).clamp_min(1e-12), TrainedSAE(duplicate(sae), 1.0)
     if (norm_F - 1).abs().max() < 1e-4:
         return
     for name in ("W_enc", "b_enc", "b_gate", "b_mag", "theta"):
@@ -614,7 +615,7 @@ def fold_norms(sae: base.SAE, place: str) -> None:
     sae.W_dec /= norm_F[:, None]
     x_ND = sae.b_dec + torch.randn(64, sae.d_in, generator=torch.Generator().manual_seed(0))
     z_NF = before.encode(x_ND)
-    if (base.TrainedSAE(sae, 1.0).encode(x_ND) - z_NF).norm() > 1e-3 * z_NF.norm():
+    if (TrainedSAE(sae, 1.0).encode(x_ND) - z_NF).norm() > 1e-3 * z_NF.norm():
         raise ValueError(f"{place}: its decoder rows have norms {float(norm_F.min()):.3g} to "
                          f"{float(norm_F.max()):.3g}, and this variant keeps them at 1, which would select other "
                          "features\n--num_tokens=0 evaluates it; to train it further choose --variant standard_april, "

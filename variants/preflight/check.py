@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ import variants
 from variants import base
 from variants.kit import imperative
 from variants.kit.copying import duplicate
+from variants.kit.sparse import taken
+from variants.kit.trained import TrainedSAE
 from variants.preflight import memory
 from variants.preflight.memory import Sizes
 from variants.preflight.messages import (
@@ -517,7 +518,7 @@ def check_shapes(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[st
         fail(v, defined(v, "decode"), "decode gives another reconstruction for [batch, context, features] than for "
                                       "[tokens, features]",
              advice)
-    trained = base.TrainedSAE(probe, 1.0)
+    trained = TrainedSAE(probe, 1.0)
     with attempting(v, "in encode on bf16 activations", plan.sizes):
         bf16 = trained.encode(plan.x_BD.bfloat16())
     if not torch.equal(bf16, trained.encode(plan.x_BD.bfloat16().float())):
@@ -596,7 +597,7 @@ def same(a, b) -> bool:
 
 def check_scale(v: Variant, sae: base.SAE, plan: Plan) -> None:
     """On activations three times as large, a trained SAE's features are three times as large."""
-    one, three = (base.TrainedSAE(duplicate(sae), scale) for scale in (1.0, 3.0))
+    one, three = (TrainedSAE(duplicate(sae), scale) for scale in (1.0, 3.0))
     if not matches(3 * one.encode(plan.x_BD), three.encode(3 * plan.x_BD)):
         fail(v, defined(v, "encode"), "features do not scale with the normalisation",
              "encode must depend on x, the parameters and the buffers alone")
@@ -837,7 +838,7 @@ def forecast(v: Variant, small: Sizes, real: Sizes, plan: Plan, accelerator: boo
         if real.B * real.F <= 2**24 and real.D * real.F <= 2**24:  # cheap enough to be measured as it is
             return memory.measured(traced(real, progress))
         # shapes can be followed from size to size only along one path: the dense one, which needs more, and is a GPU's
-        with mock.patch.object(base, "sparse_pays", lambda *_: False):
+        with taken(sparse=False):
             return memory.forecast(lambda sizes: traced(sizes, progress), small, real)
 
     first, last = plan.points[0], plan.points[-1]

@@ -57,6 +57,7 @@ from runs.interrupts import Interrupts  # noqa: E402
 from variants import base  # noqa: E402
 from variants.kit import contexts, files, imperative, interchange, ranks  # noqa: E402
 from variants.kit.copying import duplicate  # noqa: E402
+from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep  # noqa: E402
 from variants.kit.scale import DOMINANT, stream_scale  # noqa: E402
 from variants.kit.steps import gradients  # noqa: E402
 from variants.kit.trained import TrainedSAE  # noqa: E402
@@ -223,10 +224,10 @@ def evals_of(settings: Settings) -> dict[str, dict]:
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
     """Hyper-parameters per SAE of a layer, by the suffix of its name: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
-    fixed = variants.parse_hyper(module, settings.hyper)
+    fixed = parse_hyper(module, settings.hyper)
     if settings.init_from and not settings.sweep:
-        return interchange.hypers_of(settings.init_from, variants.hyperparameters(module), fixed)
-    return {suffix: fixed | hyper for suffix, hyper in variants.parse_sweep(module, settings.sweep).items()}
+        return interchange.hypers_of(settings.init_from, hyperparameters(module), fixed)
+    return {suffix: fixed | hyper for suffix, hyper in parse_sweep(module, settings.sweep).items()}
 
 
 def block_plan(settings: Settings) -> list[int]:
@@ -922,7 +923,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         if job.name in unreported:
             problems.append(f"the variant's own report failed: {type(unreported[job.name]).__name__}: {unreported[job.name]}")
         config = dict(
-            variant=variants.title(settings.variant), hyper=variants.hyperparameters(module) | job.hyper, model=public_name(settings.model),
+            variant=variants.title(settings.variant), hyper=hyperparameters(module) | job.hyper, model=public_name(settings.model),
             hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder), context=settings.context,
             num_tokens=settings.num_tokens, passes=settings.passes, batch_size=settings.batch_size, steps=count_steps(settings),
             lr=settings.lr or job.sae.default_lr, keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,

@@ -16,10 +16,8 @@ import experiment  # noqa: E402
 import variants  # noqa: E402
 from tests import OWN_VARIANTS
 from variants import base  # noqa: E402
-from variants.kit import (
-    ranks,  # noqa: E402
-    steps,  # noqa: E402
-)
+from variants.kit import ranks, steps  # noqa: E402
+from variants.kit.hyper import hyperparameters  # noqa: E402
 
 D, F, B, DEAD = 16, 192, 64, 40
 
@@ -40,7 +38,7 @@ def gradients(file: str) -> int:
             mine_BD = x_BD.chunk(ranks.sharing())[ranks.number() % ranks.sharing()]
             torch.manual_seed(0)
             module = variants.load(name)  # few features a token: the sparse path of a CPU, with its transposed gradient
-            sae = variants.build(module, D, F, {"k": 4} if "k" in variants.hyperparameters(module) else {}).double()
+            sae = variants.build(module, D, F, {"k": 4} if "k" in hyperparameters(module) else {}).double()
             sae.initialise(x_BD)
             with torch.no_grad():
                 sae.W_dec += 0.1 * torch.randn(F, D)  # else residuals hardly differ between tokens

@@ -14,6 +14,7 @@ from evals.model.language_model import ROUNDING
 from tests import OWN_VARIANTS
 from variants import base
 from variants.kit import contexts
+from variants.kit.hyper import hyperparameters
 from variants.kit.sparse import taken
 from variants.kit.steps import gradients
 
@@ -46,7 +47,7 @@ def stepped(name: str, device: str, steps: int, inside=nullcontext, free: int = 
     x_ND = x_ND / x_ND.pow(2).sum(1).mean().sqrt()
     torch.manual_seed(0)
     module = variants.load(name)
-    sae = variants.build(module, D, F, {"k": 8} if "k" in variants.hyperparameters(module) else {}).to(device)
+    sae = variants.build(module, D, F, {"k": 8} if "k" in hyperparameters(module) else {}).to(device)
     sae.initialise(x_ND[:1024].to(device))
     optimizer, losses = experiment.make_optimizer(sae, 1e-3), []
     needs = sae.needs_contexts or sae.attention_layers

@@ -14,6 +14,7 @@ import experiment
 import variants
 from runs import compare, seeds
 from tests import OWN_VARIANTS, PROJECT
+from variants.kit.hyper import hyperparameters, parse_hyper
 
 READMES = sorted(path for path in PROJECT.rglob("README.md") if not any(part[0] == "."
                                                                         for part in path.relative_to(PROJECT).parts))
@@ -101,7 +102,7 @@ def test_a_flag_is_one(flags, place, monkeypatch):
     experiment.layers_of(settings)
     named = set(re.findall(r"(?:^|,)(\w+)=", f"{settings.hyper},{settings.sweep}"))
     if named and "my_weight" not in named:  # that is the README's own variant's: it is run below
-        knowing = [m for m in map(variants.load, OWN_VARIANTS) if named <= set(variants.hyperparameters(m))]
+        knowing = [m for m in map(variants.load, OWN_VARIANTS) if named <= set(hyperparameters(m))]
         assert experiment.hypers_of(settings, knowing[0])
 
 
@@ -112,9 +113,9 @@ def test_an_ablation_is_a_hyper_parameter(name):
     part = (PROJECT / "README.md").read_text(encoding="utf-8").partition(f"\n**`{name}`**")[2].partition("\n\n")[0]
     offered = [item.removeprefix("--hyper ") for item in re.findall(r"`((?:--hyper )?\w+=[^`]+)`", part)]
     module = variants.load(name)
-    assert offered and {item.partition("=")[0] for item in offered} <= variants.hyperparameters(module).keys()
+    assert offered and {item.partition("=")[0] for item in offered} <= hyperparameters(module).keys()
     for item in offered:
-        variants.parse_hyper(module, "" if "…" in item else item)
+        parse_hyper(module, "" if "…" in item else item)
 
 
 def test_the_files_of_code_run(place, monkeypatch, capsys):

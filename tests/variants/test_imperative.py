@@ -19,6 +19,7 @@ from tests import FIXTURES
 from tests.flow.test_experiment import start, wait_for
 from variants import base
 from variants.kit import imperative
+from variants.kit.hyper import hyperparameters
 from variants.preflight import check, messages
 from variants.preflight.trial import synthetic
 
@@ -235,7 +236,7 @@ def test_keywords_by_the_rule(tmp_path):
     assert built(file).trainer.seen == dict(warmup=3, steps=60, lr=3e-3, l1=0.01)
     assert built(file, steps=100_000, lr=None).trainer.seen == dict(warmup=400, steps=100_000, lr=3e-4, l1=0.01)
     assert built(file, dict(warmup_steps=50, l1=0.5)).trainer.seen == dict(warmup=50, steps=60, lr=3e-3, l1=0.5)
-    assert variants.hyperparameters(variants.load(str(file))) == dict(warmup_steps=400, l1=0.01, label="x")
+    assert hyperparameters(variants.load(str(file))) == dict(warmup_steps=400, l1=0.01, label="x")
 
 
 def test_numbers_named_for_logging_are_reported_as_numbers(tmp_path):

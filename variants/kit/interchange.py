@@ -32,6 +32,7 @@ from torch.nn import functional as F
 import variants
 from variants import base
 from variants.kit.copying import duplicate
+from variants.kit.hyper import hyperparameters
 from variants.kit.trained import TrainedSAE
 
 
@@ -198,7 +199,7 @@ def build(found: Found, trust_code: bool = False) -> base.SAE:
         check_trusted(found)
     own = found.scale is not None
     module = variants.load(found.variant)
-    known = variants.hyperparameters(module)  # a foreign file may carry those of an older form of the variant
+    known = hyperparameters(module)  # a foreign file may carry those of an older form of the variant
     hyper = found.hyper if own else {k: v for k, v in found.hyper.items() if k in known}
     sae = variants.build(module, found.d_in, found.d_sae, hyper, found.setting)
     state = fill(sae, found)

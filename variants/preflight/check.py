@@ -23,6 +23,7 @@ import variants
 from variants import base
 from variants.kit import imperative
 from variants.kit.copying import duplicate
+from variants.kit.hyper import hyperparameters
 from variants.kit.sparse import taken
 from variants.kit.trained import TrainedSAE
 from variants.preflight import memory
@@ -658,7 +659,7 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
             continue
         seen.add(code(other.tree))
         if code(other.tree) == code(v.tree):
-            defaults = variants.hyperparameters(other.module)
+            defaults = hyperparameters(other.module)
             edited = [f"{k}={value}" for k, value in v.hyper.items() if defaults.get(k, value) != value]
             notes.append(f"this is {known_as} with {', '.join(edited)}" if edited
                          else f"this is the unmodified {known_as}")
@@ -698,7 +699,7 @@ def like(v: Variant, other: Variant, plan: Plan) -> Variant:
     mine = v.hyper
     if v.is_trainer:  # as it is constructed: a schedule is cut to the run in both or in neither
         mine = v.hyper | imperative.keywords(v.module.SAE.trainer_class, plan.sizes.D, plan.sizes.F, v.setting, v.given)
-    known = variants.hyperparameters(other.module)
+    known = hyperparameters(other.module)
     shared = {key: mine[key] for key in known if key in mine}
     if missing := [key for key, value in (known | shared).items() if value is inspect.Parameter.empty
                    and key not in imperative.SHRUNK]:

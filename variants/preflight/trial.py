@@ -28,6 +28,7 @@ import variants
 from variants import base
 from variants.kit import contexts, imperative
 from variants.kit.copying import duplicate
+from variants.kit.hyper import hyperparameters
 from variants.preflight import memory
 from variants.preflight.memory import Sizes
 from variants.preflight.messages import (
@@ -72,7 +73,7 @@ class Plan:
 def read(name: str, hyper: dict) -> Variant:
     """Import the variant's file and check the hyper-parameters: each has a value, each has a known name."""
     v = imported(name)
-    known = variants.hyperparameters(v.module)
+    known = hyperparameters(v.module)
     for key in hyper:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0)

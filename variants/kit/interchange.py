@@ -32,6 +32,7 @@ from torch.nn import functional as F
 import variants
 from variants import base
 from variants.kit.copying import duplicate
+from variants.kit.files import digest
 from variants.kit.hyper import hyperparameters
 from variants.kit.trained import TrainedSAE
 
@@ -131,17 +132,21 @@ def undamaged(file: Path, cfg: dict) -> Path:
     """
     from safetensors import SafetensorError, safe_open
 
-    from evals.storage.identity import file_digest
-
     try:
         with safe_open(file, framework="pt") as tensors:
             tensors.keys()
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"{file} holds no readable weights: {str(error)[:120]}\n{AGAIN}") from None
     expected = (cfg.get("metadata") or {}).get(DIGEST)
-    if expected and file_digest(file) != expected:
+    if expected and _digest(str(file), file.stat().st_size, file.stat().st_mtime_ns) != expected:
         raise ValueError(f"{file} has other bytes than it was written with\n{AGAIN}")
     return file
+
+
+@functools.cache
+def _digest(file: str, *changes) -> str:
+    """SHA-256 of a file, read once as long as nothing touches it: the same SAEs are looked for several times in a run."""
+    return digest(file)
 
 
 def read_own(folder: Path, cfg: dict) -> Found:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import torch
 
-from variants.direction_contrastive import quantiles
 from variants.research.pictures import figure, png
 
 TOKENS, CORRELATION, TOGETHER, FIRED, MOST = 12_000, 0.2, 5, 10, 4096
@@ -58,7 +57,7 @@ def pairs(sae, z_NF) -> dict:
     rows_FD = (sae.decoder if sae.normalise else sae.W_dec).float()
     unit_SD = sae.decoder.float()[chosen_S]
     widths = [*WIDTHS, sae.top]
-    q_TS = quantiles(rows_FD, widths)[:, chosen_S]
+    q_TS = sae.quantiles(rows_FD, widths)[:, chosen_S]
     product_P = (rows_FD[chosen_S] @ rows_FD[chosen_S].T)[i_P, j_P]
     return dict(features=len(chosen_S), product_P=product_P, cos_P=(unit_SD @ unit_SD.T)[i_P, j_P], phi_P=phi_P,
                 together_P=together_P, expected_P=expected_P,

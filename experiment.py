@@ -55,7 +55,7 @@ from runs import settings as checks  # noqa: E402
 from runs.environment import public_name  # noqa: E402
 from runs.interrupts import Interrupts  # noqa: E402
 from variants import base  # noqa: E402
-from variants.kit import contexts, files, imperative, interchange, ranks  # noqa: E402
+from variants.kit import contexts, files, imperative, interchange, ranks, trainer_state  # noqa: E402
 from variants.kit.copying import duplicate  # noqa: E402
 from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep  # noqa: E402
 from variants.kit.scale import DOMINANT, stream_scale  # noqa: E402
@@ -581,7 +581,7 @@ def make_optimizer(sae: base.SAE, lr: float):
     A trainer of the imperative form brings its own; its state takes the optimiser's place.
     """
     if isinstance(sae, imperative.Imperative):
-        return imperative.TrainerState(sae)
+        return trainer_state.TrainerState(sae)
     optimizer = torch.optim.Adam(sae.parameter_groups(lr), lr=lr, betas=sae.adam_betas, fused=True)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]

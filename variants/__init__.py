@@ -135,7 +135,7 @@ def load(name: str) -> ModuleType:
     Raises SyntaxError or ImportError as Python does, AttributeError where there is neither `SAE` nor a trainer.
     """
     from variants import base
-    from variants.kit import imperative
+    from variants.kit import imperative, trainers
 
     file = path(name)
     name = f"variants.{file.stem}"
@@ -144,11 +144,11 @@ def load(name: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up there
     # compiled from the source each time: Python's own cache takes an edit of equal length within a second for no edit
     tree = parsed(file)
-    module.__dict__.update(imperative.lent(tree))
+    module.__dict__.update(trainers.lent(tree))
     exec(compile(tree, str(file), "exec"), module.__dict__)
     if inspect.isclass(getattr(module, "SAE", None)) and issubclass(module.SAE, base.SAE):
         return module
-    trainer = imperative.trainer_of(module, tree)
+    trainer = trainers.trainer_of(module, tree)
     if not trainer:
         raise AttributeError(_no_class(file, module))
     beside = ModuleType(name)  # in a module of its own: the file may have a class SAE, which its trainer makes
@@ -180,8 +180,8 @@ def build(module: ModuleType, d_in: int, d_sae: int, hyper: dict[str, object], s
 
     `setting` is what trainers are told of the run: steps, lr (or None), seed, device, layer, lm_name.
     """
-    from variants.kit import imperative
+    from variants.kit import imperative, trainers
 
     if issubclass(module.SAE, imperative.Imperative):
-        return module.SAE(d_in, d_sae, imperative.SETTING | (setting or {}), **hyper)
+        return module.SAE(d_in, d_sae, trainers.SETTING | (setting or {}), **hyper)
     return module.SAE(d_in, d_sae, **hyper).float()

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from variants.kit import imperative
+from variants.kit import imperative, trainers
 from variants.kit.files import file_name
 
 
 def hyperparameters(module: ModuleType) -> dict[str, object]:
     """Names and defaults of a variant's hyper-parameters: the keyword arguments of its SAE or trainer."""
     if issubclass(module.SAE, imperative.Imperative):
-        return imperative.hyperparameters(module.SAE.trainer_class)
+        return trainers.hyperparameters(module.SAE.trainer_class)
     parameters = list(inspect.signature(module.SAE.__init__).parameters.values())[3:]
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 

@@ -28,9 +28,7 @@ FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "variant.py
 
 
 def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dict, metadata: dict) -> None:
-    """Write a trained SAE to `folder`, which appears whole or not at all. `source`: the variant's file. ValueError:
-    `check_place`.
-    """
+    """Write a trained SAE to `folder`, whole or not at all. `source`: the variant's file. ValueError: `check_place`."""
     from safetensors.torch import save_file
 
     check_place(folder)
@@ -38,10 +36,9 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
     temporary.mkdir(parents=True)
     trained = TrainedSAE(duplicate(sae, "cpu"), scale)
     known = trained
-    if isinstance(sae, imperative.Imperative) and (like := interchange.of_trainer(trained.sae)):
-        like = TrainedSAE(like, scale)
-        if same(trained, like):
-            known = like
+    like = interchange.of_trainer(trained.sae) if isinstance(sae, imperative.Imperative) else None
+    if like and same(trained, TrainedSAE(like, scale)):
+        known = TrainedSAE(like, scale)
     k = {"k": known.sae.k} if hasattr(known.sae, "k") else {}
     cfg = dict(d_in=sae.d_in, d_sae=len(trained.gain_F), dtype="float32", device="cpu", metadata=metadata)
     # what the weights do not say: read back, a BatchTopK SAE is one again, and not just SAELens' JumpReLU
@@ -62,9 +59,7 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
 
 
 def note_digest(folder: Path) -> None:
-    """Note in cfg.json the SHA-256 of the weights beside it:
-    no format of weights says by itself that a bit was flipped.
-    """
+    """Note the weights' SHA-256 in the cfg.json beside: no format of weights says that a bit was flipped."""
     weights = next(folder.glob("*.safetensors"))
     cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     cfg["metadata"] = (cfg.get("metadata") or {}) | {interchange.DIGEST: files.digest(weights)}
@@ -72,9 +67,7 @@ def note_digest(folder: Path) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """ValueError where `save_sae` would write elsewhere than `folder` says,
-    or remove what it has not written itself.
-    """
+    """ValueError where `save_sae` would write elsewhere than `folder` says, or remove what is not its own."""
     if ".." in folder.parts or folder.is_symlink():
         raise ValueError(f"{folder}: an SAE is saved in a folder of its own, without .. in its path, and through no "
                          "link\n"
@@ -136,8 +129,7 @@ def folded(trained: TrainedSAE) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_sae(folder: str | Path, trust_code: bool = False) -> TrainedSAE:
-    """Read a folder written by `save_sae` (either format), or any other that `interchange` knows; the result takes raw
-    activations.
+    """An SAE for raw activations from a folder of `save_sae`, in either format, or any that `interchange` knows.
 
     Its variant.py is run if it equals one in variants/, or with `trust_code`; else ValueError.
     """

@@ -13,8 +13,7 @@ from variants.kit import ranks
 
 def gradients(sae: SAE, batch: Batch, progress: Progress,
               say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and terms of a batch, without graph, and the gradients in .grad; in parts once the memory of a GPU was too
-    small.
+    """Loss and terms of a batch, without graph, and the gradients in .grad; in parts once GPU memory was too small.
 
     The mean over equal parts is exact for a loss that is a mean over tokens; what is chosen over a batch is then chosen
     over each part. torch.OutOfMemoryError where a variant is not `data_parallel`, or ranks share the batch: one cannot

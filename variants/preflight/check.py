@@ -21,7 +21,7 @@ from torch import Tensor
 
 import variants
 from variants import base
-from variants.kit import imperative
+from variants.kit import imperative, trainer_state, trainers
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters
 from variants.kit.sparse import taken
@@ -100,7 +100,7 @@ def run(name: str, hyper: dict, *, d_in: int, d_sae: int, batch_size: int, total
         raise ValueError(f"the learning rate is {lr}: nothing would be trained\n"
                          "set --lr to a positive number, such as 3e-4")
     v = read(name, hyper)
-    setting = imperative.SETTING | (told or {}) | dict(steps=max(total_steps, STEPS), schedule=STEPS,
+    setting = trainers.SETTING | (told or {}) | dict(steps=max(total_steps, STEPS), schedule=STEPS,
                                                        lr=Plan.learning_rate, seed=seed)
     v = dataclasses.replace(v, setting=setting)
     check_signatures(v)
@@ -404,7 +404,7 @@ def check_resumed(v: Variant, plan: Plan) -> list[str]:
         second = initialised(v, plan.sizes, plan)
         try:
             second.load_state_dict({k: t.clone() for k, t in first.state_dict().items()})
-            imperative.TrainerState(second).load_state_dict(imperative.TrainerState(first).state_dict())
+            trainer_state.TrainerState(second).load_state_dict(trainer_state.TrainerState(first).state_dict())
             results = []
             for sae in (first, second):
                 reseed(plan.seed)
@@ -575,7 +575,7 @@ def state_outside(sae: base.SAE, fresh: base.SAE, compute: Callable, seed: int =
     modules = dict(fresh.named_modules())
     tried = []
     for prefix, module in sae.named_modules():
-        plain = {k: value for k, value in vars(module).items() if k not in imperative.MODULE_INTERNALS}
+        plain = {k: value for k, value in vars(module).items() if k not in trainer_state.MODULE_INTERNALS}
         plain.update({k: module._buffers[k] for k in module._non_persistent_buffers_set})
         for name, value in plain.items():
             if prefix not in modules or same(value, getattr(modules[prefix], name, None)):
@@ -698,11 +698,11 @@ def like(v: Variant, other: Variant, plan: Plan) -> Variant:
     """
     mine = v.hyper
     if v.is_trainer:  # as it is constructed: a schedule is cut to the run in both or in neither
-        mine = v.hyper | imperative.keywords(v.module.SAE.trainer_class, plan.sizes.D, plan.sizes.F, v.setting, v.given)
+        mine = v.hyper | trainers.keywords(v.module.SAE.trainer_class, plan.sizes.D, plan.sizes.F, v.setting, v.given)
     known = hyperparameters(other.module)
     shared = {key: mine[key] for key in known if key in mine}
     if missing := [key for key, value in (known | shared).items() if value is inspect.Parameter.empty
-                   and key not in imperative.SHRUNK]:
+                   and key not in trainers.SHRUNK]:
         raise ValueError(f"its hyper-parameter {missing[0]!r} has no value")
     return Variant(other.module, other.file, other.tree, shared, known | shared, v.setting)
 
@@ -764,7 +764,7 @@ def check_report(name: str, hyper: dict, d_in: int, d_sae: int, report: Callable
     """The variant's own report, tried after a few steps on `report(sae)`,
     which gives it a little text of a tiny model of `d_in`.
     """
-    setting = imperative.SETTING | dict(steps=STEPS, schedule=STEPS, lr=Plan.learning_rate, seed=seed)
+    setting = trainers.SETTING | dict(steps=STEPS, schedule=STEPS, lr=Plan.learning_rate, seed=seed)
     v = dataclasses.replace(read(name, hyper), setting=setting)
     if not reports(v):
         return

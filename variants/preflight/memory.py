@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from variants.kit import imperative
+from variants.kit import imperative, trainer_state
 
 AFFORDABLE = 32 * 2**20  # bytes of a step after which a size is not doubled further
 # results the host must have to go on
@@ -118,7 +118,7 @@ def trace_step(file: str, sae, batch, progress) -> Trace:
     own = {}
     if isinstance(sae, imperative.Imperative):
         sae.update(batch, progress)  # its optimiser makes its moments in the first step
-        own = imperative.tensors_of(sae.trainer)
+        own = trainer_state.tensors_of(sae.trainer)
     recorder = Recorder(file, [*sae.parameters(), *sae.buffers(), *vars(batch).values(), *own.values()])
     trace = recorder.trace
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import variants
 from variants import base
-from variants.kit import contexts, imperative
+from variants.kit import contexts, trainers
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters
 from variants.preflight import memory
@@ -81,7 +81,7 @@ def read(name: str, hyper: dict) -> Variant:
                  + (f"; the nearest is {near[0]!r}" if near else ""), f"use one of: "
                                                                       f"{', '.join(f'{k}={d}' for k, d in known.items()) or 'none'}")
     for key, default in known.items():
-        if default is inspect.Parameter.empty and key not in hyper and not (v.is_trainer and key in imperative.SHRUNK):
+        if default is inspect.Parameter.empty and key not in hyper and not (v.is_trainer and key in trainers.SHRUNK):
             fail(v, defined(v, "__init__"), f"the hyper-parameter {key!r} has no default and is not given",
                  f"--hyper {key}=…, or write {key}=… in def __init__")
     return Variant(v.module, v.file, v.tree, dict(hyper), {**known, **hyper})

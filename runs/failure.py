@@ -75,9 +75,9 @@ def kept(error: BaseException, out: Path, details: dict) -> str:
 
 def place(error: BaseException, variant: Optional[Path]) -> str:
     """file:line of the user's variant where the traceback passes through it, else of the last frame in this project."""
-    from variants.preflight import check
+    from variants.preflight import messages
 
-    if variant and (where := check.where(error, variant)):
+    if variant and (where := messages.where(error, variant)):
         return where
     if disk.code_of(error)[0] not in (None, errno.ENOENT):  # the disk's fault, no line's
         return ""
@@ -89,10 +89,10 @@ def place(error: BaseException, variant: Optional[Path]) -> str:
 def inside(stop: BaseException, settings) -> str:
     """`, at mine.py:12`, where an interrupt came while the user's variant was at work; else nothing."""
     import variants
-    from variants.preflight import check
+    from variants.preflight import messages
 
     try:
-        where = check.where(stop, variants.path(settings.variant))
+        where = messages.where(stop, variants.path(settings.variant))
     except (AttributeError, OSError):  # no settings yet, no such file
         return ""
     return f", at {where}" if where else ""

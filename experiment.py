@@ -59,8 +59,12 @@ from runs.environment import public_name
 from runs.interrupts import Interrupts
 from runs.training import Training
 from variants import base
-from variants.kit import contexts, imperative, interchange, ranks
+from variants.kit import contexts, imperative, interchange, ranks, trainer_state
 from variants.kit.copying import duplicate
+from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
+from variants.kit.scale import DOMINANT, stream_scale
+from variants.kit.steps import gradients
+from variants.kit.trained import TrainedSAE
 
 # ============================================================================================================ settings
 
@@ -213,10 +217,10 @@ def evals_of(settings: Settings) -> dict[str, dict]:
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
     """Hyper-parameters per SAE of a layer, by its name's suffix: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
-    fixed = variants.parse_hyper(module, settings.hyper)
+    fixed = parse_hyper(module, settings.hyper)
     if settings.init_from and not settings.sweep:
-        return interchange.hypers_of(settings.init_from, variants.hyperparameters(module), fixed)
-    return {suffix: fixed | hyper for suffix, hyper in variants.parse_sweep(module, settings.sweep).items()}
+        return interchange.hypers_of(settings.init_from, hyperparameters(module), fixed)
+    return {suffix: fixed | hyper for suffix, hyper in parse_sweep(module, settings.sweep).items()}
 
 
 def block_plan(settings: Settings) -> list[int]:
@@ -267,7 +271,8 @@ def fingerprints(settings: Settings, read: dict[str, str]) -> tuple[str, str]:
 
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the run and its forecast."""
-    from variants.preflight import check, trial
+    from variants.preflight import learning, trial
+    from variants.preflight.report import check_report
 
     module = trial.imported(settings.variant).module  # a mistake in the user's own file is told first
     hypers = hypers_of(settings, module)
@@ -283,7 +288,7 @@ def preflight(settings: Settings, source) -> dict:
             say(f"note: {settings.variant}{suffix}: {note}")
     facts = dict(model=settings.model, instruct_model=language_model.instruct_sibling(settings.model),
                  profile=settings.profile, source=source.kind, device=settings.device)
-    facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > check.ALWAYS_ON}
+    facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > learning.ALWAYS_ON}
     for note in eval_settings.check_requirements(evals_of(settings), settings.eval_config, facts):
         say(f"note: {note}")
     facts |= forecast(settings, shape, list(findings.values()), sharing)
@@ -291,8 +296,8 @@ def preflight(settings: Settings, source) -> dict:
     inputs.fetch(source, evals_of(settings))  # only now: nothing of the run's own is wrong
     if settings.num_tokens:
         hyper = next(iter(hypers.values()))
-        check.check_report(settings.variant, hyper, 32, settings.d_sae, lambda sae: tried_report(settings, sae, hyper),
-                           seed=settings.seed, train_step=train_step, make_optimizer=make_optimizer)
+        check_report(settings.variant, hyper, 32, settings.d_sae, lambda sae: tried_report(settings, sae, hyper),
+                     seed=settings.seed, train_step=train_step, make_optimizer=make_optimizer)
     check_texts(settings, source, shape)
     return facts
 
@@ -313,7 +318,7 @@ def check_model(settings: Settings) -> dict:
 
 def check_variant(settings: Settings, hyper: dict, shape: dict, sharing: int):
     """What trying an SAE of the variant found; an error with the line in the user's file for what cannot be trained."""
-    from variants.preflight import check
+    from variants.preflight import check, identical
 
     if not settings.num_tokens:  # nothing to train
         return check.untrained(settings.variant, hyper, shape["d_model"], settings.d_sae)
@@ -322,7 +327,7 @@ def check_variant(settings: Settings, hyper: dict, shape: dict, sharing: int):
         settings.variant, hyper, d_in=shape["d_model"], d_sae=settings.d_sae,
         batch_size=settings.batch_size // sharing, total_steps=count_steps(settings), lr=settings.lr,
         seed=settings.seed, train_step=train_step, make_optimizer=make_optimizer,
-        reference_files=check.references(settings.variant), against=settings.against,
+        reference_files=identical.references(settings.variant), against=settings.against,
         allow_identical=settings.allow_identical, allow_dense=settings.allow_dense,
         accelerator=settings.device != "cpu", context=settings.context,
         room=(layers[0], shape["n_layers"] - 1 - layers[-1]), told=dict(layer=layers[0], lm_name=settings.model))
@@ -516,7 +521,7 @@ def make_optimizer(sae: base.SAE, lr: float):
     A trainer of the imperative form brings its own; its state takes the optimiser's place.
     """
     if isinstance(sae, imperative.Imperative):
-        return imperative.TrainerState(sae)
+        return trainer_state.TrainerState(sae)
     optimizer = torch.optim.Adam(sae.parameter_groups(lr), lr=lr, betas=sae.adam_betas, fused=True)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
@@ -530,7 +535,7 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
             return sae.update(batch, progress)
     for group in optimizer.param_groups:
         group["lr"] = group.get("base_lr", lr) * progress.lr_factor() * sae.lr_scale(progress)
-    loss, terms = base.gradients(sae, batch, progress, say)
+    loss, terms = gradients(sae, batch, progress, say)
     ranks.average_gradients(sae)
     if sae.unit_norm_decoder:
         base.project_decoder_gradient(sae.W_dec)
@@ -618,8 +623,8 @@ def begin(settings: Settings, lm: LanguageModel, jobs: list[Job], block: dict[st
     for job in jobs:
         x_ND = block[f"x_{job.layer}"]
         if not job.scale:
-            job.scale, share = base.stream_scale(x_ND)
-            if share > base.DOMINANT:
+            job.scale, share = stream_scale(x_ND)
+            if share > DOMINANT:
                 say(f"note: {job.name}: the mean of the activations holds {share:.1%} of E‖x‖²: they are divided by "
                     "the spread around it")
             if settings.init_from:  # its weights took raw activations
@@ -697,7 +702,7 @@ def begun(settings: Settings, out: Path, jobs: list[Job]) -> Training:
 
 def report_of(settings: Settings, lm: LanguageModel, job: Job, source) -> tuple[dict, dict]:
     """What the variant measures of itself, numbers and files; before the evals wrap the model."""
-    looked_at = base.TrainedSAE(duplicate(job.sae), job.scale)
+    looked_at = TrainedSAE(duplicate(job.sae), job.scale)
     held_out = functools.partial(held_out_batch, settings, lm, job, source)
     return job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
 
@@ -744,7 +749,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     texts, code = [source.digest("heldout"), source.digest("train")], identity.evals_digest()
     chosen, crashed = evals_of(settings), {}
     for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
-        trained = {job.name: base.TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
+        trained = {job.name: TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
         common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name)]
         depends = {sae: evals.cache.digest([*common, stored.weights_digest(t)]) for sae, t in trained.items()}
         pending = {sae: t for sae, t in trained.items() if not stored.is_done(out, name, sae, depends[sae])}
@@ -815,7 +820,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
 
 def config_of(settings: Settings, lm: LanguageModel, job: Job, dense: float) -> dict:
     """What a section of final_info.json says of how its SAE came about; of what is the rule only the exceptions."""
-    hyper = variants.hyperparameters(variants.load(settings.variant)) | job.hyper
+    hyper = hyperparameters(variants.load(settings.variant)) | job.hyper
     config = dict(
         variant=variants.title(settings.variant), hyper=hyper, model=public_name(settings.model),
         hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder),
@@ -875,7 +880,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         runs.folder.write_json(out / "final_info.json", sections)
         mine = reading.read(out)
         looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache),
-                                base.TrainedSAE(job.sae, job.scale)) for job in jobs}
+                                TrainedSAE(job.sae, job.scale)) for job in jobs}
         report.write(out, mine, compare.stored_baselines(mine), log, dashboards.boards(looked_at, say))
         for reason, n in source.skipped.items():
             say(f"texts: {n:,} rows skipped: {reason}")

@@ -16,8 +16,7 @@ import uuid
 from pathlib import Path
 
 from runs import disk
-from variants import file_name
-from variants.kit.files import digest, put
+from variants.kit.files import digest, file_name, put
 
 PROJECT = Path(__file__).resolve().parent.parent
 # of the project: an --out_dir there would move them away
@@ -66,7 +65,7 @@ def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes
     """What a variant reports of itself: numbers.json and its own files, all inside `folder`, whatever it calls them.
 
     A name keeps its folders; what leads out of `folder`, or is no name of a file, is replaced, see
-    `variants.file_name`.
+    `variants.kit.files.file_name`.
     """
     for file, content in files.items():
         (write_bytes if isinstance(content, bytes) else write_text)(folder / _inside(str(file)), content)

@@ -14,7 +14,8 @@ import experiment  # noqa: E402
 import variants  # noqa: E402
 from tests import OWN_VARIANTS  # noqa: E402
 from variants import base  # noqa: E402
-from variants.kit import ranks  # noqa: E402
+from variants.kit import ranks, steps  # noqa: E402
+from variants.kit.hyper import hyperparameters  # noqa: E402
 
 D, F, B, DEAD = 16, 192, 64, 40
 
@@ -33,13 +34,13 @@ def gradients(file: str) -> int:
             mine_BD = x_BD.chunk(ranks.sharing())[ranks.number() % ranks.sharing()]
             torch.manual_seed(0)
             module = variants.load(name)  # few features a token: the sparse path of a CPU, with its transposed gradient
-            sae = variants.build(module, D, F, {"k": 4} if "k" in variants.hyperparameters(module) else {}).double()
+            sae = variants.build(module, D, F, {"k": 4} if "k" in hyperparameters(module) else {}).double()
             sae.initialise(x_BD)
             with torch.no_grad():
                 sae.W_dec += 0.1 * torch.randn(F, D)  # else residuals hardly differ between tokens
             sae.tokens_since_fired[:DEAD] = 10**9
             progress = base.Progress(90, 100, 90 * B, 100 * B)  # theta moves, penalties are whole
-            loss, terms = base.gradients(sae, base.Batch(mine_BD), progress, print)
+            loss, terms = steps.gradients(sae, base.Batch(mine_BD), progress, print)
             ranks.average_gradients(sae)
             sae.count_step(len(mine_BD))
             with torch.no_grad():

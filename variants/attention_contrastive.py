@@ -1,14 +1,13 @@
-"""Attention-guided contrastive SAE: tokens that attend to each other share features (this project's, `standard` with
-one term more).
+"""Attention-guided contrastive SAE: tokens that attend to each other share features (our design, on `standard`).
 
 loss = ‖x − x_hat‖² + λ1·sp(t)·Σ_f z_f + λc·mean_i Lc_i,   z, x_hat and the recipe as in `standard`
 Lc_i = −log[ Σ_{j∈P(i)} s_ij·exp(cos(z_i,z_j)/τc) / Σ_{k≠i} exp(cos(z_i,z_k)/τc) ],   i, k: all tokens of the batch
 s_ij = Σ_k w_k·α_ij^k, the attention that query i pays to key j in layer k (mean over heads), w = softmax of learned
 logits; P(i) = {j ≠ i, same context, not BOS | s_ij > τ}. Attention is taken as it is, not symmetrised: j comes before
 i. A token without positives counts as 0 in the mean. The set P itself passes no gradient; w learns through s_ij in the
-numerator. Defaults of our own: τ = .05, and λc = .03: .1 costs .03 of R² and fires 40 % more features (D = 576, F =
-2304, 156 steps). Adam moves the logits by about logit_lr·lr a step: with lr × steps = .5, as in short runs, w leaves
-1/4 only so far.
+numerator. Defaults of our own: τ = .05, λc = .03: .1 costs .03 of R² and fires 40 % more features (D = 576, F = 2304,
+156 steps). Adam moves the logits by about logit_lr·lr a step: with lr × steps = .5, as in short runs, w leaves 1/4 only
+so far.
 """
 
 import torch
@@ -17,8 +16,7 @@ from torch.nn import functional as F
 
 from variants import base
 
-# a logit whose exponential is 0 beside any cosine's, but finite: rows of nothing else have no NaN in their gradient
-NEVER = -1e4
+NEVER = -1e4  # a logit: its exponential is 0 beside any cosine's; finite, so that rows of nothing else give no NaN
 
 
 class Gram(torch.autograd.Function):
@@ -54,8 +52,8 @@ class SAE(base.SAE):
                              f"{tau_c} be above 0\n"
                              "without the contrastive term: --hyper lambda_c=0")
         super().__init__(d_in, d_sae, decoder_norm=0.1)
-        # s ≤ the largest of a pair's α: no pair is missed
-        self.attention_layers, self.attention_threshold = tuple(attention_layers), tau
+        self.attention_layers = tuple(attention_layers)
+        self.attention_threshold = tau  # s ≤ the largest of a pair's α: no pair is missed
         self.tau, self.lambda_c, self.tau_c, self.l1_penalty, self.logit_lr = tau, lambda_c, tau_c, l1_penalty, logit_lr
         logit_A = torch.zeros(len(self.attention_layers))
         if len(logit_A) > 1:
@@ -65,9 +63,10 @@ class SAE(base.SAE):
 
     def parameter_groups(self, lr):
         groups = super().parameter_groups(lr)
-        others = [p for p in groups[0]["params"] if p is not self.layer_logit]
-        return ([{"params": others, "lr": lr}]
-                + [{"params": [self.layer_logit], "lr": self.logit_lr * lr}] * self.layer_logit.requires_grad)
+        if self.layer_logit.requires_grad:
+            groups[0]["params"] = [p for p in groups[0]["params"] if p is not self.layer_logit]
+            groups.append({"params": [self.layer_logit], "lr": self.logit_lr * lr})
+        return groups
 
     def loss(self, batch, progress):
         z_BF = F.relu(self.pre_activations(batch.x))
@@ -83,9 +82,7 @@ class SAE(base.SAE):
         return (attention_PA * self.layer_logit.softmax(0)).sum(-1)
 
     def contrastive(self, z_BF, pairs_2P, s_P):
-        """Lc [B] of tokens with features z among (query, key) candidates of strength s,
-        0 for tokens without positives; fp32 or wider.
-        """
+        """Lc [B] of tokens with features z among (query, key) candidates of strength s; 0 for one without positives."""
         norm_B = torch.linalg.vector_norm(z_BF, dim=-1, dtype=torch.promote_types(z_BF.dtype, torch.float32))
         scale_B = (norm_B > 0) / norm_B.clamp_min(1e-12)  # a token without features is orthogonal to all others
         gram_BB = base.relu_product(z_BF, z_BF.T.contiguous()) if base.few_positive(z_BF) else Gram.apply(z_BF)

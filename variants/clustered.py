@@ -1,11 +1,9 @@
-"""Feature groups for targeted unlearning: a standard SAE (Bricken et al. 2023) whose features are clustered by how they
-fire together.
+"""Feature groups for targeted unlearning: `standard` (Bricken et al. 2023), its features clustered by how they fire.
 
-loss = ‖x − x_hat‖² + λ·sp(t)·Σ_i z_i as in `standard`: the groups act in evals only. Groups = average linkage at
-distance 1 − C_ij, cut at C = .5 (levels=3: .7, .5, .3), C = Pearson's correlation over the last 8192 tokens of features
-that fire on at least 1e-5 and 3 of them. Clustered every 500 steps, or every fifth of a shorter run, counted from its
-end, so that the last one is of the finished SAE. Shapes: N remembered tokens, K activations kept of each, m features in
-play, L levels; otherwise as in base.py.
+loss as in `standard`: the groups act in evals only. Groups = average linkage at distance 1 − C_ij, cut at C = .5
+(levels=3: .7, .5, .3), C = Pearson's correlation over the last 8192 tokens, of features that fire on 1e-5 and 3 of them
+at least. Clustered every 500 steps (a fifth of a shorter run) from the end, so that the last is of the finished SAE.
+Shapes: N tokens remembered, K activations kept of each, m features in play, c components, L levels; else as in base.py.
 """
 
 import numpy as np
@@ -14,27 +12,81 @@ import torch
 from variants import standard
 
 
-class SAE(standard.SAE):
-    """Standard SAE with feature groups. use_groups=False: the control, no groups for unlearning.
+def standardised(z_NF):
+    """Sparse activations [N, F] over each feature's standard deviation (CSC, fp64), and the means of the result [F].
 
-    every: steps between clusterings; cut: correlation; levels: 1, or 3 for cut + .2, cut, cut − .2; recent_tokens: what
-    the correlation is taken over, the `kept` largest activations of each; min_density: share of them on which a
-    clustered feature fires.
+    C = ZᵀZ/N − mean·meanᵀ is then the correlation. Every feature must vary.
     """
+    z_NF = z_NF.tocsc().astype(np.float64)
+    mean_F = np.asarray(z_NF.mean(0)).ravel()
+    deviation_F = np.sqrt(np.asarray(z_NF.multiply(z_NF).mean(0)).ravel() - mean_F**2)
+    z_NF.data /= np.repeat(deviation_F, np.diff(z_NF.indptr))
+    return z_NF, mean_F / deviation_F
+
+
+def correlation(z_Nm, mean_m):
+    """Dense correlations [m, m] of a few columns of a standardised matrix."""
+    return (z_Nm.T @ z_Nm).toarray() / z_Nm.shape[0] - np.outer(mean_m, mean_m)
+
+
+def groups_of(z_NF, cuts, min_density):
+    """Average-linkage clusters of the features of a scipy.sparse [N, F]: labels [L, F] (−1: alone), who took part [F].
+
+    Worked out within the connected components of the graph C ≥ c, c the lowest cut, which is exact: pairs of different
+    components, and so their averages, have C < c; no merge up to the cut leaves a component or depends on another.
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial.distance import squareform
+
+    (n, F), z_NF = z_NF.shape, z_NF.tocsc()
+    label_LF, made = np.full((len(cuts), F), -1, np.int32), [0] * len(cuts)
+    clustered_F = (np.diff(z_NF.indptr) >= max(min_density * n, 3)) & (z_NF.max(0).toarray() > z_NF.min(0).toarray())[0]
+    m, rows, columns = int(clustered_F.sum()), [], []
+    if m < 2:
+        return label_LF, clustered_F
+    z_Nm, mean_m = standardised(z_NF[:, clustered_F])
+    for start in range(0, m, 1024):  # a band of the product at a time: all of it may not fit
+        band = (z_Nm[:, start:start + 1024].T @ z_Nm).tocoo()
+        near = band.data / n - mean_m[start + band.row] * mean_m[band.col] >= min(cuts)
+        rows.append(start + band.row[near])
+        columns.append(band.col[near])
+    rows, columns = np.concatenate(rows), np.concatenate(columns)
+    near_mm = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(m, m))
+    component_m = connected_components(near_mm, directed=False)[1]
+    order_m = component_m.argsort(kind="stable")
+    z_Nm, feature_m = z_Nm[:, order_m], clustered_F.nonzero()[0][order_m]
+    size_c = np.bincount(component_m)
+    for start, end in zip((size_c.cumsum() - size_c)[size_c > 1], size_c.cumsum()[size_c > 1]):
+        distance = 1 - correlation(z_Nm[:, start:end], mean_m[order_m[start:end]])
+        tree = linkage(squareform(distance.clip(0), checks=False), "average")
+        for level, cut in enumerate(cuts):
+            _, cluster, size = np.unique(fcluster(tree, 1 - cut, "distance"), return_inverse=True, return_counts=True)
+            number = np.where(size > 1, made[level] + np.cumsum(size > 1) - 1, -1)  # clusters of one are no groups
+            label_LF[level, feature_m[start:end]] = number[cluster]
+            made[level] += int((size > 1).sum())
+    return label_LF, clustered_F
+
+
+class SAE(standard.SAE):
+    """Standard SAE with feature groups; use_groups=False: the control, no groups for unlearning. every: steps between
+    clusterings; cut: correlation; levels: 1, or 3 for cut + .2, cut, cut − .2; recent_tokens: over which it is taken,
+    the `kept` largest activations of each; min_density: share of them on which a clustered feature fires."""
 
     saelens = None  # its format has no place for groups
+    standardised, correlation = staticmethod(standardised), staticmethod(correlation)  # these three for the report
+    groups_of = staticmethod(groups_of)
 
     def __init__(self, d_in, d_sae, l1_penalty=0.1, every=500, cut=0.5, levels=1, recent_tokens=8192, kept=128,
                  min_density=1e-5, use_groups=True):
         self.cuts = {1: (cut,), 3: (cut + 0.2, cut, cut - 0.2)}.get(levels, ())
         if not self.cuts or not 0 < min(self.cuts) <= max(self.cuts) < 1:
-            raise ValueError(f"clustered: levels = {levels} around the correlation cut = {cut}\n"
-                             "give levels=1 or 3, and a cut for which all levels (cut, or cut − .2 to cut + .2) lie "
-                             "between 0 and 1")
+            raise ValueError(f"clustered: levels = {levels} around the correlation cut = {cut}\ngive levels=1 or 3, "
+                             "and a cut for which all levels (cut, or cut − .2 to cut + .2) lie between 0 and 1")
         if min(every, recent_tokens, kept) < 1:
             raise ValueError(f"clustered: every = {every}, recent_tokens = {recent_tokens}, kept = {kept}: each must "
-                             "be at least 1\n"
-                             "change --hyper every=…,recent_tokens=…,kept=…")
+                             "be at least 1\nchange --hyper every=…,recent_tokens=…,kept=…")
         super().__init__(d_in, d_sae, l1_penalty)
         self.every, self.min_density, self.use_groups = every, min_density, use_groups
         shape_NK = recent_tokens, min(kept, d_sae)
@@ -42,10 +94,8 @@ class SAE(standard.SAE):
         self.register_buffer("recent_index_NK", torch.zeros(shape_NK, dtype=torch.int32))
         self.register_buffer("remembered", torch.zeros((), dtype=torch.int64))  # tokens so far
         self.register_buffer("group_LF", torch.full((len(self.cuts), d_sae), -1, dtype=torch.int32))  # −1: in no group
-        # at the cut, of the clustering before
-        self.register_buffer("previous_F", torch.full((d_sae,), -1, dtype=torch.int32))
-        # fired often enough for the last clustering
-        self.register_buffer("clustered_F", torch.zeros(d_sae, dtype=torch.bool))
+        self.register_buffer("previous_F", torch.full((d_sae,), -1, dtype=torch.int32))  # group at the cut, one earlier
+        self.register_buffer("clustered_F", torch.zeros(d_sae, dtype=torch.bool))  # fired often enough for the last one
         self.register_buffer("clusterings", torch.zeros((), dtype=torch.int64))
 
     def after_step(self, batch, progress):
@@ -96,66 +146,3 @@ class SAE(standard.SAE):
         from variants.research import clustered_report
 
         return clustered_report.report(self, context)
-
-
-def standardised(z_NF):
-    """Sparse activations [N, F] divided by each feature's standard deviation (CSC, fp64), and the means of the result
-    [F].
-
-    C = ZᵀZ/N − mean·meanᵀ is then the correlation. Every feature must vary.
-    """
-    z_NF = z_NF.tocsc().astype(np.float64)
-    mean_F = np.asarray(z_NF.mean(0)).ravel()
-    deviation_F = np.sqrt(np.asarray(z_NF.multiply(z_NF).mean(0)).ravel() - mean_F**2)
-    z_NF.data /= np.repeat(deviation_F, np.diff(z_NF.indptr))
-    return z_NF, mean_F / deviation_F
-
-
-def correlation(z_Nm, mean_m):
-    """Dense correlations [m, m] of a few columns of a standardised matrix."""
-    return (z_Nm.T @ z_Nm).toarray() / z_Nm.shape[0] - np.outer(mean_m, mean_m)
-
-
-def groups_of(z_NF, cuts, min_density):
-    """Average-linkage clusters of the features of a scipy.sparse [N, F]: labels [L, F] int32 (−1: alone or silent), and
-    who took part [F].
-
-    Worked out within the connected components of the graph C ≥ c, c the lowest cut, which is exact: as long as every
-    cluster lies in one component, two clusters of different components have only pairs with C < c between them, so
-    their average is below c, too, and they are farther apart than 1 − c; so no merge up to the cut leaves a component,
-    and one component's merges do not depend on another.
-    """
-    from scipy.cluster.hierarchy import fcluster, linkage
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-    from scipy.spatial.distance import squareform
-
-    (n, F), z_NF = z_NF.shape, z_NF.tocsc()
-    label_LF, made = np.full((len(cuts), F), -1, np.int32), [0] * len(cuts)
-    clustered_F = (np.diff(z_NF.indptr) >= max(min_density * n, 3)) & (z_NF.max(0).toarray() > z_NF.min(0).toarray())[0]
-    m, rows, columns = int(clustered_F.sum()), [], []
-    if m < 2:
-        return label_LF, clustered_F
-    z_Nm, mean_m = standardised(z_NF[:, clustered_F])
-    for start in range(0, m, 1024):  # a band of the product at a time: all of it may not fit
-        band = (z_Nm[:, start:start + 1024].T @ z_Nm).tocoo()
-        near = band.data / n - mean_m[start + band.row] * mean_m[band.col] >= min(cuts)
-        rows.append(start + band.row[near])
-        columns.append(band.col[near])
-    rows, columns = np.concatenate(rows), np.concatenate(columns)
-    component_m = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(m, m)),
-                                       directed=False)[1]
-    order_m = component_m.argsort(kind="stable")
-    z_Nm, feature_m = z_Nm[:, order_m], clustered_F.nonzero()[0][order_m]
-    ends = np.bincount(component_m).cumsum()
-    for start, end in zip([0, *ends], ends):
-        if end - start < 2:
-            continue
-        distance = 1 - correlation(z_Nm[:, start:end], mean_m[order_m[start:end]])
-        tree = linkage(squareform(distance.clip(0), checks=False), "average")
-        for level, cut in enumerate(cuts):
-            _, cluster, size = np.unique(fcluster(tree, 1 - cut, "distance"), return_inverse=True, return_counts=True)
-            number = np.where(size > 1, made[level] + np.cumsum(size > 1) - 1, -1)  # clusters of one are no groups
-            label_LF[level, feature_m[start:end]] = number[cluster]
-            made[level] += int((size > 1).sum())
-    return label_LF, clustered_F

@@ -1,16 +1,15 @@
-"""Precision-tuned hierarchical sparsity: a ReLU base layer and a small layer of concepts over its features (a design of
-this project).
+"""Precision-tuned hierarchical sparsity: a ReLU layer and a small layer of concepts over its features (our design).
 
-loss = ‖x − x_hat‖² + sp(t)·(λ_1·Σz1 + λ_2·Σz2) + .02·mean|W_enc| + λ_w2(t)·mean|W_concept|,   x_hat = z1·W_dec +
-z2·W_dec2 + b_dec z1 = ReLU((x − b_dec)·W_enc + b_enc),   z2 = the k largest of ReLU((z1 − m)·W_conceptᵀ + b_concept),
-z = [z1, z2] λ_w2(t) = .001 + (w2_peak − .001)·(1 − cos(π·min(t, T)/T))/2, T = 5000 steps, or the whole run where it is
-shorter. d_sae counts both layers, the base layer has round(0.8·d_sae) features. AdamW (weight decay .01), lr 3e-4,
-batch 2048, context 128. Ours: decoder rows of unit norm, without which the penalties on z can be evaded; they start as
-W_encᵀ (Xavier normal) and W_concept·W_dec, normalised; b_dec starts at the mean of x; m, the running mean of z1, is
-taken off as b_dec is from x: z1 ≥ 0, so that without it a step on W_concept moves a concept on all tokens at once.
-Presets: `precise` and `previous` are the two that the source compares. Their λ_2 = .35 and narrow W_concept leave a
-concept layer without a firing feature where E‖x‖² = 1 (D = 576, F = 2304, 150 steps at lr 3e-3), so the default is
-`alive`.
+loss = ‖x − x_hat‖² + sp(t)·(λ_1·Σz1 + λ_2·Σz2) + .02·mean|W_enc| + λ_w2(t)·mean|W_concept|
+z1 = ReLU((x − b_dec)·W_enc + b_enc),   z2 = the k largest of ReLU((z1 − m)·W_conceptᵀ + b_concept),   z = [z1, z2]
+x_hat = z1·W_dec + z2·W_dec2 + b_dec; d_sae counts both layers, the base layer has round(0.8·d_sae) features.
+λ_w2(t) = .001 + (w2_peak − .001)·(1 − cos(π·min(t, T)/T))/2, T = 5000 steps, or the whole run where it is shorter.
+AdamW (weight decay .01), lr 3e-4, batch 2048, context 128. Ours: decoder rows of unit norm, without which the penalties
+on z can be evaded; they start as W_encᵀ (Xavier normal) and W_concept·W_dec, normalised; b_dec starts at the mean of x;
+m, the running mean of z1, is taken off as b_dec is from x: z1 ≥ 0, so that without it a step on W_concept moves a
+concept on all tokens at once. Presets: `precise` and `previous` are the two that the source compares. Their λ_2 = .35
+and narrow W_concept leave a concept layer without a firing feature where E‖x‖² = 1 (D = 576, F = 2304, 150 steps at lr
+3e-3), so the default is `alive`.
 
 Shapes: C = base features, P = concepts, K = concepts kept or considered per token; the others as in base.py.
 """
@@ -34,9 +33,8 @@ PRESETS = {  # k below 1 is a share of the concepts
 
 class SAE(base.SAE):
     """Base features and concepts. preset gives what is None of k (concepts kept per token), concept_std (of W_concept's
-    initial
-    values), w2_peak and l1_concept (λ_2); l1_base: λ_1; adaptive_topk: of the 2k largest concepts those that reach
-    their mean; restarts: of the cosine learning rate, 0 for none."""
+    initial values), w2_peak and l1_concept (λ_2); l1_base: λ_1; adaptive_topk: of the 2k largest concepts those that
+    reach their mean; restarts: of the cosine learning rate, 0 for none."""
 
     unit_norm_decoder = True
 
@@ -55,8 +53,7 @@ class SAE(base.SAE):
                              "change --hyper k=… or --d_sae")
         super().__init__(d_in, n_1)
         nn.init.xavier_normal_(self.W_enc)
-        # rows are concepts: read row by row on a CPU
-        self.W_concept = nn.Parameter(chosen["concept_std"] * torch.randn(n_2, n_1))
+        self.W_concept = nn.Parameter(chosen["concept_std"] * torch.randn(n_2, n_1))  # [P, C]: read row by row on a CPU
         self.b_concept = nn.Parameter(torch.zeros(n_2))
         self.W_dec.data.copy_(F.normalize(self.W_enc.detach().T, dim=1))
         self.W_dec2 = nn.Parameter(F.normalize(torch.randn(n_2, d_in), dim=1))

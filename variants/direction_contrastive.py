@@ -2,14 +2,12 @@
 
 loss = ‖x − x_hat‖² + λ1·sp(t)·Σ_i z_i + λc·Σ_{i≠j} cos_ij·mask_ij·mean_B(z_i·z_j),   z_i = ReLU(z_pre)_i·importance_i
 x_hat = z·Ŵ + b_dec, Ŵ: unit rows of W_dec, importance_i = ‖W_dec,i‖, cos = ŴŴᵀ; mask_ij: cos_ij is among the largest
-tenth of row i or of column j. Initialisation and recipe of standard_april: rows of norm .1, tied, norms free; Adam(.9,
-.999), clip 1. Nothing is of size F×F: the last sum is mean_b z_b·(cos∘mask)·z_b, and a token has few z > 0. The K×K
-block of cos of its K largest comes from K rows of Ŵ; mask_ij = [cos_ij ≥ min(q_i, q_j)], q_i the 90 % quantile of row i
-over at most 4096 evenly spaced columns, renewed every 100 steps (5 % of a short run). Exact for tokens with up to
-`max_active` features (`truncated_tokens`: share of the others), whose mean is over the first `pair_tokens` of the
-shuffled batch, an unbiased sample: at D 2304, F 16,384 39 GFLOP with gradients; zᵀz of 2048: 1,100. Dead features: from
-step 1000 on, every 500 steps (both in proportion in runs below 20,000), until the lr decays, those silent for 500 steps
-get a new row along the error of a token drawn ∝ ‖e‖². Adam's moments, out of reach here, have decayed meanwhile.
+tenth of row i or of column j. Initialisation and recipe of standard_april. Nothing is of size F×F: the last sum is
+mean_b z_b·(cos∘mask)·z_b over the first `pair_tokens` of the shuffled batch, an unbiased sample, the K×K block of cos
+of a token's `max_active` largest features from K rows of Ŵ; mask_ij = [cos_ij ≥ min(q_i, q_j)], q_i the 90 % quantile
+of row i over at most 4096 even columns, renewed every 100 steps (5 % of a short run). At D 2304, F 16,384 39 GFLOP with
+gradients; zᵀz of 2048: 1,100. Dead features: from step 1000 on, every 500 (in proportion in runs below 20,000) until
+the lr decays, those silent as long get a row along the error of a token drawn ∝ ‖e‖²; Adam's moments have decayed.
 """
 
 import torch
@@ -17,18 +15,16 @@ from torch.nn import functional as F
 
 from variants import base
 
-# tokens whose decoder rows are gathered at a time; columns that a row's quantile is taken from
-CHUNK, COLUMNS = 32, 4096
+CHUNK, COLUMNS = 32, 4096  # tokens whose decoder rows are gathered at a time; columns that a quantile is taken from
 
 
 class Suppression(torch.autograd.Function):
-    """Σ_{i≠j} cos_ij·mask_ij·mean_B(z_i·z_j), cos from rows_FD in `dtype`;
-    with its gradients, so that no chunk's rows are kept.
-    """
+    """Σ_{i≠j} cos_ij·mask_ij·mean_B(z_i·z_j), cos from rows_FD in `dtype`, with its gradients: no chunk's are kept."""
 
     @staticmethod
     def forward(ctx, z_BK, rows_FD, index_BK, threshold_F, dtype):
-        table_FD, total, d_z_BK, d_rows_FD = rows_FD.to(dtype), z_BK.new_zeros(()), torch.zeros_like(z_BK), torch.zeros_like(rows_FD)
+        table_FD, total = rows_FD.to(dtype), z_BK.new_zeros(())
+        d_z_BK, d_rows_FD = torch.zeros_like(z_BK), torch.zeros_like(rows_FD)
         for token_b, k in chunks(z_BK):
             z_bk, index_bk = z_BK[token_b, :k], index_BK[token_b, :k]
             row_bkD, q_bk = table_FD[index_bk], threshold_F[index_bk]
@@ -49,9 +45,7 @@ class Suppression(torch.autograd.Function):
 
 
 def chunks(z_BK):
-    """(tokens, number of their features); z_BK descends.
-    On the CPU, which may look, no more features than are positive.
-    """
+    """(tokens, number of their features); z_BK descends. On the CPU, which may look, no more than are positive."""
     count_B, order_B = (z_BK > 0).sum(1).sort(descending=True, stable=True)
     width = count_B[::CHUNK].tolist() if z_BK.device.type == "cpu" else [z_BK.shape[1]] * -(-len(z_BK) // CHUNK)
     return zip(order_B.split(CHUNK), width)
@@ -59,27 +53,23 @@ def chunks(z_BK):
 
 @torch.no_grad()
 def quantiles(rows_FD, shares):
-    """For each share the value [len(shares), F] that so many of a row's products with other rows exceed,
-    halfway to the next one.
-    """
+    """For each share the value [len(shares), F], halfway between two, that so many of a row's products exceed."""
     every_F = torch.arange(len(rows_FD), device=rows_FD.device)
     column_C = every_F[:: -(-len(every_F) // COLUMNS)]
-    place = [max(1, round(share * (len(column_C) - 1))) - 1 for share in shares]
-
-    def of(row_r):
+    place, found = [max(1, round(share * (len(column_C) - 1))) - 1 for share in shares], []
+    for row_r in every_F.split(1024):
         product_rC = (rows_FD[row_r] @ rows_FD[column_C].T).masked_fill(row_r[:, None] == column_C, -torch.inf)
         largest_rK = product_rC.topk(max(place) + 2, dim=1).values
-        return (largest_rK + largest_rK.roll(-1, 1))[:, place].T / 2
-
-    return torch.cat([of(row_r) for row_r in every_F.split(1024)], 1)
+        found.append((largest_rK + largest_rK.roll(-1, 1))[:, place].T / 2)
+    return torch.cat(found, 1)
 
 
 class SAE(base.SAE):
     """top: share of a row in the mask; normalise: cos from unit rows, else W_dec's; weighting: z times importance, else
-    ReLU(z_pre);
-    importance: "magnitude" ‖W_dec,i‖ or "directional" max(0, cos(W_enc,i, W_dec,i))."""
+    ReLU(z_pre); importance: "magnitude" ‖W_dec,i‖ or "directional" max(0, cos(W_enc,i, W_dec,i))."""
 
     grad_clip = 1.0
+    quantiles = staticmethod(quantiles)  # for the report
 
     def __init__(self, d_in, d_sae, l1_penalty=0.3, lambda_c=0.1, top=0.1, normalise=True, weighting=True,
                  importance="magnitude", resets=True, warmup_steps=1000, reset_every=500, refresh_every=100,
@@ -89,8 +79,9 @@ class SAE(base.SAE):
                              f"{importance!r} be 'magnitude' or 'directional'\nchange --hyper top=…,importance=…")
         super().__init__(d_in, d_sae, decoder_norm=0.1)
         self.l1_penalty, self.lambda_c, self.top, self.max_active = l1_penalty, lambda_c, top, min(max_active, d_sae)
-        self.normalise, self.weighting, self.importance, self.pair_tokens = normalise, weighting, importance, pair_tokens
-        self.resets, self.warmup_steps, self.reset_every, self.refresh_every = resets, warmup_steps, reset_every, refresh_every
+        self.normalise, self.weighting, self.importance = normalise, weighting, importance
+        self.resets, self.warmup_steps, self.reset_every = resets, warmup_steps, reset_every
+        self.refresh_every, self.pair_tokens = refresh_every, pair_tokens
         self.register_buffer("threshold", torch.full((d_sae,), 2.0))  # q_i
         self.register_buffer("rows_reset", torch.tensor(0))
 
@@ -101,8 +92,9 @@ class SAE(base.SAE):
     def importance_F(self):
         if not self.weighting:
             return torch.ones_like(self.b_enc)
-        return (self.W_dec.norm(dim=1) if self.importance == "magnitude"
-                else F.cosine_similarity(self.W_enc.T, self.W_dec, dim=1).relu())
+        if self.importance == "magnitude":
+            return self.W_dec.norm(dim=1)
+        return F.cosine_similarity(self.W_enc.T, self.W_dec, dim=1).relu()
 
     def encode(self, x):
         return F.relu(self.pre_activations(x)) * self.importance_F()
@@ -110,8 +102,7 @@ class SAE(base.SAE):
     def decode(self, z):
         return z @ self.decoder + self.b_dec
 
-    def initialise(self, x_ND):
-        # also every 100 steps
+    def initialise(self, x_ND):  # also every 100 steps
         self.threshold.copy_(quantiles(self.decoder if self.normalise else self.W_dec, [self.top])[0])
 
     def loss(self, batch, progress):
@@ -129,8 +120,8 @@ class SAE(base.SAE):
         reconstruction, l1 = base.reconstruction_loss(batch.x - x_hat_BD), z_BK.float().sum(-1).mean()
         z_BK, largest_BK = z_BK[:self.pair_tokens].topk(min(self.max_active, k), dim=-1)
         index_BK = largest_BK if index_BK is None else index_BK[:self.pair_tokens].gather(1, largest_BK)
-        contrastive = Suppression.apply(z_BK, unit_FD if self.normalise else self.W_dec, index_BK, self.threshold,
-                                        acts_BF.dtype)
+        rows_FD = unit_FD if self.normalise else self.W_dec
+        contrastive = Suppression.apply(z_BK, rows_FD, index_BK, self.threshold, acts_BF.dtype)
         penalty = self.l1_penalty * progress.sparsity_warmup() * l1 + self.lambda_c * contrastive
         return reconstruction + penalty, {"reconstruction": reconstruction, "l1": l1, "contrastive": contrastive}
 
@@ -146,10 +137,8 @@ class SAE(base.SAE):
         """Give dead features, at most one to two tokens, the error of a token as direction of both rows."""
         error_BD, alive_F = x_BD - self.decode(self.encode(x_BD)), (~dead_F).to(x_BD.dtype)
         dead_n = dead_F.nonzero().squeeze(1)[:len(x_BD) // 2]
-        # its own: SAEs that train together do not change each other
-        generator = torch.Generator(x_BD.device).manual_seed(seed)
-        token_n = torch.multinomial(error_BD.pow(2).sum(1) + 1e-12, max(1, len(dead_n)),
-                                    generator=generator)[:len(dead_n)]
+        own = torch.Generator(x_BD.device).manual_seed(seed)  # SAEs that train together do not change each other
+        token_n = torch.multinomial(error_BD.pow(2).sum(1) + 1e-12, max(1, len(dead_n)), generator=own)[:len(dead_n)]
         direction_nD, share_F = F.normalize(error_BD[token_n], dim=1), alive_F / alive_F.sum().clamp_min(1)
         self.W_dec[dead_n] = direction_nD * (self.W_dec.norm(dim=1) @ share_F)
         self.W_enc[:, dead_n] = direction_nD.T * (0.2 * self.W_enc.norm(dim=0) @ share_F)

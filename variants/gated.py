@@ -2,8 +2,7 @@
 
 loss = ‖x − x_hat‖² + λ·sp(t)·Σ_i ReLU(a + b_gate)_i + ‖x − ReLU(a + b_gate)·sg(W_dec) − sg(b_dec)‖²,   sg: no gradient
 a = (x − b_dec)·W_enc,   z = 1[a + b_gate > 0]·ReLU(exp(r_mag)·a + b_mag),   x_hat = z·W_dec + b_dec
-Unit decoder rows, W_enc = W_decᵀ, r_mag = b_gate = b_mag = 0; Adam(0, .999), rows kept at unit norm, no gradient
-clipping.
+Unit decoder rows, W_enc = W_decᵀ, r_mag = b_gate = b_mag = 0; Adam(0, .999), rows kept at unit norm, no clipping.
 """
 
 import torch
@@ -14,9 +13,7 @@ from variants import base
 
 
 class SAE(base.SAE):
-    """Gated SAE: one encoder decides what fires and, rescaled, how much. l1_penalty:
-    λ, for activations with E‖x‖² = 1.
-    """
+    """Gated SAE: one encoder decides what fires and, rescaled, how much. l1_penalty: λ, for E‖x‖² = 1."""
 
     unit_norm_decoder = True
     data_parallel = True
@@ -32,9 +29,7 @@ class SAE(base.SAE):
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
     def gate_and_magnitude(self, x):
-        """Pre-activations (..., F) of both paths;
-        the step of the gate passes no gradient, so only l1 and aux train b_gate.
-        """
+        """Pre-activations (..., F) of both paths; the gate's step passes no gradient: only l1 and aux train b_gate."""
         a = base.affine(x, self.W_enc, centre_D=self.b_dec)
         return a + self.b_gate, self.r_mag.exp() * a + self.b_mag
 

@@ -22,8 +22,7 @@ LAYER_2_FROM, JOINT_FROM = 0.4, 0.8  # shares of the run
 
 
 class SAE(base.SAE):
-    """Hierarchical SAE. lambda_comp, alpha_comp, lambda_skip: λ1, α, λ2; k1, k2: features kept per token in layers 1
-    and 2;
+    """Hierarchical SAE. lambda_comp, alpha_comp, lambda_skip: λ1, α, λ2; k1, k2: features kept per token in layer 1, 2;
     curriculum: one layer after the other, else both from the start at the full learning rate."""
 
     grad_clip = 1.0  # unit_norm_decoder stays off: decoders are normalised here, each only while it is trained
@@ -33,8 +32,7 @@ class SAE(base.SAE):
         n_2 = d_sae - n_1
         if not (1 <= k1 <= n_1 and 1 <= k2 <= n_2):
             raise ValueError(f"hierarchical: k1 = {k1} and k2 = {k2} must lie between 1 and the layers' widths, {n_1} "
-                             f"and {n_2}\n"
-                             "change --hyper k1=…,k2=… or --d_sae")
+                             f"and {n_2}\nchange --hyper k1=…,k2=… or --d_sae")
         super().__init__(d_in, n_1)  # W_enc, b_enc, W_dec, b_dec are layer 1's
         layer_2 = base.SAE(d_in, n_2)
         self.W_enc2, self.b_enc2, self.W_dec2 = layer_2.W_enc, layer_2.b_enc, layer_2.W_dec
@@ -120,19 +118,15 @@ class SAE(base.SAE):
         else:
             self.tokens_since_fired[self.n_1:] = 0  # layer 2 has not begun: its features are not dead
 
-    # ------------------------------------------------------------------------------------ the hierarchy, for unlearning
+    # -- the hierarchy, for unlearning
 
     def stages(self):
-        """Feature numbers by stage of hierarchical unlearning:
-        layer 2 is clamped first, then its children in layer 1.
-        """
+        """Feature numbers by stage of unlearning: layer 2 is clamped first, then its children in layer 1."""
         return {"layer_2": range(self.n_1, self.d_sae), "layer_1": range(self.n_1)}
 
     @torch.no_grad()
     def child_mask(self, parents_Q, share=0.1, most=10):
-        """[C, Q]: the children of parents, numbered within layer 2:
-        |W_comp| above `share` of the parent's largest, `most` at most.
-        """
+        """[C, Q]: the children, `most` at most, of parents numbered in layer 2: |W_comp| > share·their largest."""
         weight_CQ = self.W_comp[:, parents_Q].abs()
         weakest_Q = weight_CQ.topk(min(most, self.n_1), dim=0).values[-1]
         return (weight_CQ > share * weight_CQ.amax(0)) & (weight_CQ >= weakest_Q)
@@ -142,11 +136,9 @@ class SAE(base.SAE):
         parents = sorted({int(p) for p in parent_features})
         if parents and not self.n_1 <= parents[0] <= parents[-1] < self.d_sae:
             raise ValueError(f"hierarchical: parents {parents[0]} to {parents[-1]} leave layer 2, {self.n_1} to "
-                             f"{self.d_sae - 1}\n"
-                             "choose parents from stages()['layer_2']")
-        mask_CQ = self.child_mask(torch.tensor(parents, dtype=torch.long, device=self.W_comp.device) - self.n_1, share,
-                                  most)
-        return mask_CQ.any(1).nonzero().squeeze(1).tolist()
+                             f"{self.d_sae - 1}\nchoose parents from stages()['layer_2']")
+        parents_Q = torch.tensor(parents, dtype=torch.long, device=self.W_comp.device) - self.n_1
+        return self.child_mask(parents_Q, share, most).any(1).nonzero().squeeze(1).tolist()
 
     def report(self, context):
         from variants.research import hierarchical_report

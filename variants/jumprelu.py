@@ -18,9 +18,7 @@ from variants.kit import ranks
 
 
 class JumpReLU(torch.autograd.Function):
-    """(z_pre_BF, theta_F, bandwidth) -> z_BF and the number of active features l0_B;
-    both carry the gradient to theta.
-    """
+    """(z_pre_BF, theta_F, bandwidth) -> z_BF and the number of active features l0_B; both carry theta's gradient."""
 
     @staticmethod
     def forward(ctx, z_pre_BF, theta_F, bandwidth):
@@ -38,9 +36,7 @@ class JumpReLU(torch.autograd.Function):
 
 
 class SAE(base.SAE):
-    """JumpReLU SAE. target_l0: mean of features active per token; bandwidth:
-    ε, the window in which theta feels a gradient.
-    """
+    """JumpReLU SAE. target_l0: mean of features active per token; bandwidth: ε, where theta feels a gradient."""
 
     unit_norm_decoder = True
     data_parallel = True
@@ -73,8 +69,8 @@ class SAE(base.SAE):
         self.note_fired(z_BF)
         reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
         sparsity = (ranks.mean(l0_B.mean()) / self.target_l0 - 1) ** 2
-        return reconstruction + progress.sparsity_warmup() * sparsity, {"reconstruction": reconstruction,
-                                                                        "sparsity": sparsity}
+        loss = reconstruction + progress.sparsity_warmup() * sparsity
+        return loss, {"reconstruction": reconstruction, "sparsity": sparsity}
 
     def after_step(self, batch, progress):
         self.theta.clamp_(min=0)  # below 0 negative activations would pass

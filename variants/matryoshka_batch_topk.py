@@ -3,9 +3,9 @@
 loss = Σ_i w_i·‖x − x_hat_i‖² + auxk_alpha·auxk,   x_hat_i = b_dec + the part of z·W_dec that nested prefix i decodes
 A sum over prefixes (w_i = 1), as in the paper and in SAELens; the authors' code and dictionary_learning take a mean.
 Prefixes end after 1/32, 1/32 + 1/16, … of the features: groups of 1/32, 1/16, 1/8, 1/4 and the rest.
-z = the k·B largest of ReLU((x − b_dec)·W_enc + b_enc) over the batch; evals see z·1[z > theta] (theta as in
-batch_topk). Recipe of topk: tied unit-norm rows, b_dec = geometric median, Adam with lr 2e-4/√(F/2¹⁴), project, clip 1,
-step, renormalise.
+z = the k·B largest of ReLU((x − b_dec)·W_enc + b_enc) over the batch; evals see z·1[z > theta] as in batch_topk.
+Recipe of topk: tied unit-norm rows, b_dec = geometric median, Adam with lr 2e-4/√(F/2¹⁴), project, clip 1, step,
+renormalise.
 """
 
 import torch
@@ -15,9 +15,7 @@ from variants import base
 
 
 class SAE(base.SAE):
-    """Matryoshka SAE. k: features kept per token on average; auxk_alpha: weight of auxk; weights:
-    w_i, one per prefix.
-    """
+    """Matryoshka SAE. k: features kept per token on average; auxk_alpha: weight of auxk; weights: w_i by prefix."""
 
     unit_norm_decoder = True
     data_parallel = True
@@ -27,8 +25,7 @@ class SAE(base.SAE):
         k = base.feature_count("k", k, d_sae, mean=True)
         if len(weights) != 5 or min(weights) < 0 or weights[-1] <= 0:
             raise ValueError(f"matryoshka_batch_topk: weights = {weights} must be 5 numbers ≥ 0, the last, of all "
-                             "features, above 0\n"
-                             "change --hyper weights=…")
+                             "features, above 0\nchange --hyper weights=…")
         super().__init__(d_in, d_sae)
         self.k, self.auxk_alpha, self.weights = k, auxk_alpha, weights
         groups = [d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4]

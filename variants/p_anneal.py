@@ -1,5 +1,4 @@
-"""ReLU SAE with an annealed Lp penalty (Karvonen et al. 2024, "Measuring Progress in Dictionary Learning … Board Game
-Models").
+"""ReLU SAE with an annealed Lp penalty (Karvonen et al. 2024, "Measuring Progress in Dictionary Learning …").
 
 loss = ‖x − x_hat‖² + α·sp(t)·Σ_i z_i^p,   z = ReLU((x − b_dec)·W_enc + b_enc),   x_hat = z·W_dec + b_dec
 p is 1 up to `anneal_start` (half of the run, where theirs had 10 000 steps) and then goes to .2 in 10 equal moves,
@@ -7,8 +6,7 @@ evenly spread from there to the end; at each move α is rescaled so that the bat
 is λ at first. z^p is taken as (z + ε)^p where z > 0, ε = 1e-6: at p = .2 the slope at 0 is 12,600 and not infinite, and
 lower than z^p's by .8 % at z = 1e-4 (one active feature of 400 lies below) and by 43 % at 1e-6; a feature's gradient by
 .2 % in the median, where ε = 1e-4 took 12 %.
-Initialisation and optimiser of the standard SAE: rows of norm .1, W_enc = W_decᵀ, unit rows; Adam(.9, .999), no
-clipping.
+Initialisation and optimiser of `standard`: rows of norm .1, W_enc = W_decᵀ, unit rows; Adam(.9, .999), no clipping.
 """
 
 import torch
@@ -36,8 +34,7 @@ class SAE(base.SAE):
         self.p_end, self.anneal_start = p_end, anneal_start
         self.register_buffer("p", torch.tensor(1.0))
         self.register_buffer("alpha", torch.tensor(float(l1_penalty)))
-        # p as a Python number: each step asks whether to move, and reading the buffer would wait for the device
-        self._p = 1.0
+        self._p = 1.0  # p as a Python number: reading the buffer in each step would wait for the device
 
     def p_at(self, step, total_steps):
         """p of a step: 1 before the start, p_end by the last step even where fewer than 10 are left for the moves."""
@@ -55,7 +52,8 @@ class SAE(base.SAE):
         self.note_fired(z_BF)
         reconstruction = base.reconstruction_loss(batch.x - self.decode_relu(z_BF))
         lp = self.power_sum(z_BF, self.p)
-        return reconstruction + self.alpha * progress.sparsity_warmup() * lp, {"reconstruction": reconstruction, "lp": lp}
+        loss = reconstruction + self.alpha * progress.sparsity_warmup() * lp
+        return loss, {"reconstruction": reconstruction, "lp": lp}
 
     def after_step(self, batch, progress):
         p = self.p_at(min(progress.step + 1, progress.total_steps - 1), progress.total_steps)

@@ -1,5 +1,4 @@
-"""ReLU SAE with the L1 penalty weighted by decoder norms (Anthropic's April 2024 update, "Update on how we train
-SAEs").
+"""ReLU SAE with the L1 penalty weighted by decoder norms (Anthropic, April 2024, "Update on how we train SAEs").
 
 loss = ‖x − x_hat‖² + λ·sp(t)·Σ_i z_i·‖W_dec,i‖,   z = ReLU((x − b_dec)·W_enc + b_enc),   x_hat = z·W_dec + b_dec
 Decoder rows start at norm .1 with W_enc = W_decᵀ, and their norm is free; Adam(.9, .999), gradient clipped to norm 1.

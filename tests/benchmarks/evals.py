@@ -25,7 +25,8 @@ import evals
 import experiment
 from evals.cache import Cache
 from evals.common.settings import choose
-from variants import base, topk
+from variants import topk
+from variants.kit.trained import TrainedSAE
 
 OURS = ("core", "sparse_probing", "tpp", "scr", "absorption", "sae_probes", "unlearning", "ravel")
 K, WIDTHS = 32, (14, 9, 15, 9, 14, 9)
@@ -65,14 +66,14 @@ def main() -> None:
         print(f"{name:16}" + "".join(f"{value:{width}.1f}" for value, width in zip(row, WIDTHS)), flush=True)
 
 
-def trained(lm, settings, layer: int, seed: int) -> base.TrainedSAE:
+def trained(lm, settings, layer: int, seed: int) -> TrainedSAE:
     """A TopK SAE of random directions, biased to the mean of some activations so that it fires as a trained one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sae = topk.SAE(lm.d_model, settings.d_sae, k=K)
         x_BTD = lm.residual(torch.randint(lm.vocab_size, (4, 64)), layer)[:, 1:]
     sae.b_dec.data = x_BTD.mean((0, 1))
-    return base.TrainedSAE(sae, 1.0)
+    return TrainedSAE(sae, 1.0)
 
 
 def seconds(work, *args) -> float:
@@ -84,7 +85,7 @@ def seconds(work, *args) -> float:
 # -------------------------------------------------------------------------------------------- SAEBench on the same work
 
 
-def reference(name: str, setup, sae: base.TrainedSAE, folder: str) -> None:
+def reference(name: str, setup, sae: TrainedSAE, folder: str) -> None:
     """SAEBench's evaluation of one SAE; `folder` keeps its activations from one SAE to the next, as its runs do."""
     import jaxtyping
 
@@ -97,7 +98,7 @@ def reference(name: str, setup, sae: base.TrainedSAE, folder: str) -> None:
             torch.set_grad_enabled(True)
 
 
-def theirs(sae: base.TrainedSAE, setup):
+def theirs(sae: TrainedSAE, setup):
     """The SAE as SAEBench wants it."""
     from sae_bench.custom_saes.topk_sae import TopKSAE
 

@@ -1,9 +1,9 @@
 """From which width on a step of few features pays, against dense products:
 python -m tests.benchmarks.sparse [--device cuda]
 
-One row per width and k: a TopK step (`base.gradients`) either way in turn, median seconds of `--steps`, and their ratio
-beside what `variants.base.sparse_pays` decides: it is right where it says sparse below 1. Needs torch alone; the
-defaults are Gemma-2-2B's on a GPU.
+One row per width and k: a TopK step (`variants.kit.steps.gradients`) either way in turn, median seconds of `--steps`,
+and their ratio beside what `variants.kit.sparse.sparse_pays` decides: it is right where it says sparse below 1. Needs
+torch alone; the defaults are Gemma-2-2B's on a GPU.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from unittest import mock
 
 import torch
 
 from tests.benchmarks.training import now, numbers
 from variants import base, topk
+from variants.kit.sparse import taken
+from variants.kit.steps import gradients
 
 
 def step_seconds(sae: topk.SAE, batch: base.Batch, sparse: bool) -> float:
     """One forward and backward pass, waited for."""
-    with mock.patch.object(base, "sparse_pays", lambda *_: sparse):
+    with taken(sparse):
         start = now(batch.x.device.type)
-        base.gradients(sae, batch, base.Progress(50, 100, 0, 10**12), print)
+        gradients(sae, batch, base.Progress(50, 100, 0, 10**12), print)
         return now(batch.x.device.type) - start
 
 

@@ -15,6 +15,7 @@ from evals.common import saebench
 from evals.texts import packing
 from tests.evals import scarce
 from variants import base, topk
+from variants.kit.trained import TrainedSAE
 
 VOCABULARY, D, N_FEATURES, CONTEXT, BOS, EOS = 41, 10, 24, 9, 0, 1
 CONFIG = {
@@ -90,7 +91,7 @@ def trained(SAE, seed=0):
     sae.W_dec.data *= torch.rand(N_FEATURES, 1) + 0.5  # norms that TrainedSAE has to fold
     sae.W_enc.data += 0.1 * torch.randn(sae.W_enc.shape)
     sae.W_enc.data[:, 3], sae.b_enc.data[3] = 0.0, -9.0  # one feature never fires
-    return base.TrainedSAE(sae, scale=4.0)
+    return TrainedSAE(sae, scale=4.0)
 
 
 def texts(n=60):

@@ -5,7 +5,6 @@
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 
@@ -16,6 +15,9 @@ from evals.model.checks import ROUNDING
 from tests import OWN_VARIANTS
 from variants import base
 from variants.kit import contexts
+from variants.kit.hyper import hyperparameters
+from variants.kit.sparse import taken
+from variants.kit.steps import gradients
 
 try:
     import pytest
@@ -46,7 +48,7 @@ def stepped(name: str, device: str, steps: int, inside=nullcontext, free: int = 
     x_ND = x_ND / x_ND.pow(2).sum(1).mean().sqrt()
     torch.manual_seed(0)
     module = variants.load(name)
-    sae = variants.build(module, D, F, {"k": 8} if "k" in variants.hyperparameters(module) else {}).to(device)
+    sae = variants.build(module, D, F, {"k": 8} if "k" in hyperparameters(module) else {}).to(device)
     sae.initialise(x_ND[:1024].to(device))
     optimizer, losses = experiment.make_optimizer(sae, 1e-3), []
     needs = sae.needs_contexts or sae.attention_layers
@@ -89,16 +91,16 @@ def test_wide_saes_have_the_gradients_of_dense_products():
                         ("standard", {})):
         found = {}
         for sparse in (True, False):
-            with mock.patch.object(base, "sparse_pays", lambda *_, sparse=sparse: sparse):
+            with taken(sparse):
                 torch.manual_seed(0)
                 sae = variants.build(variants.load(name), D, wide, hyper).to(DEVICE)
                 if name == "standard":  # few features
                     sae.b_enc.data -= 3 * sae.pre_activations(batch.x).detach().std()
                 sae.tokens_since_fired[::40] = 10**6
                 sae.look(progress)
-                base.gradients(sae, batch, progress, print)
+                gradients(sae, batch, progress, print)
                 with no_wait() if name == "topk" else nullcontext():
-                    loss, _ = base.gradients(sae, batch, progress, print)
+                    loss, _ = gradients(sae, batch, progress, print)
             found[sparse] = [loss, *(p.grad.float() for p in sae.parameters())]
         for a, b in zip(found[True], found[False]):
             assert (a - b).norm() < 0.02 * b.norm(), (name, a.shape, float((a - b).norm() / b.norm()))
@@ -142,7 +144,7 @@ def test_a_step_without_memory_goes_on_in_parts():
     # z alone, [B, F], is .5 to 1.1 GB
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1.5e9) / total)
     try:
-        loss, _ = base.gradients(sae, batch, base.Progress(50, 100, 0, 1), said.append)
+        loss, _ = gradients(sae, batch, base.Progress(50, 100, 0, 1), said.append)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert said and sae.batch_parts > 1 and loss.isfinite() and sae.W_enc.grad.isfinite().all()

@@ -13,6 +13,7 @@ import variants
 from tests import FIXTURES, OWN_VARIANTS
 from variants import base
 from variants.kit import contexts
+from variants.kit.hyper import hyperparameters
 
 STORED = FIXTURES / "golden.json"
 D, F, B, STEPS = 24, 384, 63, 60  # contexts of 7 tokens fill the batch
@@ -29,7 +30,7 @@ def trained(name: str) -> dict[str, float]:
     x_ND = x_ND + 0.02 * torch.randn(STEPS * B, D, generator=generator)
     x_ND = x_ND / x_ND.pow(2).sum(1).mean().sqrt()
     torch.manual_seed(0)
-    hyper = {"k": 8} if "k" in variants.hyperparameters(variants.load(name)) else {}
+    hyper = {"k": 8} if "k" in hyperparameters(variants.load(name)) else {}
     sae = variants.build(variants.load(name), D, F, hyper)
     sae.initialise(x_ND[:1024])
     optimizer, before_FD, losses = experiment.make_optimizer(sae, 3e-3), sae.decoder.detach().clone(), []

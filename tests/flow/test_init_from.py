@@ -9,7 +9,7 @@ import experiment
 import variants
 import variants.kit.saving
 from tests.small_run import command
-from variants import base
+from variants.kit.trained import TrainedSAE
 
 
 def means(out):
@@ -100,7 +100,7 @@ def test_norms_are_folded_before_a_variant_that_keeps_them_at_one_trains_further
         sae = variants.build(variants.load(name), 12, 40, hyper)
         sae.W_dec.data *= torch.linspace(0.5, 2, 40)[:, None]
         x = torch.randn(30, 12)
-        z, wanted = base.TrainedSAE(sae, 1.0).encode(x), sae.decode(sae.encode(x))
+        z, wanted = TrainedSAE(sae, 1.0).encode(x), sae.decode(sae.encode(x))
         if not possible:
             with pytest.raises(ValueError, match="norms 0.5 to 2"):
                 interchange.fold_norms(sae, "there")

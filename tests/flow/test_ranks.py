@@ -17,6 +17,7 @@ from tests import PROJECT, small_run
 from tests.benchmarks import scaling
 from variants import base
 from variants.kit import saving
+from variants.kit.steps import gradients
 from variants.preflight import budget
 
 
@@ -195,10 +196,10 @@ def test_a_batch_that_does_not_fit_is_worked_on_in_parts():
     for kind in (variants.load("standard").SAE, Full):
         torch.manual_seed(0)
         sae = kind(16, 96)
-        loss, terms = base.gradients(sae, base.Batch(x_BD), progress, said.append)
+        loss, terms = gradients(sae, base.Batch(x_BD), progress, said.append)
         found.append(torch.cat([loss[None], terms["l1"][None], sae.W_enc.grad.flatten(), sae._fired_F.float()]))
         sae.count_step(64)
     assert len(said) == 2 and "4 parts of 16 tokens" in said[-1]
     assert torch.allclose(*found, atol=1e-6)
-    base.gradients(sae, base.Batch(x_BD), progress, said.append)
+    gradients(sae, base.Batch(x_BD), progress, said.append)
     assert len(said) == 2  # remembered

@@ -14,6 +14,7 @@ import experiment
 import variants
 from runs import compare, seeds
 from tests import OWN_VARIANTS, PROJECT
+from variants.kit.hyper import hyperparameters, parse_hyper
 
 PAGES = sorted(page for page in PROJECT.rglob("*.md") if not re.search(r"/\.", str(page.relative_to(PROJECT.parent))))
 READMES = [path for path in PAGES if path.name == "README.md"]
@@ -123,7 +124,7 @@ def test_a_flag_is_one(flags, place, monkeypatch):
     experiment.layers_of(settings)
     named = set(re.findall(r"(?:^|,)(\w+)=", f"{settings.hyper},{settings.sweep}"))
     if named and "my_weight" not in named:  # that is the example's own: it is run below
-        knowing = [m for m in map(variants.load, OWN_VARIANTS) if named <= set(variants.hyperparameters(m))]
+        knowing = [m for m in map(variants.load, OWN_VARIANTS) if named <= set(hyperparameters(m))]
         assert experiment.hypers_of(settings, knowing[0])
 
 
@@ -133,9 +134,9 @@ def test_an_ablation_is_a_hyper_parameter(name):
     part = VARIANTS.read_text(encoding="utf-8").partition(f"\n**`{name}`**")[2].partition("\n\n")[0]
     offered = [item.removeprefix("--hyper ") for item in re.findall(r"`((?:--hyper )?\w+=[^`]+)`", part)]
     module = variants.load(name)
-    assert offered and {item.partition("=")[0] for item in offered} <= variants.hyperparameters(module).keys()
+    assert offered and {item.partition("=")[0] for item in offered} <= hyperparameters(module).keys()
     for item in offered:
-        variants.parse_hyper(module, "" if "…" in item else item)
+        parse_hyper(module, "" if "…" in item else item)
 
 
 @pytest.mark.slow

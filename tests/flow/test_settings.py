@@ -15,6 +15,7 @@ from runs import compare, folder
 from tests.runs.test_runs import run as recorded
 from tests.small_run import command
 from variants.kit import interchange
+from variants.kit.hyper import parse_hyper, parse_sweep
 
 MODE = """from variants import topk
 
@@ -130,20 +131,20 @@ def test_an_evals_own_settings_pass_and_other_kinds_do_not(name):
 
 def test_what_may_be_meant_is_left_to_the_variant(tmp_path):
     """Fails if a value that some variant takes is refused: a fraction, or anything for None, text or two kinds."""
-    given = variants.parse_hyper(module_of(tmp_path), "k=1.5,depth=x,mode=3,size=[3],on=0,some=auto")
+    given = parse_hyper(module_of(tmp_path), "k=1.5,depth=x,mode=3,size=[3],on=0,some=auto")
     assert given == dict(k=1.5, depth="x", mode=3, size=[3], on=0, some="auto")
     for wrong in ("on=2", "on=x", "size=3", "size=(1,a)", "size=('a','b')"):
         with pytest.raises(ValueError, match="must be"):
-            variants.parse_hyper(module_of(tmp_path), wrong)
+            parse_hyper(module_of(tmp_path), wrong)
 
 
 def test_ordinary_names_of_a_sweep_stay_and_others_become_names_of_files(tmp_path):
     """Fails if names of stored results change, or a name is a path, a pattern, too long or another's."""
     module = module_of(tmp_path)
-    assert list(variants.parse_sweep(module, "k=20,0.03")) == [".k_20", ".k_0.03"]
-    assert list(variants.parse_sweep(module, "size=(-1, 0),(0,)")) == [".size_(-1, 0)", ".size_(0,)"]
+    assert list(parse_sweep(module, "k=20,0.03")) == [".k_20", ".k_0.03"]
+    assert list(parse_sweep(module, "size=(-1, 0),(0,)")) == [".size_(-1, 0)", ".size_(0,)"]
     odd = ["/../x", "-..-x", "a*", "a?", "[0]", "a\nb", "ä", "y" * 260, "y" * 259 + "z"]
-    names = list(variants.parse_sweep(module, "mode=" + ",".join(odd)))
+    names = list(parse_sweep(module, "mode=" + ",".join(odd)))
     assert len(set(names)) == len(odd) and max(map(len, names)) <= 160
     assert not any(set(name) & set("/*?[]\n\\") for name in names) and all(name.isascii() for name in names)
 

@@ -9,6 +9,7 @@ import experiment
 import variants
 from variants import attention_contrastive, base
 from variants.kit import contexts
+from variants.kit.trained import TrainedSAE
 from variants.preflight import check
 from variants.research import attention_contrastive_report
 
@@ -148,7 +149,7 @@ def test_report_counts():
                        contexts=torch.tensor([0, 0, 0, 1, 2, 2]), pairs=torch.tensor([[1, 2, 2, 5], [0, 0, 1, 4]]),
                        pair_attention=torch.tensor([[0.1, 0.5], [0.3, 0.3], [0.2, 0.02], [0.06, 0.0]]))
     sae = attention_contrastive.SAE(6, 12, attention_layers=(-1, 0), tau=0.05)
-    context = base.Context(None, 3, base.TrainedSAE(attention_contrastive.SAE(6, 12), 1.0), 0, lambda n: batch)
+    context = base.Context(None, 3, TrainedSAE(attention_contrastive.SAE(6, 12), 1.0), 0, lambda n: batch)
     numbers, files = sae.report(context)
     assert {k: numbers[k] for k in ("positives_per_token", "tokens_without_positive",
                                     "contexts_without_positive")} == pytest.approx(

@@ -9,7 +9,9 @@ import experiment
 import variants
 from tests import FIXTURES
 from variants import base
-from variants.preflight import check, memory, messages
+from variants.kit.sparse import taken
+from variants.preflight import budget, check, memory, messages
+from variants.preflight.trial import pretend_dead
 
 BROKEN = FIXTURES / "broken_variants"
 GOOD = FIXTURES / "good_variants"
@@ -73,7 +75,7 @@ def test_syntax_error_has_its_line(tmp_path):
     file.write_text("from variants import base\n\nclass SAE(base.SAE)\n    pass\n")
     with pytest.raises(SyntaxError, match=r"mine.py:3: expected ':': class SAE\(base.SAE\)") as caught:
         run(file)
-    assert check.where(caught.value, file) == "mine.py:3"
+    assert messages.where(caught.value, file) == "mine.py:3"
 
 
 def test_where_finds_the_variants_frame_behind_the_wrapping():
@@ -81,8 +83,8 @@ def test_where_finds_the_variants_frame_behind_the_wrapping():
     file = BROKEN / "context_unpacked.py"
     with pytest.raises(ValueError) as caught:
         run(file)
-    assert check.where(caught.value, file) == f"context_unpacked.py:{line_of(file, 'n, _ = x.shape')}"
-    assert check.where(caught.value, BROKEN / "always_on.py") is None
+    assert messages.where(caught.value, file) == f"context_unpacked.py:{line_of(file, 'n, _ = x.shape')}"
+    assert messages.where(caught.value, BROKEN / "always_on.py") is None
 
 
 def test_settings_that_train_nothing_are_refused():
@@ -237,18 +239,18 @@ def test_grown_tells_products_from_sums_and_samples():
 @pytest.mark.parametrize("file", [*SHIPPED, GOOD / "gram_sample.py", GOOD / "two_decoders.py",
                                   BROKEN / "gram_matrix.py"],
                          ids=lambda p: p.stem)
-def test_forecast_agrees_with_a_measured_step(file, monkeypatch):
+@taken(sparse=False)  # the path that is followed from size to size
+def test_forecast_agrees_with_a_measured_step(file):
     """Fails if the forecast is off by a tenth from what torch's own allocator reports for one real step,
     too large to be just measured.
     """
     B, D, F = 4160, 32, 4096
-    monkeypatch.setattr(base, "sparse_pays", lambda *_: False)  # the path that is followed from size to size
     module = variants.load(str(file))
     torch.manual_seed(0)
     sae = variants.build(module, D, F, {})
     x_BD = torch.nn.functional.normalize(torch.randn(B, D), dim=1)
     sae.initialise(x_BD)
-    check.pretend_dead(sae)
+    pretend_dead(sae)
     progress = base.Progress(2440, 2441, 2440 * B, 2441 * B)
     batch = base.Batch(x=x_BD)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -272,13 +274,13 @@ def test_tensors_that_cannot_fit_are_named():
     or a sample taken for one.
     """
     gram, pairs = BROKEN / "gram_matrix.py", BROKEN / "token_pairs.py"
-    message = check.too_large(run(gram), 4 * 2**30)
+    message = budget.too_large(run(gram), 4 * 2**30)
     assert f"[16384, 16384] (1.0 GiB) at gram_matrix.py:{line_of(gram, 'cosine_FF =')}" in message
     assert "the machine has 4.0 GiB\nreduce --batch_size or --d_sae" in message
-    message = check.too_large(run(pairs), 100 * 2**30)
+    message = budget.too_large(run(pairs), 100 * 2**30)
     assert f"[2048, 2048, 16384] (256.0 GiB) at token_pairs.py:{line_of(pairs, 'pairs_BBF =')}" in message
     sampled = run(GOOD / "gram_sample.py")
-    assert check.too_large(sampled, 4 * 2**30) is None and sampled.step_peak_bytes < 1.5e9
+    assert budget.too_large(sampled, 4 * 2**30) is None and sampled.step_peak_bytes < 1.5e9
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import experiment
 import variants
 import variants.kit.saving
 from variants import base, clustered, standard
+from variants.kit.trained import TrainedSAE
 from variants.preflight import check
 
 
@@ -167,7 +168,7 @@ def context_for(sae, seed=0):
         return base.Batch(sparse_data(600, 12, 2), tokens=torch.arange(600) % 50)
 
     lm = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: f" word{ids[0]}$"))
-    return base.Context(lm, 0, base.TrainedSAE(sae, 1.0), seed, held_out)
+    return base.Context(lm, 0, TrainedSAE(sae, 1.0), seed, held_out)
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ import variants.kit.saving
 from tests import FIXTURES
 from tests.small_run import start, wait_for
 from variants import base
-from variants.kit import imperative
+from variants.kit import trainer_state, trainers
+from variants.kit.hyper import hyperparameters
 from variants.preflight import check, messages
 from variants.preflight.trial import synthetic
 
@@ -32,7 +33,7 @@ def built(file, hyper=None, **setting):
 
 
 def steps(sae, x_SBD, first=0, last=60):
-    state = imperative.TrainerState(sae)
+    state = trainer_state.TrainerState(sae)
     return [experiment.train_step(sae, state, base.Batch(x_SBD[i].clone()),
                                   base.Progress(i, 60, i * 56, 60 * 56))[0].item()
             for i in range(first, last)]
@@ -78,7 +79,7 @@ def test_the_librarys_trainers_follow_its_own_loop(library, tmp_path, x_SBD, nam
         file = Path(library.__file__).parent / f"trainers/{name}.py"
     module = variants.load(str(file))
     assert module.SAE.trainer_class.__name__ == trainer
-    given, theirs = imperative.keywords(module.SAE.trainer_class, 24, 160, SETTING, hyper), []
+    given, theirs = trainers.keywords(module.SAE.trainer_class, 24, 160, SETTING, hyper), []
 
     def remembered(**config):
         torch.manual_seed(0)
@@ -123,11 +124,11 @@ def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD)
     half = built(file)
     steps(half, x_SBD, 0, 31)
     kept, rng = io.BytesIO(), torch.get_rng_state()
-    torch.save(dict(sae=half.state_dict(), trainer=imperative.TrainerState(half).state_dict()), kept)
+    torch.save(dict(sae=half.state_dict(), trainer=trainer_state.TrainerState(half).state_dict()), kept)
     kept.seek(0)
     state, again = torch.load(kept, weights_only=True), built(file)
     again.load_state_dict(state["sae"])
-    imperative.TrainerState(again).load_state_dict(state["trainer"])
+    trainer_state.TrainerState(again).load_state_dict(state["trainer"])
     torch.set_rng_state(rng)
     steps(again, x_SBD, 31)
     for key, tensor in whole.state_dict().items():
@@ -240,7 +241,7 @@ def test_keywords_by_the_rule(tmp_path):
     assert built(file).trainer.seen == dict(warmup=3, steps=60, lr=3e-3, l1=0.01)
     assert built(file, steps=100_000, lr=None).trainer.seen == dict(warmup=400, steps=100_000, lr=3e-4, l1=0.01)
     assert built(file, dict(warmup_steps=50, l1=0.5)).trainer.seen == dict(warmup=50, steps=60, lr=3e-3, l1=0.5)
-    assert variants.hyperparameters(variants.load(str(file))) == dict(warmup_steps=400, l1=0.01, label="x")
+    assert hyperparameters(variants.load(str(file))) == dict(warmup_steps=400, l1=0.01, label="x")
 
 
 def test_numbers_named_for_logging_are_reported_as_numbers(tmp_path):

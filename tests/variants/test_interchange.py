@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import variants.kit.saving
 from variants import base
 from variants.kit import interchange
+from variants.kit.trained import TrainedSAE
 
 D, N_FEATURES, K = 6, 40, 5
 
@@ -279,8 +280,8 @@ def test_a_run_gives_its_saes_by_name_in_either_format(tmp_path):
     assert (found["layer_2"].variant, found["layer_2.k_5"].variant[-10:]) == ("batch_topk", "variant.py")
     x = 3 * torch.randn(50, D)
     for name, sae in [("layer_2", batch), ("layer_2.k_5", mine)]:
-        again = base.TrainedSAE(interchange.build(found[name], trust_code=True), found[name].scale or 1.0)
-        torch.testing.assert_close(again.encode(x), base.TrainedSAE(sae, 3.0).encode(x), rtol=1e-5, atol=1e-5)
+        again = TrainedSAE(interchange.build(found[name], trust_code=True), found[name].scale or 1.0)
+        torch.testing.assert_close(again.encode(x), TrainedSAE(sae, 3.0).encode(x), rtol=1e-5, atol=1e-5)
     assert interchange.build(found["layer_2"]).theta.item() == pytest.approx(3 * 0.4, rel=1e-5)
 
 
@@ -381,5 +382,5 @@ def test_an_edited_variant_is_not_used_for_weights_it_was_not_made_for(tmp_path,
     assert not (tmp_path / "after" / "sae_weights.safetensors").exists()
     x = 3 * torch.randn(20, D)
     again = variants.kit.saving.load_sae(tmp_path / "after").encode(x)
-    assert torch.equal(again, base.TrainedSAE(changed,
-                                              3.0).encode(x)) and not torch.equal(again, base.TrainedSAE(sae, 3.0).encode(x))
+    assert torch.equal(again, TrainedSAE(changed,
+                                              3.0).encode(x)) and not torch.equal(again, TrainedSAE(sae, 3.0).encode(x))

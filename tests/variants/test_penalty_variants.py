@@ -10,6 +10,7 @@ import variants
 import variants.kit.saving
 from variants import base, gated, p_anneal, standard_april
 from variants.kit import interchange
+from variants.kit.trained import TrainedSAE
 from variants.preflight import check
 
 NAMES = ["standard_april", "gated", "p_anneal"]
@@ -180,7 +181,7 @@ def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, na
     torch.manual_seed(0)
     sae = scrambled(variants.load(name).SAE(12, 40)).float()
     x_raw = torch.randn(3, 7, 12) * 37
-    trained = base.TrainedSAE(sae, 37.0)
+    trained = TrainedSAE(sae, 37.0)
     variants.kit.saving.save_sae(tmp_path / "layer_1", sae, 37.0, variants.path(name), {}, {})
     theirs, ours = SAELens.load_from_disk(tmp_path / "layer_1"), variants.kit.saving.load_sae(tmp_path / "layer_1")
     features = sae.encode(x_raw / 37) * 37 * sae.W_dec.norm(dim=1)

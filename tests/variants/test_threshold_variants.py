@@ -7,6 +7,7 @@ import experiment
 import variants
 import variants.kit.saving
 from variants import base, batch_topk, jumprelu, matryoshka_batch_topk
+from variants.kit.trained import TrainedSAE
 from variants.preflight import check
 
 NAMES = ["batch_topk", "matryoshka_batch_topk", "jumprelu"]
@@ -104,7 +105,7 @@ def test_a_fractional_k_is_saved_as_it_was_trained(tmp_path, theta):
     sae.theta.fill_(theta)
     variants.kit.saving.save_sae(tmp_path / "sae", sae, 3.0, variants.path("batch_topk"), {"k": 1.5}, {})
     again, x = variants.kit.saving.load_sae(tmp_path / "sae"), torch.randn(20, 12) * 3
-    assert again.sae.k == 1.5 and torch.allclose(again.encode(x), base.TrainedSAE(sae, 3.0).encode(x), atol=1e-5)
+    assert again.sae.k == 1.5 and torch.allclose(again.encode(x), TrainedSAE(sae, 3.0).encode(x), atol=1e-5)
     assert (tmp_path / "sae" / "sae_weights.safetensors").exists() == (theta >= 0)
 
 
@@ -241,7 +242,7 @@ def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, na
     sae.b_dec.data.normal_(0, 0.3)
     sae.theta.data.copy_(torch.linspace(0.2, 1, 40) if sae.theta.ndim else torch.tensor(0.5))
     x_raw = torch.randn(3, 7, 12) * 37
-    trained = base.TrainedSAE(sae, 37.0)
+    trained = TrainedSAE(sae, 37.0)
     variants.kit.saving.save_sae(tmp_path / "layer_1", sae, 37.0, variants.path(name), {}, {})
     theirs, ours = SAELens.load_from_disk(tmp_path / "layer_1"), variants.kit.saving.load_sae(tmp_path / "layer_1")
     features = trained.encode(x_raw)

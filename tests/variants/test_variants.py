@@ -12,6 +12,9 @@ import variants
 import variants.kit.saving
 from tests import OWN_VARIANTS, PROJECT
 from variants import base, standard, topk
+from variants.kit import losses
+from variants.kit.scale import stream_scale
+from variants.kit.trained import TrainedSAE
 
 LATE = base.Progress(50, 100, 5000, 10_000)
 
@@ -97,7 +100,7 @@ def test_auxk_of_a_residual_without_variance_is_zero():
         loss.backward()
         assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in sae.parameters())
     e_BD = 0.01 * torch.randn(64, 8)
-    found = base._of_variance(e_BD, 0.005 * torch.ones(64, 8))
+    found = losses._of_variance(e_BD, 0.005 * torch.ones(64, 8))
     assert found == (e_BD - 0.005).pow(2).sum(1).mean() / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()
 
 
@@ -109,7 +112,7 @@ def test_a_dominant_mean_is_where_b_dec_begins(share):
     torch.manual_seed(0)
     mean_D, noise_ND = torch.nn.functional.normalize(torch.randn(16), dim=0), torch.randn(20_000, 16) / 4
     raw_ND = 7 * (share**0.5 * mean_D + (1 - share) ** 0.5 * (noise_ND - noise_ND.mean(0)))
-    scale, found = base.stream_scale(raw_ND)
+    scale, found = stream_scale(raw_ND)
     assert found == pytest.approx(share, abs=0.01)
     expected_D = mean_D * (share / (1 - share)) ** 0.5
     assert scale == pytest.approx(0.7 if share > 0.9 else 7.0, rel=0.01)  # 7·√(1 − .99): the spread alone is made 1
@@ -230,7 +233,7 @@ def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, na
     sae.b_enc.data.normal_(0, 0.1)
     sae.b_dec.data.normal_(0, 0.3)
     x_raw = torch.randn(3, 7, 12) * 37
-    trained = base.TrainedSAE(sae, 37.0)
+    trained = TrainedSAE(sae, 37.0)
     variants.kit.saving.save_sae(tmp_path / "layer_1", sae, 37.0, variants.path(name), hyper, {})
     theirs, ours = SAELens.load_from_disk(tmp_path / "layer_1"), variants.kit.saving.load_sae(tmp_path / "layer_1")
     features = trained.encode(x_raw)
@@ -256,7 +259,7 @@ def test_a_variant_saelens_does_not_know_is_saved_whole(tmp_path):
     variants.kit.saving.save_sae(tmp_path / "sae", sae, 5.0, file, {"power": 2.0}, {})
     x = torch.randn(20, 6) * 5
     assert torch.equal(variants.kit.saving.load_sae(tmp_path / "sae", trust_code=True).encode(x),
-                       base.TrainedSAE(sae, 5.0).encode(x))
+                       TrainedSAE(sae, 5.0).encode(x))
 
 
 def test_a_variant_that_inherits_a_saelens_name_but_computes_something_else_is_saved_as_it_is(tmp_path):
@@ -272,7 +275,7 @@ def test_a_variant_that_inherits_a_saelens_name_but_computes_something_else_is_s
     x = torch.randn(20, 12) * 3
     assert not (tmp_path / "sae/sae_weights.safetensors").exists()
     assert torch.equal(variants.kit.saving.load_sae(tmp_path / "sae", trust_code=True).encode(x),
-                       base.TrainedSAE(sae, 3.0).encode(x))
+                       TrainedSAE(sae, 3.0).encode(x))
 
 
 def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():
@@ -280,7 +283,7 @@ def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():
     torch.manual_seed(0)
     sae = standard.SAE(6, 10)
     sae.W_dec.data *= torch.linspace(0, 3, 10)[:, None]
-    trained = base.TrainedSAE(sae, 4.0)
+    trained = TrainedSAE(sae, 4.0)
     x = torch.randn(5, 6) * 4
     assert torch.allclose(trained.W_dec.norm(dim=1)[1:], torch.ones(9)) and (trained.W_dec[0] == 0).all()
     z = trained.encode(x)

@@ -26,8 +26,7 @@ SYNTHETIC_CONTEXT = 8  # positions
 
 def sparse_attention(pattern_RATT: Tensor, place_N: Tensor, context: int,
                      threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(query_P, key_P int32, value_PA): pairs of different tokens for which one of the A layers exceeds the threshold,
-    by query.
+    """(query_P, key_P int32, value_PA) by query: pairs of tokens for which one of the A layers exceeds the threshold.
 
     `place_N` and the pairs count from the first of these rows and of their tokens.
     """
@@ -43,17 +42,15 @@ def sparse_attention(pattern_RATT: Tensor, place_N: Tensor, context: int,
 
 
 def rows_of_step(n_rows: int, steps: int, order_R: Tensor) -> list[Tensor]:
-    """The rows of each step: all of `order_R`, whole, in equal shares.
-    ValueError where there are fewer rows than steps.
-    """
+    """The rows of each step: all of `order_R`, whole, in equal shares. ValueError where steps outnumber rows."""
     if steps > n_rows:
         raise ValueError(f"{steps} steps cannot share {n_rows} contexts: each needs at least one\n"
                          "make --batch_size at least as large as --context")
     return [order_R[i * n_rows // steps:(i + 1) * n_rows // steps] for i in range(steps)]
 
 
-def take(block: dict[str, Tensor], rows: Tensor, context: int, layer_x_ND: Tensor, device: torch.device
-         | str) -> dict[str, Tensor]:
+def take(block: dict[str, Tensor], rows: Tensor, context: int, layer_x_ND: Tensor,
+         device: torch.device | str) -> dict[str, Tensor]:
     """The rows of a block (host int64 [C], in the order wanted) as fields of base.Batch on `device`, x in fp32.
 
     Sizes and indices are worked out on the host from the block's place_N and pair_query_P, so nothing waits for the
@@ -62,7 +59,8 @@ def take(block: dict[str, Tensor], rows: Tensor, context: int, layer_x_ND: Tenso
     place_N = block["place_N"]
     start_C, stop_C = torch.searchsorted(place_N, torch.stack([rows, rows + 1]).to(place_N.dtype) * context)
     index_B, context_B, shift_C = _runs(start_C, stop_C)
-    batch = dict(x=_pick(layer_x_ND, index_B, device).float(), tokens=_pick(block["tokens_N"], index_B, device).long(),
+    batch = dict(x=_pick(layer_x_ND, index_B, device).float(),
+                 tokens=_pick(block["tokens_N"], index_B, device).long(),
                  positions=(place_N[index_B].long() % context).to(device, non_blocking=True),
                  contexts=context_B.to(device, non_blocking=True))
     if "attention_RATT" in block:
@@ -78,9 +76,7 @@ def take(block: dict[str, Tensor], rows: Tensor, context: int, layer_x_ND: Tenso
 
 
 def _runs(start_C: Tensor, stop_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ranges start..stop one after the other:
-    indices [n], number of the range [n], and what moves an index to its place [C].
-    """
+    """The ranges start..stop in turn: indices [n], number of the range [n], what moves an index to its place [C]."""
     length_C = stop_C - start_C
     shift_C = length_C.cumsum(0) - stop_C
     range_n = torch.repeat_interleave(length_C)
@@ -93,9 +89,7 @@ def _pick(values: Tensor, index: Tensor, device: torch.device | str) -> Tensor:
 
 
 def synthetic(x_BD: Tensor, attention_layers: tuple[int, ...], threshold: float | None, seed: int) -> dict[str, Tensor]:
-    """Fields of base.Batch for activations x_BD,
-    in contexts of 7 tokens with random ids and random causal attention patterns.
-    """
+    """Fields of base.Batch for activations x_BD: contexts of 7 tokens, random ids, random causal attention."""
     generator = torch.Generator().manual_seed(seed)
     B, T = len(x_BD), SYNTHETIC_CONTEXT
     rows = torch.arange(-(-B // (T - 1)))
@@ -119,9 +113,7 @@ def synthetic(x_BD: Tensor, attention_layers: tuple[int, ...], threshold: float 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the batches of an SAE at `layer` hold of attention:
-    layers relative to its own, dense or above a threshold.
-    """
+    """What batches of an SAE at `layer` hold of attention: layers relative to its own, dense or above a threshold."""
 
     layer: int
     offsets: tuple[int, ...]
@@ -137,9 +129,7 @@ class Attention:
         return [self.layer + offset for offset in self.offsets]
 
     def keep(self, pattern: dict[int, Tensor], place_N: Tensor, first: int) -> dict[str, Tensor]:
-        """Of the patterns {layer: [B, T, T]} of a few rows, what a block holds;
-        `place_N` counts from these rows, `first` in the block.
-        """
+        """What a block holds of the patterns {layer: [B, T, T]} of rows whose tokens, at place_N, start at `first`."""
         pattern_RATT = torch.stack([pattern[layer] for layer in self.layers], 1)
         if self.threshold is None:
             return dict(attention_RATT=pattern_RATT)

@@ -29,9 +29,7 @@ def duplicate(sae: nn.Module, device: torch.device | str | None = None, but: tup
 
 
 def leaves(value, seen: set[int]) -> Iterator[Tensor | torch.Generator]:
-    """Every tensor and generator that hangs on a module or object, each once:
-    in attributes, containers and helper objects.
-    """
+    """Every tensor and generator that hangs on a module or object, each once, also in containers and helpers."""
     if isinstance(value, ATOMS) or id(value) in seen:
         return
     seen.add(id(value))

@@ -12,158 +12,35 @@ variants/base.py describes them.
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
-import random
 import re
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from variants import base
-from variants.kit import compat
 from variants.kit.copying import duplicate
+from variants.kit.trainer_state import MODULE_INTERNALS, PLAIN_NUMBERS
+from variants.kit.trainers import SUPPLIED, keywords
 
-# what the runner gives, under the names in use
-SUPPLIED = {
-    "d_in": ("activation_dim", "d_in", "input_dim", "d_model", "act_size", "n_inputs"),
-    "d_sae": ("dict_size", "d_sae", "n_features", "hidden_dim", "n_latents", "num_latents", "latent_dim", "d_hidden",
-              "num_features"),
-    "steps": ("steps", "total_steps", "num_steps"), "lr": ("lr", "learning_rate"), "seed": ("seed",),
-    "device": ("device",),
-    "layer": ("layer", "hook_layer"), "lm_name": ("lm_name", "model_name"), "hook_name": ("hook_name",),
-    "submodule_name": ("submodule_name",), "wandb_name": ("wandb_name", "run_name"),
-}
-# for an SAE that is only to be read back
-SETTING = dict(steps=10_000, lr=None, seed=0, device="cpu", layer=0, lm_name="")
-ONLY_IF_NEEDED = {"wandb_name", "submodule_name"}
-# lengths in steps that suit long runs: (usual length, most as a share of the run)
-SHRUNK = {"warmup_steps": (1000, 0.05), "sparsity_warmup_steps": (5000, 0.1), "threshold_start_step": (1000, 0.05),
-          "decay_start": (None, 0.8), "anneal_start": (15_000, 0.5)}
 MOST_ITEMS = 64  # tensors in a list or dict on the ae that are taken for its state
 GLANCE = 128  # tokens of each batch encoded once more, to see which features fire
 
 
-# ---------------------------------------------------------------------------------------- finding and calling the class
-
-
-def lent(tree: ast.Module) -> dict:
-    """Names of compat that a file with a trainer uses;
-    what it imports or defines itself comes later and replaces them.
-    """
-    classes = [c for c in ast.walk(tree) if isinstance(c, ast.ClassDef)]
-    if not any(c.name == "Trainer" or any(isinstance(f, ast.FunctionDef) and f.name == "update" for f in c.body)
-               for c in classes):
-        return {}
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    return {name: getattr(compat, name) for name in compat.__all__ if name in used}
-
-
-def trainer_of(module: ModuleType, tree: ast.Module) -> type | None:
-    """The trainer class of a module, or None if it has none.
-    AttributeError if it has several and none is called Trainer.
-    """
-    file = Path(module.__file__).name
-    if inspect.isclass(getattr(module, "Trainer", None)):
-        if not callable(getattr(module.Trainer, "update", None)):
-            methods = [n for n, f in vars(module.Trainer).items() if callable(f) and n[0] != "_"]
-            raise AttributeError(f"the class Trainer in {file} has no method update; it has "
-                                 f"{', '.join(methods) or 'none'}\n"
-                                 "write def update(self, step, activations): one training step on activations [B, d_in]")
-        return module.Trainer
-    having = [c for c in vars(module).values() if inspect.isclass(c) and callable(getattr(c, "update", None))
-              and not issubclass(c, (dict, set))]
-    own = [c for c in having if c.__module__ == module.__name__] or having
-    found = list(dict.fromkeys(c for c in own if not any(other is not c and issubclass(other, c) for other in own)))
-    definitions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    for is_trainer in (_derives_from_trainer, lambda c: _has_ae(c, definitions)):  # a helper may have an update, too
-        if len(found) > 1:
-            found = [c for c in found if is_trainer(c)] or found
-    if len(found) > 1:
-        places = [f"{c.__name__} in line {definitions[c.__name__].lineno}" if c.__name__ in definitions else c.__name__
-                  for c in found]
-        raise AttributeError(f"{file} defines {len(found)} classes with an update method ({', '.join(places)})\n"
-                             f"call the one to run Trainer, or add a line: Trainer = {found[-1].__name__}")
-    return found[0] if found else None
-
-
-def _derives_from_trainer(c: type) -> bool:
-    return any(ancestor.__name__ == "SAETrainer" for ancestor in c.__mro__[1:])
-
-
-def _has_ae(c: type, definitions: dict[str, ast.ClassDef]) -> bool:
-    """Whether the class, or one that it derives from, has an `ae`: as a member, or assigned to self in a method."""
-    methods = [definitions[ancestor.__name__] for ancestor in c.__mro__ if ancestor.__name__ in definitions]
-    stored = (node for method in methods for node in ast.walk(method) if isinstance(node, ast.Attribute))
-    return hasattr(c, "ae") or any(node.attr == "ae" and isinstance(node.ctx, ast.Store) for node in stored)
-
-
 def adapted(trainer_class: type) -> type[Imperative]:
     """The SAE class that runs a trainer class."""
-    declared = {name: getattr(trainer_class, name) for name in ("needs_contexts", "attention_layers",
-                                                                "attention_threshold")
-                if hasattr(trainer_class, name)}
-    return type("SAE", (Imperative,), {"trainer_class": trainer_class, "__module__": trainer_class.__module__,
-                                       **declared})
-
-
-def parameters_of(trainer_class: type) -> dict[str, inspect.Parameter]:
-    """The named parameters of the trainer's __init__."""
-    return {n: p for n, p in inspect.signature(trainer_class).parameters.items()
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def hyperparameters(trainer_class: type) -> dict[str, object]:
-    """Names and defaults of what the user may set with --hyper; inspect.Parameter.empty where there is no default."""
-    given = {alias for aliases in SUPPLIED.values() for alias in aliases}
-    plain = (bool, int, float, str, type(None), list, tuple, dict)
-    return {n: p.default for n, p in parameters_of(trainer_class).items()
-            if n not in given and (p.default is p.empty or isinstance(p.default, plain))}
-
-
-def keywords(trainer_class: type, d_in: int, d_sae: int, setting: dict, hyper: dict) -> dict:
-    """What the trainer is constructed with; TypeError names what it needs and nobody gives."""
-    values = dict(d_in=d_in, d_sae=d_sae, hook_name=f"blocks.{setting['layer']}.hook_resid_post",
-                  wandb_name=trainer_class.__name__, submodule_name=f"resid_post_layer_{setting['layer']}", **setting)
-    accepted, given, missing = parameters_of(trainer_class), {}, []
-    length = setting.get("schedule", setting["steps"])  # the preflight's few steps see schedules at their end
-    for name, parameter in accepted.items():
-        key = next((key for key, aliases in SUPPLIED.items() if name in aliases), None)
-        needed = parameter.default is parameter.empty
-        if name in hyper:
-            given[name] = hyper[name]
-        elif key == "lr":  # the trainer's own unless the user or the profile sets one
-            if values["lr"] is not None or needed:
-                given[name] = values["lr"] or base.SAE.default_lr
-        elif key and (needed or key not in ONLY_IF_NEEDED):
-            given[name] = values[key]
-        elif name in SHRUNK:
-            usual, share = SHRUNK[name]
-            wanted = usual if needed or parameter.default is None else parameter.default
-            if wanted is None or (isinstance(wanted, int) and wanted > share * length):
-                given[name] = max(1, int(share * length))  # many divide by it
-        elif needed:
-            missing.append(name)
-    if missing:
-        raise TypeError(f"{trainer_class.__name__} needs {', '.join(missing)}, which nobody gives\n"
-                        f"--hyper {','.join(f'{m}=…' for m in missing)}, or write a default")
-    return given
-
-
-# ---------------------------------------------------------------------------------- the SAE that training and evals see
+    may_declare = ("needs_contexts", "attention_layers", "attention_threshold")
+    declared = {name: getattr(trainer_class, name) for name in may_declare if hasattr(trainer_class, name)}
+    return type("SAE", (Imperative,), declared | dict(trainer_class=trainer_class, __module__=trainer_class.__module__))
 
 
 class Imperative(base.SAE):
-    """A trainer's `.ae` under the contract of base.SAE:
-    any leading dimensions, one feature tensor, a decoder [F, D].
-    """
+    """A trainer's `.ae` under the contract of base.SAE: any leading dimensions, one tensor of features, a decoder."""
 
     trainer_class: type
     attention_threshold = None
@@ -176,9 +53,9 @@ class Imperative(base.SAE):
         if not isinstance(getattr(trainer, "ae", None), nn.Module):
             near = [n for n, value in vars(trainer).items() if isinstance(value, nn.Module)]
             has = f"; it has {', '.join(near)}" if near else ""
+            wanted = f"self.ae = self.{near[0]}" if near else "self.ae"
             raise AttributeError(f"{type(trainer).__name__} has no module called ae{has}\n"
-                                 f"evals use trainer.ae.encode and trainer.ae.decode: set "
-                                 f"self.ae{f' = self.{near[0]}' if near else ''}")
+                                 f"evals use trainer.ae.encode and trainer.ae.decode: set {wanted}")
         self.ae = trainer.ae
         for method, given in (("encode", "x"), ("decode", "features")):
             check_called(self.ae, method, given)
@@ -202,13 +79,11 @@ class Imperative(base.SAE):
 
     @torch.no_grad()
     def _width(self) -> int:
-        """Number of features: of a copy of the ae, in eval mode, on rows like a batch's,
-        so that looking changes nothing.
-        """
-        generator = torch.Generator().manual_seed(0)
-        x_ND = nn.functional.normalize(torch.randn(GLANCE, self.d_in, generator=generator),
-                                       dim=1).to(self.setting["device"])
-        probe, devices = duplicate(self.ae, but=(self.trainer,)), [x_ND.device] if x_ND.is_cuda else []
+        """Number of features: of a copy of the ae, in eval mode, on rows like a batch's: looking changes nothing."""
+        rows_ND = torch.randn(GLANCE, self.d_in, generator=torch.Generator().manual_seed(0))
+        x_ND = nn.functional.normalize(rows_ND, dim=1).to(self.setting["device"])
+        probe = duplicate(self.ae, but=(self.trainer,))
+        devices = [x_ND.device] if x_ND.is_cuda else []
         with torch.random.fork_rng(devices), looking(probe):
             return self._features(probe, x_ND).shape[-1]
 
@@ -217,20 +92,22 @@ class Imperative(base.SAE):
         found = ae.encode(x_ND.to(dtype_of(ae)))
         if isinstance(found, Tensor):
             return found
-        parts = list(found.values()) if isinstance(found, dict) else list(getattr(found, "__dict__", {}).values())
-        parts = list(found) if isinstance(found, (tuple, list)) else parts
+        if isinstance(found, (tuple, list)):
+            parts = list(found)
+        else:
+            parts = list((found if isinstance(found, dict) else getattr(found, "__dict__", {})).values())
         wide = [part for part in parts if isinstance(part, Tensor) and part.ndim == 2 and len(part) == len(x_ND)]
         counters = self._buffers.get("tokens_since_fired")
         width = self.d_sae if counters is None else len(counters)
-        fitting = [part for part in wide if part.shape[1] == width] or [part for part in wide
-                                                                        if part.shape[1] != self.d_in]
+        fitting = [part for part in wide if part.shape[1] == width]
+        fitting = fitting or [part for part in wide if part.shape[1] != self.d_in]
         what = f"{len(parts)} values" if parts else f"a {type(found).__name__}"
         if not fitting:
             raise TypeError(f"{place_of(ae.encode)}: ae.encode returned {what}: evals need one tensor of "
-                            "features [tokens, number of features]\n"
-                            "return the features alone; what update needs besides, give behind a keyword: encode(x, "
-                            "return_gate=False)")
-        self.__dict__["returned"] = f"{what}, of which the first of shape [tokens, {fitting[0].shape[1]}] is taken as the features"
+                            "features [tokens, number of features]\nreturn the features alone; what update needs "
+                            "besides, give behind a keyword: encode(x, return_gate=False)")
+        shape = f"[tokens, {fitting[0].shape[1]}]"
+        self.__dict__["returned"] = f"{what}, of which the first of shape {shape} is taken as the features"
         return fitting[0]
 
     def encode(self, x: Tensor) -> Tensor:
@@ -244,9 +121,7 @@ class Imperative(base.SAE):
 
     @property
     def decoder(self) -> Tensor:
-        """[F, D]: the ae's own matrix where four of its rows agree with what decode does,
-        else decode applied to each feature.
-        """
+        """[F, D]: the ae's own matrix where four of its rows agree with decode, else decode applied to each feature."""
         with looking(self.ae):
             return self._decoder()
 
@@ -268,9 +143,7 @@ class Imperative(base.SAE):
         return torch.cat([decoded(part) for part in torch.arange(F, device=device).split(512)])
 
     def update(self, batch: base.Batch, progress: base.Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """The trainer's own step; returns its loss and numbers. Where it gives no loss:
-        ‖x − x_hat‖² of some tokens after the step.
-        """
+        """The trainer's own step: its loss and numbers; without a loss ‖x − x_hat‖² of some tokens after the step."""
         named = {"batch": batch} if self._takes_batch else {}
         out = self.trainer.update(progress.step, batch.x, **named)
         if self.trainer.ae is not self.ae:  # replaced by a wider one, say
@@ -348,9 +221,8 @@ def check_called(ae: nn.Module, method: str, given: str) -> None:
     """The ae's encode and decode can be called as the evals call them. AttributeError, TypeError."""
     function = getattr(ae, method, None)
     if not callable(function):
-        raise AttributeError(f"{type(ae).__name__} has no method {method}\n"
-                             "evals need ae.encode(x) -> features [tokens, number of features] and ae.decode(features) "
-                             "-> x_hat")
+        raise AttributeError(f"{type(ae).__name__} has no method {method}\nevals need ae.encode(x) -> features "
+                             "[tokens, number of features] and ae.decode(features) -> x_hat")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # built in, or made by a compiler: what it takes is seen when it is called
@@ -374,9 +246,7 @@ def dtype_of(ae: nn.Module) -> torch.dtype:
 
 
 def takes_batch(update) -> bool:
-    """Whether a trainer's update asks for the whole batch:
-    by the argument's name alone, behind step and activations.
-    """
+    """Whether a trainer's update asks for the whole batch, by an argument's name behind step and activations."""
     return "batch" in list(inspect.signature(update).parameters)[2:]
 
 
@@ -449,161 +319,3 @@ def _numbers(given: dict) -> dict:
     """Those entries that are single numbers."""
     return {str(k): v for k, v in given.items()
             if isinstance(v, (bool, int, float, np.number)) or (isinstance(v, Tensor) and v.numel() == 1)}
-
-
-# ------------------------------------------------------------------------------------------------ all a resume needs
-
-
-class TrainerState:
-    """Everything that hangs on a trainer, as one state dict: it takes the optimiser's place in a checkpoint."""
-
-    def __init__(self, sae: Imperative):
-        self.sae = sae
-
-    def state_dict(self) -> dict:
-        return captured(vars(self.sae.trainer)) | {"__names__": self.sae._names}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.sae._names = state.pop("__names__")
-        with torch.no_grad():
-            restored(vars(self.sae.trainer), state)
-
-
-PLAIN = (bool, int, float, str, type(None))
-PLAIN_NUMBERS = (bool, int, float)
-
-
-def captured(value, depth: int = 0):
-    """Tensors, numbers, containers, modules, optimisers, schedulers as plain containers of tensors and numbers;
-    `Skip` for the rest.
-    """
-    if isinstance(value, PLAIN):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy()) if value.dtype != object else Skip
-    if isinstance(value, GENERATORS):
-        return _generator_state(value)
-    if isinstance(value, nn.Module):
-        own = {k: v for k, v in vars(value).items() if k not in MODULE_INTERNALS}
-        below = {name: m for name, m in value.named_modules() if name}
-        below = {n: captured({k: v for k, v in vars(m).items() if k not in MODULE_INTERNALS}, depth + 1)
-                 for n, m in below.items()}
-        return dict(state=dict(value.state_dict()), own=captured(own, depth + 1), modules=below)
-    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        # the counters of an optimiser written in the file are not in its state dict
-        own = {k: v for k, v in vars(value).items() if isinstance(v, PLAIN)} if _of_the_file(value) else {}
-        return dict(state=captured(value.state_dict(), depth + 1), own=own)
-    if depth > 8:
-        return Skip
-    if isinstance(value, dict):
-        keys = (*PLAIN, tuple)
-        return {k: c for k, v in value.items() if isinstance(k, keys) and (c := captured(v, depth + 1)) is not Skip}
-    if isinstance(value, (list, tuple, deque, set)):
-        items = [captured(v, depth + 1) for v in value]
-        return Skip if any(i is Skip for i in items) else items
-    if _of_the_file(value) and hasattr(value, "__dict__"):  # a helper class
-        return captured(vars(value), depth + 1)
-    return Skip
-
-
-def tensors_of(value, name: str = "", depth: int = 0) -> dict[str, Tensor]:
-    """Every tensor that hangs on a trainer, by its path: in modules, containers, optimisers."""
-    if isinstance(value, Tensor):
-        return {name: value}
-    if isinstance(value, nn.Module) and depth:
-        parts = {**dict(value.named_parameters()), **dict(value.named_buffers())}
-    elif isinstance(value, torch.optim.Optimizer):
-        name, parts = f"optimiser.{name}", dict(enumerate(value.state.values()))
-    elif isinstance(value, dict):
-        parts = value
-    elif isinstance(value, (list, tuple, deque)):
-        parts = dict(enumerate(value))
-    else:
-        parts = vars(value) if depth == 0 else {}
-    return {k: t for key, part in parts.items() if depth < 6
-            for k, t in tensors_of(part, f"{name}.{key}".lstrip("."), depth + 1).items()}
-
-
-GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
-
-
-def _generator_state(generator):
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return list(generator.getstate())
-    state = generator.bit_generator.state if isinstance(generator,
-                                                        np.random.Generator) else generator.get_state(legacy=False)
-    return captured(state)
-
-
-def _set_generator_state(generator, state) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state.cpu())
-    elif isinstance(generator, random.Random):
-        generator.setstate((state[0], tuple(state[1]), state[2]))
-    else:
-        plain = {k: {n: v.numpy() if isinstance(v, Tensor) else v for n, v in part.items()} if isinstance(part, dict)
-                 else part
-                 for k, part in state.items()}
-        if isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = plain
-        else:
-            generator.set_state(plain)
-
-
-def _of_the_file(value) -> bool:
-    """Whether an object's class is the variant's own."""
-    return type(value).__module__.startswith("variants.")
-
-
-class Skip:
-    """What cannot be captured: functions, configurations, foreign objects. It is as the trainer's __init__ made it."""
-
-
-MODULE_INTERNALS = set(vars(nn.Module()))
-
-
-def restored(here, saved):
-    """Put `saved` back into `here`, in place where tensors and containers allow it, so that aliases stay aliases;
-    returns the value.
-    """
-    if isinstance(here, Tensor) and isinstance(saved, Tensor):
-        if here.shape == saved.shape and here.dtype == saved.dtype:
-            return here.copy_(saved)
-        return saved.clone()
-    if isinstance(here, np.ndarray) and isinstance(saved, Tensor):
-        return saved.cpu().numpy().copy()
-    if isinstance(here, GENERATORS):
-        _set_generator_state(here, saved)
-        return here
-    if isinstance(here, nn.Module):
-        restored(vars(here), saved["own"])
-        for name, module in here.named_modules():
-            if name in saved["modules"]:
-                restored(vars(module), saved["modules"][name])
-        here.load_state_dict(saved["state"])
-        return here
-    if hasattr(here, "state_dict") and hasattr(here, "load_state_dict"):
-        here.load_state_dict(saved["state"])
-        vars(here).update(saved["own"])
-        return here
-    if isinstance(saved, dict) and isinstance(here, dict):
-        for key, value in saved.items():
-            here[key] = restored(here[key], value) if key in here else value
-        return here
-    if isinstance(saved, list) and isinstance(here, set):
-        return set(saved)
-    if isinstance(saved, list) and isinstance(here, (list, tuple, deque)):
-        items = [restored(h, s) for h, s in zip(here, saved)] if len(here) == len(saved) else saved
-        if isinstance(here, deque):
-            return deque(items, here.maxlen)
-        return type(here)(*items) if hasattr(here, "_fields") else type(here)(items)
-    if isinstance(saved, dict) and hasattr(here, "__dict__"):
-        restored(vars(here), saved)
-        return here
-    return saved

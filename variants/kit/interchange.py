@@ -32,6 +32,9 @@ from torch.nn import functional as F
 import variants
 from variants import base
 from variants.kit.copying import duplicate
+from variants.kit.files import digest
+from variants.kit.hyper import hyperparameters
+from variants.kit.trained import TrainedSAE
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,7 @@ EXPECTED = ("give a SAELens folder (cfg.json, sae_weights.safetensors), a dictio
 
 
 def find(place: str) -> dict[str, Found]:
-    """Every SAE at a place, by the name of its folder.
-    FileNotFoundError, ValueError, or ConnectionError if the hub gives nothing.
-    """
+    """Every SAE at a place, by its folder's name. FileNotFoundError, ValueError; ConnectionError of the hub."""
     path = Path(place)
     release, colon, sae_id = place.partition(":")
     if colon and not path.exists() and not Path(release).exists():
@@ -74,8 +75,9 @@ def find(place: str) -> dict[str, Found]:
     folders = [folder] if holds_sae(folder) else inside(folder / "sae") or inside(folder)
     if not folders:
         there = [p.name for p in sorted(folder.iterdir())] if folder.is_dir() else ["a file"]
-        raise ValueError(f"{place}: no SAE found; there is "
-                         f"{', '.join(there[:8] + ['…'] * (len(there) > 8)) or 'nothing'}\n{EXPECTED}")
+        if len(there) > 8:
+            there[8:] = ["…"]
+        raise ValueError(f"{place}: no SAE found; there is {', '.join(there) or 'nothing'}\n{EXPECTED}")
     return {one.name: read(one) for one in folders}
 
 
@@ -84,9 +86,7 @@ def holds_sae(folder: Path) -> bool:
 
 
 def inside(folder: Path) -> list[Path]:
-    """The folders in a folder that hold an SAE, trainer_2 before trainer_10;
-    a name with a dot in front is a half-written one.
-    """
+    """The folders in a folder that hold an SAE, trainer_2 before trainer_10; half-written ones begin with a dot."""
     found = [p for p in folder.iterdir() if p.name[0] != "." and holds_sae(p)] if folder.is_dir() else []
     return sorted(found, key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])
 
@@ -124,12 +124,8 @@ AGAIN = "it was cut off or garbled: copy it again from where it came, or train t
 
 
 def undamaged(file: Path, cfg: dict) -> Path:
-    """A file of weights that can be opened and has the bytes it was written with, as far as cfg.json says which;
-    else ValueError.
-    """
+    """A file of weights that opens and has the bytes it was written with, if cfg.json says which; else ValueError."""
     from safetensors import SafetensorError, safe_open
-
-    from evals.storage.identity import file_digest
 
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -137,9 +133,15 @@ def undamaged(file: Path, cfg: dict) -> Path:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(f"{file} holds no readable weights: {str(error)[:120]}\n{AGAIN}") from None
     expected = (cfg.get("metadata") or {}).get(DIGEST)
-    if expected and file_digest(file) != expected:
+    if expected and _digest(str(file), file.stat().st_size, file.stat().st_mtime_ns) != expected:
         raise ValueError(f"{file} has other bytes than it was written with\n{AGAIN}")
     return file
+
+
+@functools.cache
+def _digest(file: str, *changes) -> str:
+    """SHA-256 of a file, read once as long as nothing touches it: a run looks for the same SAEs several times."""
+    return digest(file)
 
 
 def read_own(folder: Path, cfg: dict) -> Found:
@@ -188,8 +190,7 @@ def check_residual(hook: str | None, place: str) -> None:
 
 
 def build(found: Found, trust_code: bool = False) -> base.SAE:
-    """The variant's module with the weights found, fp32, on the CPU. ValueError if they do not fit, or the variant's
-    file was edited.
+    """The variant's module with the weights found, fp32, on the CPU. ValueError if they do not fit, or it was edited.
 
     A variant.py that is none of variants/ is run with `trust_code` alone, else refused by ValueError.
     """
@@ -197,7 +198,7 @@ def build(found: Found, trust_code: bool = False) -> base.SAE:
         check_trusted(found)
     own = found.scale is not None
     module = variants.load(found.variant)
-    known = variants.hyperparameters(module)  # a foreign file may carry those of an older form of the variant
+    known = hyperparameters(module)  # a foreign file may carry those of an older form of the variant
     hyper = found.hyper if own else {k: v for k, v in found.hyper.items() if k in known}
     sae = variants.build(module, found.d_in, found.d_sae, hyper, found.setting)
     state = fill(sae, found)
@@ -210,9 +211,7 @@ def build(found: Found, trust_code: bool = False) -> base.SAE:
 
 
 def fill(sae: base.SAE, found: Found) -> dict[str, Tensor]:
-    """Put the weights found into a module, and return them;
-    ValueError names those that are missing, left over or misshapen.
-    """
+    """Put the weights found into a module, and return them; ValueError names what is missing, left over, misshapen."""
     try:
         state = found.load()
     except KeyError as error:
@@ -236,9 +235,7 @@ def fill(sae: base.SAE, found: Found) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def unedited(sae: base.SAE, variant: str, hyper: dict, state: dict[str, Tensor]) -> bool:
-    """Whether a variant's file still computes the published features,
-    on random activations of any scale around b_dec.
-    """
+    """Whether a variant's file still gives the published features, on random x of any scale around b_dec."""
     directions_ND = F.normalize(torch.randn(64, sae.d_in, generator=torch.Generator().manual_seed(0)), dim=1)
     reach = state["b_dec"].norm().clamp_min(1.0)  # far smaller steps from b_dec would drown in its rounding
     x_ND = state["b_dec"] + torch.logspace(-2, 3, 64)[:, None] * reach * directions_ND
@@ -266,9 +263,7 @@ def published(variant: str, hyper: dict, state: dict[str, Tensor], x_ND: Tensor)
 
 @torch.no_grad()
 def rescale(sae: base.SAE, scale: float) -> None:
-    """Turn weights for raw activations into weights for activations divided by `scale`, in place:
-    x_raw/scale gives z_raw/scale.
-    """
+    """Make weights for raw activations, in place, ones for activations/scale: x_raw/scale then gives z_raw/scale."""
     for name in ("b_enc", "b_dec", "b_gate", "b_mag", "theta"):
         tensor = getattr(sae, name, None)
         if tensor is not None:
@@ -358,9 +353,7 @@ def saelens_found(cfg: dict, shape, threshold_F: Tensor | None, load: Callable[[
 
 
 def refused(cfg: dict, place: str) -> tuple[str, int | None]:
-    """SAELens' architecture and k, after refusing by ValueError what changes the features and
-    cannot be folded into weights.
-    """
+    """SAELens' architecture and k; ValueError for what changes the features and cannot be folded into weights."""
     activation = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"  # these two before version 6
     architecture = "topk" if activation == "topk" else cfg.get("architecture") or "standard"
     k = (cfg.get("activation_fn_kwargs") or {}).get("k") or cfg.get("k")
@@ -393,20 +386,25 @@ def refused(cfg: dict, place: str) -> tuple[str, int | None]:
 
 
 def trained_as(cfg: dict, architecture: str, threshold_F: Tensor | None) -> tuple[str, dict]:
-    """The variant a SAELens file was trained as, with its hyper-parameters, if the file says so;
-    else the architecture's first.
-    """
+    """The variant a SAELens file was trained as and its hyper-parameters, if it says so; else the architecture's."""
     said = cfg.get("metadata") or {}
     variant, hyper = said.get("architecture_variant"), said.get("hyper") or {}
     if variant is None:
         details = said.get("training_architecture_details") or {}
-        variant, hyper = TRAINED_AS.get(said.get("training_architecture")), {k: v for k, v in details.items() if k == "k"}
-    one_threshold = (threshold_F is not None
-                     and bool(threshold_F.max() - threshold_F.min() <= 1e-5 * threshold_F.abs().max()))
-    if variant not in ARCHITECTURES[architecture] or (architecture == "jumprelu" and variant != "jumprelu"
-                                                      and not one_threshold):
+        variant = TRAINED_AS.get(said.get("training_architecture"))
+        hyper = {k: v for k, v in details.items() if k == "k"}
+    if variant not in ARCHITECTURES[architecture]:
+        return architecture, {}
+    if architecture == "jumprelu" and variant != "jumprelu" and not of_one_value(threshold_F):
         return architecture, {}
     return variant, hyper
+
+
+def of_one_value(threshold_F: Tensor | None) -> bool:
+    """Whether there is one threshold for all features, as every variant but jumprelu has it."""
+    if threshold_F is None:
+        return False
+    return bool(threshold_F.max() - threshold_F.min() <= 1e-5 * threshold_F.abs().max())
 
 
 def saelens_state(weights: dict[str, Tensor], cfg: dict, variant: str, place: str) -> dict[str, Tensor]:
@@ -451,8 +449,7 @@ TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}  # nn.Linear
 
 def from_dictionary_learning(dict_class: str, state: dict[str, Tensor],
                              config: dict) -> tuple[str, dict, dict[str, Tensor]]:
-    """Variant, hyper-parameters and state dict of a dictionary of the library; `config` is config.json or its
-    "trainer".
+    """Variant, hyper-parameters, state dict of a dictionary of the library; config: config.json or its "trainer".
 
     A matryoshka's groups do not matter to its features; trained further it has those of the variant.
     """
@@ -483,9 +480,7 @@ def from_dictionary_learning(dict_class: str, state: dict[str, Tensor],
 
 
 def flipped(file: Path) -> str | None:
-    """The first record of torch's zip archive whose bytes do not have its CRC-32, which torch.load does not look at;
-    else None.
-    """
+    """The first record of torch's zip archive that misses its CRC-32, which torch.load does not look at; else None."""
     if not zipfile.is_zipfile(file):  # an older form, or cut off: opening it says so
         return None
     return _flipped(str(file), file.stat().st_size, file.stat().st_mtime_ns)
@@ -542,17 +537,18 @@ def read_dictionary_learning(folder: Path) -> Found:
 
 
 def settings_of(place: str, trust_code: bool = False) -> dict:
-    """What the SAEs at a place say of the settings left open: variant, width, layers.
-    ValueError for code that is not trusted.
-    """
+    """What the SAEs at a place say of settings left open: variant, width, layers. ValueError for untrusted code."""
     found = list(find(place).values())
-    for one in [] if trust_code else found:
-        check_trusted(one)
+    if not trust_code:
+        for one in found:
+            check_trusted(one)
     if len({(f.variant, f.d_sae) for f in found if f.scale is None}) > 1:
         raise ValueError(f"{place}: SAEs of several variants or widths\nname one of {', '.join(find(place))}")
     layers = sorted({f.metadata["layer"] for f in found if f.metadata["layer"] is not None})
-    return dict(variant=found[0].variant, d_sae=found[0].d_sae) | ({"layers": ",".join(map(str, layers))} if layers
-                                                                   else {})
+    said = dict(variant=found[0].variant, d_sae=found[0].d_sae)
+    if layers:
+        said["layers"] = ",".join(map(str, layers))
+    return said
 
 
 def check_width(place: str, d_in: int) -> None:
@@ -571,9 +567,7 @@ def files(place: str) -> list[Path]:
 
 
 def of_trainer(sae) -> base.SAE | None:
-    """The variant with the weights of an imperative trainer's ae, where it is of a class that dictionary_learning has;
-    else None.
-    """
+    """The variant with the weights of a trainer's ae, if its class is one that dictionary_learning has; else None."""
     try:
         config = getattr(sae.trainer, "config", None)
         config = config if isinstance(config, dict) else {}
@@ -585,26 +579,21 @@ def of_trainer(sae) -> base.SAE | None:
 
 
 def suffix(name: str) -> str:
-    """What tells an SAE from its siblings: `layer_12.k_40` -> `.k_40`,
-    `layer_12` and a folder of any other name -> ``.
-    """
-    return re.sub(r"^layer_\d+", "",
-                  name) if name.startswith("layer_") else f".{name}" if name.startswith("trainer_") else ""
+    """What tells an SAE from its siblings: `layer_12.k_40` -> `.k_40`, `trainer_3` -> `.trainer_3`, others -> ``."""
+    if name.startswith("layer_"):
+        return re.sub(r"^layer_\d+", "", name)
+    return f".{name}" if name.startswith("trainer_") else ""
 
 
 def hypers_of(place: str, known: dict, fixed: dict) -> dict[str, dict]:
-    """Hyper-parameters per SAE of a layer, by the suffix of its name:
-    those found, where the variant knows them, and the fixed ones.
-    """
+    """Hyper-parameters per SAE of a layer, by its name's suffix: those found that the variant knows, and the fixed."""
     return {suffix(name): {k: v for k, v in f.hyper.items() if k in known} | fixed for name, f in find(place).items()}
 
 
 @torch.no_grad()
 def fold_norms(sae: base.SAE, place: str) -> None:
-    """Give an SAE decoder rows of unit norm without changing what it does, in place;
-    ValueError where its activation forbids that.
-    """
-    norm_F, before = sae.W_dec.norm(dim=1).clamp_min(1e-12), base.TrainedSAE(duplicate(sae), 1.0)
+    """Give an SAE decoder rows of unit norm in place; ValueError where that would change what it does."""
+    norm_F, before = sae.W_dec.norm(dim=1).clamp_min(1e-12), TrainedSAE(duplicate(sae), 1.0)
     if (norm_F - 1).abs().max() < 1e-4:
         return
     for name in ("W_enc", "b_enc", "b_gate", "b_mag", "theta"):
@@ -614,7 +603,7 @@ def fold_norms(sae: base.SAE, place: str) -> None:
     sae.W_dec /= norm_F[:, None]
     x_ND = sae.b_dec + torch.randn(64, sae.d_in, generator=torch.Generator().manual_seed(0))
     z_NF = before.encode(x_ND)
-    if (base.TrainedSAE(sae, 1.0).encode(x_ND) - z_NF).norm() > 1e-3 * z_NF.norm():
+    if (TrainedSAE(sae, 1.0).encode(x_ND) - z_NF).norm() > 1e-3 * z_NF.norm():
         raise ValueError(f"{place}: its decoder rows have norms {float(norm_F.min()):.3g} to "
                          f"{float(norm_F.max()):.3g}, and this variant keeps them at 1, which would select other "
                          "features\n--num_tokens=0 evaluates it; to train it further choose --variant standard_april, "
@@ -623,8 +612,7 @@ def fold_norms(sae: base.SAE, place: str) -> None:
 
 
 def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> float | None:
-    """Give a fresh SAE the weights found for `name` (layer_12.k_40); returns the scale they are relative to, None for
-    raw activations.
+    """Give a fresh SAE the weights found for `name` (layer_12.k_40); returns their scale, None for raw activations.
 
     Weights of another variant are taken where names and shapes agree, encoder and decoder at least. ValueError.
     """

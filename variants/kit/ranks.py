@@ -40,10 +40,9 @@ def join(device: str) -> None:
 
 
 def through(sae) -> bool:
-    """At the end of training, when all ranks are; whether the trained SAE is elsewhere:
-    spread over them, or on the first alone.
-    """
-    elsewhere = is_sharded(sae) or (_number > 0 and not _together)
+    """When all ranks are through training: whether the trained SAE is elsewhere, spread over them or on the first."""
+    idle = _number > 0 and not _together
+    elsewhere = is_sharded(sae) or idle
     train_together(False)
     meet()
     return elsewhere
@@ -56,10 +55,9 @@ def meet() -> None:
 
 
 def dealt(items: list) -> Iterator:
-    """Of several ranks, each gets its share; then, when all are through, the first those of the others: some may have
-    failed there.
+    """Each rank gets its share of the items; then, when all are through, the first those of the others.
 
-    The ranks part (`leave`) before that.
+    Some may have failed there. The ranks part (`leave`) before that.
     """
     W = count()
     yield from items[number() :: W]
@@ -70,9 +68,7 @@ def dealt(items: list) -> Iterator:
 
 
 def leave() -> bool:
-    """At the end of what is done together; whether this rank is the first, which goes on alone.
-    The others keep their number.
-    """
+    """After what is done together: whether this rank is the first, which goes on alone. Others keep their number."""
     global _count, _together
     _count, _together = 1, False
     if dist.is_initialized():
@@ -81,9 +77,7 @@ def leave() -> bool:
 
 
 def end(status: int) -> None:
-    """End the process with that exit status; of several ranks at once:
-    threads of a group may abort a process that unwinds.
-    """
+    """End the process with that exit status; of several ranks at once: a group's threads may abort one that unwinds."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -145,9 +139,7 @@ def total(value: float) -> float:
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """The first rank goes through the body before the others begin it:
-    it may download or convert what all of them read.
-    """
+    """The first rank goes through the body before the others begin it: it may download what all of them read."""
     if number():
         agreed(lambda: None)
     yield
@@ -203,9 +195,7 @@ def average_gradients(sae: torch.nn.Module) -> None:
 
 
 def shares(rows_RT: Tensor, index_N: Tensor) -> tuple[list[int], Tensor]:
-    """Where each rank's share of a block's rows, and of its tokens at the flat positions index_N, begins;
-    last, where the block ends.
-    """
+    """Where each rank's share of a block's rows, and of its tokens at flat positions index_N, begins; then the end."""
     rows = [-(-len(rows_RT) * rank // count()) for rank in range(count() + 1)]  # the first rank has some, if any
     return rows, torch.searchsorted(index_N, torch.tensor(rows) * rows_RT.shape[1])
 
@@ -249,13 +239,12 @@ def first_rows(x_nD: Tensor, start: int, wanted: int) -> Tensor:
 
 
 def to_first(block: dict[str, Tensor], row: int, token: int, context: int) -> dict[str, Tensor]:
-    """On the first rank the whole block of which every rank has a part, from this row and this token on;
-    on the others nothing.
-    """
+    """On the first rank the whole block of which each rank has a part from this row and token on; else nothing."""
     if count() == 1:
         return block
     shift = dict(place_N=row * context, pair_query_P=token, pair_key_P=token)
-    block = {name: t + shift[end] if (end := name.rpartition("/")[2]) in shift else t for name, t in block.items()}
+    moved = {name: shift.get(name.rpartition("/")[2]) for name in block}
+    block = {name: tensor if moved[name] is None else tensor + moved[name] for name, tensor in block.items()}
     shapes = [None] * count()
     dist.all_gather_object(shapes, {name: t.shape for name, t in block.items()})
     out = {}
@@ -279,8 +268,7 @@ def to_first(block: dict[str, Tensor], row: int, token: int, context: int) -> di
 
 
 def shard(sae: torch.nn.Module) -> None:
-    """Spread parameters, gradients and optimiser state over the ranks with FSDP2, by features wherever a dimension has
-    their number.
+    """Spread parameters, gradients and optimiser state over the ranks with FSDP2, by features where possible.
 
     During a step each rank holds the whole parameters and gradients for a while. An optimiser must be made anew after
     it.
@@ -305,9 +293,7 @@ def is_sharded(sae: torch.nn.Module) -> bool:
 
 
 def whole(state):
-    """A state dict with every sharded tensor put together, on the first rank's host;
-    what is not sharded stays as it is.
-    """
+    """A state dict with every sharded tensor put together, on the first rank's host; the rest stays as it is."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, list):

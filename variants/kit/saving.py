@@ -22,25 +22,23 @@ import variants
 from variants import base
 from variants.kit import files, imperative, interchange
 from variants.kit.copying import duplicate
+from variants.kit.trained import TrainedSAE
 
 FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "variant.py"}  # what a saved SAE may consist of
 
 
 def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dict, metadata: dict) -> None:
-    """Write a trained SAE to `folder`, which appears whole or not at all. `source`: the variant's file. ValueError:
-    `check_place`.
-    """
+    """Write a trained SAE to `folder`, whole or not at all. `source`: the variant's file. ValueError: `check_place`."""
     from safetensors.torch import save_file
 
     check_place(folder)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
-    trained = base.TrainedSAE(duplicate(sae, "cpu"), scale)
+    trained = TrainedSAE(duplicate(sae, "cpu"), scale)
     known = trained
-    if isinstance(sae, imperative.Imperative) and (like := interchange.of_trainer(trained.sae)):
-        like = base.TrainedSAE(like, scale)
-        if same(trained, like):
-            known = like
+    like = interchange.of_trainer(trained.sae) if isinstance(sae, imperative.Imperative) else None
+    if like and same(trained, TrainedSAE(like, scale)):
+        known = TrainedSAE(like, scale)
     k = {"k": known.sae.k} if hasattr(known.sae, "k") else {}
     cfg = dict(d_in=sae.d_in, d_sae=len(trained.gain_F), dtype="float32", device="cpu", metadata=metadata)
     # what the weights do not say: read back, a BatchTopK SAE is one again, and not just SAELens' JumpReLU
@@ -61,9 +59,7 @@ def save_sae(folder: Path, sae: base.SAE, scale: float, source: Path, hyper: dic
 
 
 def note_digest(folder: Path) -> None:
-    """Note in cfg.json the SHA-256 of the weights beside it:
-    no format of weights says by itself that a bit was flipped.
-    """
+    """Note the weights' SHA-256 in the cfg.json beside: no format of weights says that a bit was flipped."""
     weights = next(folder.glob("*.safetensors"))
     cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     cfg["metadata"] = (cfg.get("metadata") or {}) | {interchange.DIGEST: files.digest(weights)}
@@ -71,9 +67,7 @@ def note_digest(folder: Path) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """ValueError where `save_sae` would write elsewhere than `folder` says,
-    or remove what it has not written itself.
-    """
+    """ValueError where `save_sae` would write elsewhere than `folder` says, or remove what is not its own."""
     if ".." in folder.parts or folder.is_symlink():
         raise ValueError(f"{folder}: an SAE is saved in a folder of its own, without .. in its path, and through no "
                          "link\n"
@@ -85,7 +79,7 @@ def check_place(folder: Path) -> None:
                          "move that away, or save elsewhere")
 
 
-def write_saelens(folder: Path, trained: base.TrainedSAE, cfg: dict) -> bool:
+def write_saelens(folder: Path, trained: TrainedSAE, cfg: dict) -> bool:
     """Write SAELens' files; False, and no file, where they read back to other features or another decoder.
 
     A variant made from another one's file or class may still carry its `saelens` while it computes something else.
@@ -108,7 +102,7 @@ def write_saelens(folder: Path, trained: base.TrainedSAE, cfg: dict) -> bool:
     return False
 
 
-def same(trained: base.TrainedSAE, other: base.TrainedSAE) -> bool:
+def same(trained: TrainedSAE, other: TrainedSAE) -> bool:
     """Whether two SAEs give the same features and reconstructions, on random activations of the training scale."""
     d_in = trained.sae.d_in
     spread_ND = trained.scale * torch.randn(64, d_in, generator=torch.Generator().manual_seed(0)) / d_in**0.5
@@ -119,7 +113,7 @@ def same(trained: base.TrainedSAE, other: base.TrainedSAE) -> bool:
     return all((one - two).norm() <= 1e-3 * one.norm() for one, two in pairs)
 
 
-def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:
+def folded(trained: TrainedSAE) -> tuple[dict[str, Tensor], dict]:
     """SAELens' tensors and architecture-specific configuration of a trained SAE."""
     sae = trained.sae
     extra = dict(k=sae.k, rescale_acts_by_decoder_norm=False) if sae.saelens == "topk" else {}
@@ -134,11 +128,10 @@ def folded(trained: base.TrainedSAE) -> tuple[dict[str, Tensor], dict]:
     return {k: v.float().contiguous() for k, v in tensors.items()}, extra
 
 
-def load_sae(folder: str | Path, trust_code: bool = False) -> base.TrainedSAE:
-    """Read a folder written by `save_sae` (either format), or any other that `interchange` knows; the result takes raw
-    activations.
+def load_sae(folder: str | Path, trust_code: bool = False) -> TrainedSAE:
+    """An SAE for raw activations from a folder of `save_sae`, in either format, or any that `interchange` knows.
 
     Its variant.py is run if it equals one in variants/, or with `trust_code`; else ValueError.
     """
     found = interchange.read(Path(folder))
-    return base.TrainedSAE(interchange.build(found, trust_code), found.scale or 1.0)
+    return TrainedSAE(interchange.build(found, trust_code), found.scale or 1.0)

@@ -12,7 +12,7 @@ import torch
 
 from variants.kit import ranks
 from variants.kit.files import size
-from variants.preflight.check import Findings, too_large
+from variants.preflight.check import Findings
 
 PROCESS = {"cpu": 0.42e9, "cuda": 0.0}  # Python, torch, transformers, texts
 EVAL_LIBRARIES = {"cpu": 0.36e9, "cuda": 0.0}  # TransformerLens, scikit-learn
@@ -25,8 +25,7 @@ ACHIEVED = {"cpu": 0.8, "cuda": 0.4}  # shares of the matrix-product rate seen i
 
 def need(findings: Findings, copies: int, shape: dict, block_tokens: int, lm_tokens: int, itemsize: int, evals: bool,
          device: str, spread: int = 1, available: float = math.inf) -> dict[str, float]:
-    """Bytes by part for `copies` SAEs like the largest one, with gradients and Adam's two moments, stepped one after
-    the other.
+    """Bytes by part for `copies` SAEs like the largest, with gradients and Adam's moments, stepped one after the other.
 
     shape: d_model and bytes of the language model; `block_tokens` times layers are kept, `lm_tokens` make one pass of
     the model, both with `itemsize` bytes a number. `training` and `evals` are not needed at the same time: see `peak`.
@@ -45,8 +44,7 @@ def need(findings: Findings, copies: int, shape: dict, block_tokens: int, lm_tok
 
 
 def rows_per_pass(free: float, context: int, row_bytes: int, device: str) -> int:
-    """Rows of a language-model pass: a power of two, within an eighth of the `free` bytes, no more tokens than still
-    make it faster.
+    """Rows of a language-model pass: a power of two, in an eighth of the `free` bytes, as long as more are faster.
 
     A GPU's matrix products reach their rate from some 10⁴ tokens on; on a CPU the caches are full with 2¹¹.
     """
@@ -61,8 +59,7 @@ def peak(parts: dict[str, float]) -> float:
 
 def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Findings], evals: bool, sharing: int,
          available: float, matmul_rate: float, limit: str = "") -> tuple[str, dict, str]:
-    """What a run with these settings needs of a rank's machine: in one line, as facts, and the problem where it does
-    not fit, else "".
+    """What a run with these settings needs of a rank's machine: a line, facts, the problem if it does not fit (or "").
 
     Memory `available` in bytes, `limit` being what bounds it if not the machine itself, `matmul_rate` in FLOP/s;
     `sharing`: ranks that share a batch. The facts also hold what follows from it: `lm_batch_size`, rows of a
@@ -83,16 +80,13 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
     flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) / all_ranks
                                        + 3 * settings.passes * copies * largest.parameters / sharing)
     line = "  ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
-    line += (f"  -> peak {peak(parts) / 1e9:.2f} GB of {available / 1e9:.1f} GB on {settings.device}; {copies} "
-             f"SAE{'s' * (copies > 1)} of {largest.parameters:,} parameters, {steps:,} steps of "
+    line += (f"  -> peak {peak(parts) / 1e9:.2f} GB of {available / 1e9:.1f} GB on {settings.device}; "
+             f"{number_of_saes(copies)} of {largest.parameters:,} parameters, {steps:,} steps of "
              f"{settings.batch_size:,} tokens")
     if settings.lm_batch_size == "auto":
         line += f", {rows} rows of {settings.context} tokens a language-model pass"
     if all_ranks > 1:
-        line += f", {all_ranks} processes: " + ("each SAE spread over them" if shard
-                                                else "each with its share of every batch"
-                                                if sharing > 1 else "each with its share of the language model's "
-                                                                    "passes, one with the SAEs")
+        line += f", {all_ranks} processes: {division(shard, sharing)}"
     facts = dict(forecast_bytes=parts | dict(peak=peak(parts), available=available), lm_batch_size=rows, shard=shard,
                  forecast_training_seconds=round(flops / matmul_rate / ACHIEVED[settings.device]))
     if peak(parts) <= available:
@@ -104,11 +98,22 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
                                 dict(copies=copies, layers=len(layers), rows=rows), limit)
 
 
+def number_of_saes(n: int) -> str:
+    return "1 SAE" if n == 1 else f"{n} SAEs"
+
+
+def division(shard: bool, sharing: int) -> str:
+    """How several ranks divide the work, in words."""
+    if shard:
+        return "each SAE spread over them"
+    if sharing > 1:
+        return "each with its share of every batch"
+    return "each with its share of the language model's passes, one with the SAEs"
+
+
 def problem(settings, parts: dict[str, float], taken: dict[str, float], largest: Findings, available: float,
             counts: dict, limit: str) -> str:
-    """What does not fit and what to do about it, by the part that takes most. `taken`:
-    the bytes of each thing a setting decides.
-    """
+    """What does not fit, and what to do about it. `taken`: the bytes of each thing that a setting decides."""
     there = f"there are {size(available)}" + (f" (by {limit})" if limit else "")
     if peak(parts | dict(evals=0.0)) <= available:
         return (f"training fits, but the evals need {size(parts['evals'])} beside the language model's and the SAEs' "
@@ -128,11 +133,10 @@ def problem(settings, parts: dict[str, float], taken: dict[str, float], largest:
         "passes": (f"a pass of the language model (--lm_batch_size: {counts['rows']:,} rows of {width})",
                    "reduce --lm_batch_size, or --context"),
         "step": (f"a training step (--batch_size: {settings.batch_size:,} tokens)", "reduce --batch_size or --d_sae"),
-        "saes": (f"{counts['copies']} SAE{'s' * (counts['copies'] > 1)} with gradients and Adam's moments "
-                 f"(--d_sae={settings.d_sae:,})",
+        "saes": (f"{number_of_saes(counts['copies'])} with gradients and Adam's moments (--d_sae={settings.d_sae:,})",
                  "reduce --d_sae" + (", or train fewer at once: --layers, --sweep" if counts["copies"] > 1 else "")),
-        "process": ("the process itself (Python, torch, texts)", "give it more memory: this is the least that a run "
-                                                                 "needs"),
+        "process": ("the process itself (Python, torch, texts)",
+                    "give it more memory: this is the least that a run needs"),
         "lm": (f"the language model ({settings.model} in {settings.dtype})",
                "choose a smaller --model" + (", or --dtype=bfloat16" if settings.dtype == "float32" else "")),
     }[dominant]
@@ -147,3 +151,23 @@ def smaller_block(settings, taken: dict[str, float], rest: float, available: flo
     if fits < settings.batch_size:
         return "reduce --block_tokens, then --batch_size"
     return f"give --block_tokens={fits}, which would fit, or less"
+
+
+def too_large(findings: Findings, limit_bytes: int) -> str | None:
+    """The message, if parameters with gradients and Adam's moments, buffers and a step need more than `limit_bytes`."""
+    need = 4 * findings.parameter_bytes + findings.buffer_bytes + findings.step_peak_bytes
+    if need <= limit_bytes:
+        return None
+    n_bytes, shape, place = findings.largest
+    largest = f"a tensor of shape {list(shape)} ({in_units(n_bytes)}) at {place} is the largest; " if n_bytes else ""
+    return (f"{largest}training needs {in_units(need)}, {in_units(findings.step_peak_bytes)} of it in a step; the "
+            f"machine has {in_units(limit_bytes)}\n"
+            "reduce --batch_size or --d_sae, or make that tensor smaller: a sample of rows, one chunk at a time, only "
+            "the pairs needed")
+
+
+def in_units(n_bytes: float) -> str:
+    """Bytes in the binary unit that shows something; what is left of an overdrawn machine is nothing."""
+    n_bytes = max(0, n_bytes)
+    unit, power = next(((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if n_bytes >= 2**p / 10), ("KiB", 10))
+    return f"{n_bytes / 2**power:,.1f} {unit}"

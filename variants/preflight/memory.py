@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from variants.kit import imperative
+from variants.kit import imperative, trainer_state
 
 AFFORDABLE = 32 * 2**20  # bytes of a step after which a size is not doubled further
 # results the host must have to go on
@@ -90,10 +90,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
-        masked = name.startswith("index") and any(isinstance(t, torch.Tensor) and t.dtype == torch.bool
-                                                  for t in tree_leaves(args[1:]))
-        if (name in WAITS or masked) and (line := variant_line(self.file, direct=True)):
-            self.trace.waits.add(line)
+        by_mask = any(isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1:]))
+        if name in WAITS or (name.startswith("index") and by_mask):
+            self.trace.waits |= {variant_line(self.file, direct=True)} - {None}
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.note(tensor, name)
@@ -118,7 +117,7 @@ def trace_step(file: str, sae, batch, progress) -> Trace:
     own = {}
     if isinstance(sae, imperative.Imperative):
         sae.update(batch, progress)  # its optimiser makes its moments in the first step
-        own = imperative.tensors_of(sae.trainer)
+        own = trainer_state.tensors_of(sae.trainer)
     recorder = Recorder(file, [*sae.parameters(), *sae.buffers(), *vars(batch).values(), *own.values()])
     trace = recorder.trace
 
@@ -175,8 +174,7 @@ def climb(measure: Callable[[Sizes], Trace], base: Trace, small: Sizes, real: Si
 
 
 def grown(base: int, cross: int, ladders: list[tuple[int, int, int, float]]) -> float:
-    """One dimension of a tensor at the real sizes, from its length at the small ones and along the ladders of B, D and
-    F.
+    """One dimension of a tensor at the real sizes, from its length at small ones and along the ladders of B, D, F.
 
     Lengths grow as a product (F, B·F, F²) or as a sum (D + F); `cross`, where all sizes are doubled, tells which.
     """
@@ -226,9 +224,7 @@ def shapes_like(base: Trace, other: Trace) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Memory at the real sizes; `largest` is (bytes, shape,
-    line or None for the backward pass) of a tensor of a step or a buffer.
-    """
+    """Memory at the real sizes; `largest`: bytes, shape, line of a step's tensor (None: backward) or buffer's name."""
 
     peak_bytes: int
     largest: tuple[int, tuple[int, ...], int | str | None]
@@ -256,8 +252,8 @@ def forecast(measure: Callable[[Sizes], Trace], small: Sizes, real: Sizes) -> Fo
         def of(trace, name=name, shape=shape):
             return trace.state.get(name, (shape,))[0]
 
-        full = shape_at_real(shape, of(cross), [(of(lad.two), of(lad.low), of(lad.high), lad.growth)
-                                                for lad in ladders])
+        along = [(of(lad.two), of(lad.low), of(lad.high), lad.growth) for lad in ladders]
+        full = shape_at_real(shape, of(cross), along)
         state[name] = (tuple(map(round, full)), itemsize, is_parameter)
     return summed(base, sizes, [tuple(map(round, s)) for s in shapes], state)
 

@@ -42,9 +42,7 @@ class Variant:
 
 
 def where(error: BaseException, file: Path | str) -> str | None:
-    """`file.py:line` of the last frame inside `file`, along the chain of causes;
-    None where the error never was there.
-    """
+    """`file.py:line` of the last frame inside `file`, along the chain of causes; None if the error never was there."""
     file, seen = Path(file).resolve(), set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -94,9 +92,7 @@ class TooSlow(BaseException):
 
 @contextmanager
 def limited(seconds: float, doing: str):
-    """Raise TooSlow inside the code that runs after so many seconds;
-    where signals cannot do that (Windows, threads), no limit.
-    """
+    """Raise TooSlow inside the code that runs after so many seconds; no limit on Windows and in threads."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -129,7 +125,9 @@ def explained(error: BaseException, file: Path, doing: str, sizes: Sizes | None 
         message = f"{message if len(message) <= 240 else message[:239] + '…'} ({doing})"
         advice = advice_for(error, sizes, trainer)
     text = f"{message}\n{advice}" if message.startswith(file.name) else f"{place}: {message}\n{advice}"
-    kind = type(error) if isinstance(error, Exception) else TimeoutError if isinstance(error, TooSlow) else RuntimeError
+    kind = type(error)
+    if not isinstance(error, Exception):
+        kind = TimeoutError if isinstance(error, TooSlow) else RuntimeError
     # of the same type, whatever its own signature and its own way to show itself (KeyError quotes)
     worded = type(kind.__name__, (kind,), {"__str__": lambda self: text, "__init__": lambda self, *_: None,
                                            "__module__": kind.__module__})
@@ -161,8 +159,8 @@ def said(error: BaseException) -> str:
     if isinstance(error, KeyError) and len(error.args) == 1:
         key = error.args[0]
         return f"{described(key)} is no key" if isinstance(key, Tensor) else f"there is no key {key!r}"
-    if error.args and not isinstance(error.args[0],
-                                     (str, int, float)) and not isinstance(error, (OSError, UnicodeError)):
+    plain = isinstance(error, (OSError, UnicodeError)) or not error.args or isinstance(error.args[0], (str, int, float))
+    if not plain:
         return ", ".join(described(value) for value in error.args)
     return str(error) or type(error).__name__
 
@@ -171,6 +169,9 @@ def advice_for(error: BaseException, sizes: Sizes | None, trainer: bool) -> str:
     """What helps against an error of the variant's own code."""
     if isinstance(error, SystemExit):
         return 'take it out, or put it below if __name__ == "__main__":'
+    moved = moved_to_kit(error) if isinstance(error, ImportError) else None
+    if moved:
+        return f"it lies in variants/kit now: from variants.kit import {moved}"
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "it").partition(".")[0]
         return f"install the package (pip install {package.replace('_', '-')}), or take the import out"
@@ -187,24 +188,35 @@ def advice_for(error: BaseException, sizes: Sizes | None, trainer: bool) -> str:
     for pattern, words, of_trainer in ADVICE:
         if re.search(pattern, str(error)):
             return of_trainer if trainer and of_trainer else words
-    if near := nearest(error):
+    near = nearest(error)
+    if near:
         return near
     if sizes and OF_SIZES.search(str(error)):
         return f"correct that line; here B = {sizes.B} tokens, d_in = {sizes.D}, d_sae = {sizes.F}"
     return "correct that line"
 
 
+def moved_to_kit(error: ImportError) -> str | None:
+    """The module of variants/kit that a failed import looked for directly in variants/, where it once lay."""
+    name = re.search(r"cannot import name '(\w+)' from 'variants'|No module named 'variants\.(\w+)'", str(error))
+    module = name and (name[1] or name[2])
+    return module if module and (variants.FOLDER / "kit" / f"{module}.py").is_file() else None
+
+
 def nearest(error: BaseException) -> str | None:
     """For a misspelt attribute, the nearest one that exists."""
-    if isinstance(error, AttributeError) and getattr(error, "obj", None) is not None and error.name:
-        kind, own = type(error.obj).__name__, [n
-                                               for n, _ in error.obj.named_parameters()] if isinstance(error.obj, nn.Module) else []
-        close = difflib.get_close_matches(error.name, own, 1,
-                                          0.5) or difflib.get_close_matches(error.name, dir(error.obj), 1, 0.5)
-        told = [f"the nearest attribute of {kind} is {close[0]!r}"] if close else []
-        told += [f"its parameters are {', '.join(own)}"] if own else []
-        return "; ".join(told) or None
-    return None
+    if not isinstance(error, AttributeError) or getattr(error, "obj", None) is None or not error.name:
+        return None
+    kind, own, told = type(error.obj).__name__, [], []
+    if isinstance(error.obj, nn.Module):
+        own = [name for name, _ in error.obj.named_parameters()]
+    close = difflib.get_close_matches(error.name, own, 1, 0.5)
+    close = close or difflib.get_close_matches(error.name, dir(error.obj), 1, 0.5)
+    if close:
+        told.append(f"the nearest attribute of {kind} is {close[0]!r}")
+    if own:
+        told.append(f"its parameters are {', '.join(own)}")
+    return "; ".join(told) or None
 
 
 @contextmanager
@@ -220,13 +232,12 @@ def attempting(v: Variant, doing: str, sizes: Sizes | None = None, line: int | C
 
 
 def defined(v: Variant, method: str) -> int | None:
-    """Line of `def method` in the class SAE, else of the class;
-    of a trainer, in whichever class has it, the trainer's before others.
-    """
+    """Line of `def method` in the class SAE, else of the class; of a trainer, in its class before any other."""
     wanted = v.module.SAE.trainer_class.__name__ if v.is_trainer else "SAE"
     classes = [node for node in v.tree.body if isinstance(node, ast.ClassDef)]
     first = [node for node in classes if node.name == wanted]
-    for node in first + classes * v.is_trainer:
+    others = classes if v.is_trainer else []
+    for node in first + others:
         for f in node.body:
             if isinstance(f, ast.FunctionDef) and f.name == method:
                 return f.lineno
@@ -234,24 +245,28 @@ def defined(v: Variant, method: str) -> int | None:
 
 
 def assigned(v: Variant, name: str) -> int | None:
-    """Line that creates `self.name` (for `gate.weight`: self.gate; for a trainer's `ae.gate`: in the ae's class), or
-    registers it.
+    """Line that creates or registers `self.name` (`gate.weight`: self.gate; a trainer's `ae.gate`: in the ae's class).
 
     None if base.SAE does.
     """
     parts = [part for part in name.split(".") if not (v.is_trainer and part == "ae")]
     for attribute in parts[:1] + parts[-1:]:
         for node in ast.walk(v.tree):
-            targets = node.targets if isinstance(node,
-                                                 ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-            if any(isinstance(t, ast.Attribute) and t.attr == attribute for target in targets
-                   for t in ast.walk(target)):
+            parts_of_targets = (t for target in targets(node) for t in ast.walk(target))
+            if any(isinstance(t, ast.Attribute) and t.attr == attribute for t in parts_of_targets):
                 return node.lineno
-            if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-                and node.func.attr.startswith("register_")
-                    and node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == attribute):
-                return node.lineno
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+                registers, first = node.func.attr.startswith("register_"), node.args[0]
+                if registers and isinstance(first, ast.Constant) and first.value == attribute:
+                    return node.lineno
     return None
+
+
+def targets(node: ast.AST) -> list[ast.expr]:
+    """What a statement assigns to."""
+    if isinstance(node, ast.Assign):
+        return node.targets
+    return [node.target] if isinstance(node, ast.AnnAssign) else []
 
 
 def zeroed(v: Variant, name: str) -> int | None:
@@ -266,9 +281,7 @@ def zeroed(v: Variant, name: str) -> int | None:
 
 
 def computed(v: Variant, term: str) -> int | None:
-    """Line where a loss term is computed: the last assignment of the variable that stands
-    beside its name in the dict.
-    """
+    """Line where a loss term is computed: the last assignment of the variable beside its name in the dict."""
     for function in ast.walk(v.tree):
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -286,8 +299,7 @@ def computed(v: Variant, term: str) -> int | None:
 
 
 def declared(v: Variant, name: str) -> int | None:
-    lines = [n.lineno for n in ast.walk(v.tree) if isinstance(n, (ast.Assign, ast.AnnAssign))
-             for t in (n.targets if isinstance(n, ast.Assign) else [n.target])
+    lines = [n.lineno for n in ast.walk(v.tree) for t in targets(n)
              if getattr(t, "id", getattr(t, "attr", None)) == name]
     return lines[0] if lines else defined(v, "__init__")
 

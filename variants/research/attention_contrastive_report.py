@@ -28,13 +28,13 @@ def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes]]:
                "other context": cosine(z_BF, distant_pairs(batch.contexts, positive_2P.shape[1], generator))}
     weight_A = sae.layer_logit.softmax(0)
     attention_A = batch.pair_attention[s_P > sae.tau].mean(0)
-    numbers = counts(batch,
-                     positive_2P) | {"contrastive_loss": grouped_loss(sae, z_BF, batch.pairs, s_P, batch.contexts)}
+    numbers = counts(batch, positive_2P)
+    numbers["contrastive_loss"] = grouped_loss(sae, z_BF, batch.pairs, s_P, batch.contexts)
     numbers |= {f"cosine_{name.replace(' ', '_')}": mean(cos_P) for name, cos_P in cosines.items()}
     numbers |= stored(batch)
     for offset, weight, attention in zip(sae.attention_layers, weight_A.tolist(), attention_A.tolist()):
-        numbers |= {f"weight_layer{offset:+d}": weight, f"attention_layer{offset:+d}": attention if positive_2P.numel()
-                    else None}
+        numbers |= {f"weight_layer{offset:+d}": weight,
+                    f"attention_layer{offset:+d}": attention if positive_2P.numel() else None}
     files = {"attention_weights.png": weights_picture(sae.attention_layers, weight_A.tolist(), attention_A.tolist())}
     if positive_2P.numel():
         files["pair_cosines.png"] = cosine_picture(cosines, sae.tau)
@@ -64,9 +64,7 @@ def counts(batch, positive_2P: Tensor) -> dict[str, float]:
 
 
 def stored(batch) -> dict[str, float]:
-    """Bytes a token's attention takes as a block holds it:
-    two int32 and A fp16 per pair, against A dense fp16 patterns.
-    """
+    """Bytes a token's attention takes in a block: two int32 and A fp16 a pair, against A dense fp16 patterns."""
     n_pairs, A = batch.pair_attention.shape
     T, C = int(batch.positions.max()) + 1, int(batch.contexts[-1]) + 1
     sparse, dense = n_pairs * (8 + 2 * A) / len(batch.x), C * A * T * T * 2 / len(batch.x)
@@ -148,10 +146,9 @@ def cosine_picture(cosines: dict[str, Tensor], tau: float) -> bytes:
     """Histograms of the features' cosine for positive pairs and the three kinds of control pairs."""
     fig = pictures.figure(8, 4.5)
     axes = fig.subplots()
-    labels = {"attending": f"token attends to it (s > {tau:g})", "same distance": "same contexts and distances, random "
-                                                                                  "places",
-              "random": "random pair of a context",
-              "other context": "random pair of two contexts"}
+    labels = {"attending": f"token attends to it (s > {tau:g})",
+              "same distance": "same contexts and distances, random places",
+              "random": "random pair of a context", "other context": "random pair of two contexts"}
     styles = (dict(color="tab:orange"), dict(color="tab:blue", linestyle="--"), dict(color="tab:grey"),
               dict(color="black", linestyle=":"))
     for (name, cos_P), style in zip(((name, cos_P) for name, cos_P in cosines.items() if len(cos_P)), styles):

@@ -11,7 +11,6 @@ import statistics
 
 import numpy as np
 
-from variants.clustered import correlation, groups_of, standardised
 from variants.research import pictures
 
 TOKENS = 16_384  # held out, about
@@ -26,7 +25,9 @@ def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes | str
     cut, groups, label_F = sae.cuts[at_cut], sae.groups_at(), sae.group_LF[at_cut].cpu().numpy()
     clustered_F, sizes = sae.clustered_F.cpu().numpy(), [len(group) for group in groups]
     z_NF, recent_NF = sparse_features(sae, batch.x), sae.recent_activations()
-    held_out, recent = Pairs(z_NF), Pairs(recent_NF) if groups else None  # a ring without a token has no correlations
+    held_out, recent = Pairs(sae, z_NF), None
+    if groups:  # a ring without a token has no correlations
+        recent = Pairs(sae, recent_NF)
     of_group = [held_out.mean(group) for group in groups]
     of_random = [held_out.mean(group) for group in random_groups(sizes, clustered_F & held_out.varies_F, context.seed)]
     coherence, random = ([c for c in values if c is not None] for values in (of_group, of_random))
@@ -39,7 +40,7 @@ def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes | str
         coherence_share_above_cut=share(sum(c >= cut for c in coherence), len(coherence)),
         groups_not_held_out=len(groups) - len(coherence),
         stability=rand_index(sae.previous_F.cpu().numpy(), label_F) if sae.clusterings > 1 else None,
-        stability_same_sae=rand_index(groups_of(z_NF, sae.cuts, sae.min_density)[0][at_cut], label_F),
+        stability_same_sae=rand_index(sae.groups_of(z_NF, sae.cuts, sae.min_density)[0][at_cut], label_F),
         tokens_cut_short=share((np.diff(recent_NF.indptr) == sae.recent_NK.shape[1]).sum(), recent_NF.shape[0]))
     levels = {f"level {c:.2g}": sae.groups_at(level) for level, c in enumerate(sae.cuts)}
     if len(levels) > 1:
@@ -62,11 +63,12 @@ def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes | str
 class Pairs:
     """Correlations of a few features at a time, from activations [N, F]; features that do not vary have none."""
 
-    def __init__(self, z_NF):
+    def __init__(self, sae, z_NF):
         z_NF = z_NF.tocsc()
         self.varies_F = (z_NF.max(0).toarray() > z_NF.min(0).toarray())[0]
         self.column_F = self.varies_F.cumsum() - 1
-        self.z_Nv, self.mean_v = standardised(z_NF[:, self.varies_F])
+        self.correlation = sae.correlation
+        self.z_Nv, self.mean_v = sae.standardised(z_NF[:, self.varies_F])
 
     def __call__(self, features) -> np.ndarray:
         """[m, m], NaN where a feature does not vary."""
@@ -74,7 +76,7 @@ class Pairs:
         there = self.varies_F[features].nonzero()[0]
         c_mm = np.full((len(features),) * 2, np.nan)
         columns = self.column_F[features[there]]
-        c_mm[np.ix_(there, there)] = correlation(self.z_Nv[:, columns], self.mean_v[columns])
+        c_mm[np.ix_(there, there)] = self.correlation(self.z_Nv[:, columns], self.mean_v[columns])
         return c_mm
 
     def mean(self, features) -> float | None:
@@ -92,9 +94,7 @@ def sparse_features(sae, x_ND):
 
 
 def random_groups(sizes: list[int], eligible_F: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Disjoint groups of the same sizes, drawn DRAWS times from the eligible features;
-    groups for which none are left are cut off.
-    """
+    """Disjoint groups of the same sizes, drawn DRAWS times from the eligible features as long as there are any left."""
     generator, found = np.random.default_rng(seed), []
     for _ in range(DRAWS):
         order = generator.permutation(eligible_F.nonzero()[0])
@@ -126,9 +126,7 @@ def share(part, whole) -> float | None:
 
 
 def top_tokens(z_Nm, token_N: np.ndarray, tokenizer, n: int = 8) -> list[str]:
-    """The tokens on which a group is most active, by the sum of its activations,
-    each in shares of its member's largest.
-    """
+    """The tokens on which a group is most active, by the sum of its activations in shares of each member's largest."""
     from scipy.sparse import diags
 
     peak_m = z_Nm.max(0).toarray()[0]
@@ -196,13 +194,12 @@ def draw_map(pairs: Pairs, groups, words: dict[int, list[str]]) -> bytes:
     for end in ends[:-1]:
         axes.axhline(end - 0.5, color="black", linewidth=0.5)
         axes.axvline(end - 0.5, color="black", linewidth=0.5)
-    names = [f"{'  '.join(pictures.label(t if t.isprintable() else repr(t)[1:-1], 12) for t in words[g][:5])}   "
-             f"({len(groups[g])})"
-             for g in words]
+    visible = {g: [pictures.label(t if t.isprintable() else repr(t)[1:-1], 12) for t in words[g][:5]] for g in words}
+    names = [f"{'  '.join(tokens)}   ({len(groups[g])})" for g, tokens in visible.items()]
     axes.set_yticks(ends - [len(group) / 2 + 0.5 for group in shown], names)
     axes.set_xticks([])
     axes.set(xlabel=f"features, in the same order (at most {MEMBERS} of a group)",
-             ylabel="group: tokens of most activation (features)", title="Correlation within and between the largest "
-                                                                         "groups, on held-out tokens")
+             ylabel="group: tokens of most activation (features)",
+             title="Correlation within and between the largest groups, on held-out tokens")
     fig.colorbar(image, label="correlation (white where a feature is silent or unrelated)")
     return pictures.png(fig)

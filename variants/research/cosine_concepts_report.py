@@ -18,9 +18,7 @@ NEAR_ZERO = 1e-3  # of the largest |w|
 
 @torch.no_grad()
 def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes]]:
-    """Numbers and pictures of a `cosine_concepts` SAE;
-    the mutual information is None where no concept fires often enough.
-    """
+    """Numbers and pictures of a `cosine_concepts` SAE; mutual information is None if no concept fires often enough."""
     x_ND = context.held_out(TOKENS).x
     z_NF = torch.cat([sae.encode(part_ND) for part_ND in x_ND.split(1024)]).float()
     z1_NC, z2_NP = z_NF[:, :sae.n_1], z_NF[:, sae.n_1:]
@@ -62,8 +60,7 @@ def layers(sae, x_ND: Tensor, z1_NC: Tensor, z2_NP: Tensor) -> dict[str, float]:
 
 
 def largest_nmi(fires_NC: Tensor, fires_NP: Tensor, chunk: int = 256) -> Tensor:
-    """For each concept the largest normalised mutual information with any base feature, 2·I/(H_c + H_p) of the two
-    firings, [P].
+    """For each concept the largest normalised mutual information, 2·I/(H_c + H_p), of its and a base feature's firings.
 
     All probabilities come from one product of counts, exact in fp32 below 2**24 tokens; `chunk` concepts at a time.
     """
@@ -86,9 +83,7 @@ def plogp(p: Tensor) -> Tensor:
 
 
 def moments(W: Tensor) -> dict[str, float | None]:
-    """Mean, standard deviation, skewness and kurtosis (3 for a normal distribution) of all entries,
-    share with |w| < 1e-3·max|w|.
-    """
+    """Mean, standard deviation, skewness, kurtosis (normal: 3) of all entries, share with |w| < 1e-3·max|w|."""
     W = W.detach().double()
     mean, largest = W.mean(), W.abs().max()
     std = (W - mean).pow(2).mean().sqrt()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import torch
 
-from variants.direction_contrastive import quantiles
 from variants.research.pictures import figure, png
 
 TOKENS, CORRELATION, TOGETHER, FIRED, MOST = 12_000, 0.2, 5, 10, 4096
@@ -42,15 +41,13 @@ def spread(value_F) -> float | None:
 
 
 def pairs(sae, z_NF) -> dict:
-    """Of each pair of the features measured: product of rows, cosine, φ, tokens together, those expected,
-    both thresholds [T, P].
-    """
+    """Of each pair measured: product of rows, cosine, φ, tokens together, those expected; of features q [T, S]."""
     fired_F = (z_NF > 0).sum(0)
     chosen_S = (fired_F >= FIRED).nonzero().squeeze(1)
     chosen_S = chosen_S[:: max(1, -(-len(chosen_S) // MOST))]
     on_NS = (z_NF[:, chosen_S] > 0).float()
-    p_S, n, i_P, j_P = on_NS.mean(0), len(on_NS), *torch.triu_indices(len(chosen_S), len(chosen_S), 1,
-                                                                      device=z_NF.device)
+    p_S, n = on_NS.mean(0), len(on_NS)
+    i_P, j_P = torch.triu_indices(len(chosen_S), len(chosen_S), 1, device=z_NF.device)
     together_P = (on_NS.T @ on_NS)[i_P, j_P]
     expected_P = n * p_S[i_P] * p_S[j_P]
     sd_S = (p_S * (1 - p_S)).sqrt().clamp_min(1e-9)
@@ -58,7 +55,7 @@ def pairs(sae, z_NF) -> dict:
     rows_FD = (sae.decoder if sae.normalise else sae.W_dec).float()
     unit_SD = sae.decoder.float()[chosen_S]
     widths = [*WIDTHS, sae.top]
-    q_TS = quantiles(rows_FD, widths)[:, chosen_S]
+    q_TS = sae.quantiles(rows_FD, widths)[:, chosen_S]
     product_P = (rows_FD[chosen_S] @ rows_FD[chosen_S].T)[i_P, j_P]
     return dict(features=len(chosen_S), product_P=product_P, cos_P=(unit_SD @ unit_SD.T)[i_P, j_P], phi_P=phi_P,
                 together_P=together_P, expected_P=expected_P,
@@ -122,8 +119,8 @@ def draw_cosines(found: dict) -> bytes:
     axes = fig.subplots()
     low, high = min(-0.2, found["cos_P"].min().item()), max(0.2, found["cos_P"].max().item())
     edges = torch.linspace(low, high, 61)
-    for of_P, name, colour in ((slice(None), "all pairs", "grey"), (found["coactive_P"], f"co-active pairs (φ ≥ "
-                                                                                         f"{CORRELATION})", "C0")):
+    coactive = f"co-active pairs (φ ≥ {CORRELATION})"
+    for of_P, name, colour in ((slice(None), "all pairs", "grey"), (found["coactive_P"], coactive, "C0")):
         cos_P = found["cos_P"][of_P].cpu()
         share = 100 * torch.histogram(cos_P, edges).hist / len(cos_P)
         axes.stairs(share.numpy(), edges.numpy(), fill=True, alpha=0.5, color=colour,

@@ -19,14 +19,12 @@ SHARE, MOST = 0.1, 10  # children: |W_comp| above this share of the parent's lar
 
 @torch.no_grad()
 def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes]]:
-    """Numbers and pictures of a `hierarchical` SAE;
-    a number that has no meaning (no composition was learned) is None.
-    """
+    """Numbers and pictures of a `hierarchical` SAE; one without a meaning (no composition was learned) is None."""
     batch = context.held_out(TOKENS)
     z_NF = torch.cat([sae.encode(x_ND) for x_ND in batch.x.split(1024)])
     h1_NC, h2_NP = z_NF[:, :sae.n_1], z_NF[:, sae.n_1:]
-    numbers = sparsity(sae.W_comp) | explained(sae, batch.x, h1_NC,
-                                               h2_NP) | consistency(sae, h1_NC > 0, h2_NP, context.seed)
+    numbers = sparsity(sae.W_comp) | explained(sae, batch.x, h1_NC, h2_NP)
+    numbers |= consistency(sae, h1_NC > 0, h2_NP, context.seed)
     files = {}
     if sae.W_comp.any():
         files["composition.png"] = heat_map(sae, h1_NC, h2_NP, batch.tokens, context.lm.tokenizer)
@@ -37,17 +35,15 @@ def report(sae, context) -> tuple[dict[str, float | None], dict[str, bytes]]:
 
 
 def sparsity(W_comp_CP: Tensor) -> dict[str, float | None]:
-    """How sparse W_comp is: share near zero, children over 10 % of their parent's largest weight,
-    mean Gini index over parents.
-    """
+    """Sparsity of W_comp: share near zero, children over 10 % of a parent's largest weight, mean Gini index."""
     weight_CP = W_comp_CP[:, W_comp_CP.any(0)].abs()  # parents without any weight have no children to count
     if not weight_CP.numel():
         return dict(composition_near_zero=1.0, children_per_parent=None, composition_gini=None)
     largest_P = weight_CP.amax(0)
+    gini_sum = sum(gini(part_CP).sum().item() for part_CP in weight_CP.split(256, 1))
     return dict(composition_near_zero=1 - (W_comp_CP.abs() >= 1e-3 * largest_P.max()).float().mean().item(),
                 children_per_parent=(weight_CP > SHARE * largest_P).float().sum(0).mean().item(),
-                composition_gini=sum(gini(part_CP).sum().item()
-                                     for part_CP in weight_CP.split(256, 1)) / weight_CP.shape[1])
+                composition_gini=gini_sum / weight_CP.shape[1])
 
 
 def gini(weight_CP: Tensor) -> Tensor:
@@ -72,9 +68,7 @@ def explained(sae, x_ND: Tensor, h1_NC: Tensor, h2_NP: Tensor) -> dict[str, floa
 
 
 def consistency(sae, fires_NC: Tensor, h2_NP: Tensor, seed: int) -> dict[str, float | None]:
-    """When a parent fires, the share of its children that fire:
-    mean over firings, for its own and for another parent's children.
-    """
+    """When a parent fires, the share of its children that fire, mean over firings; and of another parent's."""
     child_PM, is_child_PM = top_children(sae.W_comp)
     h2_NL, parent_NL = h2_NP.topk(sae.k2)
     firing_N_L = h2_NL > 0
@@ -102,9 +96,7 @@ def consistency(sae, fires_NC: Tensor, h2_NP: Tensor, seed: int) -> dict[str, fl
 
 
 def top_children(W_comp_CP: Tensor) -> tuple[Tensor, Tensor]:
-    """The MOST strongest layer-1 features of every parent [P, M], strongest first,
-    and which of them count as its children.
-    """
+    """The MOST strongest layer-1 features of every parent [P, M], strongest first; which count as its children."""
     weight_MP, child_MP = W_comp_CP.abs().topk(min(MOST, len(W_comp_CP)), dim=0)
     return child_MP.T, (weight_MP > SHARE * weight_MP[0]).T
 
@@ -119,15 +111,12 @@ def firing_parents(h2_NP: Tensor) -> Tensor:
 
 def heat_map(sae, h1_NC: Tensor, h2_NP: Tensor, tokens_N: Tensor, tokenizer, n_parents: int = 12,
              per_parent: int = 3) -> bytes:
-    """W_comp of the parents whose composition is strongest × their strongest children,
-    each with the tokens it fires on most.
-    """
+    """W_comp of the strongest parents × their strongest children, each with the tokens it fires on most."""
     child_PM, is_child_PM = top_children(sae.W_comp)
     often_P = (h2_NP > 0).sum(0) >= len(h2_NP) // 1000
     parents = (sae.W_comp.abs().amax(0) * often_P).topk(min(n_parents, int(often_P.sum()) or 1)).indices
-    pairs = [child for p in parents.tolist() for child, real in zip(child_PM[p, :per_parent].tolist(),
-                                                                    is_child_PM[p].tolist()) if real]
-    children = list(dict.fromkeys(pairs))
+    child_PM, is_child_PM = child_PM[:, :per_parent], is_child_PM[:, :per_parent]
+    children = list(dict.fromkeys(child for p in parents.tolist() for child in child_PM[p][is_child_PM[p]].tolist()))
     weight_QR = sae.W_comp[children][:, parents].T
     relative_QR = (weight_QR / weight_QR.abs().amax(1, keepdim=True).clamp_min(1e-12)).cpu().numpy()
 

@@ -1,0 +1,53 @@
+"""The scale by which a run divides its activations, and where an SAE begins when their mean dominates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from variants.kit import ranks
+
+# share of E‖x‖² in the mean from which on what is made for E‖x‖² = 1 costs features (variants/README.md)
+DOMINANT = 0.75
+
+
+def stream_scale(x_ND: Tensor) -> tuple[float, float]:
+    """√E‖x‖² of raw activations [N, D], of which ranks may each hold a part, and the share that their mean holds.
+
+    In fp64. Where the mean dominates, the scale is that of what is left to explain: √E‖x − mean‖².
+    """
+    sum_D, square = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64), 0.0
+    for part in x_ND.split(2**13):
+        sum_D += part.double().sum(0)
+        square += part.double().pow(2).sum().item()
+    n = ranks.total(len(x_ND))
+    square = ranks.total(square) / n
+    mean_square = (ranks.mean(sum_D) * ranks.sharing() / n).pow(2).sum().item()
+    if mean_square > DOMINANT * square:
+        return max(square - mean_square, 1e-12 * square) ** 0.5, mean_square / square
+    return square**0.5, mean_square / max(square, 1e-300)
+
+
+@torch.no_grad()
+def begin_at_dominant_mean(sae: nn.Module, x_ND: Tensor) -> None:
+    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec."""
+    share = float(x_ND.double().mean(0).pow(2).sum() / x_ND.double().pow(2).sum(1).mean())
+    own = dict(sae.named_parameters(recurse=False))
+    if not share > DOMINANT or "b_dec" not in own:
+        return
+    own["b_dec"].copy_(geometric_median(x_ND))
+    if not sae.centred and "b_enc" in own:
+        own["b_enc"].sub_(own["b_dec"] @ own["W_enc"])
+
+
+def geometric_median(x_ND: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """Weiszfeld's algorithm for the point with the smallest mean distance to the rows of x, shape [D]."""
+    x_ND = x_ND.double()
+    median_D = x_ND.mean(0)
+    for _ in range(iterations):
+        weight_N = 1.0 / (x_ND - median_D).norm(dim=1).clamp_min(1e-12)
+        new_D = (weight_N[:, None] * x_ND).sum(0) / weight_N.sum()
+        moved, median_D = (new_D - median_D).norm(), new_D
+        if moved < tolerance * median_D.norm():
+            break
+    return median_D.float()

@@ -7,10 +7,10 @@ import torch
 
 import experiment
 import variants
+from tests.variants.common import GEMMA, preflight
 from variants import attention_contrastive, base
 from variants.kit import contexts
 from variants.kit.trained import TrainedSAE
-from variants.preflight import check
 from variants.research import attention_contrastive_report
 
 WARMING = base.Progress(5, 100, 500, 10_000)  # half of the sparsity warm-up, which takes a tenth of the run
@@ -134,9 +134,7 @@ def test_preflight_has_nothing_to_say(hyper):
     """Fails if the single-layer SAE has a weight that cannot learn,
     or something per step is of the size B × B × F or F × F.
     """
-    found = check.run("attention_contrastive", hyper, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441,
-                      lr=3e-4, seed=0, train_step=experiment.train_step, make_optimizer=experiment.make_optimizer,
-                      context=128, room=(2, 1))
+    found = preflight("attention_contrastive", GEMMA, hyper, context=128, room=(2, 1))
     assert found.notes == [] and found.step_peak_bytes < 1e9  # F × F in fp32 alone is 1.07e9
 
 

@@ -1,16 +1,15 @@
 """The preflight check: each way to get a variant wrong ends in its own message, and variants that are right pass."""
 
-from pathlib import Path
 
 import pytest
 import torch
 
-import experiment
 import variants
 from tests import FIXTURES
+from tests.variants.common import GEMMA, line_of, preflight
 from variants import base
 from variants.kit.sparse import taken
-from variants.preflight import budget, check, memory, messages
+from variants.preflight import budget, memory, messages
 from variants.preflight.trial import pretend_dead
 
 BROKEN = FIXTURES / "broken_variants"
@@ -19,13 +18,7 @@ SHIPPED = [variants.path("topk"), variants.path("standard")]
 
 
 def run(name, hyper=None, **changes):
-    real = dict(d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0, reference_files=SHIPPED)
-    loop = dict(train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
-    return check.run(str(name), hyper or {}, **{**real, **loop, **changes})
-
-
-def line_of(file, text):
-    return 1 + next(i for i, line in enumerate(Path(file).read_text().splitlines()) if text in line)
+    return preflight(name, GEMMA, hyper, **dict(reference_files=SHIPPED) | changes)
 
 
 # ------------------------------------------------------------------------------------- what is wrong, where, what to do
@@ -76,6 +69,18 @@ def test_syntax_error_has_its_line(tmp_path):
     with pytest.raises(SyntaxError, match=r"mine.py:3: expected ':': class SAE\(base.SAE\)") as caught:
         run(file)
     assert messages.where(caught.value, file) == "mine.py:3"
+
+
+@pytest.mark.parametrize("line, module", [("from variants import ranks", "ranks"), ("import variants.contexts", "contexts"),
+                                          ("from variants.imperative import Imperative", "imperative")])
+def test_a_module_that_moved_to_the_kit_is_said_where_it_lies(tmp_path, line, module):
+    """Fails if a file that imports what once lay in variants/ is told to install a package, or to check the spelling."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"import torch\n{line}\n")
+    with pytest.raises(ImportError) as caught:
+        run(file)
+    place, advice = str(caught.value).split("\n")
+    assert place.startswith("mine.py:2: ") and advice == f"it lies in variants/kit now: from variants.kit import {module}"
 
 
 def test_where_finds_the_variants_frame_behind_the_wrapping():

@@ -13,9 +13,9 @@ from scipy.sparse import csr_matrix
 import experiment
 import variants
 import variants.kit.saving
+from tests.variants.common import SMOLLM, preflight
 from variants import base, clustered, standard
 from variants.kit.trained import TrainedSAE
-from variants.preflight import check
 
 
 def activations(seed=0, n=400, families=12, noise=0.35):
@@ -212,9 +212,7 @@ def test_preflight_passes():
     """Fails if preflight refuses the variant or has more to say than that it trains like the standard SAE,
     as it should.
     """
-    findings = check.run("clustered", {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer,
-                         reference_files=[variants.path("standard"), variants.path("topk")])
+    findings = preflight("clustered", SMOLLM, reference_files=[variants.path("standard"), variants.path("topk")])
     assert [note for note in findings.notes
             if "trains bit-identically to standard" not in note] == [] and len(findings.notes) == 1
 

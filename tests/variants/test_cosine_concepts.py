@@ -10,8 +10,8 @@ import torch
 
 import experiment
 import variants
+from tests.variants.common import SMOLLM, preflight
 from variants import base, cosine_concepts
-from variants.preflight import check
 from variants.research import cosine_concepts_report
 
 MIDDLE = base.Progress(5, 100, 500, 10_000)  # half of the sparsity warm-up, a twentieth of the run
@@ -178,7 +178,5 @@ def test_report_is_deterministic_and_survives_dead_concepts():
 def test_preflight_passes():
     """Fails if the variant waits for the device, loses state, breaks under bf16, or cannot be forecast."""
     rivals = [variants.path(n) for n in ("standard", "topk")]
-    findings = check.run("cosine_concepts", {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                         reference_files=rivals, train_step=experiment.train_step,
-                         make_optimizer=experiment.make_optimizer, accelerator=True)
+    findings = preflight("cosine_concepts", SMOLLM, reference_files=rivals, accelerator=True)
     assert not findings.notes

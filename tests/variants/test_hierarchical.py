@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import experiment
+from tests.variants.common import SMOLLM, preflight
 from variants import base, hierarchical
-from variants.preflight import check
 from variants.preflight.trial import synthetic
 from variants.research import hierarchical_report
 
@@ -213,6 +213,4 @@ def test_report_is_deterministic_and_readable_without_a_composition(random_sae):
 
 def test_preflight_passes():
     """Fails if the preflight refuses the variant or has something to remark."""
-    findings = check.run("hierarchical", {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
-    assert not findings.notes
+    assert not preflight("hierarchical", SMOLLM).notes

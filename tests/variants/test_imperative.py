@@ -17,10 +17,11 @@ import variants
 import variants.kit.saving
 from tests import FIXTURES
 from tests.flow.test_experiment import start, wait_for
+from tests.variants.common import GEMMA, line_of, preflight
 from variants import base
 from variants.kit import trainer_state, trainers
 from variants.kit.hyper import hyperparameters
-from variants.preflight import check, messages
+from variants.preflight import messages
 from variants.preflight.trial import synthetic
 
 HABITS = sorted((FIXTURES / "imperative_variants").glob("*.py"))
@@ -172,8 +173,7 @@ def test_broken_trainer_ends_in_its_message(name, place, words, monkeypatch):
     file = BROKEN / f"{name}.py"
     monkeypatch.setattr(messages, "SECONDS", 1.0)
     with pytest.raises(Exception) as caught:
-        check.run(str(file), {}, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0,
-                  train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
+        preflight(file, GEMMA)
     message = str(caught.value)
     lines = [i for i, line in enumerate(file.read_text().splitlines(), 1) if place and place in line]
     assert not place or any(message.startswith(f"{file.name}:{line}: ") for line in lines), message
@@ -332,10 +332,8 @@ def test_looking_for_the_width_changes_nothing():
 def test_the_first_tensor_of_the_features_shape_is_taken_and_that_is_said():
     """Fails if a tuple's first entry is taken whatever its shape, or nothing is said of the choice."""
     file = next(f for f in HABITS if f.stem == "encode_pair")
-    found = check.run(str(file), {}, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0,
-                      train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
-    line = 1 + next(i for i, text in enumerate(file.read_text().splitlines()) if "def encode" in text)
-    assert any(f"encode_pair.py:{line}: ae.encode returned 3 values, of which the first of shape [tokens, 160]" in n
+    found = preflight(file, GEMMA)
+    assert any(f"encode_pair.py:{line_of(file, 'def encode')}: ae.encode returned 3 values, of which the first of shape [tokens, 160]" in n
                for n in found.notes)
 
 
@@ -369,8 +367,7 @@ def test_a_pasted_file_that_changes_nothing_is_called_inert(tmp_path, edit):
     mine.write_text(TEMPLATE.replace(*EDITS[edit]))
 
     def run(file, **more):
-        return check.run(str(file), {}, d_in=64, d_sae=256, batch_size=128, total_steps=2441, lr=3e-4, seed=0,
-                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, **more)
+        return preflight(file, GEMMA | dict(d_in=64, d_sae=256, batch_size=128), **more)
 
     with pytest.raises(ValueError, match=r"mine.py:\d+: .*bit-identically to template"):
         run(mine, reference_files=[template])

@@ -11,6 +11,7 @@ import experiment
 import variants
 import variants.kit.saving
 from tests import OWN_VARIANTS, PROJECT
+from tests.variants.common import raw_activations, read_by_both
 from variants import base, standard, topk
 from variants.kit import losses
 from variants.kit.scale import stream_scale
@@ -161,14 +162,12 @@ def auxk_against_its_formula(device, every):
 @pytest.mark.parametrize("dead", [None, 0, 3])
 @pytest.mark.parametrize("name", [name for name in OWN_VARIANTS if variants.load(name).SAE.data_parallel])
 def test_a_training_step_never_waits_for_the_device(name, dead):
-    """Fails if a step reads a value back: the meta device has none to give.
-    Covers loss, projection, clip, counters, theta.
-    """
+    """Fails if loss, projection, clip, counters, theta or p_anneal's moves read a value back: "meta" has none to give."""
     with torch.device("meta"):
         sae = variants.load(name).SAE(16, 64)
         sae.dead_on_host = dead
-        optimizer = torch.optim.Adam(sae.parameters(), foreach=True)
-        for step in (0, 10, 90):
+        optimizer = torch.optim.Adam(sae.parameter_groups(1e-3), betas=sae.adam_betas, foreach=True)
+        for step in (0, 10, 49, 50, 59, 90, 99):
             loss, terms = experiment.train_step(sae, optimizer, base.Batch(torch.empty(32, 16)),
                                                 base.Progress(step, 100, step * 32, 3200))
     assert loss.shape == () and all(term.shape == () for term in terms.values())
@@ -225,17 +224,13 @@ def test_learning_rate_by_hand():
 @pytest.mark.parametrize("name, hyper", [("standard", {}), ("topk", {"k": 5})])
 def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, name, hyper):
     """Fails if the normalisation is folded into the wrong weights: scale 37 and non-zero biases."""
-    from sae_lens import SAE as SAELens
-
     torch.manual_seed(0)
     sae = variants.build(variants.load(name), 12, 40, hyper)
     base.normalise_decoder(sae.W_dec)
     sae.b_enc.data.normal_(0, 0.1)
     sae.b_dec.data.normal_(0, 0.3)
-    x_raw = torch.randn(3, 7, 12) * 37
-    trained = TrainedSAE(sae, 37.0)
-    variants.kit.saving.save_sae(tmp_path / "layer_1", sae, 37.0, variants.path(name), hyper, {})
-    theirs, ours = SAELens.load_from_disk(tmp_path / "layer_1"), variants.kit.saving.load_sae(tmp_path / "layer_1")
+    x_raw = raw_activations()
+    trained, theirs, ours = read_by_both(tmp_path / "layer_1", name, sae, hyper)
     features = trained.encode(x_raw)
     assert (features > 0).any() and torch.allclose(features, sae.encode(x_raw / 37) * 37, rtol=1e-4, atol=1e-4)
     for other in (theirs, ours):

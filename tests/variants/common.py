@@ -1,4 +1,4 @@
-"""What several tests of variants set up: a preflight at real sizes, the line of a text, SAELens' reading of a saved SAE."""
+"""What several tests of variants set up: a preflight at real sizes, the line of a text, a saved SAE read back."""
 
 from pathlib import Path
 

@@ -60,8 +60,8 @@ def test_loss_is_the_written_one():
     assert below > 0 and 0.0 in expected and max(expected) > 0
     loss, terms = sae.loss(batch, WARMING)
     error = (batch.x - z_BF @ sae.W_dec - sae.b_dec).pow(2).sum().item() / 28
-    assert [t.item() for t in terms.values()] == pytest.approx([error, z_BF.sum().item() / 28, sum(expected) / 28],
-                                                               rel=1e-6)
+    by_hand = [error, z_BF.sum().item() / 28, sum(expected) / 28]
+    assert [t.item() for t in terms.values()] == pytest.approx(by_hand, rel=1e-6)
     assert loss.item() == pytest.approx(error + 0.4 * 0.5 * z_BF.sum().item() / 28 + 0.7 * sum(expected) / 28, rel=1e-6)
 
 

@@ -71,16 +71,18 @@ def test_syntax_error_has_its_line(tmp_path):
     assert messages.where(caught.value, file) == "mine.py:3"
 
 
-@pytest.mark.parametrize("line, module", [("from variants import ranks", "ranks"), ("import variants.contexts", "contexts"),
-                                          ("from variants.imperative import Imperative", "imperative")])
-def test_a_module_that_moved_to_the_kit_is_said_where_it_lies(tmp_path, line, module):
-    """Fails if a file that imports what once lay in variants/ is told to install a package, or to check the spelling."""
+@pytest.mark.parametrize("line, name", [
+    ("from variants import ranks", "ranks"), ("import variants.contexts", "contexts"),
+    ("from variants.imperative import Imperative", "imperative")])
+def test_what_moved_to_the_kit_is_said_where_it_lies(tmp_path, line, name):
+    """Fails if a file that imports what once lay in variants/ is told to install a package or to check its spelling."""
     file = tmp_path / "mine.py"
     file.write_text(f"import torch\n{line}\n")
     with pytest.raises(ImportError) as caught:
         run(file)
     place, advice = str(caught.value).split("\n")
-    assert place.startswith("mine.py:2: ") and advice == f"it lies in variants/kit now: from variants.kit import {module}"
+    assert place.startswith("mine.py:2: ")
+    assert advice == f"it lies in variants/kit now: from variants.kit import {name}"
 
 
 def test_where_finds_the_variants_frame_behind_the_wrapping():
@@ -146,9 +148,8 @@ def test_ablation_is_a_remark_not_an_error():
 def test_sizes_that_only_fit_the_real_width_are_tried_at_it(tmp_path):
     """Fails if hyper-parameters that must add up to d_sae make a variant uncheckable."""
     file = tmp_path / "groups.py"
-    file.write_text((GOOD / "wider.py").read_text().replace("l1_penalty=0.02):",
-                                                            "l1_penalty=0.02, groups=(100, 300)):\n        "
-                    "assert sum(groups) == d_sae"))
+    adding_up = "l1_penalty=0.02, groups=(100, 300)):\n        assert sum(groups) == d_sae"
+    file.write_text((GOOD / "wider.py").read_text().replace("l1_penalty=0.02):", adding_up))
     run(file, d_sae=400)
     with pytest.raises(AssertionError, match="groups.py"):
         run(file, d_sae=500)
@@ -176,11 +177,12 @@ def edited(tmp_path, old, new):
 
 def test_an_effect_on_dead_features_late_in_the_run_is_seen(tmp_path):
     """Fails if the steps never exercise auxk at the end of the run: this edit changes nothing else."""
-    late = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 0.99 else "
-                                                       "1),")
-    assert run(late).notes == []
-    never = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 1.5 else "
-                                                        "1),")
+    def doubled_after(fraction):
+        new = f"self.auxk_alpha * auxk * (2 if progress.fraction > {fraction} else 1),"
+        return edited(tmp_path, "self.auxk_alpha * auxk,", new)
+
+    assert run(doubled_after(0.99)).notes == []
+    never = doubled_after(1.5)
     with pytest.raises(ValueError, match=r"edited.py:\d+: .*bit-identically to topk"):
         run(never)
     assert "bit-identically to topk" in run(never, allow_identical=True).notes[0]

@@ -184,8 +184,8 @@ def test_synthetic_batches_look_like_those_of_training():
     x_BD, state = torch.randn(17, 3), torch.get_rng_state()
     dense = base.Batch(**contexts.synthetic(x_BD, (-1, 0), None, 5))
     sparse = base.Batch(**contexts.synthetic(x_BD, (-1, 0), 0.3, 5))
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(dense.x,
-                                                                     x_BD) and torch.equal(dense.tokens, sparse.tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(dense.x, x_BD) and torch.equal(dense.tokens, sparse.tokens)
     assert dense.contexts.tolist() == [0] * 7 + [1] * 7 + [2] * 3
     assert dense.positions.tolist() == [1, 2, 3, 4, 5, 6, 7] * 2 + [1, 2, 3]
     assert dense.attention.shape == (3, 2, 8, 8) and not dense.attention.triu(1).any()

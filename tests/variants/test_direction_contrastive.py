@@ -37,7 +37,9 @@ def by_hand(sae, x_BD, top=0.1, normalise=True, weighting=True, directional=Fals
     norm = [math.sqrt(dot(w, w)) for w in W]
     unit = [[v / n for v in w] for w, n in zip(W, norm)]
     aligned = [max(0.0, dot(u, e) / math.sqrt(dot(e, e))) for u, e in zip(unit, E)]
-    importance = [1.0] * F if not weighting else aligned if directional else norm
+    importance = aligned if directional else norm
+    if not weighting:
+        importance = [1.0] * F
     rows = unit if normalise else W
     cos = [[dot(a, b) for b in rows] for a in rows]
     count = max(1, round(top * (F - 1)))
@@ -133,7 +135,8 @@ def test_every_flag_changes_training():
 
 def test_resets_revive_dead_features_after_the_warm_up_only():
     """Fails if nothing is reset, resets come in the warm-up, or a new row does not point along a token's error."""
-    assert trained().rows_reset >= 20 and trained(warmup_steps=20_000).rows_reset == 0 and trained(resets=False).rows_reset == 0
+    assert trained().rows_reset >= 20
+    assert trained(warmup_steps=20_000).rows_reset == 0 and trained(resets=False).rows_reset == 0
     sae, x_BD = scrambled(), x_of(40)
     error_BD = torch.nn.functional.normalize(x_BD - sae.decode(sae.encode(x_BD)), dim=1)
     dead_F = torch.arange(F) < 3

@@ -110,8 +110,8 @@ def test_gradient_equals_finite_differences_where_both_layers_learn(random_sae):
                 p += sign * 1e-6 * direction
                 values.append(sae.loss(base.Batch(x=x_BD), progress(19))[0].item())
                 p -= sign * 1e-6 * direction
-        assert (p.grad * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4,
-                                                                  abs=1e-8), name
+        slope = (values[0] - values[1]) / 2e-6
+        assert (p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-8), name
 
 
 LAYER_1 = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -172,8 +172,8 @@ def test_children_and_stages_by_hand():
     """Fails if layers are swapped, numbers shifted, the 10 % level or the sign is treated otherwise."""
     sae = hand_made()
     assert sae.stages() == {"layer_2": range(32, 40), "layer_1": range(32)}
-    assert sae.children_of([32]) == [3, 5, 9] and sae.children_of([33,
-                                                                   32]) == [3, 5, 7, 9] and sae.children_of([32], most=2) == [3, 5]
+    assert sae.children_of([32]) == [3, 5, 9] and sae.children_of([33, 32]) == [3, 5, 7, 9]
+    assert sae.children_of([32], most=2) == [3, 5]
     assert sae.children_of([34]) == [] and sae.children_of([]) == []
     with pytest.raises(ValueError, match="leave layer 2"):
         sae.children_of([3, 32])

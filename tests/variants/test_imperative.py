@@ -65,8 +65,8 @@ def library(monkeypatch):
     ("top_k", "TopKTrainer", dict(k=6)), ("batch_top_k", "BatchTopKTrainer", dict(k=6)),
     ("jumprelu", "JumpReluTrainer", {}), ("gdm", "GatedSAETrainer", {}),
     ("p_anneal", "PAnnealTrainer", dict(p_end=0.2, sparsity_function="Lp^p")),
-    ("gated_anneal", "GatedAnnealTrainer", dict(p_end=0.2)), ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer",
-                                                              dict(k=6, group_fractions=[0.25, 0.75]))])
+    ("gated_anneal", "GatedAnnealTrainer", dict(p_end=0.2)),
+    ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer", dict(k=6, group_fractions=[0.25, 0.75]))])
 def test_the_librarys_trainers_follow_its_own_loop(library, tmp_path, x_SBD, name, trainer, hyper):
     """Fails if a trainer gets other batches, steps or keywords than it would in its library,
     or its random state is disturbed.
@@ -108,8 +108,8 @@ def test_pasted_code_runs_to_a_finished_evaluation(file, tmp_path, tmp_path_fact
     means = json.loads((tmp_path / "run/final_info.json").read_text())["layer_2"]["means"]
     assert 0 < means["core.l0"] < 100 and means["core.frac_alive"] > 0.3 and means["core.r2"] > 0.2
     loaded = variants.kit.saving.load_sae(tmp_path / "run/sae/layer_2", trust_code=True)
-    assert loaded.W_dec.shape[1] == 32 and torch.allclose(loaded.W_dec.norm(dim=1), torch.ones(len(loaded.W_dec)),
-                                                          atol=1e-4)
+    assert loaded.W_dec.shape[1] == 32
+    assert torch.allclose(loaded.W_dec.norm(dim=1), torch.ones(len(loaded.W_dec)), atol=1e-4)
 
 
 @pytest.mark.parametrize("file", HABITS, ids=lambda p: p.stem)
@@ -333,8 +333,9 @@ def test_the_first_tensor_of_the_features_shape_is_taken_and_that_is_said():
     """Fails if a tuple's first entry is taken whatever its shape, or nothing is said of the choice."""
     file = next(f for f in HABITS if f.stem == "encode_pair")
     found = preflight(file, GEMMA)
-    assert any(f"encode_pair.py:{line_of(file, 'def encode')}: ae.encode returned 3 values, of which the first of shape [tokens, 160]" in n
-               for n in found.notes)
+    said = (f"encode_pair.py:{line_of(file, 'def encode')}: ae.encode returned 3 values, of which the first of shape "
+            "[tokens, 160]")
+    assert any(said in note for note in found.notes)
 
 
 # ------------------------------------------------------------------------------------- pasted files that change nothing
@@ -344,17 +345,15 @@ TEMPLATE = PASTED.replace("RETURN", "lambda loss: None").replace("warmup_steps=4
         self.optimizer = ConstrainedAdam(self.ae.parameters(), [self.ae.W_dec], lr=lr)
         self.warm = optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: min(s / warmup_steps, 1.0))
 """).replace("        self.optimizer.step()\n", "        self.optimizer.step()\n        self.warm.step()\n")
+ZERO_GRAD = "        self.optimizer.zero_grad()"
 EDITS = {
     "another return": ("lambda loss: None", "lambda loss: loss.item()"),
-    "a term times zero": ("        self.optimizer.zero_grad()", "        loss = loss + 0.0 * z.norm()\n"
-                                                                "        self.optimizer.zero_grad()"),
-    "a detached term": ("        self.optimizer.zero_grad()",
-                        "        loss = loss + z.norm().detach()\n        self.optimizer.zero_grad()"),
+    "a term times zero": (ZERO_GRAD, f"        loss = loss + 0.0 * z.norm()\n{ZERO_GRAD}"),
+    "a detached term": (ZERO_GRAD, f"        loss = loss + z.norm().detach()\n{ZERO_GRAD}"),
     "an unused parameter": ("        self.optimizer = Con",
                             "        self.gate = nn.Parameter(t.randn(dict_size))\n        self.optimizer = Con"),
     "an unused hyper-parameter": ("l1=0.01,", "l1=0.01, temperature=0.5,"),
-    "a start beyond the run": ("        self.optimizer.zero_grad()",
-                               "        loss = loss * (2 if step > 100_000 else 1)\n        self.optimizer.zero_grad()"),
+    "a start beyond the run": (ZERO_GRAD, f"        loss = loss * (2 if step > 100_000 else 1)\n{ZERO_GRAD}"),
     "other names": ("CustomSAE", "ImprovedSAE"),
 }
 

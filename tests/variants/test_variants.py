@@ -162,7 +162,7 @@ def auxk_against_its_formula(device, every):
 @pytest.mark.parametrize("dead", [None, 0, 3])
 @pytest.mark.parametrize("name", [name for name in OWN_VARIANTS if variants.load(name).SAE.data_parallel])
 def test_a_training_step_never_waits_for_the_device(name, dead):
-    """Fails if loss, projection, clip, counters, theta or p_anneal's moves read a value back: "meta" has none to give."""
+    """Fails if loss, projection, clip, counters, theta or p_anneal's moves read a value back: meta has none to give."""
     with torch.device("meta"):
         sae = variants.load(name).SAE(16, 64)
         sae.dead_on_host = dead
@@ -299,4 +299,5 @@ def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_pa
     (beside / "variants/broken.py").write_text("import sys\nsys.exit(3)\n")
     collected = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
                                cwd=beside, text=True, capture_output=True, timeout=300)
-    assert collected.returncode == 0 and "mine]" not in collected.stdout and "broken]" not in collected.stdout, collected.stdout[-2000:]
+    said = collected.stdout
+    assert collected.returncode == 0 and "mine]" not in said and "broken]" not in said, said[-2000:]

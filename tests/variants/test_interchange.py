@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import variants.kit.saving
 from variants import base
-from variants.kit import interchange
+from variants.kit import interchange, saelens
 from variants.kit.trained import TrainedSAE
 
 D, N_FEATURES, K = 6, 40, 5
@@ -228,7 +228,7 @@ def test_a_pretrained_release_is_read_like_a_folder(monkeypatch):
         raise OSError("name not known\nand much more")
 
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", unreachable)
-    interchange.read_release.cache_clear()
+    saelens.read_release.cache_clear()
     for wrong, error, message in [
         (place, ConnectionError, "did not give it: name not known\ncheck the connection"),
         (place.replace("2b-pt-res-canonical", "2b-res-canonical"), FileNotFoundError,

@@ -10,7 +10,7 @@ import variants
 import variants.kit.saving
 from tests.variants.common import SMOLLM, preflight, raw_activations, read_by_both
 from variants import base, gated, p_anneal, standard_april
-from variants.kit import interchange
+from variants.kit import found
 
 NAMES = ["standard_april", "gated", "p_anneal"]
 WARMING = base.Progress(5, 100, 500, 10_000)  # half of the sparsity warm-up, which takes a tenth of the run
@@ -183,7 +183,7 @@ def test_a_gated_sae_without_its_gate_is_not_loaded(tmp_path):
     assert set(weights) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"}
     save_file({k: v for k, v in weights.items() if k != "r_mag"}, tmp_path / "sae" / "sae_weights.safetensors")
     cfg = json.loads((tmp_path / "sae/cfg.json").read_text())
-    del cfg["metadata"][interchange.DIGEST]  # as in a file of another library
+    del cfg["metadata"][found.DIGEST]  # as in a file of another library
     (tmp_path / "sae/cfg.json").write_text(json.dumps(cfg))
     with pytest.raises(ValueError, match="r_mag"):
         variants.kit.saving.load_sae(tmp_path / "sae")

@@ -30,8 +30,7 @@ DICTIONARIES = {  # class -> variant, and whether the class encodes x − b_dec
     "MatryoshkaBatchTopKSAE": ("matryoshka_batch_topk", True),
 }
 RENAMED = {"bias": "b_dec", "decoder_bias": "b_dec", "decoder.bias": "b_dec", "encoder.bias": "b_enc",
-           "gate_bias": "b_gate",
-           "mag_bias": "b_mag", "threshold": "theta"}
+           "gate_bias": "b_gate", "mag_bias": "b_mag", "threshold": "theta"}
 TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}  # nn.Linear keeps [out, in]
 
 

@@ -31,8 +31,7 @@ ARCHITECTURES = {
     "gated": ("gated",),
     "jumprelu": ("jumprelu", "batch_topk", "matryoshka_batch_topk"),
 }
-# SAELens 6 trains "standard" with free decoder norms, and saves these three for inference under another name or the
-# same
+# SAELens 6 trains "standard" with free decoder norms; for inference it saves these under another name or the same
 TRAINED_AS = {"standard": "standard_april", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka_batch_topk"}
 FOLDED_BY = {  # SAELens' methods for the normalisations that weights can hold
     "expected_average_only_in": "fold_activation_norm_scaling_factor(factor)",
@@ -62,8 +61,7 @@ def read_release(release: str, sae_id: str) -> Found:
     if release not in known:
         near = difflib.get_close_matches(release, known, 1, 0)[0]
         raise FileNotFoundError(f"{place}: there is no such folder, and SAELens has no release {release!r}; the "
-                                f"nearest is {near!r}\n"
-                                f"{EXPECTED}")
+                                f"nearest is {near!r}\n{EXPECTED}")
     ids = known[release].saes_map
     if sae_id not in ids:
         near = difflib.get_close_matches(sae_id, ids, 1, 0)[0]
@@ -99,24 +97,25 @@ def refused(cfg: dict, place: str) -> tuple[str, int | None]:
     architecture = "topk" if activation == "topk" else cfg.get("architecture") or "standard"
     k = (cfg.get("activation_fn_kwargs") or {}).get("k") or cfg.get("k")
     if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{place}: no variant reads SAELens' architecture {architecture!r}\n"
-                         + (f"save it for inference: sae.save_inference_model(folder) writes one of {known}"
-                            if architecture in TRAINED_AS else f"known: {known}"))
+        advice = f"known: {', '.join(ARCHITECTURES)}"
+        if architecture in TRAINED_AS:
+            advice = ("save it for inference: sae.save_inference_model(folder) writes one of "
+                      f"{', '.join(ARCHITECTURES)}")
+        raise ValueError(f"{place}: no variant reads SAELens' architecture {architecture!r}\n{advice}")
     if activation not in ("relu", "topk"):
         raise ValueError(f"{place}: no variant has the activation function {activation!r}\n"
                          "choose an SAE with relu or topk")
     if architecture == "topk" and not k:
         raise ValueError(f"{place}: a topk SAE whose cfg.json says no k\nadd \"k\": … to {Path(place) / 'cfg.json'}")
     normalise = cfg.get("normalize_activations") or "none"
-    # the two values it once had were True and False
-    normalise = "expected_average_only_in" if normalise is True else normalise
+    if normalise is True:  # True and False were once its two values
+        normalise = "expected_average_only_in"
     if normalise != "none":
+        advice = "it differs from token to token, which no weights express; choose another SAE"
+        if normalise in FOLDED_BY:
+            advice = f"fold it in SAELens first: sae.{FOLDED_BY[normalise]}, then sae.save_model(folder)"
         raise ValueError(f"{place}: it takes activations normalised by {normalise!r}, and its weights do not hold "
-                         "that\n"
-                         + (f"fold it in SAELens first: sae.{FOLDED_BY[normalise]}, then sae.save_model(folder)"
-                            if normalise in FOLDED_BY
-                            else "it differs from token to token, which no weights express; choose another SAE"))
+                         f"that\n{advice}")
     said = cfg | (cfg.get("metadata") or {})
     hook = said.get("hook_name") or said.get("hook_point") or ""
     if said.get("hook_name_out") not in (None, hook):

@@ -44,9 +44,7 @@ def sums(z, pairs, attention, logits, tau, tau_c) -> list[float]:
 
 
 def test_loss_is_the_written_one():
-    """Fails if a term, the softmax of the layers, τ on s instead of on α, query → key,
-    k ≠ i or the mean over all tokens is wrong.
-    """
+    """Fails if a term, the layers' softmax, τ on s and not α, query → key, k ≠ i or the mean over tokens is wrong."""
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(6, 20, tau=0.2, lambda_c=0.7, tau_c=0.3, l1_penalty=0.4).double()
     for p in sae.parameters():
@@ -66,9 +64,7 @@ def test_loss_is_the_written_one():
 
 
 def test_gradients_by_finite_differences():
-    """Fails if the product's own backward drops a half,
-    or the norms or the layers' logits pass no or another gradient.
-    """
+    """Fails if the product's own backward drops a half, or norms or the layers' logits pass another gradient."""
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(6, 20, tau=0.1).double()
     batch = attending_batch(14, 6, tau=0.1, dtype=torch.float64)
@@ -85,9 +81,7 @@ def test_gradients_by_finite_differences():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tokens_without_features_and_bf16(autocast):
-    """Fails if a token with z = 0 gives NaN or takes part with another cosine than 0,
-    or bf16 loses more than its products' rounding.
-    """
+    """Fails if a token with z = 0 gives NaN or a cosine that is not 0, or bf16 loses more than by rounding."""
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(16, 40, tau=0.2)
     batch = attending_batch(28, 16)
@@ -113,9 +107,7 @@ def trained(steps=4, **hyper) -> base.SAE:
 
 
 def test_every_setting_changes_training():
-    """Fails if the term, the layers, τ, τc or λ1 have no effect, if λc = 0 is not `standard`,
-    or if w is not learned.
-    """
+    """Fails if a term, the layers, τ, τc or λ1 have no effect, λc = 0 is not `standard`, or w is not learned."""
     full = trained()
     assert full.layer_logit.abs().min() > 0.006  # Adam's first four steps of 3e-3 each
     for hyper in (dict(lambda_c=0), dict(attention_layers=(0,)), dict(attention_layers=(-1, 1)), dict(tau=0.2),
@@ -131,17 +123,13 @@ def test_every_setting_changes_training():
 
 @pytest.mark.parametrize("hyper", [{}, {"attention_layers": (0,)}])
 def test_preflight_has_nothing_to_say(hyper):
-    """Fails if the single-layer SAE has a weight that cannot learn,
-    or something per step is of the size B × B × F or F × F.
-    """
+    """Fails if one layer alone leaves a weight that cannot learn, or a step has something of B × B × F or F × F."""
     found = preflight("attention_contrastive", GEMMA, hyper, context=128, room=(2, 1))
     assert found.notes == [] and found.step_peak_bytes < 1e9  # F × F in fp32 alone is 1.07e9
 
 
 def test_report_counts():
-    """Fails if positives, contexts without any, bytes or controls are counted wrongly,
-    by hand on six tokens of three contexts.
-    """
+    """Fails if positives, contexts without any, bytes or controls are miscounted: six tokens of three contexts."""
     batch = base.Batch(x=torch.eye(6), tokens=torch.arange(6), positions=torch.tensor([1, 2, 3, 1, 1, 2]),
                        contexts=torch.tensor([0, 0, 0, 1, 2, 2]), pairs=torch.tensor([[1, 2, 2, 5], [0, 0, 1, 4]]),
                        pair_attention=torch.tensor([[0.1, 0.5], [0.3, 0.3], [0.2, 0.02], [0.06, 0.0]]))

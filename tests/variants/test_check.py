@@ -109,9 +109,7 @@ def test_settings_that_train_nothing_are_refused():
 
 @pytest.mark.parametrize("file", sorted(GOOD.glob("*.py")), ids=lambda p: p.stem)
 def test_good_variant_passes_without_a_remark(file):
-    """Fails if the check refuses what researchers do:
-    sampled Gram terms, EMA buffers, gates, other widths, curricula.
-    """
+    """Fails if the check refuses what researchers do: sampled Gram terms, EMA buffers, gates, widths, curricula."""
     assert run(file).notes == []
 
 
@@ -204,9 +202,7 @@ def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, mo
 
 
 def test_comments_and_defaults_do_not_make_another_variant(tmp_path):
-    """Fails if a copy with a new comment is refused as ineffective,
-    or one with another default is called unmodified.
-    """
+    """Fails if a copy with a new comment is refused as ineffective, or one with another default is unmodified."""
     copy = edited(tmp_path, "        self.note_fired", "        # remember them\n        self.note_fired")
     assert run(copy).notes == ["this is the unmodified topk"]
     assert run(edited(tmp_path, "k=32,", "k=48,")).notes == ["this is topk with k=48"]
@@ -216,9 +212,7 @@ def test_comments_and_defaults_do_not_make_another_variant(tmp_path):
 
 
 def test_grown_tells_products_from_sums_and_samples():
-    """Fails if a dimension is extrapolated by the wrong law. Small B, D, F = 50, 20, 100; ladders to 200, 80, 1600;
-    real 10x those.
-    """
+    """Fails if a dimension grows by the wrong law. Small B, D, F = 50, 20, 100; ladders to 200, 80, 1600; real 10x."""
     def length(rule):
         small = (50, 20, 100)
         def at(axis, factor):
@@ -240,9 +234,7 @@ def test_grown_tells_products_from_sums_and_samples():
                          ids=lambda p: p.stem)
 @taken(sparse=False)  # the path that is followed from size to size
 def test_forecast_agrees_with_a_measured_step(file):
-    """Fails if the forecast is off by a tenth from what torch's own allocator reports for one real step,
-    too large to be just measured.
-    """
+    """Fails if the forecast is off by a tenth from torch's own allocator, for a step too large to be just measured."""
     B, D, F = 4160, 32, 4096
     module = variants.load(str(file))
     torch.manual_seed(0)
@@ -268,9 +260,7 @@ def test_forecast_agrees_with_a_measured_step(file):
 
 
 def test_tensors_that_cannot_fit_are_named():
-    """Fails if an F x F or B x B x F tensor is missed, misplaced or misjudged at the real size,
-    or a sample taken for one.
-    """
+    """Fails if an F x F or B x B x F tensor is missed, misplaced or misjudged, or a sample taken for one."""
     gram, pairs = BROKEN / "gram_matrix.py", BROKEN / "token_pairs.py"
     message = budget.too_large(run(gram), 4 * 2**30)
     assert f"[16384, 16384] (1.0 GiB) at gram_matrix.py:{line_of(gram, 'cosine_FF =')}" in message
@@ -282,9 +272,7 @@ def test_tensors_that_cannot_fit_are_named():
 
 
 def test_forecast_takes_the_path_of_the_machine():
-    """Fails if topk's forecast for a GPU leaves out the dense features [B, F],
-    or a measured CPU step does not leave them out.
-    """
+    """Fails if topk's forecast for a GPU leaves out the dense features [B, F], or a measured CPU step has them."""
     gpu = run("topk", accelerator=True).step_peak_bytes
     assert gpu > 4 * 2048 * 16384 * 4  # z before and after the choice, their gradients, besides decoder-sized tensors
     sizes = dict(d_in=64, d_sae=16384, batch_size=1024)
@@ -296,9 +284,7 @@ def test_forecast_takes_the_path_of_the_machine():
 
 
 def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
-    """Fails if host synchronisation, a CPU tensor or a dtype clash under autocast goes unnoticed
-    on a machine without a GPU.
-    """
+    """Fails if synchronisation, a CPU tensor or a dtype clash under autocast goes unnoticed without a GPU."""
     def notes(lines):
         file = tmp_path / "mine.py"
         file.write_text("import torch\nfrom variants import base\n\n\nclass SAE(base.SAE):\n"
@@ -319,8 +305,6 @@ def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
 
 
 def test_a_variant_that_differs_in_its_groups_alone_is_no_reason_to_refuse_either():
-    """Fails if `clustered`, which trains exactly like `standard`, is refused,
-    or makes the unmodified `standard` refused.
-    """
+    """Fails if `clustered`, which trains like `standard`, is refused, or makes the unmodified `standard` refused."""
     assert any("bit-identically to standard" in note for note in run("clustered").notes)
     assert run("standard", reference_files=[variants.path("clustered")]).notes == []

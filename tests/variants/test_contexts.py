@@ -45,9 +45,7 @@ def language_model(folders, architecture):
 
 @pytest.mark.parametrize("architecture", ["gemma2", "llama", "gpt2", "gpt_neox"])
 def test_patterns_and_residuals_equal_the_plain_eager_model(folders, architecture):
-    """Fails if a pattern is another block's, is not the heads' mean, the pass is not eager,
-    or the model stays changed.
-    """
+    """Fails if a pattern is another block's or no mean of heads, the pass is not eager, or the model stays changed."""
     lm, tokens_BT = language_model(folders, architecture), torch.randint(5, 60, (3, 24))
     before, given = lm.residuals(tokens_BT, [0, 2]), lm.hf.config._attn_implementation
     x, patterns = lm.residuals_and_attention(tokens_BT, [0, 2], [1, 3])
@@ -101,9 +99,7 @@ def test_rows_of_step_are_all_rows_in_as_many_steps_as_asked_for():
 
 
 def random_block(threshold=None):
-    """A block on PLACE whose tokens, x and patterns tell where they come from;
-    patterns above the diagonal too, to be left out.
-    """
+    """A block on PLACE whose tokens, x and patterns tell where they come from; patterns above the diagonal, too."""
     pattern_RATT = torch.rand(4, 3, CONTEXT, CONTEXT, generator=torch.Generator().manual_seed(0)).half()
     x_ND = PLACE[:, None] * torch.tensor([1.0, 100.0])
     block = dict(tokens_N=PLACE + 1000, place_N=PLACE)
@@ -115,9 +111,7 @@ def random_block(threshold=None):
 
 @pytest.mark.parametrize("threshold", [0.6, 0.9])
 def test_sparse_attention_is_what_a_loop_over_pairs_finds(threshold):
-    """Fails if BOS columns, the diagonal or later keys enter, one layer above the threshold is not enough,
-    or rows mix.
-    """
+    """Fails if BOS columns, the diagonal or later keys enter, one layer above the threshold is too few, or rows mix."""
     block, _, pattern_RATT = random_block(threshold)
     query_P, key_P, value_PA = block["pair_query_P"], block["pair_key_P"], block["pair_attention_PA"]
     expected = []

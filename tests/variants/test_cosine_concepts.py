@@ -30,9 +30,7 @@ def scrambled(**hyper) -> base.SAE:
 # k = 1 of 30 concepts takes the sparse path on a CPU
 @pytest.mark.parametrize("k, adaptive", [(1, False), (4, False), (4, True)])
 def test_loss_equals_dense_autograd(k, adaptive):
-    """Fails if a term, its weight, the choice of concepts,
-    or any parameter's gradient differs from plain autograd in fp64.
-    """
+    """Fails if a term, its weight, the choice of concepts, or a gradient differs from plain autograd in fp64."""
     sae = scrambled(k=k, adaptive_topk=adaptive, l1_base=0.3, l1_concept=0.7, w1_penalty=0.5, w2_peak=2.0)
     x_BD = torch.randn(9, 6, dtype=torch.float64)
     loss, terms = sae.loss(base.Batch(x_BD), MIDDLE)
@@ -87,9 +85,7 @@ def test_every_ablation_changes_training(ablation):
 
 
 def test_presets_and_schedules_by_hand():
-    """Fails if a preset's number, an explicit value's precedence, λ_w2(t),
-    its length or the warm restarts are wrong.
-    """
+    """Fails if a preset's number, an explicit value's precedence, λ_w2(t), its length or the restarts are wrong."""
     torch.manual_seed(0)
     precise, previous = (cosine_concepts.SAE(16, 1000, preset=p) for p in ("precise", "previous"))
     assert (precise.n_1, precise.k, precise.l1_concept, previous.k, previous.l1_concept) == (800, 10, 0.35, 10, 0.35)
@@ -162,9 +158,7 @@ class FakeContext:
 
 
 def test_report_is_deterministic_and_survives_dead_concepts():
-    """Fails if numbers or pictures differ between two reports, a picture is missing,
-    or dead concepts give NaN instead of None.
-    """
+    """Fails if two reports differ, a picture is missing, or dead concepts give NaN instead of None."""
     torch.manual_seed(0)
     sae = cosine_concepts.SAE(8, 100).eval()
     (numbers, files), (again, same_files) = sae.report(FakeContext()), sae.report(FakeContext())

@@ -36,9 +36,7 @@ def trained(steps=STEPS, seed=0, **hyper):
 
 @torch.no_grad()
 def reference(sae, x_BD):
-    """Every quantity of the loss, token by token and feature by feature,
-    with one encoder on the concatenation [x − b_dec, h1].
-    """
+    """Every quantity of the loss, token by token and feature by feature, one encoder on [x − b_dec, h1]."""
     n_1 = round(0.8 * F_SAE)
     W_encoder_2 = torch.cat([sae.W_enc2, sae.W_12])
     total = dict(reconstruction=0.0, composition=0.0, skip_1=0.0, skip_2=0.0)
@@ -119,9 +117,7 @@ LAYER_1 = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 @pytest.mark.parametrize("until, step, moving", [(6, 7, 1), (12, 13, 2), (18, 19, 3)])
 def test_the_curriculum_moves_one_layer_bit_for_bit(until, step, moving):
-    """Fails if a frozen parameter moves: by Adam's momentum, by renormalisation, or by a gradient that leaks;
-    or a trained one stays.
-    """
+    """Fails if a frozen parameter moves (Adam's momentum, renormalisation, a leaking gradient), a trained one stays."""
     sae, optimizer = trained(steps=until)
     decoders = {1: [sae.W_dec], 2: [sae.W_dec2], 3: [sae.W_dec, sae.W_dec2]}[moving]
     with torch.no_grad():
@@ -158,9 +154,7 @@ def test_every_ablation_changes_what_is_learned(hyper):
 
 
 def hand_made():
-    """Layer 1 has features 0 to 31, layer 2 32 to 39;
-    parent 32 is made of 3, 5 and (negatively) 9, parent 33 of 7 alone.
-    """
+    """Layer 1: features 0 to 31, layer 2: 32 to 39; parent 32 is made of 3, 5 and (negatively) 9, parent 33 of 7."""
     sae = fresh()
     with torch.no_grad():
         sae.W_comp[[3, 5, 9, 11], 0] = torch.tensor([1.0, 0.5, -0.11, 0.1])

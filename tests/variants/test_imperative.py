@@ -50,9 +50,7 @@ def x_SBD():
 
 @pytest.fixture
 def library(monkeypatch):
-    """dictionary_learning without two packages that it imports for other purposes:
-    reading models, and logging to a server.
-    """
+    """dictionary_learning without two packages that it imports for other purposes: reading models, a server's log."""
     for name, attribute in (("nnsight", "LanguageModel"), ("wandb", "init")):
         module = types.ModuleType(name)
         setattr(module, attribute, None)
@@ -68,9 +66,7 @@ def library(monkeypatch):
     ("gated_anneal", "GatedAnnealTrainer", dict(p_end=0.2)),
     ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer", dict(k=6, group_fractions=[0.25, 0.75]))])
 def test_the_librarys_trainers_follow_its_own_loop(library, tmp_path, x_SBD, name, trainer, hyper):
-    """Fails if a trainer gets other batches, steps or keywords than it would in its library,
-    or its random state is disturbed.
-    """
+    """Fails if a trainer gets other batches, steps or keywords than in its library, or another random state."""
     from dictionary_learning.training import trainSAE
 
     file = tmp_path / "mine.py"
@@ -114,9 +110,7 @@ def test_pasted_code_runs_to_a_finished_evaluation(file, tmp_path, tmp_path_fact
 
 @pytest.mark.parametrize("file", HABITS, ids=lambda p: p.stem)
 def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD):
-    """Fails if something that training changes on the trainer is not in the checkpoint:
-    tensors, counters, queues, optimisers.
-    """
+    """Fails if what training changes on the trainer is not in the checkpoint: tensors, counters, queues, optimisers."""
     whole = built(file)
     steps(whole, x_SBD)
     half = built(file)
@@ -134,9 +128,7 @@ def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD)
 
 
 def test_a_killed_trainer_ends_in_the_same_bytes(tmp_path):
-    """Fails if the run's checkpoint does not hold the trainer:
-    resampling counters and an optimiser's moments decide the result.
-    """
+    """Fails if the run's checkpoint lacks the trainer: resampling counters and an optimiser's moments decide."""
     file = next(f for f in HABITS if f.stem == "resampling")
     more = [f"--variant={file}", "--evals=none", "--checkpoint_seconds=0"]
     for name in ("whole", "killed"):
@@ -228,9 +220,7 @@ def test_update_may_return_nothing_a_number_or_a_dict(tmp_path, x_SBD, answer, e
 
 
 def test_keywords_by_the_rule(tmp_path):
-    """Fails if a keyword is passed that is not accepted, a schedule longer than the run is kept,
-    or --hyper is not what counts.
-    """
+    """Fails if a keyword is passed that is not accepted, a schedule outlasts the run, or --hyper does not count."""
     file = tmp_path / "pasted.py"
     file.write_text(PASTED.replace("RETURN", "None"))
     assert built(file).trainer.seen == dict(warmup=3, steps=60, lr=3e-3, l1=0.01)
@@ -260,9 +250,7 @@ def test_evals_see_any_leading_dimensions_and_every_decoder():
 
 
 def test_what_hangs_on_the_ae_is_saved_and_moved(x_SBD):
-    """Fails if a mask, a list of running means or a changed number on the ae is lost by saving,
-    or stays on its device.
-    """
+    """Fails if a mask, a list of running means or a changed number on the ae is lost by saving, or not moved."""
     file = next(f for f in HABITS if f.stem == "plain_tensors")
     sae = built(file)
     steps(sae, x_SBD)
@@ -299,9 +287,7 @@ def test_lists_dicts_and_changing_numbers_come_back_from_a_file(tmp_path):
 
 
 def test_numbers_that_update_returns_are_no_losses(x_SBD):
-    """Fails if a counter or a mean over nothing ends the run, a column of the log is overwritten,
-    or a loss that comes late is 0.
-    """
+    """Fails if a counter or a mean over nothing ends the run, a log's column is overwritten, or a late loss is 0."""
     from runs import training_log
 
     sae = built(next(f for f in HABITS if f.stem == "plain_tensors"))

@@ -17,9 +17,7 @@ WARMING = base.Progress(5, 100, 500, 10_000)  # half of the sparsity warm-up, wh
 
 
 def scrambled(sae: base.SAE) -> base.SAE:
-    """Untied weights, rows of various norms, biases off zero:
-    nothing that the initialisation makes equal stays equal.
-    """
+    """Untied weights, rows of various norms, biases off zero: nothing that initialisation makes equal stays equal."""
     for p in sae.parameters():
         p.data += torch.randn_like(p) * 0.2
     return sae.double()
@@ -38,9 +36,7 @@ def squared_error(sae: base.SAE, x_D, z_F) -> float:
 
 @pytest.mark.parametrize("name", ["standard_april", "p_anneal"])
 def test_relu_losses_by_hand(name):
-    """Fails if april forgets the decoder norms, p_anneal the power, or either the warm-up,
-    a sum over D or a mean over B.
-    """
+    """Fails if april forgets the decoder norms, p_anneal the power, either the warm-up, a sum over D, a mean over B."""
     torch.manual_seed(0)
     sae = scrambled(variants.load(name).SAE(4, 7, l1_penalty=0.3))
     x_BD = torch.randn(5, 4, dtype=torch.float64)
@@ -80,9 +76,7 @@ def test_gated_loss_by_hand():
 
 
 def test_gated_auxiliary_term_trains_the_gate_and_not_the_decoder():
-    """Fails if aux's decoder is not frozen: W_dec would get a gradient,
-    b_dec more than what comes through the encoder.
-    """
+    """Fails if aux's decoder is not frozen: W_dec would get a gradient, b_dec more than comes through the encoder."""
     torch.manual_seed(0)
     sae = scrambled(gated.SAE(6, 20))
     _, terms = sae.loss(base.Batch(torch.randn(30, 6, dtype=torch.float64)), WARMING)
@@ -96,9 +90,7 @@ def test_gated_auxiliary_term_trains_the_gate_and_not_the_decoder():
 
 
 def test_p_anneal_penalty_is_continuous_and_p_ends_at_its_end():
-    """Fails if α is rescaled by the inverse ratio or not at all, a move is missed or not equal,
-    or p stops short of .2.
-    """
+    """Fails if α is rescaled inversely or not at all, a move is missed or not equal, or p stops short of .2."""
     torch.manual_seed(0)
     sae = p_anneal.SAE(6, 30, l1_penalty=0.3)
     x_BD = torch.randn(50, 6)

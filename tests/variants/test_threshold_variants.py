@@ -128,9 +128,7 @@ def test_a_whole_number_written_as_a_fraction_is_one():
 
 
 def test_theta_decides_alone_at_inference():
-    """Fails if encode ranks within the batch, takes theta for its own decay,
-    or gives nothing before there is a theta.
-    """
+    """Fails if encode ranks within the batch, takes theta for its own decay, or gives nothing before a theta."""
     torch.manual_seed(0)
     for sae in (batch_topk.SAE(6, 40, k=4), matryoshka_batch_topk.SAE(6, 40, k=4)):
         x_BD = torch.randn(30, 6)
@@ -234,9 +232,7 @@ def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, na
 @pytest.mark.parametrize("theta", [0.02, 0.3])
 @pytest.mark.parametrize("D, F", [(32, 256), (256, 1024)])
 def test_jumprelu_under_autocast_is_that_of_fp32(D, F, theta):
-    """Fails if z_pre goes through bf16 on its way to theta:
-    its steps are wider than the window, the gradient is noise.
-    """
+    """Fails if z_pre reaches theta through bf16: its steps are wider than the window, the gradient is noise."""
     torch.manual_seed(0)
     sae = jumprelu.SAE(D, F, target_l0=8)
     sae.theta.data.fill_(theta)
@@ -275,9 +271,7 @@ def test_biases_and_results_are_not_rounded_under_autocast(name):
 
 
 def test_gradients_of_rounded_factors_are_those_of_the_product():
-    """Fails if a gradient of the product under autocast is left out, or has another sign or shape:
-    x, W, bias, centre.
-    """
+    """Fails if a gradient of the product under autocast is missing, or of another sign or shape: x, W, bias, centre."""
     torch.manual_seed(0)
     shapes = (2, 3, 4), (4, 5), (5,), (4,)
     x, W_DF, b_F, centre_D = (torch.randn(shape).requires_grad_() for shape in shapes)

@@ -7,10 +7,10 @@ import torch
 
 import experiment
 import variants
+from tests.variants.common import GEMMA, preflight
 from variants import attention_contrastive, base
 from variants.kit import contexts
 from variants.kit.trained import TrainedSAE
-from variants.preflight import check
 from variants.research import attention_contrastive_report
 
 WARMING = base.Progress(5, 100, 500, 10_000)  # half of the sparsity warm-up, which takes a tenth of the run
@@ -44,9 +44,7 @@ def sums(z, pairs, attention, logits, tau, tau_c) -> list[float]:
 
 
 def test_loss_is_the_written_one():
-    """Fails if a term, the softmax of the layers, τ on s instead of on α, query → key,
-    k ≠ i or the mean over all tokens is wrong.
-    """
+    """Fails if a term, the layers' softmax, τ on s and not α, query → key, k ≠ i or the mean over tokens is wrong."""
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(6, 20, tau=0.2, lambda_c=0.7, tau_c=0.3, l1_penalty=0.4).double()
     for p in sae.parameters():
@@ -60,15 +58,13 @@ def test_loss_is_the_written_one():
     assert below > 0 and 0.0 in expected and max(expected) > 0
     loss, terms = sae.loss(batch, WARMING)
     error = (batch.x - z_BF @ sae.W_dec - sae.b_dec).pow(2).sum().item() / 28
-    assert [t.item() for t in terms.values()] == pytest.approx([error, z_BF.sum().item() / 28, sum(expected) / 28],
-                                                               rel=1e-6)
+    by_hand = [error, z_BF.sum().item() / 28, sum(expected) / 28]
+    assert [t.item() for t in terms.values()] == pytest.approx(by_hand, rel=1e-6)
     assert loss.item() == pytest.approx(error + 0.4 * 0.5 * z_BF.sum().item() / 28 + 0.7 * sum(expected) / 28, rel=1e-6)
 
 
 def test_gradients_by_finite_differences():
-    """Fails if the product's own backward drops a half,
-    or the norms or the layers' logits pass no or another gradient.
-    """
+    """Fails if the product's own backward drops a half, or norms or the layers' logits pass another gradient."""
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(6, 20, tau=0.1).double()
     batch = attending_batch(14, 6, tau=0.1, dtype=torch.float64)
@@ -85,9 +81,7 @@ def test_gradients_by_finite_differences():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tokens_without_features_and_bf16(autocast):
-    """Fails if a token with z = 0 gives NaN or takes part with another cosine than 0,
-    or bf16 loses more than its products' rounding.
-    """
+    """Fails if a token with z = 0 gives NaN or a cosine that is not 0, or bf16 loses more than by rounding."""
     torch.manual_seed(0)
     sae = attention_contrastive.SAE(16, 40, tau=0.2)
     batch = attending_batch(28, 16)
@@ -113,9 +107,7 @@ def trained(steps=4, **hyper) -> base.SAE:
 
 
 def test_every_setting_changes_training():
-    """Fails if the term, the layers, τ, τc or λ1 have no effect, if λc = 0 is not `standard`,
-    or if w is not learned.
-    """
+    """Fails if a term, the layers, τ, τc or λ1 have no effect, λc = 0 is not `standard`, or w is not learned."""
     full = trained()
     assert full.layer_logit.abs().min() > 0.006  # Adam's first four steps of 3e-3 each
     for hyper in (dict(lambda_c=0), dict(attention_layers=(0,)), dict(attention_layers=(-1, 1)), dict(tau=0.2),
@@ -132,19 +124,13 @@ def test_every_setting_changes_training():
 @pytest.mark.slow
 @pytest.mark.parametrize("hyper", [{}, {"attention_layers": (0,)}])
 def test_preflight_has_nothing_to_say(hyper):
-    """Fails if the single-layer SAE has a weight that cannot learn,
-    or something per step is of the size B × B × F or F × F.
-    """
-    found = check.run("attention_contrastive", hyper, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441,
-                      lr=3e-4, seed=0, train_step=experiment.train_step, make_optimizer=experiment.make_optimizer,
-                      context=128, room=(2, 1))
+    """Fails if one layer alone leaves a weight that cannot learn, or a step has something of B × B × F or F × F."""
+    found = preflight("attention_contrastive", GEMMA, hyper, context=128, room=(2, 1))
     assert found.notes == [] and found.step_peak_bytes < 1e9  # F × F in fp32 alone is 1.07e9
 
 
 def test_report_counts():
-    """Fails if positives, contexts without any, bytes or controls are counted wrongly,
-    by hand on six tokens of three contexts.
-    """
+    """Fails if positives, contexts without any, bytes or controls are miscounted: six tokens of three contexts."""
     batch = base.Batch(x=torch.eye(6), tokens=torch.arange(6), positions=torch.tensor([1, 2, 3, 1, 1, 2]),
                        contexts=torch.tensor([0, 0, 0, 1, 2, 2]), pairs=torch.tensor([[1, 2, 2, 5], [0, 0, 1, 4]]),
                        pair_attention=torch.tensor([[0.1, 0.5], [0.3, 0.3], [0.2, 0.02], [0.06, 0.0]]))

@@ -1,16 +1,15 @@
 """The preflight check: each way to get a variant wrong ends in its own message, and variants that are right pass."""
 
-from pathlib import Path
 
 import pytest
 import torch
 
-import experiment
 import variants
 from tests import FIXTURES
+from tests.variants.common import GEMMA, line_of, preflight
 from variants import base
 from variants.kit.sparse import taken
-from variants.preflight import budget, check, memory, messages
+from variants.preflight import budget, memory, messages
 from variants.preflight.trial import pretend_dead
 
 BROKEN = FIXTURES / "broken_variants"
@@ -19,13 +18,7 @@ SHIPPED = [variants.path("topk"), variants.path("standard")]
 
 
 def run(name, hyper=None, **changes):
-    real = dict(d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0, reference_files=SHIPPED)
-    loop = dict(train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
-    return check.run(str(name), hyper or {}, **{**real, **loop, **changes})
-
-
-def line_of(file, text):
-    return 1 + next(i for i, line in enumerate(Path(file).read_text().splitlines()) if text in line)
+    return preflight(name, GEMMA, hyper, **dict(reference_files=SHIPPED) | changes)
 
 
 # ------------------------------------------------------------------------------------- what is wrong, where, what to do
@@ -78,6 +71,20 @@ def test_syntax_error_has_its_line(tmp_path):
     assert messages.where(caught.value, file) == "mine.py:3"
 
 
+@pytest.mark.parametrize("line, name", [
+    ("from variants import ranks", "ranks"), ("import variants.contexts", "contexts"),
+    ("from variants.imperative import Imperative", "imperative")])
+def test_what_moved_to_the_kit_is_said_where_it_lies(tmp_path, line, name):
+    """Fails if a file that imports what once lay in variants/ is told to install a package or to check its spelling."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"import torch\n{line}\n")
+    with pytest.raises(ImportError) as caught:
+        run(file)
+    place, advice = str(caught.value).split("\n")
+    assert place.startswith("mine.py:2: ")
+    assert advice == f"it lies in variants/kit now: from variants.kit import {name}"
+
+
 def test_where_finds_the_variants_frame_behind_the_wrapping():
     """Fails if the place is taken from the check or from torch instead of the user's file."""
     file = BROKEN / "context_unpacked.py"
@@ -103,9 +110,7 @@ def test_settings_that_train_nothing_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(GOOD.glob("*.py")), ids=lambda p: p.stem)
 def test_good_variant_passes_without_a_remark(file):
-    """Fails if the check refuses what researchers do:
-    sampled Gram terms, EMA buffers, gates, other widths, curricula.
-    """
+    """Fails if the check refuses what researchers do: sampled Gram terms, EMA buffers, gates, widths, curricula."""
     assert run(file).notes == []
 
 
@@ -144,9 +149,8 @@ def test_ablation_is_a_remark_not_an_error():
 def test_sizes_that_only_fit_the_real_width_are_tried_at_it(tmp_path):
     """Fails if hyper-parameters that must add up to d_sae make a variant uncheckable."""
     file = tmp_path / "groups.py"
-    file.write_text((GOOD / "wider.py").read_text().replace("l1_penalty=0.02):",
-                                                            "l1_penalty=0.02, groups=(100, 300)):\n        "
-                    "assert sum(groups) == d_sae"))
+    adding_up = "l1_penalty=0.02, groups=(100, 300)):\n        assert sum(groups) == d_sae"
+    file.write_text((GOOD / "wider.py").read_text().replace("l1_penalty=0.02):", adding_up))
     run(file, d_sae=400)
     with pytest.raises(AssertionError, match="groups.py"):
         run(file, d_sae=500)
@@ -176,11 +180,12 @@ def edited(tmp_path, old, new):
 @pytest.mark.slow
 def test_an_effect_on_dead_features_late_in_the_run_is_seen(tmp_path):
     """Fails if the steps never exercise auxk at the end of the run: this edit changes nothing else."""
-    late = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 0.99 else "
-                                                       "1),")
-    assert run(late).notes == []
-    never = edited(tmp_path, "self.auxk_alpha * auxk,", "self.auxk_alpha * auxk * (2 if progress.fraction > 1.5 else "
-                                                        "1),")
+    def doubled_after(fraction):
+        new = f"self.auxk_alpha * auxk * (2 if progress.fraction > {fraction} else 1),"
+        return edited(tmp_path, "self.auxk_alpha * auxk,", new)
+
+    assert run(doubled_after(0.99)).notes == []
+    never = doubled_after(1.5)
     with pytest.raises(ValueError, match=r"edited.py:\d+: .*bit-identically to topk"):
         run(never)
     assert "bit-identically to topk" in run(never, allow_identical=True).notes[0]
@@ -204,9 +209,7 @@ def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, mo
 
 @pytest.mark.slow
 def test_comments_and_defaults_do_not_make_another_variant(tmp_path):
-    """Fails if a copy with a new comment is refused as ineffective,
-    or one with another default is called unmodified.
-    """
+    """Fails if a copy with a new comment is refused as ineffective, or one with another default is unmodified."""
     copy = edited(tmp_path, "        self.note_fired", "        # remember them\n        self.note_fired")
     assert run(copy).notes == ["this is the unmodified topk"]
     assert run(edited(tmp_path, "k=32,", "k=48,")).notes == ["this is topk with k=48"]
@@ -216,9 +219,7 @@ def test_comments_and_defaults_do_not_make_another_variant(tmp_path):
 
 
 def test_grown_tells_products_from_sums_and_samples():
-    """Fails if a dimension is extrapolated by the wrong law. Small B, D, F = 50, 20, 100; ladders to 200, 80, 1600;
-    real 10x those.
-    """
+    """Fails if a dimension grows by the wrong law. Small B, D, F = 50, 20, 100; ladders to 200, 80, 1600; real 10x."""
     def length(rule):
         small = (50, 20, 100)
         def at(axis, factor):
@@ -241,9 +242,7 @@ def test_grown_tells_products_from_sums_and_samples():
                          ids=lambda p: p.stem)
 @taken(sparse=False)  # the path that is followed from size to size
 def test_forecast_agrees_with_a_measured_step(file):
-    """Fails if the forecast is off by a tenth from what torch's own allocator reports for one real step,
-    too large to be just measured.
-    """
+    """Fails if the forecast is off by a tenth from torch's own allocator, for a step too large to be just measured."""
     B, D, F = 4160, 32, 4096
     module = variants.load(str(file))
     torch.manual_seed(0)
@@ -270,9 +269,7 @@ def test_forecast_agrees_with_a_measured_step(file):
 
 @pytest.mark.slow
 def test_tensors_that_cannot_fit_are_named():
-    """Fails if an F x F or B x B x F tensor is missed, misplaced or misjudged at the real size,
-    or a sample taken for one.
-    """
+    """Fails if an F x F or B x B x F tensor is missed, misplaced or misjudged, or a sample taken for one."""
     gram, pairs = BROKEN / "gram_matrix.py", BROKEN / "token_pairs.py"
     message = budget.too_large(run(gram), 4 * 2**30)
     assert f"[16384, 16384] (1.0 GiB) at gram_matrix.py:{line_of(gram, 'cosine_FF =')}" in message
@@ -285,9 +282,7 @@ def test_tensors_that_cannot_fit_are_named():
 
 @pytest.mark.slow
 def test_forecast_takes_the_path_of_the_machine():
-    """Fails if topk's forecast for a GPU leaves out the dense features [B, F],
-    or a measured CPU step does not leave them out.
-    """
+    """Fails if topk's forecast for a GPU leaves out the dense features [B, F], or a measured CPU step has them."""
     gpu = run("topk", accelerator=True).step_peak_bytes
     assert gpu > 4 * 2048 * 16384 * 4  # z before and after the choice, their gradients, besides decoder-sized tensors
     sizes = dict(d_in=64, d_sae=16384, batch_size=1024)
@@ -300,9 +295,7 @@ def test_forecast_takes_the_path_of_the_machine():
 
 @pytest.mark.slow
 def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
-    """Fails if host synchronisation, a CPU tensor or a dtype clash under autocast goes unnoticed
-    on a machine without a GPU.
-    """
+    """Fails if synchronisation, a CPU tensor or a dtype clash under autocast goes unnoticed without a GPU."""
     def notes(lines):
         file = tmp_path / "mine.py"
         file.write_text("import torch\nfrom variants import base\n\n\nclass SAE(base.SAE):\n"
@@ -324,8 +317,6 @@ def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
 
 @pytest.mark.slow
 def test_a_variant_that_differs_in_its_groups_alone_is_no_reason_to_refuse_either():
-    """Fails if `clustered`, which trains exactly like `standard`, is refused,
-    or makes the unmodified `standard` refused.
-    """
+    """Fails if `clustered`, which trains like `standard`, is refused, or makes the unmodified `standard` refused."""
     assert any("bit-identically to standard" in note for note in run("clustered").notes)
     assert run("standard", reference_files=[variants.path("clustered")]).notes == []

@@ -13,9 +13,9 @@ from scipy.sparse import csr_matrix
 import experiment
 import variants
 import variants.kit.saving
+from tests.variants.common import SMOLLM, preflight
 from variants import base, clustered, standard
 from variants.kit.trained import TrainedSAE
-from variants.preflight import check
 
 
 def activations(seed=0, n=400, families=12, noise=0.35):
@@ -31,9 +31,7 @@ def activations(seed=0, n=400, families=12, noise=0.35):
 
 
 def slow_groups(z_NF, cut, min_density):
-    """Pearson with np.corrcoef; the nearest two clusters by the mean over all cross pairs merge until
-    none is as near as the cut.
-    """
+    """Pearson by np.corrcoef; the nearest clusters, by the mean over all cross pairs, merge while within the cut."""
     fires = [f for f in range(z_NF.shape[1]) if (z_NF[:, f] > 0).sum() >= max(3, min_density * len(z_NF))]
     C = np.corrcoef(z_NF[:, fires].T)
     clusters = [[i] for i in range(len(fires))]
@@ -52,9 +50,7 @@ def as_groups(label_F):
 
 @pytest.mark.parametrize("seed, noise, min_density", [(0, 0.35, 1e-5), (1, 0.2, 1e-5), (2, 0.25, 0.1)])
 def test_groups_are_those_of_average_linkage_over_all_features(seed, noise, min_density):
-    """Fails for covariance instead of correlation, single linkage (components alone), a wrong cut,
-    or rare features let in.
-    """
+    """Fails for covariance instead of correlation, single linkage (components alone), a wrong cut, rare features."""
     z_NF = activations(seed, noise=noise)
     label_LF, clustered_F = clustered.groups_of(csr_matrix(z_NF), (0.7, 0.5, 0.3), min_density)
     wanted = [slow_groups(z_NF, cut, min_density) for cut in (0.7, 0.5, 0.3)]
@@ -101,9 +97,7 @@ def train(hyper, steps, total=60, batch=50, state=None, cls=clustered.SAE):
 
 
 def test_ring_holds_the_last_tokens_by_the_sae_of_their_step():
-    """Fails if the ring is written at the wrong place, keeps other than the largest,
-    or records too late to be full at a clustering.
-    """
+    """Fails if the ring is written at the wrong place, keeps not the largest, or is not full at a clustering."""
     sae, _, x_SBD = train(dict(recent_tokens=120, kept=4), range(58))
     seen = []
     real, sae.remember = sae.remember, lambda x_BD: (real(x_BD), seen.append(sae.encode(x_BD).detach()))
@@ -120,9 +114,7 @@ def test_ring_holds_the_last_tokens_by_the_sae_of_their_step():
 
 
 def test_clusterings_are_counted_from_the_end_of_the_run():
-    """Fails if the last is not after the last step, short runs see fewer than four,
-    or long ones more than one in `every` steps.
-    """
+    """Fails if the last is not after the last step, short runs see below four, long ones over one in `every` steps."""
     for total, every, wanted in ((60, 500, 5), (60, 7, 8), (23, 500, 5), (2, 500, 2)):
         sae, _, _ = train(dict(every=every, recent_tokens=100), range(total), total)
         assert int(sae.clusterings) == wanted
@@ -144,9 +136,7 @@ def test_it_trains_like_standard_and_continues_bit_for_bit():
 
 
 def test_feature_groups_are_lists_of_numbers_and_none_for_the_control(tmp_path):
-    """Fails if a feature is in two groups, a group has one, the middle of three levels is not the cut,
-    or saving loses them.
-    """
+    """Fails if a feature is in two groups, a group has one, the middle level is not the cut, or saving loses them."""
     sae, _, _ = train(dict(recent_tokens=400, levels=3, cut=0.3), range(60))
     groups = sae.feature_groups()
     assert groups and all(type(f) is int for group in groups for f in group) and min(map(len, groups)) > 1
@@ -173,9 +163,7 @@ def context_for(sae, seed=0):
 
 @pytest.mark.slow
 def test_report_by_hand():
-    """Fails if coherence is taken over other tokens or with the diagonal, the Rand index over other features,
-    or numbers vary.
-    """
+    """Fails if coherence is of other tokens or the diagonal, the Rand index of other features, or numbers vary."""
     from sklearn.metrics import adjusted_rand_score
 
     sae, _, _ = train(dict(recent_tokens=400, cut=0.3), range(60))
@@ -192,10 +180,9 @@ def test_report_by_hand():
     assert numbers["stability"] == pytest.approx(adjusted_rand_score(one, two))
     assert numbers["share_in_groups"] == pytest.approx(sum(map(len, groups)) / int(sae.clustered_F.sum()))
     assert json.loads(files["groups.json"]) == {"level 0.3": groups}
-    assert {name for name in files if name.endswith(".png")} == {"group_sizes.png", "coherence.png",
-                                                                 "largest_groups.png"}
-    assert all(1000 < len(files[name]) < 150_000 and files[name][:4] == b"\x89PNG" for name in files
-               if name.endswith(".png"))
+    drawn = {name: file for name, file in files.items() if name.endswith(".png")}
+    assert drawn.keys() == {"group_sizes.png", "coherence.png", "largest_groups.png"}
+    assert all(1000 < len(file) < 150_000 and file[:4] == b"\x89PNG" for file in drawn.values())
     assert sae.report(context_for(sae)) == (numbers, files)
 
 
@@ -211,12 +198,8 @@ def test_report_of_an_sae_without_groups():
 
 @pytest.mark.slow
 def test_preflight_passes():
-    """Fails if preflight refuses the variant or has more to say than that it trains like the standard SAE,
-    as it should.
-    """
-    findings = check.run("clustered", {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer,
-                         reference_files=[variants.path("standard"), variants.path("topk")])
+    """Fails if preflight refuses the variant or says more than that it trains like `standard`, as it should."""
+    findings = preflight("clustered", SMOLLM, reference_files=[variants.path("standard"), variants.path("topk")])
     assert [note for note in findings.notes
             if "trains bit-identically to standard" not in note] == [] and len(findings.notes) == 1
 

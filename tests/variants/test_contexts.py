@@ -45,9 +45,7 @@ def language_model(folders, architecture):
 
 @pytest.mark.parametrize("architecture", ["gemma2", "llama", "gpt2", "gpt_neox"])
 def test_patterns_and_residuals_equal_the_plain_eager_model(folders, architecture):
-    """Fails if a pattern is another block's, is not the heads' mean, the pass is not eager,
-    or the model stays changed.
-    """
+    """Fails if a pattern is another block's or no mean of heads, the pass is not eager, or the model stays changed."""
     lm, tokens_BT = language_model(folders, architecture), torch.randint(5, 60, (3, 24))
     before, given = lm.residuals(tokens_BT, [0, 2]), lm.hf.config._attn_implementation
     x, patterns = lm.residuals_and_attention(tokens_BT, [0, 2], [1, 3])
@@ -101,9 +99,7 @@ def test_rows_of_step_are_all_rows_in_as_many_steps_as_asked_for():
 
 
 def random_block(threshold=None):
-    """A block on PLACE whose tokens, x and patterns tell where they come from;
-    patterns above the diagonal too, to be left out.
-    """
+    """A block on PLACE whose tokens, x and patterns tell where they come from; patterns above the diagonal, too."""
     pattern_RATT = torch.rand(4, 3, CONTEXT, CONTEXT, generator=torch.Generator().manual_seed(0)).half()
     x_ND = PLACE[:, None] * torch.tensor([1.0, 100.0])
     block = dict(tokens_N=PLACE + 1000, place_N=PLACE)
@@ -115,9 +111,7 @@ def random_block(threshold=None):
 
 @pytest.mark.parametrize("threshold", [0.6, 0.9])
 def test_sparse_attention_is_what_a_loop_over_pairs_finds(threshold):
-    """Fails if BOS columns, the diagonal or later keys enter, one layer above the threshold is not enough,
-    or rows mix.
-    """
+    """Fails if BOS columns, the diagonal or later keys enter, one layer above the threshold is too few, or rows mix."""
     block, _, pattern_RATT = random_block(threshold)
     query_P, key_P, value_PA = block["pair_query_P"], block["pair_key_P"], block["pair_attention_PA"]
     expected = []
@@ -184,8 +178,8 @@ def test_synthetic_batches_look_like_those_of_training():
     x_BD, state = torch.randn(17, 3), torch.get_rng_state()
     dense = base.Batch(**contexts.synthetic(x_BD, (-1, 0), None, 5))
     sparse = base.Batch(**contexts.synthetic(x_BD, (-1, 0), 0.3, 5))
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(dense.x,
-                                                                     x_BD) and torch.equal(dense.tokens, sparse.tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(dense.x, x_BD) and torch.equal(dense.tokens, sparse.tokens)
     assert dense.contexts.tolist() == [0] * 7 + [1] * 7 + [2] * 3
     assert dense.positions.tolist() == [1, 2, 3, 4, 5, 6, 7] * 2 + [1, 2, 3]
     assert dense.attention.shape == (3, 2, 8, 8) and not dense.attention.triu(1).any()

@@ -32,9 +32,7 @@ def test_graphs_generators_ties_and_cycles_are_copied():
 
 
 def test_a_copy_on_another_device_moves_everything():
-    """Fails if a plain tensor in a helper stays on the device of the original,
-    or a parameter is no parameter any more.
-    """
+    """Fails if a helper's plain tensor stays on the original's device, or a parameter is no parameter any more."""
     twin = copying.duplicate(Kept(), "meta")
     assert twin.helper.plain.is_meta and twin.helper.terms["a"][0].is_meta and twin.tied.weight is twin.W
     assert [name for name, _ in twin.named_parameters()] == ["W"] and twin.W.requires_grad

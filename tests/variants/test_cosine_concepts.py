@@ -10,8 +10,8 @@ import torch
 
 import experiment
 import variants
+from tests.variants.common import SMOLLM, preflight
 from variants import base, cosine_concepts
-from variants.preflight import check
 from variants.research import cosine_concepts_report
 
 MIDDLE = base.Progress(5, 100, 500, 10_000)  # half of the sparsity warm-up, a twentieth of the run
@@ -30,9 +30,7 @@ def scrambled(**hyper) -> base.SAE:
 # k = 1 of 30 concepts takes the sparse path on a CPU
 @pytest.mark.parametrize("k, adaptive", [(1, False), (4, False), (4, True)])
 def test_loss_equals_dense_autograd(k, adaptive):
-    """Fails if a term, its weight, the choice of concepts,
-    or any parameter's gradient differs from plain autograd in fp64.
-    """
+    """Fails if a term, its weight, the choice of concepts, or a gradient differs from plain autograd in fp64."""
     sae = scrambled(k=k, adaptive_topk=adaptive, l1_base=0.3, l1_concept=0.7, w1_penalty=0.5, w2_peak=2.0)
     x_BD = torch.randn(9, 6, dtype=torch.float64)
     loss, terms = sae.loss(base.Batch(x_BD), MIDDLE)
@@ -87,9 +85,7 @@ def test_every_ablation_changes_training(ablation):
 
 
 def test_presets_and_schedules_by_hand():
-    """Fails if a preset's number, an explicit value's precedence, λ_w2(t),
-    its length or the warm restarts are wrong.
-    """
+    """Fails if a preset's number, an explicit value's precedence, λ_w2(t), its length or the restarts are wrong."""
     torch.manual_seed(0)
     precise, previous = (cosine_concepts.SAE(16, 1000, preset=p) for p in ("precise", "previous"))
     assert (precise.n_1, precise.k, precise.l1_concept, previous.k, previous.l1_concept) == (800, 10, 0.35, 10, 0.35)
@@ -163,9 +159,7 @@ class FakeContext:
 
 @pytest.mark.slow
 def test_report_is_deterministic_and_survives_dead_concepts():
-    """Fails if numbers or pictures differ between two reports, a picture is missing,
-    or dead concepts give NaN instead of None.
-    """
+    """Fails if two reports differ, a picture is missing, or dead concepts give NaN instead of None."""
     torch.manual_seed(0)
     sae = cosine_concepts.SAE(8, 100).eval()
     (numbers, files), (again, same_files) = sae.report(FakeContext()), sae.report(FakeContext())
@@ -180,7 +174,5 @@ def test_report_is_deterministic_and_survives_dead_concepts():
 def test_preflight_passes():
     """Fails if the variant waits for the device, loses state, breaks under bf16, or cannot be forecast."""
     rivals = [variants.path(n) for n in ("standard", "topk")]
-    findings = check.run("cosine_concepts", {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                         reference_files=rivals, train_step=experiment.train_step,
-                         make_optimizer=experiment.make_optimizer, accelerator=True)
+    findings = preflight("cosine_concepts", SMOLLM, reference_files=rivals, accelerator=True)
     assert not findings.notes

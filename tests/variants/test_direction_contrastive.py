@@ -37,7 +37,9 @@ def by_hand(sae, x_BD, top=0.1, normalise=True, weighting=True, directional=Fals
     norm = [math.sqrt(dot(w, w)) for w in W]
     unit = [[v / n for v in w] for w, n in zip(W, norm)]
     aligned = [max(0.0, dot(u, e) / math.sqrt(dot(e, e))) for u, e in zip(unit, E)]
-    importance = [1.0] * F if not weighting else aligned if directional else norm
+    importance = aligned if directional else norm
+    if not weighting:
+        importance = [1.0] * F
     rows = unit if normalise else W
     cos = [[dot(a, b) for b in rows] for a in rows]
     count = max(1, round(top * (F - 1)))
@@ -58,9 +60,7 @@ def by_hand(sae, x_BD, top=0.1, normalise=True, weighting=True, directional=Fals
                                    dict(lambda_c=0.7, l1_penalty=0.1), dict(importance="directional")])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_terms_by_hand(hyper, sparse):
-    """Fails if a term, a flag, either side of the mask, its diagonal or the warm-up differs from the formula,
-    on either path.
-    """
+    """Fails if a term, a flag, a side of the mask, its diagonal or the warm-up is not the formula's, either path."""
     sae, x_BD = scrambled(**hyper), x_of()
     with taken(sparse):
         loss, terms = sae.loss(base.Batch(x_BD), WARMING)
@@ -72,9 +72,7 @@ def test_terms_by_hand(hyper, sparse):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_gradient_is_that_of_the_dense_sum(monkeypatch, chunk):
-    """Fails if the gradient made along with the value is not the derivative of Σ cos∘mask∘(zᵀz),
-    or chunks lose or repeat tokens.
-    """
+    """Fails if the gradient made with the value is not that of Σ cos∘mask∘(zᵀz), or chunks lose or repeat tokens."""
     monkeypatch.setattr(direction_contrastive, "CHUNK", chunk)
     sae, x_BD = scrambled(top=0.3), x_of(20)
     _, terms = sae.loss(base.Batch(x_BD), WARMING)
@@ -135,7 +133,8 @@ def test_every_flag_changes_training():
 @pytest.mark.slow
 def test_resets_revive_dead_features_after_the_warm_up_only():
     """Fails if nothing is reset, resets come in the warm-up, or a new row does not point along a token's error."""
-    assert trained().rows_reset >= 20 and trained(warmup_steps=20_000).rows_reset == 0 and trained(resets=False).rows_reset == 0
+    assert trained().rows_reset >= 20
+    assert trained(warmup_steps=20_000).rows_reset == 0 and trained(resets=False).rows_reset == 0
     sae, x_BD = scrambled(), x_of(40)
     error_BD = torch.nn.functional.normalize(x_BD - sae.decode(sae.encode(x_BD)), dim=1)
     dead_F = torch.arange(F) < 3
@@ -147,9 +146,7 @@ def test_resets_revive_dead_features_after_the_warm_up_only():
 
 
 def test_capture_of_pairs_by_hand():
-    """Fails if co-active pairs, two- and one-sided selection or their chance level are
-    counted otherwise than defined.
-    """
+    """Fails if co-active pairs, two- and one-sided selection or their chance level are not counted as defined."""
     sae = scrambled(top=0.2)
     z_NF = torch.relu(torch.randn(200, F, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
     z_NF[:, 1] = z_NF[:, 0] * (torch.arange(200) % 5 > 0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import experiment
+from tests.variants.common import SMOLLM, preflight
 from variants import base, hierarchical
-from variants.preflight import check
 from variants.preflight.trial import synthetic
 from variants.research import hierarchical_report
 
@@ -36,9 +36,7 @@ def trained(steps=STEPS, seed=0, **hyper):
 
 @torch.no_grad()
 def reference(sae, x_BD):
-    """Every quantity of the loss, token by token and feature by feature,
-    with one encoder on the concatenation [x − b_dec, h1].
-    """
+    """Every quantity of the loss, token by token and feature by feature, one encoder on [x − b_dec, h1]."""
     n_1 = round(0.8 * F_SAE)
     W_encoder_2 = torch.cat([sae.W_enc2, sae.W_12])
     total = dict(reconstruction=0.0, composition=0.0, skip_1=0.0, skip_2=0.0)
@@ -110,8 +108,8 @@ def test_gradient_equals_finite_differences_where_both_layers_learn(random_sae):
                 p += sign * 1e-6 * direction
                 values.append(sae.loss(base.Batch(x=x_BD), progress(19))[0].item())
                 p -= sign * 1e-6 * direction
-        assert (p.grad * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4,
-                                                                  abs=1e-8), name
+        slope = (values[0] - values[1]) / 2e-6
+        assert (p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-8), name
 
 
 LAYER_1 = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -119,9 +117,7 @@ LAYER_1 = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 @pytest.mark.parametrize("until, step, moving", [(6, 7, 1), (12, 13, 2), (18, 19, 3)])
 def test_the_curriculum_moves_one_layer_bit_for_bit(until, step, moving):
-    """Fails if a frozen parameter moves: by Adam's momentum, by renormalisation, or by a gradient that leaks;
-    or a trained one stays.
-    """
+    """Fails if a frozen parameter moves (Adam's momentum, renormalisation, a leaking gradient), a trained one stays."""
     sae, optimizer = trained(steps=until)
     decoders = {1: [sae.W_dec], 2: [sae.W_dec2], 3: [sae.W_dec, sae.W_dec2]}[moving]
     with torch.no_grad():
@@ -158,9 +154,7 @@ def test_every_ablation_changes_what_is_learned(hyper):
 
 
 def hand_made():
-    """Layer 1 has features 0 to 31, layer 2 32 to 39;
-    parent 32 is made of 3, 5 and (negatively) 9, parent 33 of 7 alone.
-    """
+    """Layer 1: features 0 to 31, layer 2: 32 to 39; parent 32 is made of 3, 5 and (negatively) 9, parent 33 of 7."""
     sae = fresh()
     with torch.no_grad():
         sae.W_comp[[3, 5, 9, 11], 0] = torch.tensor([1.0, 0.5, -0.11, 0.1])
@@ -172,8 +166,8 @@ def test_children_and_stages_by_hand():
     """Fails if layers are swapped, numbers shifted, the 10 % level or the sign is treated otherwise."""
     sae = hand_made()
     assert sae.stages() == {"layer_2": range(32, 40), "layer_1": range(32)}
-    assert sae.children_of([32]) == [3, 5, 9] and sae.children_of([33,
-                                                                   32]) == [3, 5, 7, 9] and sae.children_of([32], most=2) == [3, 5]
+    assert sae.children_of([32]) == [3, 5, 9] and sae.children_of([33, 32]) == [3, 5, 7, 9]
+    assert sae.children_of([32], most=2) == [3, 5]
     assert sae.children_of([34]) == [] and sae.children_of([]) == []
     with pytest.raises(ValueError, match="leave layer 2"):
         sae.children_of([3, 32])
@@ -214,6 +208,4 @@ def test_report_is_deterministic_and_readable_without_a_composition(random_sae):
 @pytest.mark.slow
 def test_preflight_passes():
     """Fails if the preflight refuses the variant or has something to remark."""
-    findings = check.run("hierarchical", {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
-    assert not findings.notes
+    assert not preflight("hierarchical", SMOLLM).notes

@@ -17,10 +17,11 @@ import variants
 import variants.kit.saving
 from tests import FIXTURES
 from tests.small_run import start, wait_for
+from tests.variants.common import GEMMA, line_of, preflight
 from variants import base
 from variants.kit import trainer_state, trainers
 from variants.kit.hyper import hyperparameters
-from variants.preflight import check, messages
+from variants.preflight import messages
 from variants.preflight.trial import synthetic
 
 HABITS = sorted((FIXTURES / "imperative_variants").glob("*.py"))
@@ -49,9 +50,7 @@ def x_SBD():
 
 @pytest.fixture
 def library(monkeypatch):
-    """dictionary_learning without two packages that it imports for other purposes:
-    reading models, and logging to a server.
-    """
+    """dictionary_learning without two packages that it imports for other purposes: reading models, a server's log."""
     for name, attribute in (("nnsight", "LanguageModel"), ("wandb", "init")):
         module = types.ModuleType(name)
         setattr(module, attribute, None)
@@ -65,12 +64,10 @@ def library(monkeypatch):
     ("top_k", "TopKTrainer", dict(k=6)), ("batch_top_k", "BatchTopKTrainer", dict(k=6)),
     ("jumprelu", "JumpReluTrainer", {}), ("gdm", "GatedSAETrainer", {}),
     ("p_anneal", "PAnnealTrainer", dict(p_end=0.2, sparsity_function="Lp^p")),
-    ("gated_anneal", "GatedAnnealTrainer", dict(p_end=0.2)), ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer",
-                                                              dict(k=6, group_fractions=[0.25, 0.75]))])
+    ("gated_anneal", "GatedAnnealTrainer", dict(p_end=0.2)),
+    ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer", dict(k=6, group_fractions=[0.25, 0.75]))])
 def test_the_librarys_trainers_follow_its_own_loop(library, tmp_path, x_SBD, name, trainer, hyper):
-    """Fails if a trainer gets other batches, steps or keywords than it would in its library,
-    or its random state is disturbed.
-    """
+    """Fails if a trainer gets other batches, steps or keywords than in its library, or another random state."""
     from dictionary_learning.training import trainSAE
 
     file = tmp_path / "mine.py"
@@ -109,16 +106,14 @@ def test_pasted_code_runs_to_a_finished_evaluation(file, tmp_path, tmp_path_fact
     means = json.loads((tmp_path / "run/final_info.json").read_text())["layer_2"]["means"]
     assert 0 < means["core.l0"] < 100 and means["core.frac_alive"] > 0.3 and means["core.r2"] > 0.2
     loaded = variants.kit.saving.load_sae(tmp_path / "run/sae/layer_2", trust_code=True)
-    assert loaded.W_dec.shape[1] == 32 and torch.allclose(loaded.W_dec.norm(dim=1), torch.ones(len(loaded.W_dec)),
-                                                          atol=1e-4)
+    assert loaded.W_dec.shape[1] == 32
+    assert torch.allclose(loaded.W_dec.norm(dim=1), torch.ones(len(loaded.W_dec)), atol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", HABITS, ids=lambda p: p.stem)
 def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD):
-    """Fails if something that training changes on the trainer is not in the checkpoint:
-    tensors, counters, queues, optimisers.
-    """
+    """Fails if what training changes on the trainer is not in the checkpoint: tensors, counters, queues, optimisers."""
     whole = built(file)
     steps(whole, x_SBD)
     half = built(file)
@@ -137,9 +132,7 @@ def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD)
 
 @pytest.mark.slow
 def test_a_killed_trainer_ends_in_the_same_bytes(tmp_path):
-    """Fails if the run's checkpoint does not hold the trainer:
-    resampling counters and an optimiser's moments decide the result.
-    """
+    """Fails if the run's checkpoint lacks the trainer: resampling counters and an optimiser's moments decide."""
     file = next(f for f in HABITS if f.stem == "resampling")
     more = [f"--variant={file}", "--evals=none", "--checkpoint_seconds=0"]
     for name in ("whole", "killed"):
@@ -177,8 +170,7 @@ def test_broken_trainer_ends_in_its_message(name, place, words, monkeypatch):
     file = BROKEN / f"{name}.py"
     monkeypatch.setattr(messages, "SECONDS", 1.0)
     with pytest.raises(Exception) as caught:
-        check.run(str(file), {}, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0,
-                  train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
+        preflight(file, GEMMA)
     message = str(caught.value)
     lines = [i for i, line in enumerate(file.read_text().splitlines(), 1) if place and place in line]
     assert not place or any(message.startswith(f"{file.name}:{line}: ") for line in lines), message
@@ -233,9 +225,7 @@ def test_update_may_return_nothing_a_number_or_a_dict(tmp_path, x_SBD, answer, e
 
 
 def test_keywords_by_the_rule(tmp_path):
-    """Fails if a keyword is passed that is not accepted, a schedule longer than the run is kept,
-    or --hyper is not what counts.
-    """
+    """Fails if a keyword is passed that is not accepted, a schedule outlasts the run, or --hyper does not count."""
     file = tmp_path / "pasted.py"
     file.write_text(PASTED.replace("RETURN", "None"))
     assert built(file).trainer.seen == dict(warmup=3, steps=60, lr=3e-3, l1=0.01)
@@ -265,9 +255,7 @@ def test_evals_see_any_leading_dimensions_and_every_decoder():
 
 
 def test_what_hangs_on_the_ae_is_saved_and_moved(x_SBD):
-    """Fails if a mask, a list of running means or a changed number on the ae is lost by saving,
-    or stays on its device.
-    """
+    """Fails if a mask, a list of running means or a changed number on the ae is lost by saving, or not moved."""
     file = next(f for f in HABITS if f.stem == "plain_tensors")
     sae = built(file)
     steps(sae, x_SBD)
@@ -304,9 +292,7 @@ def test_lists_dicts_and_changing_numbers_come_back_from_a_file(tmp_path):
 
 
 def test_numbers_that_update_returns_are_no_losses(x_SBD):
-    """Fails if a counter or a mean over nothing ends the run, a column of the log is overwritten,
-    or a loss that comes late is 0.
-    """
+    """Fails if a counter or a mean over nothing ends the run, a log's column is overwritten, or a late loss is 0."""
     from runs import training_log
     from runs.clock import Clock
 
@@ -338,11 +324,10 @@ def test_looking_for_the_width_changes_nothing():
 def test_the_first_tensor_of_the_features_shape_is_taken_and_that_is_said():
     """Fails if a tuple's first entry is taken whatever its shape, or nothing is said of the choice."""
     file = next(f for f in HABITS if f.stem == "encode_pair")
-    found = check.run(str(file), {}, d_in=2304, d_sae=16384, batch_size=2048, total_steps=2441, lr=3e-4, seed=0,
-                      train_step=experiment.train_step, make_optimizer=experiment.make_optimizer)
-    line = 1 + next(i for i, text in enumerate(file.read_text().splitlines()) if "def encode" in text)
-    assert any(f"encode_pair.py:{line}: ae.encode returned 3 values, of which the first of shape [tokens, 160]" in n
-               for n in found.notes)
+    found = preflight(file, GEMMA)
+    said = (f"encode_pair.py:{line_of(file, 'def encode')}: ae.encode returned 3 values, of which the first of shape "
+            "[tokens, 160]")
+    assert any(said in note for note in found.notes)
 
 
 # ------------------------------------------------------------------------------------- pasted files that change nothing
@@ -352,17 +337,15 @@ TEMPLATE = PASTED.replace("RETURN", "lambda loss: None").replace("warmup_steps=4
         self.optimizer = ConstrainedAdam(self.ae.parameters(), [self.ae.W_dec], lr=lr)
         self.warm = optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: min(s / warmup_steps, 1.0))
 """).replace("        self.optimizer.step()\n", "        self.optimizer.step()\n        self.warm.step()\n")
+ZERO_GRAD = "        self.optimizer.zero_grad()"
 EDITS = {
     "another return": ("lambda loss: None", "lambda loss: loss.item()"),
-    "a term times zero": ("        self.optimizer.zero_grad()", "        loss = loss + 0.0 * z.norm()\n"
-                                                                "        self.optimizer.zero_grad()"),
-    "a detached term": ("        self.optimizer.zero_grad()",
-                        "        loss = loss + z.norm().detach()\n        self.optimizer.zero_grad()"),
+    "a term times zero": (ZERO_GRAD, f"        loss = loss + 0.0 * z.norm()\n{ZERO_GRAD}"),
+    "a detached term": (ZERO_GRAD, f"        loss = loss + z.norm().detach()\n{ZERO_GRAD}"),
     "an unused parameter": ("        self.optimizer = Con",
                             "        self.gate = nn.Parameter(t.randn(dict_size))\n        self.optimizer = Con"),
     "an unused hyper-parameter": ("l1=0.01,", "l1=0.01, temperature=0.5,"),
-    "a start beyond the run": ("        self.optimizer.zero_grad()",
-                               "        loss = loss * (2 if step > 100_000 else 1)\n        self.optimizer.zero_grad()"),
+    "a start beyond the run": (ZERO_GRAD, f"        loss = loss * (2 if step > 100_000 else 1)\n{ZERO_GRAD}"),
     "other names": ("CustomSAE", "ImprovedSAE"),
 }
 
@@ -376,8 +359,7 @@ def test_a_pasted_file_that_changes_nothing_is_called_inert(tmp_path, edit):
     mine.write_text(TEMPLATE.replace(*EDITS[edit]))
 
     def run(file, **more):
-        return check.run(str(file), {}, d_in=64, d_sae=256, batch_size=128, total_steps=2441, lr=3e-4, seed=0,
-                         train_step=experiment.train_step, make_optimizer=experiment.make_optimizer, **more)
+        return preflight(file, GEMMA | dict(d_in=64, d_sae=256, batch_size=128), **more)
 
     with pytest.raises(ValueError, match=r"mine.py:\d+: .*bit-identically to template"):
         run(mine, reference_files=[template])

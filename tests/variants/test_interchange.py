@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import variants.kit.saving
 from variants import base
-from variants.kit import interchange
+from variants.kit import interchange, saelens
 from variants.kit.trained import TrainedSAE
 
 D, N_FEATURES, K = 6, 40, 5
@@ -81,9 +81,7 @@ def write_dictionary(folder, dict_class, state, config):
 
 @pytest.mark.parametrize("dict_class, shapes, given, config, codes, variant, hyper", DICTIONARIES)
 def test_dictionaries_keep_their_features(tmp_path, dict_class, shapes, given, config, codes, variant, hyper):
-    """Fails if a tensor goes to the wrong place, untransposed or unscaled,
-    or if centring or a threshold's sign is misread.
-    """
+    """Fails if a tensor goes to the wrong place, untransposed, unscaled, centring or a sign is misread."""
     torch.manual_seed(0)
     state = {name: torch.randn(shape) for name, shape in shapes.items()} | given
     write_dictionary(tmp_path / "ae", dict_class, state, config)
@@ -101,9 +99,7 @@ def test_dictionaries_keep_their_features(tmp_path, dict_class, shapes, given, c
 
 
 def test_a_folder_of_dictionaries_gives_one_entry_each_in_order(tmp_path):
-    """Fails if only the first is read, if trainer_10 comes before trainer_2,
-    or if the file itself is no valid place.
-    """
+    """Fails if only the first is read, trainer_10 comes before trainer_2, or the file itself is no valid place."""
     torch.manual_seed(0)
     for i in (10, 2):
         state = {name: torch.randn(shape) for name, shape in (LINEAR | {"bias": (D,)}).items()}
@@ -139,9 +135,7 @@ SAELENS = [
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("cfg, variant", SAELENS)
 def test_saelens_folders_keep_their_features(tmp_path, cfg, variant, centred):
-    """Fails if centring is folded with the wrong sign or into one gate only, norms do not reach the ranking,
-    or thresholds become one.
-    """
+    """Fails if centring is folded with the wrong sign or into one gate, norms miss the ranking, or thresholds merge."""
     metadata = dict(model_name="lm", hook_name="blocks.4.hook_resid_post", sae_lens_version="6.0.0")
     if variant == "jumprelu":  # so it says, but its thresholds differ
         metadata["training_architecture"] = "batchtopk"
@@ -212,9 +206,7 @@ def test_saelens_folders_of_before_version_6(tmp_path):
 
 @pytest.mark.slow
 def test_a_pretrained_release_is_read_like_a_folder(monkeypatch):
-    """Fails if the hub's SAE is converted otherwise than a saved one,
-    or a hub that cannot be reached ends in a traceback of its own.
-    """
+    """Fails if the hub's SAE is converted otherwise than a saved one, or an unreachable hub ends in a traceback."""
     import sae_lens
 
     theirs = random_saelens({"architecture": "jumprelu", "apply_b_dec_to_input": False})
@@ -229,7 +221,7 @@ def test_a_pretrained_release_is_read_like_a_folder(monkeypatch):
         raise OSError("name not known\nand much more")
 
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", unreachable)
-    interchange.read_release.cache_clear()
+    saelens.read_release.cache_clear()
     for wrong, error, message in [
         (place, ConnectionError, "did not give it: name not known\ncheck the connection"),
         (place.replace("2b-pt-res-canonical", "2b-res-canonical"), FileNotFoundError,
@@ -245,9 +237,7 @@ def test_a_pretrained_release_is_read_like_a_folder(monkeypatch):
 
 
 def trained(name, scale=1.0, **hyper):
-    """A variant with random weights on activations divided by `scale`:
-    unit rows, random biases, thresholds from .2 to 1.
-    """
+    """A variant with random weights on activations over `scale`: unit rows, random biases, thresholds from .2 to 1."""
     torch.manual_seed(0)
     sae = variants.build(variants.load(name), D, N_FEATURES, hyper)
     base.normalise_decoder(sae.W_dec)
@@ -260,9 +250,7 @@ def trained(name, scale=1.0, **hyper):
 
 
 def test_a_run_gives_its_saes_by_name_in_either_format(tmp_path):
-    """Fails if a threshold SAE comes back as SAELens' JumpReLU, the own format loses its scale,
-    or a half-written folder is read.
-    """
+    """Fails if a threshold SAE comes back as JumpReLU, the own format loses its scale, a half-written one is read."""
     source = tmp_path / "mine.py"
     source.write_text("from variants import topk\n\nclass SAE(topk.SAE):\n"
                       "    def encode(self, x):\n        return super().encode(x) ** 2\n")
@@ -287,9 +275,7 @@ def test_a_run_gives_its_saes_by_name_in_either_format(tmp_path):
 
 @pytest.mark.parametrize("name", ["standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka_batch_topk"])
 def test_rescaling_by_hand(name):
-    """Fails if a bias or threshold keeps its raw unit, r_mag or a weight is divided,
-    or "no threshold yet" becomes one.
-    """
+    """Fails if a bias or threshold keeps its raw unit, r_mag or a weight is divided, "no threshold yet" becomes one."""
     sae, x = trained(name), torch.randn(50, D)
     expected, x_hat = sae.encode(x), sae.decode(sae.encode(x))
     assert 0.05 < (expected > 0).float().mean() < 0.95
@@ -323,9 +309,7 @@ V6 = dict(architecture="standard", d_in=D, d_sae=N_FEATURES, normalize_activatio
     (V6 | dict(d_sae=7), "of another shape: b_enc .39. instead of .40.\n"),
 ])
 def test_refusals_of_saelens(tmp_path, cfg, message):
-    """Fails if what changes the features, or weights of another architecture, are read without a word,
-    or the advice is missing.
-    """
+    """Fails if what changes features, or another architecture's weights, are read silently, or advice is missing."""
     write_saelens(tmp_path / "sae", cfg, **({"b_enc": torch.zeros(39)} if cfg["d_sae"] == 7 else {}))
     with pytest.raises(ValueError, match=message) as raised:
         interchange.build(interchange.find(str(tmp_path / "sae"))["sae"])
@@ -365,9 +349,7 @@ class RefusedCode:
 
 
 def test_an_edited_variant_is_not_used_for_weights_it_was_not_made_for(tmp_path, monkeypatch):
-    """Fails if variants/topk.py, edited in place, evaluates earlier weights as if nothing had changed,
-    or is saved as SAELens' TopK.
-    """
+    """Fails if an edited variants/topk.py evaluates earlier weights as if unchanged, or is saved as SAELens' TopK."""
     sae, original = trained("topk", k=K), variants.path("topk")
     variants.kit.saving.save_sae(tmp_path / "before", sae, 3.0, original, {"k": K}, {})
     edited = tmp_path / "topk.py"

@@ -6,9 +6,9 @@ import torch
 import experiment
 import variants
 import variants.kit.saving
+from tests.variants.common import SMOLLM, preflight, raw_activations, read_by_both
 from variants import base, batch_topk, jumprelu, matryoshka_batch_topk
 from variants.kit.trained import TrainedSAE
-from variants.preflight import check
 
 NAMES = ["batch_topk", "matryoshka_batch_topk", "jumprelu"]
 LATE = base.Progress(50, 100, 5000, 10_000)
@@ -128,9 +128,7 @@ def test_a_whole_number_written_as_a_fraction_is_one():
 
 
 def test_theta_decides_alone_at_inference():
-    """Fails if encode ranks within the batch, takes theta for its own decay,
-    or gives nothing before there is a theta.
-    """
+    """Fails if encode ranks within the batch, takes theta for its own decay, or gives nothing before a theta."""
     torch.manual_seed(0)
     for sae in (batch_topk.SAE(6, 40, k=4), matryoshka_batch_topk.SAE(6, 40, k=4)):
         x_BD = torch.randn(30, 6)
@@ -205,46 +203,25 @@ def test_jumprelu_comes_to_its_target_l0():
     assert (sae.theta >= 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_training_step_never_waits_for_the_device(name):
-    """Fails if a step reads a value back: the meta device has none to give."""
-    with torch.device("meta"):
-        sae = variants.load(name).SAE(16, 64)
-        optimizer = torch.optim.Adam(sae.parameter_groups(1e-3), betas=sae.adam_betas, foreach=True)
-        for step in (0, 10, 90):
-            loss, terms = experiment.train_step(sae, optimizer, base.Batch(torch.empty(32, 16)),
-                                                base.Progress(step, 100, step * 32, 3200))
-    assert loss.shape == () and all(term.shape == () for term in terms.values())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_preflight_passes_without_a_note(name):
     """Fails if preflight finds features that depend on other tokens, lost state, an idle term or a step that waits."""
     rivals = [variants.path(n) for n in ("standard", "topk", *NAMES) if n != name]
-    found = check.run(name, {}, d_in=576, d_sae=2304, batch_size=1024, total_steps=156, lr=3e-3, seed=0,
-                      reference_files=rivals, train_step=experiment.train_step,
-                      make_optimizer=experiment.make_optimizer, accelerator=True)
-    assert found.notes == []
+    assert preflight(name, SMOLLM, reference_files=rivals, accelerator=True).notes == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, name):
-    """Fails if threshold or centring is lost or left in normalised units:
-    scale 37, biases, decoder rows of any norm.
-    """
-    from sae_lens import SAE as SAELens
-
+    """Fails if threshold or centring is lost or left in normalised units: scale 37, biases, rows of any norm."""
     torch.manual_seed(0)
     sae = variants.build(variants.load(name), 12, 40, {})
     sae.W_dec.data *= torch.linspace(0.5, 2, 40)[:, None]
     sae.b_enc.data.normal_(0, 0.1)
     sae.b_dec.data.normal_(0, 0.3)
     sae.theta.data.copy_(torch.linspace(0.2, 1, 40) if sae.theta.ndim else torch.tensor(0.5))
-    x_raw = torch.randn(3, 7, 12) * 37
-    trained = TrainedSAE(sae, 37.0)
-    variants.kit.saving.save_sae(tmp_path / "layer_1", sae, 37.0, variants.path(name), {}, {})
-    theirs, ours = SAELens.load_from_disk(tmp_path / "layer_1"), variants.kit.saving.load_sae(tmp_path / "layer_1")
+    x_raw = raw_activations()
+    trained, theirs, ours = read_by_both(tmp_path / "layer_1", name, sae)
     features = trained.encode(x_raw)
     assert 0.05 < (features > 0).float().mean() < 0.5
     for other in (theirs, ours):
@@ -256,9 +233,7 @@ def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, na
 @pytest.mark.parametrize("theta", [0.02, 0.3])
 @pytest.mark.parametrize("D, F", [(32, 256), (256, 1024)])
 def test_jumprelu_under_autocast_is_that_of_fp32(D, F, theta):
-    """Fails if z_pre goes through bf16 on its way to theta:
-    its steps are wider than the window, the gradient is noise.
-    """
+    """Fails if z_pre reaches theta through bf16: its steps are wider than the window, the gradient is noise."""
     torch.manual_seed(0)
     sae = jumprelu.SAE(D, F, target_l0=8)
     sae.theta.data.fill_(theta)
@@ -297,9 +272,7 @@ def test_biases_and_results_are_not_rounded_under_autocast(name):
 
 
 def test_gradients_of_rounded_factors_are_those_of_the_product():
-    """Fails if a gradient of the product under autocast is left out, or has another sign or shape:
-    x, W, bias, centre.
-    """
+    """Fails if a gradient of the product under autocast is missing, or of another sign or shape: x, W, bias, centre."""
     torch.manual_seed(0)
     shapes = (2, 3, 4), (4, 5), (5,), (4,)
     x, W_DF, b_F, centre_D = (torch.randn(shape).requires_grad_() for shape in shapes)

@@ -41,8 +41,8 @@ def info(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("content, words", [
-    (TOPK.replace("def __init__(self", "def __init__((self").encode(), ["mine.py:22: invalid syntax",
-                                                                        "correct that line"]),
+    (TOPK.replace("def __init__(self", "def __init__((self").encode(),
+     ["mine.py:22: invalid syntax", "correct that line"]),
     ('"""café"""\nfrom variants import topk\n'.encode("latin-1"), ["mine.py:1: ", "utf-8", "save the file as UTF-8"]),
     (b"x = 1\nyy\0\n", ["mine.py:2: the file holds a NUL byte", "save the file as UTF-8"]),
     (b"import sys\n\nsys.exit()\n", ["mine.py:3: the file ends the whole program", '__name__ == "__main__"']),

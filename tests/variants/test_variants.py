@@ -11,6 +11,7 @@ import experiment
 import variants
 import variants.kit.saving
 from tests import OWN_VARIANTS, PROJECT
+from tests.variants.common import raw_activations, read_by_both
 from variants import base, standard, topk
 from variants.kit import losses
 from variants.kit.scale import stream_scale
@@ -21,9 +22,7 @@ LATE = base.Progress(50, 100, 5000, 10_000)
 
 @pytest.mark.parametrize("F", [20, 120])
 def test_topk_sparse_paths_equal_dense_autograd(F):
-    """Fails if a gradient of the encoder, decoder or auxk, sparse or dense as the widths suggest,
-    differs from plain autograd in fp64.
-    """
+    """Fails if a gradient of encoder, decoder or auxk, sparse or dense by width, is not plain autograd's in fp64."""
     torch.manual_seed(0)
     B, D, K = 9, 6, 4
     assert base.sparse_pays(torch.device("cpu"), K, F) == (F == 120)
@@ -55,9 +54,7 @@ def test_topk_sparse_paths_equal_dense_autograd(F):
 
 @pytest.mark.parametrize("shift", [0.0, 2.3])
 def test_products_of_few_positive_features_equal_dense_autograd(shift):
-    """Fails if a product or gradient from the positive entries alone differs from plain autograd,
-    also in rows without any.
-    """
+    """Fails if a product or gradient from the positive entries alone is not plain autograd's, also in empty rows."""
     torch.manual_seed(0)
     pre_BF, W_FN = torch.randn(6, 2000, dtype=torch.float64) - shift, torch.randn(2000, 5, dtype=torch.float64)
     pre_BF[[0, 3, 5]] = -1.0
@@ -87,9 +84,7 @@ def test_auxk_reaches_dead_features_and_only_them():
 
 
 def test_auxk_of_a_residual_without_variance_is_zero():
-    """Fails if one token, equal tokens or a perfect reconstruction give 1e10 or a gradient,
-    or if little counts as none.
-    """
+    """Fails if one token, equal tokens or a perfect reconstruction give 1e10 or a gradient, or little is none."""
     torch.manual_seed(0)
     sae, dead_F = topk.SAE(8, 40, k=4), torch.arange(40) >= 30
     x_BD, e_D = torch.randn(64, 8), torch.randn(8)
@@ -106,9 +101,7 @@ def test_auxk_of_a_residual_without_variance_is_zero():
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 0.99])
 def test_a_dominant_mean_is_where_b_dec_begins(share):
-    """Fails if a mean of ten times the spread stays in scale, b_dec or an encoder of x,
-    or an ordinary stream is touched.
-    """
+    """Fails if a mean of ten times the spread stays in scale, b_dec or encoder, or an ordinary stream is touched."""
     torch.manual_seed(0)
     mean_D, noise_ND = torch.nn.functional.normalize(torch.randn(16), dim=0), torch.randn(20_000, 16) / 4
     raw_ND = 7 * (share**0.5 * mean_D + (1 - share) ** 0.5 * (noise_ND - noise_ND.mean(0)))
@@ -129,9 +122,7 @@ def test_a_dominant_mean_is_where_b_dec_begins(share):
 
 @pytest.mark.parametrize("every", [13, 5, 2])
 def test_auxk_is_its_formula(every):
-    """Fails if few dead features, more than auxk takes or half of all give another loss or gradient than
-    plain autograd of the formula.
-    """
+    """Fails if few dead features, more than auxk takes, or half have another loss or gradient than the formula."""
     auxk_against_its_formula("cpu", every)
 
 
@@ -161,14 +152,12 @@ def auxk_against_its_formula(device, every):
 @pytest.mark.parametrize("dead", [None, 0, 3])
 @pytest.mark.parametrize("name", [name for name in OWN_VARIANTS if variants.load(name).SAE.data_parallel])
 def test_a_training_step_never_waits_for_the_device(name, dead):
-    """Fails if a step reads a value back: the meta device has none to give.
-    Covers loss, projection, clip, counters, theta.
-    """
+    """Fails if loss, projection, clip, counters, theta or p_anneal's moves read a value back: meta has none to give."""
     with torch.device("meta"):
         sae = variants.load(name).SAE(16, 64)
         sae.dead_on_host = dead
-        optimizer = torch.optim.Adam(sae.parameters(), foreach=True)
-        for step in (0, 10, 90):
+        optimizer = torch.optim.Adam(sae.parameter_groups(1e-3), betas=sae.adam_betas, foreach=True)
+        for step in (0, 10, 49, 50, 59, 90, 99):
             loss, terms = experiment.train_step(sae, optimizer, base.Batch(torch.empty(32, 16)),
                                                 base.Progress(step, 100, step * 32, 3200))
     assert loss.shape == () and all(term.shape == () for term in terms.values())
@@ -225,17 +214,13 @@ def test_learning_rate_by_hand():
 @pytest.mark.parametrize("name, hyper", [("standard", {}), ("topk", {"k": 5})])
 def test_saved_sae_loads_in_saelens_and_here_with_the_same_features(tmp_path, name, hyper):
     """Fails if the normalisation is folded into the wrong weights: scale 37 and non-zero biases."""
-    from sae_lens import SAE as SAELens
-
     torch.manual_seed(0)
     sae = variants.build(variants.load(name), 12, 40, hyper)
     base.normalise_decoder(sae.W_dec)
     sae.b_enc.data.normal_(0, 0.1)
     sae.b_dec.data.normal_(0, 0.3)
-    x_raw = torch.randn(3, 7, 12) * 37
-    trained = TrainedSAE(sae, 37.0)
-    variants.kit.saving.save_sae(tmp_path / "layer_1", sae, 37.0, variants.path(name), hyper, {})
-    theirs, ours = SAELens.load_from_disk(tmp_path / "layer_1"), variants.kit.saving.load_sae(tmp_path / "layer_1")
+    x_raw = raw_activations()
+    trained, theirs, ours = read_by_both(tmp_path / "layer_1", name, sae, hyper)
     features = trained.encode(x_raw)
     assert (features > 0).any() and torch.allclose(features, sae.encode(x_raw / 37) * 37, rtol=1e-4, atol=1e-4)
     for other in (theirs, ours):
@@ -263,9 +248,7 @@ def test_a_variant_saelens_does_not_know_is_saved_whole(tmp_path):
 
 
 def test_a_variant_that_inherits_a_saelens_name_but_computes_something_else_is_saved_as_it_is(tmp_path):
-    """Fails if an edited encode under topk's `saelens` is written as SAELens' TopK:
-    other features than were evaluated.
-    """
+    """Fails if an edited encode under topk's `saelens` is written as SAELens' TopK, with other features."""
     file = tmp_path / "edited.py"
     file.write_text("from variants import topk\n\nclass SAE(topk.SAE):\n    def encode(self, x):\n"
                     "        return super().encode(x) ** 2\n")
@@ -293,9 +276,7 @@ def test_trained_sae_has_unit_decoder_rows_whatever_the_variant_learned():
 
 @pytest.mark.slow
 def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_path):
-    """Fails if a further file in variants/, sound or broken,
-    stops the collection of a test or becomes a case of one.
-    """
+    """Fails if a further file in variants/, sound or broken, stops a test's collection or becomes a case of one."""
     project, beside = PROJECT, tmp_path / "project"
     for part in ("evals", "runs", "tests", "variants"):
         shutil.copytree(project / part, beside / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -305,4 +286,5 @@ def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_pa
     (beside / "variants/broken.py").write_text("import sys\nsys.exit(3)\n")
     collected = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
                                cwd=beside, text=True, capture_output=True, timeout=300)
-    assert collected.returncode == 0 and "mine]" not in collected.stdout and "broken]" not in collected.stdout, collected.stdout[-2000:]
+    said = collected.stdout
+    assert collected.returncode == 0 and "mine]" not in said and "broken]" not in said, said[-2000:]

@@ -1,28 +1,19 @@
 """SAEs made elsewhere, read as variants of this project: `find` says what lies at a place, `build` makes the module.
 
 A place is one of
-    a folder in SAELens' format (cfg.json + sae_weights.safetensors, of any version) or in the own format of
-    variants/kit/saving.py a dictionary_learning folder (ae.pt + config.json), or a folder that holds several
-    (trainer_0, trainer_1, …) a run folder: everything under its sae/
+    a folder in SAELens' format (saelens.py) or in the own format (saving.py)
+    a dictionary_learning folder (dictionary_learning.py), or one that holds several (trainer_0, trainer_1, …)
+    a run folder: everything under its sae/
     `release:sae_id` from SAELens' list of pretrained SAEs, fetched from the Hugging Face hub
 
-Features are those the file's own library gives. What that library does besides this project's formulas (centring,
-decoder norms, factors) is folded into the weights; what no weights can express is refused. D = d_in, F = d_sae, N any
-number of rows.
+Features are those that the file's own library gives.
+
+Shapes: D = d_in, F = d_sae, N any number of rows.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-import json
-import pickle
 import re
-import zipfile
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,33 +23,22 @@ from torch.nn import functional as F
 import variants
 from variants import base
 from variants.kit.copying import duplicate
-from variants.kit.files import digest
+from variants.kit.dictionary_learning import from_dictionary_learning, read_dictionary_learning
+from variants.kit.found import (
+    AGAIN,
+    EXPECTED,
+    Found,
+    metadata_of,
+    present,
+    read_json,
+    recentred,
+    undamaged,
+)
 from variants.kit.hyper import hyperparameters
+from variants.kit.saelens import read_release, read_saelens
 from variants.kit.trained import TrainedSAE
 
-
-@dataclass(frozen=True)
-class Found:
-    """One SAE at a place, its weights not kept in memory yet."""
-
-    # a variant's name; or the path of the variant.py beside the weights (own format), if it is none of variants/
-    variant: str
-    d_in: int
-    d_sae: int
-    hyper: dict  # the hyper-parameters that follow from the file
-    scale: float | None  # own format: what training divided activations by; None: the weights take raw activations
-    # model_name, hook_name, layer (the residual stream after this block); None where the file does not say
-    metadata: dict
-    load: Callable[[], dict[str, Tensor]]  # the state dict, in the variant's names and shapes
-    place: str = ""  # for messages
-    setting: dict = dataclasses.field(default_factory=dict)  # what its trainer was told of the run (variants.build)
-
-
-# ------------------------------------------------------------------------------------------------ what lies where
-
 FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "ae.pt", "config.json"}
-EXPECTED = ("give a SAELens folder (cfg.json, sae_weights.safetensors), a dictionary_learning folder (ae.pt, "
-            "config.json), a run folder (sae/), or release:sae_id of SAELens")
 
 
 def find(place: str) -> dict[str, Found]:
@@ -101,49 +81,6 @@ def read(folder: Path) -> Found:
     return read_saelens(folder, cfg)
 
 
-def read_json(file: Path) -> dict:
-    try:
-        found = json.loads(present(file).read_text(encoding="utf-8"))
-    except ValueError as error:  # also for bytes that are no UTF-8
-        raise ValueError(f"{file} is not JSON: {error}\nwas it cut off, or edited?") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__} and not an object of settings\n"
-                         "was it cut off, or edited?")
-    return found
-
-
-def present(file: Path) -> Path:
-    if not file.is_file():
-        there = ", ".join(p.name for p in sorted(file.parent.iterdir())) if file.parent.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{file.parent}: {file.name} is missing; there is {there}\n{EXPECTED}")
-    return file
-
-
-DIGEST = "weights_sha256"  # in the metadata of cfg.json, where this project wrote it
-AGAIN = "it was cut off or garbled: copy it again from where it came, or train that SAE again"
-
-
-def undamaged(file: Path, cfg: dict) -> Path:
-    """A file of weights that opens and has the bytes it was written with, if cfg.json says which; else ValueError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            tensors.keys()
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{file} holds no readable weights: {str(error)[:120]}\n{AGAIN}") from None
-    expected = (cfg.get("metadata") or {}).get(DIGEST)
-    if expected and _digest(str(file), file.stat().st_size, file.stat().st_mtime_ns) != expected:
-        raise ValueError(f"{file} has other bytes than it was written with\n{AGAIN}")
-    return file
-
-
-@functools.cache
-def _digest(file: str, *changes) -> str:
-    """SHA-256 of a file, read once as long as nothing touches it: a run looks for the same SAEs several times."""
-    return digest(file)
-
-
 def read_own(folder: Path, cfg: dict) -> Found:
     from safetensors.torch import load_file
 
@@ -166,24 +103,6 @@ def check_trusted(found: Found) -> None:
     raise ValueError(f"{found.variant} is code that is not in variants/{differs}: it would be run\n"
                      "read it, then give --trust_code (in Python: trust_code=True); or copy it into variants/ under a "
                      "name of its own")
-
-
-def metadata_of(cfg: dict) -> dict:
-    """model_name, hook_name and layer of a SAELens-like configuration, which before version 6 was flat."""
-    said = cfg | (cfg.get("metadata") or {})
-    hook = said.get("hook_name") or said.get("hook_point")
-    number = re.search(r"\b(?:blocks|layers|h)\.(\d+)\b", hook or "")
-    layer = int(number[1]) if number else said.get("hook_layer", said.get("hook_point_layer"))
-    if number and "resid_pre" in hook:  # what enters a block left the one before
-        layer -= 1
-    return dict(model_name=said.get("model_name"), hook_name=hook, layer=layer)
-
-
-def check_residual(hook: str | None, place: str) -> None:
-    """ValueError for an SAE of another activation, which may well have the residual stream's width."""
-    if re.search(r"mlp|attn|attention|resid_mid|hook_[qkvz]\b|\.ln", hook or ""):
-        raise ValueError(f"{place}: it reads {hook}, and this project's SAEs read the residual stream after a block\n"
-                         "choose one of a hook_resid_post or hook_resid_pre")
 
 
 # ------------------------------------------------------------------------------------------------ from file to module
@@ -269,268 +188,6 @@ def rescale(sae: base.SAE, scale: float) -> None:
         if tensor is not None:
             kept = (tensor < 0) & (name == "theta")  # a negative theta says that there is none yet
             tensor.copy_(torch.where(kept, tensor, tensor / scale))
-
-
-def recentred(state: dict[str, Tensor], now: bool, wanted: bool) -> dict[str, Tensor]:
-    """Biases for an encoder of x − b_dec (`wanted`) from those for an encoder of x, or the reverse."""
-    if now == wanted:
-        return state
-    shift_F = (1 if wanted else -1) * (state["b_dec"] @ state["W_enc"])
-    if "b_enc" in state:
-        return state | {"b_enc": state["b_enc"] + shift_F}
-    return state | {"b_gate": state["b_gate"] + shift_F, "b_mag": state["b_mag"] + state["r_mag"].exp() * shift_F}
-
-
-# ------------------------------------------------------------------------------------------------ SAELens
-
-# SAELens' name -> variants that give the same features: the first, unless the file says how it was trained
-ARCHITECTURES = {
-    "standard": ("standard", "standard_april", "p_anneal"),
-    "topk": ("topk", "batch_topk", "matryoshka_batch_topk"),
-    "gated": ("gated",),
-    "jumprelu": ("jumprelu", "batch_topk", "matryoshka_batch_topk"),
-}
-# SAELens 6 trains "standard" with free decoder norms, and saves these three for inference under another name or the
-# same
-TRAINED_AS = {"standard": "standard_april", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka_batch_topk"}
-FOLDED_BY = {  # SAELens' methods for the normalisations that weights can hold
-    "expected_average_only_in": "fold_activation_norm_scaling_factor(factor)",
-    "covariance_whitening": "fold_activation_whitening(mean, matrix, inverse)",
-}
-
-
-def read_saelens(folder: Path, cfg: dict) -> Found:
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    file = undamaged(present(folder / "sae_weights.safetensors"), cfg)
-    with safe_open(file, framework="pt") as tensors:
-        names = set(tensors.keys())
-        shape = tensors.get_slice("W_enc").get_shape() if "W_enc" in names else (cfg.get("d_in"), cfg.get("d_sae"))
-        threshold = tensors.get_tensor("threshold") if "threshold" in names else None
-    return saelens_found(cfg, shape, threshold, lambda: load_file(file), str(folder))
-
-
-@functools.cache
-def read_release(release: str, sae_id: str) -> Found:
-    """A pretrained SAE of SAELens' list; the download lies in the hub's own cache."""
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    known, place = get_pretrained_saes_directory(), f"{release}:{sae_id}"
-    if release not in known:
-        near = difflib.get_close_matches(release, known, 1, 0)[0]
-        raise FileNotFoundError(f"{place}: there is no such folder, and SAELens has no release {release!r}; the "
-                                f"nearest is {near!r}\n"
-                                f"{EXPECTED}")
-    ids = known[release].saes_map
-    if sae_id not in ids:
-        near = difflib.get_close_matches(sae_id, ids, 1, 0)[0]
-        raise ValueError(f"{place}: the release has no such SAE; the nearest is {near!r}\n"
-                         f"write {release}:{near}, or another of its {len(ids)}")
-    try:
-        theirs = SAE.from_pretrained(release, sae_id)
-    except OSError as error:  # the hub's own errors and those of its connections are of this kind
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise ConnectionError(f"{place}: the Hugging Face hub did not give it: {reason[:300]}\n"
-                              "check the connection, and for a gated repository HF_TOKEN; or save it where the hub is "
-                              "reached (SAE.from_pretrained(…).save_model(folder)) and give that folder") from error
-    weights = theirs.state_dict()
-    return saelens_found(theirs.cfg.to_dict(), weights["W_enc"].shape, weights.get("threshold"), lambda: weights, place)
-
-
-def saelens_found(cfg: dict, shape, threshold_F: Tensor | None, load: Callable[[], dict[str, Tensor]],
-                  place: str) -> Found:
-    """What SAELens' configuration and weights amount to here; ValueError for what weights cannot express."""
-    architecture, k = refused(cfg, place)
-    variant, hyper = trained_as(cfg, architecture, threshold_F)
-    if architecture == "topk":
-        hyper = hyper | {"k": k}
-    if variant == "jumprelu":
-        hyper = {"target_l0": min(32, shape[1])} | hyper
-    return Found(variant, *shape, hyper, None, metadata_of(cfg), lambda: saelens_state(load(), cfg, variant, place),
-                 place)
-
-
-def refused(cfg: dict, place: str) -> tuple[str, int | None]:
-    """SAELens' architecture and k; ValueError for what changes the features and cannot be folded into weights."""
-    activation = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"  # these two before version 6
-    architecture = "topk" if activation == "topk" else cfg.get("architecture") or "standard"
-    k = (cfg.get("activation_fn_kwargs") or {}).get("k") or cfg.get("k")
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{place}: no variant reads SAELens' architecture {architecture!r}\n"
-                         + (f"save it for inference: sae.save_inference_model(folder) writes one of {known}"
-                            if architecture in TRAINED_AS else f"known: {known}"))
-    if activation not in ("relu", "topk"):
-        raise ValueError(f"{place}: no variant has the activation function {activation!r}\n"
-                         "choose an SAE with relu or topk")
-    if architecture == "topk" and not k:
-        raise ValueError(f"{place}: a topk SAE whose cfg.json says no k\nadd \"k\": … to {Path(place) / 'cfg.json'}")
-    normalise = cfg.get("normalize_activations") or "none"
-    # the two values it once had were True and False
-    normalise = "expected_average_only_in" if normalise is True else normalise
-    if normalise != "none":
-        raise ValueError(f"{place}: it takes activations normalised by {normalise!r}, and its weights do not hold "
-                         "that\n"
-                         + (f"fold it in SAELens first: sae.{FOLDED_BY[normalise]}, then sae.save_model(folder)"
-                            if normalise in FOLDED_BY
-                            else "it differs from token to token, which no weights express; choose another SAE"))
-    said = cfg | (cfg.get("metadata") or {})
-    hook = said.get("hook_name") or said.get("hook_point") or ""
-    if said.get("hook_name_out") not in (None, hook):
-        raise ValueError(f"{place}: a transcoder from {hook} to {said['hook_name_out']}\n"
-                         "choose an SAE: it reconstructs what it reads")
-    check_residual(cfg["reshape_activations"] if cfg.get("reshape_activations") == "hook_z" else hook, place)
-    return architecture, k
-
-
-def trained_as(cfg: dict, architecture: str, threshold_F: Tensor | None) -> tuple[str, dict]:
-    """The variant a SAELens file was trained as and its hyper-parameters, if it says so; else the architecture's."""
-    said = cfg.get("metadata") or {}
-    variant, hyper = said.get("architecture_variant"), said.get("hyper") or {}
-    if variant is None:
-        details = said.get("training_architecture_details") or {}
-        variant = TRAINED_AS.get(said.get("training_architecture"))
-        hyper = {k: v for k, v in details.items() if k == "k"}
-    if variant not in ARCHITECTURES[architecture]:
-        return architecture, {}
-    if architecture == "jumprelu" and variant != "jumprelu" and not of_one_value(threshold_F):
-        return architecture, {}
-    return variant, hyper
-
-
-def of_one_value(threshold_F: Tensor | None) -> bool:
-    """Whether there is one threshold for all features, as every variant but jumprelu has it."""
-    if threshold_F is None:
-        return False
-    return bool(threshold_F.max() - threshold_F.min() <= 1e-5 * threshold_F.abs().max())
-
-
-def saelens_state(weights: dict[str, Tensor], cfg: dict, variant: str, place: str) -> dict[str, Tensor]:
-    """SAELens' tensors as the variant's state: factors, decoder norms and centring folded."""
-    state = {name: tensor.detach().float() for name, tensor in weights.items()}
-    # before version 6: on features, for the decoder only
-    for name in {"scaling_factor", "finetuning_scaling_factor"} & state.keys():
-        factor_F = state.pop(name)
-        if cfg.get("finetuning_scaling_factor"):
-            state["W_dec"] = factor_F[:, None] * state["W_dec"]
-        elif not torch.allclose(factor_F, torch.ones_like(factor_F)):
-            raise ValueError(f"{place}: the weights hold a {name}, and cfg.json says that none is used\n"
-                             "set finetuning_scaling_factor to true there if the SAE was fine-tuned")
-    if cfg.get("rescale_acts_by_decoder_norm"):
-        norm_F = state["W_dec"].norm(dim=1)
-        state["W_enc"], state["b_enc"] = state["W_enc"] * norm_F, state["b_enc"] * norm_F
-        state["W_dec"] = state["W_dec"] / norm_F.clamp_min(1e-8)[:, None]
-    if "log_threshold" in state:
-        state["threshold"] = state.pop("log_threshold").exp()
-    if "threshold" in state:
-        theta_F = state.pop("threshold").clamp_min(0)  # SAELens takes the ReLU as well
-        state["theta"] = theta_F if variant == "jumprelu" else theta_F.median()
-    return recentred(state, cfg.get("apply_b_dec_to_input", True), variant != "jumprelu")
-
-
-# ------------------------------------------------------------------------------------------------ dictionary_learning
-
-DICTIONARIES = {  # class -> variant, and whether the class encodes x − b_dec
-    "AutoEncoder": ("standard", True),
-    "AutoEncoderNew": ("standard_april", False),
-    "GatedAutoEncoder": ("gated", True),
-    "JumpReluAutoEncoder": ("jumprelu", False),
-    "AutoEncoderTopK": ("topk", True),
-    "BatchTopKSAE": ("batch_topk", True),
-    "MatryoshkaBatchTopKSAE": ("matryoshka_batch_topk", True),
-}
-RENAMED = {"bias": "b_dec", "decoder_bias": "b_dec", "decoder.bias": "b_dec", "encoder.bias": "b_enc",
-           "gate_bias": "b_gate",
-           "mag_bias": "b_mag", "threshold": "theta"}
-TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}  # nn.Linear keeps [out, in]
-
-
-def from_dictionary_learning(dict_class: str, state: dict[str, Tensor],
-                             config: dict) -> tuple[str, dict, dict[str, Tensor]]:
-    """Variant, hyper-parameters, state dict of a dictionary of the library; config: config.json or its "trainer".
-
-    A matryoshka's groups do not matter to its features; trained further it has those of the variant.
-    """
-    config = config.get("trainer", config)
-    if dict_class not in DICTIONARIES:
-        raise ValueError(f"no variant reads dictionary_learning's class {dict_class!r}\n"
-                         f"known: {', '.join(DICTIONARIES)}")
-    variant, centred = DICTIONARIES[dict_class]
-    if dict_class == "AutoEncoder" and config.get("trainer_class") == "StandardTrainerAprilUpdate":
-        variant = "standard_april"  # which leaves decoder norms free
-    state = {RENAMED.get(name, name): tensor.detach() for name, tensor in state.items()}
-    state = {TRANSPOSED.get(name, name): tensor.T if name in TRANSPOSED else tensor for name, tensor in state.items()}
-    k, hyper = state.pop("k", config.get("k")), {}
-    state.pop("group_sizes", None)
-    state = {name: tensor.float() for name, tensor in state.items()}
-    if "topk" in variant:
-        if k is None:
-            raise ValueError(f"a {dict_class} without k, neither among its tensors nor in its configuration\n"
-                             "add \"k\": … to the trainer's part of config.json")
-        hyper["k"] = int(k)
-    if variant == "jumprelu":
-        hyper["target_l0"] = config.get("target_l0") or min(32, state["W_enc"].shape[1])
-    if variant == "matryoshka_batch_topk" and len(config.get("group_weights") or ()) == 5:
-        hyper["weights"] = tuple(config["group_weights"])
-    if variant != "topk" and "theta" in state:
-        state["theta"] = state["theta"].clamp_min(0)  # below 0 (none yet) the library passes all that ReLU does
-    return variant, hyper, recentred(state, centred, variant != "jumprelu")
-
-
-def flipped(file: Path) -> str | None:
-    """The first record of torch's zip archive that misses its CRC-32, which torch.load does not look at; else None."""
-    if not zipfile.is_zipfile(file):  # an older form, or cut off: opening it says so
-        return None
-    return _flipped(str(file), file.stat().st_size, file.stat().st_mtime_ns)
-
-
-@functools.cache
-def _flipped(file: str, *changes) -> str | None:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError) as error:
-        return f"its index ({error})"
-
-
-def read_dictionary_learning(folder: Path) -> Found:
-    config = read_json(folder / "config.json")
-    trainer = config.get("trainer", config)
-
-    harmed = flipped(folder / "ae.pt")
-    if harmed:
-        raise ValueError(f"{folder / 'ae.pt'} has other bytes in {harmed} than it was written with\n{AGAIN}")
-
-    def converted():
-        # mapped, not read: of a folder of many only the one that is built takes memory
-        state = torch.load(folder / "ae.pt", weights_only=True, map_location="cpu", mmap=True)
-        return from_dictionary_learning(trainer.get("dict_class"), state, trainer)
-
-    try:
-        variant, hyper, state = converted()
-        d_in, d_sae = state["W_enc"].shape
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and zipfile.is_zipfile(folder / "ae.pt"):
-            raise ValueError(f"{folder}: ae.pt holds more than tensors, and is not read for that reason\n"
-                             "save ae.state_dict()") from None
-        raise ValueError(f"{folder / 'ae.pt'} holds no readable weights\n{AGAIN}") from None
-    # torch's words for an archive that is cut off
-    except (RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{folder / 'ae.pt'} holds no readable weights: {reason}\n{AGAIN}") from None
-    except KeyError as error:
-        raise ValueError(f"{folder}: ae.pt lacks {error}\n"
-                         f"was it made by another class than {trainer.get('dict_class')}?") from None
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    layer, hook = trainer.get("layer"), trainer.get("submodule_name")
-    if re.fullmatch(r"resid_post_layer_\d+", hook or ""):
-        hook = f"blocks.{hook.rpartition('_')[2]}.hook_resid_post"
-    check_residual(hook, str(folder))
-    metadata = dict(model_name=trainer.get("lm_name"), hook_name=hook, layer=layer if isinstance(layer, int) else None)
-    return Found(variant, d_in, d_sae, hyper, None, metadata, lambda: converted()[2], str(folder))
 
 
 # -------------------------------------------------------------------------------------------- as the beginning of a run

@@ -22,6 +22,7 @@ import variants
 from variants import base
 from variants.kit import files, imperative, interchange
 from variants.kit.copying import duplicate
+from variants.kit.found import DIGEST
 from variants.kit.trained import TrainedSAE
 
 FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "variant.py"}  # what a saved SAE may consist of
@@ -62,7 +63,7 @@ def note_digest(folder: Path) -> None:
     """Note the weights' SHA-256 in the cfg.json beside: no format of weights says that a bit was flipped."""
     weights = next(folder.glob("*.safetensors"))
     cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    cfg["metadata"] = (cfg.get("metadata") or {}) | {interchange.DIGEST: files.digest(weights)}
+    cfg["metadata"] = (cfg.get("metadata") or {}) | {DIGEST: files.digest(weights)}
     (folder / "cfg.json").write_text(json.dumps(cfg, indent=1), encoding="utf-8")
 
 

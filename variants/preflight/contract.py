@@ -35,18 +35,18 @@ def check_signatures(v: Variant) -> None:
         try:
             signature.bind(*[None] * 3, **named)
         except TypeError:
-            fail(v, defined(v, "update"), f"update{signature} has the wrong arguments, it is called as update(self, "
-                                          "step, activations)",
+            fail(v, defined(v, "update"),
+                 f"update{signature} has the wrong arguments, it is called as update(self, step, activations)",
                  "write def update(self, step, activations):, and behind them batch if it needs contexts or attention; "
                  "what else it takes needs a default")
         if (getattr(trainer, "needs_contexts", False) or getattr(trainer, "attention_layers", ())) and not named:
-            fail(v, defined(v, "update"), f"{trainer.__name__} declares contexts or attention, and update{signature} "
-                                          "cannot be given them",
+            fail(v, defined(v, "update"),
+                 f"{trainer.__name__} declares contexts or attention, and update{signature} cannot be given them",
                  "write def update(self, step, activations, batch):")
         return
     if v.module.SAE.loss is base.SAE.loss:
-        fail(v, defined(v, "loss"), "the class SAE defines no loss", "write def loss(self, batch, progress): … "
-             "return loss, {'term': tensor, …}; see variants/topk.py")
+        fail(v, defined(v, "loss"), "the class SAE defines no loss",
+             "write def loss(self, batch, progress): … return loss, {'term': tensor, …}; see variants/topk.py")
     for method, wanted in (("encode", "(self, x)"), ("loss", "(self, batch, progress)"), ("decode", "(self, z)"),
                            ("after_step", "(self, batch, progress)"), ("initialise", "(self, x_ND)")):
         signature = inspect.signature(getattr(v.module.SAE, method))
@@ -96,8 +96,8 @@ def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
     """encode on [B, D] gives a tensor [B, F], the same each time, and changes nothing; returns it."""
     probe, line = duplicate(sae).eval(), defined(v, "encode")
     with attempting(v, "in encode on [tokens, d_in]", plan.sizes):
-        # once before: what follows from the weights may be stale after a step  # noqa: B018
-        probe.encode(plan.x_BD), probe.decoder
+        probe.encode(plan.x_BD)  # once before: what follows from the weights may be stale after a step
+        probe.decoder  # noqa: B018
         state = {k: t.clone() for k, t in probe.state_dict().items()}
         z_BF = probe.encode(plan.x_BD)
     if not isinstance(z_BF, Tensor):
@@ -105,8 +105,8 @@ def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
              "return z alone; what loss needs besides belongs into another method")
     width = len(probe.decoder)
     if z_BF.shape != (plan.sizes.B, width):
-        fail(v, line, f"encode gave shape {list(z_BF.shape)} for x [{plan.sizes.B}, {plan.sizes.D}]; the decoder has "
-                      f"{width} rows",
+        x_BD = f"x [{plan.sizes.B}, {plan.sizes.D}]"
+        fail(v, line, f"encode gave shape {list(z_BF.shape)} for {x_BD}; the decoder has {width} rows",
              "encode must return one number per decoder row: (..., d_in) -> (..., number of features)")
     if not z_BF.isfinite().all():
         fail(v, line, "encode gives NaN or infinity", "guard divisions, roots and logarithms of 0")
@@ -114,8 +114,9 @@ def check_encode(v: Variant, sae: base.SAE, plan: Plan) -> Tensor:
         again_BF = probe.encode(plan.x_BD)
     changed = [k for k, t in probe.state_dict().items() if not torch.equal(t, state[k])]
     if changed:
-        advice = ("change it in update alone, or only while self.training" if v.is_trainer
-                  else "move the update into loss or after_step")
+        advice = "move the update into loss or after_step"
+        if v.is_trainer:
+            advice = "change it in update alone, or only while self.training"
         fail(v, line, f"encode changes {', '.join(changed)}: evals would alter the SAE they measure", advice)
     if not torch.equal(z_BF, again_BF):
         fail(v, line, "encode gives different features for the same x",
@@ -134,8 +135,8 @@ def check_shapes(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[st
     if not isinstance(z, Tensor) or z.shape != (*contexts, z_BF.shape[1]):
         fail(v, defined(v, "encode"), f"encode gave {described(z)} for x {[*contexts, D]}", advice)
     if not matches(z_BF, z.reshape(z_BF.shape)):
-        fail(v, defined(v, "encode"), f"encode gives other features for x {[*contexts, D]} than for the same tokens as "
-                                      f"{[B, D]}", advice)
+        fail(v, defined(v, "encode"),
+             f"encode gives other features for x {[*contexts, D]} than for the same tokens as {[B, D]}", advice)
     with attempting(v, "in decode on [tokens, features]", plan.sizes):
         x_hat_BD = probe.decode(z_BF)
     with attempting(v, f"in decode on [batch, context, features] = {list(z.shape)}; [tokens, features] works",
@@ -145,15 +146,14 @@ def check_shapes(v: Variant, sae: base.SAE, plan: Plan, z_BF: Tensor) -> list[st
         if not isinstance(found, Tensor) or found.shape != shape:
             fail(v, defined(v, "decode"), f"decode gave {described(found)} where {list(shape)} was due", advice)
     if not matches(x_hat_BD, x_hat.reshape(B, D)):
-        fail(v, defined(v, "decode"), "decode gives another reconstruction for [batch, context, features] than for "
-                                      "[tokens, features]",
-             advice)
+        fail(v, defined(v, "decode"),
+             "decode gives another reconstruction for [batch, context, features] than for [tokens, features]", advice)
     trained = TrainedSAE(probe, 1.0)
     with attempting(v, "in encode on bf16 activations", plan.sizes):
         bf16 = trained.encode(plan.x_BD.bfloat16())
     if not torch.equal(bf16, trained.encode(plan.x_BD.bfloat16().float())):
-        fail(v, defined(v, "encode"), "encode gives other features for bf16 activations than for the same numbers in "
-                                      "fp32",
+        fail(v, defined(v, "encode"),
+             "encode gives other features for bf16 activations than for the same numbers in fp32",
              "compute in the dtype of the weights")
     notes = []
     if not matches(z_BF[: B // 4], probe.encode(plan.x_BD[: B // 4])):

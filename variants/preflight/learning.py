@@ -124,13 +124,14 @@ def check_gradients(v: Variant, sae: base.SAE, evidence: Evidence) -> list[str]:
             continue
         line = computed(v, term)
         if term not in evidence.differentiable:
-            report(line, f"the loss term {term!r} has no gradient in any of {STEPS} steps: it is detached, a constant "
-                         "or a comparison",
+            report(line,
+                   f"the loss term {term!r} has no gradient in any of {STEPS} steps: it is detached, a constant or a "
+                   "comparison",
                    f"compute it from parameters without .detach(), .item() or >; or list it: no_gradient = ({term!r},)")
         elif term not in evidence.effective:
             report(line, f"the gradient of the loss term {term!r} is exactly 0 in all of {STEPS} steps",
-                   f"it has no effect on any parameter: check what it is computed from, or list it: no_gradient = "
-                   f"({term!r},)")
+                   "it has no effect on any parameter: check what it is computed from, or list it: "
+                   f"no_gradient = ({term!r},)")
         elif term in evidence.weighted:
             continue
         elif term in evidence.outside:
@@ -140,8 +141,9 @@ def check_gradients(v: Variant, sae: base.SAE, evidence: Evidence) -> list[str]:
             notes.append(f"{at(v, line)}: the loss does not contain the tensor returned as {term!r}; if it is not "
                          "added in another form, it has no effect")
         else:
-            report(line, f"the loss term {term!r} is multiplied by 0 in all of {STEPS} steps, from the start of the "
-                         "run to its end",
+            report(line,
+                   f"the loss term {term!r} is multiplied by 0 in all of {STEPS} steps, from the start of the run to "
+                   "its end",
                    "give it a weight above 0, or take it out")
     for name, parameter in sae.named_parameters():
         if parameter.requires_grad and name not in evidence.trained and name not in sae.no_gradient:

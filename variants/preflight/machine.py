@@ -33,8 +33,8 @@ def accelerator_notes(v: Variant, sae: base.SAE, plan: Plan) -> list[str]:
         except Exception as error:  # noqa: BLE001  a condition on a tensor cannot run there and says nothing
             place = where(error, v.file)
             if place and "device" in str(error) and "cpu" in str(error):
-                notes.append(f"{place} mixes devices, which fails on a GPU: create tensors with device=x.device, or as "
-                             "buffers")
+                notes.append(f"{place} mixes devices, which fails on a GPU: create tensors with device=x.device, or "
+                             "as buffers")
     return notes
 
 

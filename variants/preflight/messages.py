@@ -98,9 +98,8 @@ def limited(seconds: float, doing: str):
         return
 
     def stop(*_):
-        raise TooSlow(f"nothing came of it within {seconds:.0f} s ({doing})\n"
-                      "a loop without an end, or work that belongs outside: data is read and scripts are run before "
-                      "the import")
+        raise TooSlow(f"nothing came of it within {seconds:.0f} s ({doing})\na loop without an end, or work that "
+                      "belongs outside: data is read and scripts are run before the import")
 
     before = signal.signal(signal.SIGALRM, stop)
     remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)

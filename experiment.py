@@ -915,7 +915,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         means |= {"training.final_loss": last["loss"], "training.steps": last["step"]} if log else {}
         means |= {f"variant.{k}": v for k, v in json.loads((out / "variant_report" / job.name / "numbers.json").read_bytes()).items()}
         measured, stderrs, problems = stored.collected(out, chosen, job.name, crashed)
-        problems += [compare.DOUBT + note for note in job.notes]
+        problems += [reading.DOUBT + note for note in job.notes]
         if job.name in unreported:
             problems.append(f"the variant's own report failed: {type(unreported[job.name]).__name__}: {unreported[job.name]}")
         config = dict(

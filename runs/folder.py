@@ -7,7 +7,6 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import uuid
 from pathlib import Path
 
 from runs import disk
+from runs.reading import finite
 from variants import file_name
 from variants.kit.files import digest, put
 
@@ -59,7 +59,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value) -> None:
     """Write strict JSON atomically, keys in the order given; NaN and infinities become null."""
-    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes | str]) -> None:
@@ -125,17 +125,9 @@ def check_present(out: Path) -> None:
 
 def _said(info: dict) -> str:
     """Hash of what a run says of itself. The status is left out: `mark` may change it alone."""
-    said = json.dumps(_finite({k: v for k, v in info.items() if k not in ("status", "sha256")}), sort_keys=True,
+    said = json.dumps(finite({k: v for k, v in info.items() if k not in ("status", "sha256")}), sort_keys=True,
                       ensure_ascii=False)
     return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------------ claiming a folder

@@ -43,6 +43,22 @@ def at(l0: float | None, saes: list[Run]) -> Run | None:
                         a.path, (a, b))
 
 
+def spans(l0: float | None, saes: list[Run]) -> bool:
+    """Whether `at` finds something at that L0."""
+    if not l0 or not saes:
+        return False
+    least, most = (math.log(end) for end in ends(saes))
+    return least - SAME < math.log(l0) < most + SAME
+
+
+def is_between(run: Run | None, metric: str) -> bool:
+    """Whether a figure lies between different ones of two SAEs."""
+    if not isinstance(run, Interpolated):
+        return False
+    values = {sae.means.get(metric) for sae in run.between}
+    return None not in values and len(values) > 1
+
+
 def l0_of(run: Run) -> float | None:
     return run.means.get("core.l0")
 

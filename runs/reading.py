@@ -70,6 +70,27 @@ def canonical(metric: str) -> str:
     return ALIASES.get(eval_name, eval_name) + dot + rest
 
 
+DOUBT = "doubtful: "  # begins a problem of a run that concerns all its figures
+# metrics that depend on the language model and the texts alone, and so are equal in every run
+LM_ONLY = re.compile(r"\.llm_|with_ablation$|ce_loss_without_sae$|l2_norm_in$|total_tokens|mean_probe_f1$|num_letters$|"
+                     r"duplicated_test_share$|^training\.(steps?|tokens)$")
+FORMER = {"context": ("context_size", "context_length"), "num_tokens": ("tokens",)}  # {setting: its former names}
+
+
+def setting(config: dict, key: str):
+    """A setting of a run under its present or a former name, or None."""
+    return next((config[name] for name in (key, *FORMER.get(key, ())) if config.get(name) is not None), None)
+
+
+def finite(value):
+    """What strict JSON can hold: NaN and infinities inside become None, tuples lists."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 ALIASES = {"absorption_first_letter": "absorption", "RAVEL": "ravel", "sparse_probing_sae_probes": "sae_probes"}
 
 

@@ -9,9 +9,11 @@ from html import escape
 from pathlib import Path
 
 import evals
-from runs.compare import Table, all_warnings, directions, families, identity, tables
+from runs.compare import directions, families, identity, judged
+from runs.comparison import Comparison
 from runs.folder import write_text
 from runs.reading import Run
+from runs.tables import Table, laid_out, lefts, warned
 
 SIZE = 700_000  # characters that dashboards may fill the page up to
 POINTS = 4000  # of all lines of one chart together
@@ -60,7 +62,7 @@ def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run]
     """
     runs, name = list(sections.values()), Path(out_dir).resolve().name
     stored = list(baseline.values() if isinstance(baseline, dict) else baseline or ())
-    parts = [_head(name, runs), _comparison(runs, stored, directions()), _frontier(runs, stored), _curves(log_rows),
+    parts = [_head(name, runs), _comparison(judged(runs, stored, directions()), runs), _frontier(runs, stored), _curves(log_rows),
              _own_pictures(Path(out_dir) / "variant_report"), _problems(runs), _settings(runs)]
     parts.insert(6, _dashboards(dashboards, SIZE - sum(map(len, parts))))
     path = Path(out_dir) / "report.html"
@@ -93,9 +95,9 @@ def _head(name: str, runs: list[Run]) -> str:
     return f"<h1>{escape(name)}</h1><p class=mut>{escape(' · '.join(str(f) for f in facts if f))}</p>"
 
 
-def _comparison(runs: list[Run], stored: list[Run], known: dict[str, str]) -> str:
-    brief, full = (tables(runs, stored, known, everything) for everything in (False, True))
-    html = [f"<div class=warn>{escape(line)}</div>" for line in all_warnings(runs, stored)]
+def _comparison(comparisons: list[Comparison], runs: list[Run]) -> str:
+    brief, full = (laid_out(comparisons, everything) for everything in (False, True))
+    html = [f"<div class=warn>{escape(line)}</div>" for line in warned(comparisons)]
     html.append("<h2>Comparison</h2>" + "".join(map(_table, brief)))
     if any(len(a.rows) != len(b.rows) for a, b in zip(brief, full)):
         html.append("<details><summary>every metric</summary>" + "".join(map(_table, full)) + "</details>")
@@ -107,7 +109,7 @@ def _comparison(runs: list[Run], stored: list[Run], known: dict[str, str]) -> st
 
 def _table(table: Table) -> str:
     """A comparison as HTML; a verdict has a colour where it exceeds two standard errors."""
-    left = [i < table.left or name == "verdict" for i, name in enumerate(table.header)]
+    left = lefts(table)
 
     def row(cells, tag):
         out = []

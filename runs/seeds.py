@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
-from runs.compare import BY_RUN, Table, as_markdown, as_text, number
 from runs.reading import Run, read
+from runs.tables import BY_RUN, Table, as_markdown, as_text
+from runs.wording import number
 
 SETTING = ("model", "layer", "variant", "hyper", "d_sae", "num_tokens", "passes", "batch_size", "lr", "init_from")
 

@@ -20,8 +20,9 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import evals
@@ -43,28 +44,34 @@ NEAR = 0.1  # L0 of a run and of a lone baseline that differ by less than this s
 # ------------------------------------------------------------------------------------------------ verdicts
 
 
-def judge(metric: str, run: Run, baseline: Run | None, direction: str) -> Judged:
-    """The difference run − baseline of a metric, and whether it counts; UNKNOWN where one of the two lacks it."""
-    ours, theirs = run.means.get(metric), baseline and baseline.means.get(metric)
-    if ours is None or theirs is None:
-        return UNKNOWN
+def judge(ours: float, theirs: float, error: float | None, their_error: float | None, direction: str) -> Judged:
+    """The difference ours − theirs of a metric, and whether it counts: beyond twice √(error² + their_error²).
+
+    direction: "higher" or "lower" is better; "" for neither. A standard error that is not known is None.
+    """
     difference = ours - theirs
-    errors = [side.stderrs[metric] for side in (run, baseline) if side.stderrs.get(metric) is not None]
-    stderr = math.hypot(*errors) if errors else None
+    if error is not None and their_error is not None:
+        stderr = math.hypot(error, their_error)
+        beyond = abs(difference) > 2 * stderr
+    else:  # one side's error is a lower bound of both together's: enough for a no, not for a yes
+        stderr = their_error if error is None else error
+        beyond = False if stderr is not None and abs(difference) <= 2 * stderr else None
     if difference == 0:
         return Judged(0.0, stderr, "equal", False)
-    beyond = None
-    if errors:
-        beyond = abs(difference) > 2 * stderr
-    if beyond and len(errors) == 1:  # a lower bound of the error: enough for a no, not for a yes
-        beyond = None
-    return Judged(difference, stderr, _verdict(difference, direction), beyond)
+    word = ""
+    if direction:
+        word = "better" if (difference > 0) == (direction == "higher") else "worse"
+    return Judged(difference, stderr, word, beyond)
 
 
-def _verdict(difference: float, direction: str) -> str:
-    if not direction:
-        return ""
-    return "better" if (difference > 0) == (direction == "higher") else "worse"
+def verdict(run: Run, partner: Run, directions: dict[str, str], not_compared: Container[str], metric: str) -> Judged:
+    """A metric of the run judged; UNKNOWN where a side lacks it, NOT_COMPARED of the evals named so."""
+    ours, theirs = run.means.get(metric), partner.means.get(metric)
+    if ours is None or theirs is None:
+        return UNKNOWN
+    if not_compared and metric.partition(".")[0] in not_compared:
+        return NOT_COMPARED
+    return judge(ours, theirs, run.stderrs.get(metric), partner.stderrs.get(metric), directions.get(metric, ""))
 
 
 def directions() -> dict[str, str]:
@@ -108,17 +115,12 @@ def _compared(run: Run, references: list[Run], saes: list[Run], directions: dict
     at_l0 = frontier.at(l0, saes)
     partner = _completed(at_l0, nearest)
     if partner is None:
-        return Compared(run, None, None, None, None, [], {}, {}, doubts.warnings(run), twin,
-                        dict.fromkeys(run.means, UNKNOWN))
+        return Compared(run, None, None, None, None, [], {}, {}, doubts.warnings(run), twin, lambda _: UNKNOWN)
     why, settings = obstacles(run, partner)
-    verdicts = {metric: judge(metric, run, partner, directions.get(metric, "")) for metric in run.means}
-    if why or settings:
-        for metric, verdict in verdicts.items():
-            if verdict.difference is not None and (why or metric.partition(".")[0] in settings):
-                verdicts[metric] = NOT_COMPARED
+    ran = {metric.partition(".")[0] for metric in run.means} if why else settings
     equal_l0 = _equal_l0(l0, l0_of(partner), frontier.SAME if saes else NEAR)
     return Compared(run, nearest, at_l0, partner, equal_l0, why, settings, differing(run, partner),
-                    doubts.warnings(run, nearest), twin, verdicts)
+                    doubts.warnings(run, nearest), twin, partial(verdict, run, partner, directions, ran))
 
 
 def _equal_l0(ours: float | None, theirs: float | None, share: float) -> bool | None:
@@ -190,10 +192,10 @@ def _completed(partner: Run | None, near: Run | None) -> Run | None:
     """The figures at a run's own L0; evals that the SAEs on either side lack are the nearest SAE's, at its L0."""
     if not isinstance(partner, Interpolated) or near is None:
         return partner or near
-    ran = {metric.partition(".")[0] for metric in partner.means}
     settings = near.config.get("evals", {}) | partner.config.get("evals", {})
-    lacking = {metric: value for metric, value in near.means.items()
-               if metric.partition(".")[0] not in ran and metric.partition(".")[0] in settings}
+    evals_lacking = settings.keys() - {metric.partition(".")[0] for metric in partner.means}
+    lacking = {metric: near.means[metric] for metric in near.means.keys() - partner.means.keys()
+               if metric.partition(".")[0] in evals_lacking}
     stderrs = {metric: near.stderrs[metric] for metric in lacking if metric in near.stderrs}
     return replace(partner, means=partner.means | lacking, stderrs=partner.stderrs | stderrs,
                    config=partner.config | {"evals": settings})

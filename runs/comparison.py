@@ -6,6 +6,7 @@ shows of them is the table's matter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Compared:
     differs: dict[str, tuple]  # {one of SETTINGS: (run's, partner's)}
     warnings: list[str]  # what makes the run's figures doubtful
     twin: int | None  # runs with the same number are one and the same SAE
-    judged: dict[str, Judged]  # of every metric of the run
+    judged: Callable[[str], Judged]  # of any metric, when it is asked for: a table shows a few of a hundred
 
     def source(self, metric: str) -> Run | None:
         """The run that a metric's figure of the baseline is of: at_l0, or the nearest in what at_l0 lacks."""
@@ -54,7 +55,7 @@ class Compared:
         """The verdict unless a frontier lies around the run and lacks the metric: the nearest SAE has another L0."""
         if self.at_l0 is not None and self.at_l0.means.get(metric) is None:
             return UNKNOWN
-        return self.judged.get(metric, UNKNOWN)
+        return self.judged(metric)
 
 
 @dataclass(frozen=True)

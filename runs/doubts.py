@@ -35,7 +35,7 @@ def twins(runs: list[Run]) -> list[int | None]:
     """A number for each run that is the same SAE as another of them, the same for all that are one; else None."""
     groups = defaultdict(list)
     for i, run in enumerate(runs):
-        groups[tuple(sorted((m, v) for m, v in run.means.items() if _telling(m, v)))].append(i)
+        groups[frozenset(_telling(run.means).items())].append(i)
     numbers: list[int | None] = [None] * len(runs)
     for number_of, (metrics, members) in enumerate(groups.items()):
         if metrics and len(members) > 1:
@@ -127,16 +127,20 @@ def _contradictions(run: Run) -> list[str]:
 
 def _copied(run: Run, other: Run) -> list[str]:
     """Metrics of the SAE equal to the other's that can hardly be equal by chance."""
-    both = [m for m, v in run.means.items() if _telling(m, v) and other.means.get(m) is not None]
-    same = [m for m in both if run.means[m] == other.means[m]]
-    if len(same) == len(both) > 1:
-        return [f"all {len(both)} SAE metrics equal those of {other.name} to the last digit: the change had no effect"]
-    return [f"equal to {other.name} to the last digit: {listing(same)}"] if same else []
+    equal = {m: v for m, v in run.means.items() if v is not None and other.means.get(m) == v}
+    same = list(_telling(equal))
+    if not same:
+        return []
+    both = sum(other.means.get(m) is not None for m in _telling(run.means))
+    if len(same) == both > 1:
+        return [f"all {both} SAE metrics equal those of {other.name} to the last digit: the change had no effect"]
+    return [f"equal to {other.name} to the last digit: {listing(same)}"]
 
 
-def _telling(metric: str, value: float | None) -> bool:
-    """Whether equality tells anything: of the SAE, no count, and more than the 8 significant bits of a bfloat16."""
-    return isinstance(value, float) and not _by_nature(metric) and not (math.frexp(value)[0] * 256).is_integer()
+def _telling(means: dict[str, float | None]) -> dict[str, float]:
+    """Those whose equality tells anything: of the SAE, no count, and more than the 8 significant bits of a bfloat16."""
+    return {metric: value for metric, value in means.items() if isinstance(value, float) and not _by_nature(metric)
+            and not (math.frexp(value)[0] * 256).is_integer()}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 
-from runs.comparison import Compared, Comparison
+from runs.comparison import UNKNOWN, Compared, Comparison
 from runs.frontier import Interpolated, is_between, l0_of
 from runs.reading import Run, finite
 from runs.tables import beyond, words
@@ -53,7 +53,7 @@ def _compared(one: Compared, directions: dict[str, str]) -> dict:
 
 
 def _metric(one: Compared, metric: str, direction: str | None) -> dict:
-    judged, source = one.judged[metric], one.source(metric)
+    judged, source = one.judged(metric), one.source(metric)
     theirs = source.means.get(metric) if source else None
     return {"value": one.run.means[metric], "stderr": one.run.stderrs.get(metric),
             "baseline": theirs,
@@ -81,10 +81,9 @@ def _rows(writer, one: Compared, directions: dict[str, str]) -> None:
     run, partner = one.run, one.at_l0 or one.nearest
     of_run = run.name, run.config.get("model"), run.config.get("layer")
     l0s = ["" if side is None or l0_of(side) is None else str(l0_of(side)) for side in (run, partner)]
+    name, means, stderrs = (partner.name, partner.means, partner.stderrs) if partner else (None, {}, {})
     for metric, value in run.means.items():
-        theirs = [None] * 3
-        if partner:
-            theirs = [partner.name, partner.means.get(metric), partner.stderrs.get(metric)]
-        judged = one.at_own_l0(metric)
-        writer.writerow([*of_run, metric, value, run.stderrs.get(metric), *theirs, judged.difference,
-                         directions.get(metric, ""), words(one, judged), beyond(judged), *l0s])
+        theirs = means.get(metric)
+        judged = UNKNOWN if theirs is None else one.judged(metric)
+        writer.writerow([*of_run, metric, value, run.stderrs.get(metric), name, theirs, stderrs.get(metric),
+                         judged.difference, directions.get(metric, ""), words(one, judged), beyond(judged), *l0s])

@@ -79,7 +79,10 @@ FORMER = {"context": ("context_size", "context_length"), "num_tokens": ("tokens"
 
 def setting(config: dict, key: str):
     """A setting of a run under its present or a former name, or None."""
-    return next((config[name] for name in (key, *FORMER.get(key, ())) if config.get(name) is not None), None)
+    value = config.get(key)
+    if value is None and key in FORMER:
+        value = next((config[name] for name in FORMER[key] if config.get(name) is not None), None)
+    return value
 
 
 def finite(value):
@@ -151,11 +154,13 @@ def _numbers(given: dict, problems: list[str]) -> dict[str, float | None]:
     """
     numbers = {}
     for key, value in given.items():
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            if value is not None and not math.isfinite(value):
+        if type(value) in (float, int):  # no bool, which is an int
+            if not math.isfinite(value):
                 problems.append(f"{key} is {value} in the file")
                 value = None
-            numbers[canonical(key)] = value
+        elif value is not None:
+            continue
+        numbers[canonical(key)] = value
     return numbers
 
 

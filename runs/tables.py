@@ -94,7 +94,7 @@ def _by_metric(comparison: Comparison, everything: bool) -> Table:
         for one in saes:
             row.append(number(one.run.means.get(metric)))
             if _is_judged(one):
-                judged = one.judged.get(metric, UNKNOWN)
+                judged = one.judged(metric)
                 row.append(_difference(one, judged, metric))
                 row += [_marked(one, judged)] if several else [_cell(one, judged), beyond(judged)]
         rows.append(row)

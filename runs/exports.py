@@ -29,7 +29,7 @@ def _comparison(comparison: Comparison) -> dict:
         if one.twin is not None:
             twins.setdefault(one.twin, []).append(one.run.name)
     return {"model": model, "layer": layer, "hook_name": hook,
-            "references": [_named(run) for run in comparison.references],
+            "references": [_named(run) | {"means": run.means, "stderrs": run.stderrs} for run in comparison.references],
             "stand_in": bool(comparison.stand_ins),
             "frontier": [_named(run) for run in comparison.frontier],
             "same_sae": list(twins.values()),

@@ -13,7 +13,7 @@ import variants.kit.saving
 from evals.common.settings import choose
 from runs import compare, folder
 from tests.flow.test_experiment import cache, command, signals  # noqa: F401  fixtures
-from tests.runs.test_runs import run as recorded
+from tests.runs.records import run as recorded
 from variants.kit import interchange
 
 MODE = """from variants import topk

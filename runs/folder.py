@@ -65,18 +65,16 @@ def write_json(path: str | Path, value) -> None:
 def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes | str]) -> None:
     """What a variant reports of itself: numbers.json and its own files, all inside `folder`, whatever it calls them.
 
-    A name keeps its folders; what leads out of `folder`, or is no name of a file, is replaced, see
-    `variants.file_name`.
+    A name keeps its folders; what leads out of `folder` or names no file is replaced, see `variants.file_name`.
     """
     for file, content in files.items():
-        (write_bytes if isinstance(content, bytes) else write_text)(folder / _inside(str(file)), content)
+        write = write_bytes if isinstance(content, bytes) else write_text
+        write(folder / _inside(str(file)), content)
     write_json(folder / "numbers.json", numbers)
 
 
 def _inside(name: str) -> str:
-    """The name where it is a file's below some folder;
-    else one that is, with the same ending, so that a picture stays one.
-    """
+    """The name where it is a file's below some folder; else one that is, its ending kept: a picture stays one."""
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
     if parts and "/".join(parts) == name and all(file_name(part) == part for part in parts):
         return name
@@ -116,9 +114,7 @@ def mark(out: Path, info: dict, status: str) -> None:
 
 
 def check_present(out: Path) -> None:
-    """FileNotFoundError, in words, if the folder of a run that goes on was deleted or moved:
-    what is written now would be lost.
-    """
+    """FileNotFoundError, in words, if a running run's folder was deleted or moved: what it writes would be lost."""
     if not (out / LOCK).exists():
         raise FileNotFoundError("\n".join(disk.gone(out)))
 
@@ -139,8 +135,7 @@ def next_free(base: str = "run_") -> str:
 
 
 def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
-    """Make `out_dir` this process's own: ("new" | "resume" | "finished", lock), locked until released or the process
-    ends.
+    """Make `out_dir` this process's own, till it releases the lock or ends: ("new" | "resume" | "finished", lock).
 
     The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so,
     final_info.json is there and no result was damaged since, else "resume"; so is an unfinished one whose `training`
@@ -157,9 +152,7 @@ def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
 
 
 def left(out_dir: str | Path) -> dict:
-    """What an earlier run in the folder says of itself (its run_info.json), or {};
-    of a damaged one only whose run it is.
-    """
+    """What an earlier run in the folder says of itself (its run_info.json), or {}; if damaged only whose run it is."""
     info = _load(Path(out_dir) / "run_info.json")
     if info.get("sha256", _said(info)) == _said(info):
         return info
@@ -173,9 +166,7 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def free_for_words(out_dir: str | Path) -> Path | None:
-    """The folder, made, where nothing but the words of failed runs lies in it; else None:
-    another run is not to be disturbed.
-    """
+    """The folder, made, where nothing but failed runs' words lie in it; else None: another run is not disturbed."""
     try:
         folder = _allowed(Path(out_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,9 +176,7 @@ def free_for_words(out_dir: str | Path) -> Path | None:
 
 
 def _lock(folder: Path, out_dir):
-    """Make the folder and lock it. Its present owner may be moving it aside meanwhile,
-    so that a path is gone or another's.
-    """
+    """Make the folder and lock it. Its owner may be moving it aside meanwhile: then a path is gone or another's."""
     import filelock
 
     path = folder / LOCK
@@ -245,8 +234,8 @@ def _harmed(folder: Path, info: dict) -> list[str]:
     if info.get("status") != "finished":
         return []
     final = [] if _load(folder / "final_info.json") else ["final_info.json"]
-    files = {name: total for name, total in info.get("files", {}).items() if name not in final
-             and (folder / name).is_file()}
+    files = {name: total for name, total in info.get("files", {}).items()
+             if name not in final and (folder / name).is_file()}
     return final + [name for name, total in files.items() if digest(folder / name) != total]
 
 
@@ -330,7 +319,8 @@ _ADVICE = "give a folder of its own for the run, for example --out_dir=run_1"
 
 
 def _in_use(out_dir) -> RuntimeError:
-    return RuntimeError(f"{out_dir} is in use by another running process\nwait for it to end, or give another --out_dir")
+    return RuntimeError(f"{out_dir} is in use by another running process\n"
+                        "wait for it to end, or give another --out_dir")
 
 
 def _unwritable(out_dir, error: OSError) -> OSError:

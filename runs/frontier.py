@@ -1,6 +1,4 @@
-"""What a variant reaches at an L0 where it was not measured: between its SAEs of the next L0 to either side.
-Standard library only.
-"""
+"""What a variant reaches at an L0 where it was not measured: between its SAEs of the next L0 to either side."""
 
 from __future__ import annotations
 

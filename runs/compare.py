@@ -1,5 +1,4 @@
-"""Compare recorded runs with a baseline and with each other: python -m runs.compare run_1 run_2 … [--baseline
-NAME_OR_PATH].
+"""Compare recorded runs with a baseline and with each other: python -m runs.compare run_1 run_2 … [--baseline X].
 
 A difference counts where it exceeds twice the combined standard error √(se_a² + se_b²); "?" where that is not known:
 an eval states no standard error from fewer than five sampling units (evals/common/errors.py), so nothing counts as
@@ -31,16 +30,6 @@ from runs.comparison import NOT_COMPARED, SETTINGS, UNKNOWN, Compared, Compariso
 from runs.frontier import Interpolated, l0_of
 from runs.reading import Run, canonical, read, setting, slug
 
-BASELINES = Path(__file__).resolve().parent / "baseline"
-# final losses and their terms are sums of different things in different variants: no direction
-TRAINING = {"training.final_loss": "", "training.l0": "", "training.explained_variance": "higher",
-            "training.dead_share": "lower", "training.frac_alive": "higher"}
-IDENTITY = ("model", "layer", "hook_name")
-# settings of an eval that do not change what it measures; a seed's effect is what the standard error is about
-NO_MATTER = re.compile(r"verbose|llm_batch_size|sae_batch_size|lower_vram_usage|device|model_name|(random_)?seed|"
-                       r"compute_.*")
-NEAR = 0.1  # L0 of a run and of a lone baseline that differ by less than this share count as equal
-
 # ------------------------------------------------------------------------------------------------ verdicts
 
 
@@ -55,7 +44,8 @@ def judge(ours: float, theirs: float, error: float | None, their_error: float | 
         beyond = abs(difference) > 2 * stderr
     else:  # one side's error is a lower bound of both together's: enough for a no, not for a yes
         stderr = their_error if error is None else error
-        beyond = False if stderr is not None and abs(difference) <= 2 * stderr else None
+        within = stderr is not None and abs(difference) <= 2 * stderr
+        beyond = False if within else None
     if difference == 0:
         return Judged(0.0, stderr, "equal", False)
     word = ""
@@ -72,6 +62,11 @@ def verdict(run: Run, partner: Run, directions: dict[str, str], not_compared: Co
     if not_compared and metric.partition(".")[0] in not_compared:
         return NOT_COMPARED
     return judge(ours, theirs, run.stderrs.get(metric), partner.stderrs.get(metric), directions.get(metric, ""))
+
+
+# final losses and their terms are sums of different things in different variants: no direction
+TRAINING = {"training.final_loss": "", "training.l0": "", "training.explained_variance": "higher",
+            "training.dead_share": "lower", "training.frac_alive": "higher"}
 
 
 def directions() -> dict[str, str]:
@@ -103,24 +98,28 @@ def judged(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None,
         saes = frontier_for(members, references)
         same = doubts.twins(members) if len(members) > 1 else [None]
         found.append(Comparison(
-            key, [_compared(run, references, saes, directions, twin) for run, twin in zip(members, same)], references,
-            saes, [_compared(run, references, saes, directions) for run in stand_ins], directions))
+            identity=key, references=references, frontier=saes, directions=directions,
+            saes=[_compared(run, references, saes, directions, twin) for run, twin in zip(members, same)],
+            stand_ins=[_compared(run, references, saes, directions) for run in stand_ins]))
     return found
 
 
 def _compared(run: Run, references: list[Run], saes: list[Run], directions: dict[str, str],
               twin: int | None = None) -> Compared:
+    """A run beside the nearest of the references and what their frontier `saes` reaches at its own L0."""
     l0 = l0_of(run)
     nearest = min(references, key=lambda reference: abs((l0_of(reference) or 0) - (l0 or 0)), default=None)
     at_l0 = frontier.at(l0, saes)
     partner = _completed(at_l0, nearest)
     if partner is None:
-        return Compared(run, None, None, None, None, [], {}, {}, doubts.warnings(run), twin, lambda _: UNKNOWN)
+        return Compared(run=run, nearest=None, at_l0=None, partner=None, equal_l0=None, obstacles=[], other_settings={},
+                        differs={}, warnings=doubts.warnings(run), twin=twin, judged=lambda metric: UNKNOWN)
     why, settings = obstacles(run, partner)
-    ran = {metric.partition(".")[0] for metric in run.means} if why else settings
+    not_compared = {metric.partition(".")[0] for metric in run.means} if why else settings
     equal_l0 = _equal_l0(l0, l0_of(partner), frontier.SAME if saes else NEAR)
-    return Compared(run, nearest, at_l0, partner, equal_l0, why, settings, differing(run, partner),
-                    doubts.warnings(run, nearest), twin, partial(verdict, run, partner, directions, ran))
+    return Compared(run=run, nearest=nearest, at_l0=at_l0, partner=partner, equal_l0=equal_l0, obstacles=why,
+                    other_settings=settings, differs=differing(run, partner), warnings=doubts.warnings(run, nearest),
+                    twin=twin, judged=partial(verdict, run, partner, directions, not_compared))
 
 
 def _equal_l0(ours: float | None, theirs: float | None, share: float) -> bool | None:
@@ -132,6 +131,12 @@ def _equal_l0(ours: float | None, theirs: float | None, share: float) -> bool | 
 
 
 # ------------------------------------------------------------------------------------------------ what with
+
+IDENTITY = ("model", "layer", "hook_name")
+# settings of an eval that do not change what it measures; a seed's effect is what the standard error is about
+NO_MATTER = re.compile(r"verbose|llm_batch_size|sae_batch_size|lower_vram_usage|device|model_name|(random_)?seed|"
+                       r"compute_.*")
+NEAR = 0.1  # L0 of a run and of a lone baseline that differ by less than this share count as equal
 
 
 def identity(config: dict) -> tuple:
@@ -206,6 +211,8 @@ def _listed(runs: Iterable[Run] | dict | None) -> list[Run]:
 
 
 # ------------------------------------------------------------------------------------------------ stored baselines
+
+BASELINES = Path(__file__).resolve().parent / "baseline"
 
 
 def baseline_for(config: dict, name: str = "standard") -> Path | None:

@@ -15,8 +15,14 @@ from runs.tables import beyond, words
 def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) -> str:
     """The same data as one strict JSON document: numbers in full precision, null for what is not known.
 
-    {"comparisons": one per model, layer and hook, "left_out": what could not be read, a line each}. A comparison's
-    "saes" hold the fields of `Compared` and per metric those of `Judged`, with both sides' values and standard errors.
+    "comparisons": one per model, layer and hook; "left_out": what could not be read, a line each. Of a comparison:
+    model, layer, hook_name, references (with means and stderrs), stand_in (the first runs are the baseline, for want
+    of a stored one), frontier, same_sae (names of runs that are one and the same), saes.
+    Of each of the saes: name, path, variant, l0, baseline (name, path, variant, l0, and `between` which SAEs it lies),
+    equal_l0, not_compared (why nothing is, a line each), other_settings (evals that are not compared for them),
+    differs, dense, problems, warnings, metrics; see `Compared`.
+    Of each metric: value, stderr, baseline, baseline_stderr, baseline_l0, interpolated, difference, difference_stderr,
+    direction, verdict (better, worse, equal, not compared or null), beyond_two_stderr (null: not known); see `Judged`.
     """
     return json.dumps({"comparisons": [_comparison(c) for c in comparisons], "left_out": left_out or []},
                       allow_nan=False)

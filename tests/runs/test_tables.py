@@ -32,7 +32,8 @@ def recorded(place):
     record(place / "run_2", {"layer_3": sae(40.4, 0.912, 0.5, variant="mine", dense=0.4)})
     record(place / "run_3", {"layer_3": sae(150.0, 0.93, 0.72, context=64, variant="other")})
     record(place / "run_4", {"layer_3": sae(30.0, -0.1, 0.71, errors=False, variant="mine")})
-    record(place / "run_5", {"layer_4": sae(30.0, 0.8, 0.7) | {"problems": ["doubtful: the texts were few"]}})
+    elsewhere = sae(30.0, 0.8, 0.7, layer=4, hook_name="blocks.4.hook_resid_post")
+    record(place / "run_5", {"layer_4": elsewhere | {"problems": ["doubtful: the texts were few"]}})
     sweep = {f"layer_3.k_{k}": sae(k + 0.5, 0.82 + k / 1000, 0.75, context=64, variant="topk") for k in (90, 30, 200)}
     record(place / "sweep", sweep)
     for i in (1, 2):

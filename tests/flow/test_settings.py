@@ -11,7 +11,7 @@ import experiment
 import variants
 import variants.kit.saving
 from evals.common.settings import choose
-from runs import compare, folder
+from runs import doubts, folder
 from tests.flow.test_experiment import cache, command, signals  # noqa: F401  fixtures
 from tests.runs.records import run as recorded
 from variants.kit import interchange
@@ -271,7 +271,7 @@ def test_equal_code_is_the_projects_own(tmp_path, monkeypatch):
 )
 def test_figures_that_tell_of_a_failed_training_are_warned_of(means, config, words):
     """Fails if a run that reconstructs worse than none, or misses its sparsity by half, ends without a word."""
-    (found,) = compare.warnings(recorded("run", means, **config))
+    (found,) = doubts.warnings(recorded("run", means, **config))
     assert words in found
 
 
@@ -289,7 +289,7 @@ def test_figures_that_tell_of_a_failed_training_are_warned_of(means, config, wor
 )
 def test_healthy_figures_are_not_warned_of(means, config):
     """Fails if a sound run is called doubtful."""
-    assert compare.warnings(recorded("run", means, **config)) == []
+    assert doubts.warnings(recorded("run", means, **config)) == []
 
 
 def test_settings_of_an_eval_that_is_not_chosen_are_said_to_change_nothing(tmp_path, capsys):

@@ -808,7 +808,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         numbers = json.loads((out / "variant_report" / job.name / "numbers.json").read_bytes())
         of_training = training_log.last_means(log, job.name) | {f"variant.{k}": v for k, v in numbers.items()}
         measured, stderrs, problems = stored.collected(out, evals_of(settings), job.name, crashed)
-        problems += [compare.DOUBT + note for note in job.notes]
+        problems += [reading.DOUBT + note for note in job.notes]
         if job.name in unreported:
             error = unreported[job.name]
             problems.append(f"the variant's own report failed: {type(error).__name__}: {error}")

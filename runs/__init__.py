@@ -1,3 +1,1 @@
-"""What is known about recorded runs: reading them in every shape there has been, comparing, reporting,
-their folders.
-"""
+"""What is known about recorded runs: reading them in every shape, comparing, reporting, their folders."""

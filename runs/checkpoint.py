@@ -20,7 +20,8 @@ import torch
 from runs import disk
 from variants.kit import files
 
-NAME, PREVIOUS, DAMAGED, TEMPORARY = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt", ".checkpoint.pt.tmp"
+NAME, TEMPORARY = "checkpoint.pt", ".checkpoint.pt.tmp"
+PREVIOUS, DAMAGED = "checkpoint.previous.pt", "checkpoint.damaged.pt"
 PARTS = {"step", "cursor", "log", "recent", "rng", "saes"}
 
 
@@ -43,9 +44,7 @@ def write(out: Path, state: dict) -> None:
 
 
 def mend(out: Path, say: Callable[[str], None]) -> None:
-    """Leave a sound checkpoint.pt, or none: one that is damaged is put aside and said,
-    and the one before takes its place.
-    """
+    """Leave a sound checkpoint.pt, or none: a damaged one is put aside and said, and the one before takes its place."""
     for name in (NAME, PREVIOUS):
         file = out / name
         if not file.exists():
@@ -61,6 +60,7 @@ def mend(out: Path, say: Callable[[str], None]) -> None:
 
 def damage(file: Path) -> str:
     """What is wrong with a checkpoint, in a few words, or "".
+
     RuntimeError or MemoryError where it is the memory that lacks.
     """
     try:
@@ -76,15 +76,14 @@ def damage(file: Path) -> str:
     except (RuntimeError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError) as error:
         if "allocate memory" in str(error):
             raise
-        return f"not readable by this version: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
+        words = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        return f"not readable by this version: {words}"
     lacks = sorted(PARTS - set(state)) if isinstance(state, dict) else sorted(PARTS)
     return f"not a checkpoint of this version: it lacks {', '.join(lacks)}" if lacks else ""
 
 
 def part(state: dict, name: str, out: Path) -> dict:
-    """What a checkpoint holds of one SAE, taken out of it;
-    ValueError, which names the file, if it holds none of that name.
-    """
+    """What a checkpoint holds of one SAE, taken out of it; ValueError, with the file, if it holds none of that name."""
     if name not in state["saes"]:
         raise ValueError(f"{out.name}/{NAME} holds {', '.join(state['saes']) or 'no SAE'} and not {name}\n{BEGIN_ANEW}")
     return state["saes"].pop(name)
@@ -97,7 +96,8 @@ def fit(load: Callable[[dict], object], state: dict, out: Path) -> None:
     except RuntimeError as error:
         if "state_dict" not in str(error):
             raise
-        raise ValueError(f"{out.name}/{NAME} is of another run: {' '.join(str(error).split())[:300]}\n{BEGIN_ANEW}") from None
+        words = " ".join(str(error).split())[:300]
+        raise ValueError(f"{out.name}/{NAME} is of another run: {words}\n{BEGIN_ANEW}") from None
 
 
 BEGIN_ANEW = "delete that file and checkpoint.previous.pt: the same command then trains from the start"
@@ -110,8 +110,9 @@ def remove(out: Path) -> None:
 
 
 def read(out: Path, device: torch.device | str, view: bool) -> dict | None:
-    """The state, on `device`, or as a `view` of the file, of which only the recent losses are moved there;
-    None if there is no file.
+    """The state, or None if there is no file.
+
+    On `device`, or as a `view` of the file, of which only the recent losses are moved there.
     """
     file = out / NAME
     if not file.exists():

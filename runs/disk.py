@@ -13,12 +13,12 @@ from runs import environment
 from variants.kit.files import size
 
 TEXTS = {  # libraries in C++ and Rust give no errno but these words
-    "No space left on device": errno.ENOSPC, "os error 28": errno.ENOSPC, "disk is full": errno.ENOSPC,
-    "disk full": errno.ENOSPC,
-    "Disk quota exceeded": errno.EDQUOT, "os error 122": errno.EDQUOT, "File too large": errno.EFBIG,
-    "os error 27": errno.EFBIG,
-    "Read-only file system": errno.EROFS, "os error 30": errno.EROFS, "Input/output error": errno.EIO,
-    "os error 5)": errno.EIO,
+    "No space left on device": errno.ENOSPC, "os error 28": errno.ENOSPC,
+    "disk is full": errno.ENOSPC, "disk full": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT, "os error 122": errno.EDQUOT,
+    "File too large": errno.EFBIG, "os error 27": errno.EFBIG,
+    "Read-only file system": errno.EROFS, "os error 30": errno.EROFS,
+    "Input/output error": errno.EIO, "os error 5)": errno.EIO,
     "Stale file handle": errno.ESTALE, "Too many open files": errno.EMFILE}
 # torch's words where a write fails for any of these reasons
 HALF_WRITTEN = r"inline_container\.cc|PytorchStreamWriter failed writing"
@@ -61,11 +61,9 @@ def code_of(error: BaseException) -> tuple[int | None, str | None]:
 
 def explained(error: BaseException, folder: str | Path | None,
               places: Sequence[str | Path] = ()) -> tuple[str, str] | None:
-    """(what is wrong, what to do) of a failure of a disk, with the place and what is free there; None of any other
-    failure.
+    """(what is wrong, what to do) of a failure of a disk, with the place and what is free there; None of any other.
 
-    `folder` is where the run writes, `places` are others; of an error that names no file it is the one with the least
-    room.
+    `folder` is where the run writes, `places` are others; of an error without a file it is the one with the least room.
     """
     code, file = code_of(error)
     if code is None:
@@ -82,7 +80,8 @@ def explained(error: BaseException, folder: str | Path | None,
     there, free, entries = room(place)
     what, advice = WORDS[code]
     if code == errno.ENOSPC and entries == 0:
-        what, advice = "the disk has no file entry (inode) left", "delete files on that disk, many small ones count most"
+        what = "the disk has no file entry (inode) left"
+        advice = "delete files on that disk, many small ones count most"
     limit = file_size_limit() if code == errno.EFBIG else None
     if limit is not None:
         what = f"a file grew beyond the limit of {size(limit)} that this shell sets (ulimit -f)"
@@ -98,9 +97,7 @@ def gone(folder: str | Path) -> tuple[str, str]:
 
 
 def room(place: Path) -> tuple[Path, int | None, int | None]:
-    """The nearest folder that exists, and free bytes and free file entries of its disk;
-    None where the system does not say.
-    """
+    """The nearest folder that exists, free bytes and file entries of its disk; None what the system does not say."""
     place = place.absolute()
     there = next((p for p in (place, *place.parents) if p.is_dir()), Path("/"))
     try:
@@ -135,14 +132,14 @@ def file_size_limit() -> int | None:
 FREE_SOME = "free some space, or name a folder on another disk"
 WORDS = {  # errno: what is wrong, what to do
     errno.ENOSPC: ("no space left on the disk", FREE_SOME),
-    errno.EDQUOT: ("the disk quota is used up", "free some space (quota -s shows yours), or name a folder on another "
-                                                "disk"),
-    errno.EFBIG: ("a file grew beyond what this disk allows", "raise the limit (ulimit -f unlimited), or name a folder "
-                                                              "on another disk"),
+    errno.EDQUOT: ("the disk quota is used up",
+                   "free some space (quota -s shows yours), or name a folder on another disk"),
+    errno.EFBIG: ("a file grew beyond what this disk allows",
+                  "raise the limit (ulimit -f unlimited), or name a folder on another disk"),
     errno.EROFS: ("the file system is read-only, or has become so after an error",
                   "name a folder on a disk that can be written to"),
-    errno.EIO: ("the disk gave an input/output error", "check the disk (dmesg names it), or name a folder on another "
-                                                       "one"),
+    errno.EIO: ("the disk gave an input/output error",
+                "check the disk (dmesg names it), or name a folder on another one"),
     errno.ESTALE: ("the network disk has lost the folder (stale file handle)",
                    "mount it again, or name a folder on another disk"),
     errno.EMFILE: ("this process has too many files open (ulimit -n)", "raise the limit: ulimit -n 4096"),

@@ -130,9 +130,9 @@ def memory_bound(device: str) -> tuple[float, str]:
 
 
 def memory_limits(root: Path, variables: Mapping[str, str]) -> dict[str, float]:
-    """Bytes still free under each limit on this process's host memory, by its name; `root`: where /proc and
-    /sys/fs/cgroup are.
+    """Bytes still free under each limit on this process's host memory, by its name.
 
+    `root`: where /proc and /sys/fs/cgroup are.
     Limits of control groups count on the way from the process's own up to the highest that is visible, ulimit's by what
     is taken of them, and Slurm's where no control group holds it.
     """
@@ -152,9 +152,7 @@ def memory_limits(root: Path, variables: Mapping[str, str]) -> dict[str, float]:
 
 
 def control_groups(root: Path) -> dict[str, Path]:
-    """Folders of this process's control groups that count memory, its own first, by their path;
-    versions 1 and 2 (man 7 cgroups).
-    """
+    """This process's control groups that count memory, {path: folder}, its own first; versions 1 and 2 (cgroups(7))."""
     own = {}  # controller: path, as the kernel sees it; "" is version 2
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -178,9 +176,7 @@ def control_groups(root: Path) -> dict[str, Path]:
 
 
 def _group_rooms(folder: Path) -> dict[str, float]:
-    """Bytes still free under each memory limit of one control group;
-    pages of files that the kernel may drop count as free.
-    """
+    """Bytes still free under each memory limit of one control group; what the kernel may drop counts as free."""
     statistics = {key: int(value) for key, value in (line.split()[:2] for line in _lines(folder / "memory.stat"))
                   if value.isdigit()}
     found = {}
@@ -223,9 +219,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def matmul_rate(device: str, dtype) -> float:
-    """Floating-point operations per second of a product like those of the models,
-    from a fifth of a second of trying.
-    """
+    """Floating-point operations per second of a product like the models', from a fifth of a second of trying."""
     import torch
 
     a, b = (torch.ones(1024, 1024 if device == "cpu" else 8192, device=device, dtype=dtype) for _ in range(2))

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import uuid
 from pathlib import Path
 
 from runs import disk
+from runs.reading import finite
 from variants.kit.files import digest, file_name, put
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value) -> None:
     """Write strict JSON atomically, keys in the order given; NaN and infinities become null."""
-    write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes | str]) -> None:
@@ -68,14 +68,13 @@ def write_report(folder: Path, numbers: dict[str, float], files: dict[str, bytes
     `variants.kit.files.file_name`.
     """
     for file, content in files.items():
-        (write_bytes if isinstance(content, bytes) else write_text)(folder / _inside(str(file)), content)
+        write = write_bytes if isinstance(content, bytes) else write_text
+        write(folder / _inside(str(file)), content)
     write_json(folder / "numbers.json", numbers)
 
 
 def _inside(name: str) -> str:
-    """The name where it is a file's below some folder;
-    else one that is, with the same ending, so that a picture stays one.
-    """
+    """The name where it is a file's below some folder; else one that is, its ending kept: a picture stays one."""
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
     if parts and "/".join(parts) == name and all(file_name(part) == part for part in parts):
         return name
@@ -115,26 +114,16 @@ def mark(out: Path, info: dict, status: str) -> None:
 
 
 def check_present(out: Path) -> None:
-    """FileNotFoundError, in words, if the folder of a run that goes on was deleted or moved:
-    what is written now would be lost.
-    """
+    """FileNotFoundError, in words, if a running run's folder was deleted or moved: what it writes would be lost."""
     if not (out / LOCK).exists():
         raise FileNotFoundError("\n".join(disk.gone(out)))
 
 
 def _said(info: dict) -> str:
     """Hash of what a run says of itself. The status is left out: `mark` may change it alone."""
-    said = json.dumps(_finite({k: v for k, v in info.items() if k not in ("status", "sha256")}), sort_keys=True,
+    said = json.dumps(finite({k: v for k, v in info.items() if k not in ("status", "sha256")}), sort_keys=True,
                       ensure_ascii=False)
     return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------------ claiming a folder
@@ -146,8 +135,7 @@ def next_free(base: str = "run_") -> str:
 
 
 def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
-    """Make `out_dir` this process's own: ("new" | "resume" | "finished", lock), locked until released or the process
-    ends.
+    """Make `out_dir` this process's own, till it releases the lock or ends: ("new" | "resume" | "finished", lock).
 
     The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so,
     final_info.json is there and no result was damaged since, else "resume"; so is an unfinished one whose `training`
@@ -164,9 +152,7 @@ def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
 
 
 def left(out_dir: str | Path) -> dict:
-    """What an earlier run in the folder says of itself (its run_info.json), or {};
-    of a damaged one only whose run it is.
-    """
+    """What an earlier run in the folder says of itself (its run_info.json), or {}; if damaged only whose run it is."""
     info = _load(Path(out_dir) / "run_info.json")
     if info.get("sha256", _said(info)) == _said(info):
         return info
@@ -180,9 +166,7 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def free_for_words(out_dir: str | Path) -> Path | None:
-    """The folder, made, where nothing but the words of failed runs lies in it; else None:
-    another run is not to be disturbed.
-    """
+    """The folder, made, where nothing but failed runs' words lie in it; else None: another run is not disturbed."""
     try:
         folder = _allowed(Path(out_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,9 +176,7 @@ def free_for_words(out_dir: str | Path) -> Path | None:
 
 
 def _lock(folder: Path, out_dir):
-    """Make the folder and lock it. Its present owner may be moving it aside meanwhile,
-    so that a path is gone or another's.
-    """
+    """Make the folder and lock it. Its owner may be moving it aside meanwhile: then a path is gone or another's."""
     import filelock
 
     path = folder / LOCK
@@ -252,8 +234,8 @@ def _harmed(folder: Path, info: dict) -> list[str]:
     if info.get("status") != "finished":
         return []
     final = [] if _load(folder / "final_info.json") else ["final_info.json"]
-    files = {name: total for name, total in info.get("files", {}).items() if name not in final
-             and (folder / name).is_file()}
+    files = {name: total for name, total in info.get("files", {}).items()
+             if name not in final and (folder / name).is_file()}
     return final + [name for name, total in files.items() if digest(folder / name) != total]
 
 
@@ -337,7 +319,8 @@ _ADVICE = "give a folder of its own for the run, for example --out_dir=run_1"
 
 
 def _in_use(out_dir) -> RuntimeError:
-    return RuntimeError(f"{out_dir} is in use by another running process\nwait for it to end, or give another --out_dir")
+    return RuntimeError(f"{out_dir} is in use by another running process\n"
+                        "wait for it to end, or give another --out_dir")
 
 
 def _unwritable(out_dir, error: OSError) -> OSError:

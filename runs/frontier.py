@@ -1,6 +1,4 @@
-"""What a variant reaches at an L0 where it was not measured: between its SAEs of the next L0 to either side.
-Standard library only.
-"""
+"""What a variant reaches at an L0 where it was not measured: between its SAEs of the next L0 to either side."""
 
 from __future__ import annotations
 
@@ -41,6 +39,22 @@ def at(l0: float | None, saes: list[Run]) -> Run | None:
     config = {k: v for k, v in a.config.items() if k == "evals" or b.config.get(k) == v}
     return Interpolated(f"{a.config.get('variant')} at L0 {l0:.4g}", means | {"core.l0": l0}, stderrs, config, [],
                         a.path, (a, b))
+
+
+def spans(l0: float | None, saes: list[Run]) -> bool:
+    """Whether `at` finds something at that L0."""
+    if not l0 or not saes:
+        return False
+    least, most = (math.log(end) for end in ends(saes))
+    return least - SAME < math.log(l0) < most + SAME
+
+
+def is_between(run: Run | None, metric: str) -> bool:
+    """Whether a figure lies between different ones of two SAEs."""
+    if not isinstance(run, Interpolated):
+        return False
+    values = {sae.means.get(metric) for sae in run.between}
+    return None not in values and len(values) > 1
 
 
 def l0_of(run: Run) -> float | None:

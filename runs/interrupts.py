@@ -6,9 +6,7 @@ import signal
 
 
 class Interrupts:
-    """At once where nothing is half done, else (`deferred`) at the end of the optimiser step;
-    a second signal at once always.
-    """
+    """At once where nothing is half done, else (`deferred`) at the optimiser step's end; a second always at once."""
 
     def __init__(self):
         self.signal, self.deferred = 0, False

@@ -23,8 +23,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Run:
-    """One SAE's record. Means are numbers or None (not measured, NaN);
-    names are `<eval>.<metric>`, `training.…`, `variant.…`.
+    """One SAE's record.
+
+    Means are numbers or None (not measured, NaN); names are `<eval>.<metric>`, `training.…`, `variant.…`.
     """
 
     name: str
@@ -36,9 +37,7 @@ class Run:
 
 
 def read(path: str | Path) -> dict[str, Run]:
-    """The runs recorded in a run folder or a JSON file, {section: Run}.
-    FileNotFoundError, or ValueError if it is no record.
-    """
+    """The runs in a run folder or a JSON file, {section: Run}; FileNotFoundError, ValueError if it is no record."""
     file = _file(Path(path)).resolve()
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -70,13 +69,38 @@ def canonical(metric: str) -> str:
     return ALIASES.get(eval_name, eval_name) + dot + rest
 
 
+DOUBT = "doubtful: "  # begins a problem of a run that concerns all its figures
+# metrics that depend on the language model and the texts alone, and so are equal in every run
+LM_ONLY = re.compile(r"\.llm_|with_ablation$|ce_loss_without_sae$|l2_norm_in$|total_tokens|mean_probe_f1$|num_letters$|"
+                     r"duplicated_test_share$|^training\.(steps?|tokens)$")
+FORMER = {"context": ("context_size", "context_length"), "num_tokens": ("tokens",)}  # {setting: its former names}
+
+
+def setting(config: dict, key: str):
+    """A setting of a run under its present or a former name, or None."""
+    value = config.get(key)
+    if value is None and key in FORMER:
+        value = next((config[name] for name in FORMER[key] if config.get(name) is not None), None)
+    return value
+
+
+def finite(value):
+    """What strict JSON can hold: NaN and infinities inside become None, tuples lists."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 ALIASES = {"absorption_first_letter": "absorption", "RAVEL": "ravel", "sparse_probing_sae_probes": "sae_probes"}
 
 
 def _file(path: Path) -> Path:
     if path.is_file():
         return path
-    if (file := path / "final_info.json").is_file():
+    file = path / "final_info.json"
+    if file.is_file():
         return file
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}\ngive a run folder or its final_info.json")
@@ -100,8 +124,8 @@ def _sections(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:
         for number, entry in enumerate(document["saes"]):
             if isinstance(entry, dict) and isinstance(entry.get("means"), dict):
                 name = str(entry.get("name", number))
-                yield name, _entry(name, {**entry, "config": {**(entry.get("config") or {}),
-                                                              "source": entry.get("source")}})
+                config = {**(entry.get("config") or {}), "source": entry.get("source")}
+                yield name, _entry(name, {**entry, "config": config})
     else:
         yield from _saebench(document, file)
 
@@ -115,9 +139,8 @@ def _entry(section: str, entry: dict) -> tuple:
     given = entry.get("stderrs") or entry.get("stderr") or {}
     stderrs = {k: v for k, v in _numbers(given, []).items() if v is not None} if isinstance(given, dict) else {}
     config = dict(entry.get("config") or {})
-    stated = [("layer", where, _layer(str(text))) for where, text in
-              (("hook_name", config.get("hook_name", "")), (f"section {section}", section))
-              if _layer(str(text)) is not None]
+    places = {"hook_name": config.get("hook_name", ""), f"section {section}": section}
+    stated = [("layer", where, _layer(str(text))) for where, text in places.items() if _layer(str(text)) is not None]
     if isinstance(config.get("layer"), int):
         stated.insert(0, ("layer", "layer", config["layer"]))
     _settle(config, stated)
@@ -125,16 +148,16 @@ def _entry(section: str, entry: dict) -> tuple:
 
 
 def _numbers(given: dict, problems: list[str]) -> dict[str, float | None]:
-    """Numeric values under canonical names; NaN and infinities become None and are noted,
-    everything else is left out.
-    """
+    """Numeric values under canonical names; NaN and infinities become None and are noted, the rest is left out."""
     numbers = {}
     for key, value in given.items():
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            if value is not None and not math.isfinite(value):
+        if type(value) in (float, int):  # no bool, which is an int
+            if not math.isfinite(value):
                 problems.append(f"{key} is {value} in the file")
                 value = None
-            numbers[canonical(key)] = value
+        elif value is not None:
+            continue
+        numbers[canonical(key)] = value
     return numbers
 
 
@@ -144,9 +167,7 @@ def _layer(text: str) -> int | None:
 
 
 def _settle(config: dict, stated: list[tuple[str, str, object]]) -> None:
-    """Enter what is stated, (key, where, value), into the config:
-    the first statement holds, contradictions are kept.
-    """
+    """Enter what is stated, (key, where, value), into the config: the first holds, contradictions are kept."""
     by_key: dict[str, dict[str, object]] = {}
     for key, where, value in stated:
         by_key.setdefault(key, {}).setdefault(where, value)
@@ -159,8 +180,7 @@ def _settle(config: dict, stated: list[tuple[str, str, object]]) -> None:
 
 # ------------------------------------------------------------------------------------------------ SAEBench's own output
 
-# which eval a title or a category of metrics belongs to; longer names first, so that they are not taken for shorter
-# ones
+# which eval a title or a category of metrics belongs to; longer names first, lest they be taken for shorter ones
 EVALS = ("sparse_probing_sae_probes", "sparse_probing", "meta_structure", "absorption", "autointerp", "unlearning",
          "ravel", "core", "scr", "tpp", "mdl")
 CATEGORIES = {"model_behavior_preservation": "core", "model_performance_preservation": "core", "shrinkage": "core",
@@ -179,19 +199,7 @@ NAMES_A_LAYER = ("hook_name", "sae_lens_release_id", "sae_set", "submodule_name"
 
 
 def _saebench(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:
-    trained = {layer: key for key, value in document.items()
-               if isinstance(value, dict) and key.startswith("training results") and (layer := _layer(key)) is not None}
-    if len(trained) < 2:
-        parts = [document]
-    # several layers in one file: each eval goes with the layer its own SAE config names, the last trained without one
-    else:
-        parts = [{trained[layer]: document[trained[layer]]} for layer in trained]
-        last = len(parts) - 1
-        for key, value in document.items():
-            if isinstance(value, dict) and key not in trained.values():
-                layers = [v for k, _, v in _stated({key: value}) if k == "layer"]
-                parts[list(trained).index(layers[0]) if layers and layers[0] in trained else last][key] = value
-    for part in parts:
+    for part in _by_layer(document):
         means, config, problems = {}, {}, []
         evals: dict[str, dict] = {}
         for eval_name, metric, value in _metrics(part, None, evals):
@@ -200,12 +208,13 @@ def _saebench(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:
                 value = None
             means.update(_numbers({f"{eval_name}.{metric}": value}, problems))
         stated = sorted(_stated(part), key=lambda item: "cfg_dict" not in item[1])  # the SAE's own config counts first
-        if (named := _layer(file.stem)) is not None:
-            stated.append(("layer", "file name", named))
+        if _layer(file.stem) is not None:
+            stated.append(("layer", "file name", _layer(file.stem)))
         if not (means or any(key == "steps" for key, _, _ in stated)):
             continue
         _settle(config, stated)
-        if (loss := config.pop("final_loss", None)) is not None:
+        loss = config.pop("final_loss", None)
+        if loss is not None:
             means.update(_numbers({"training.final_loss": loss}, problems))
         if evals:
             config["evals"] = evals
@@ -213,11 +222,29 @@ def _saebench(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:
         yield section, (section, means, {}, config, problems)
 
 
+def _by_layer(document: dict) -> list[dict]:
+    """A document per layer that was trained, the whole one where there is but one.
+
+    Each eval goes with the layer that its own SAE config names, with the last trained where it names none.
+    """
+    titles = [key for key, value in document.items() if isinstance(value, dict) and key.startswith("training results")]
+    trained = {_layer(key): key for key in titles if _layer(key) is not None}
+    if len(trained) < 2:
+        return [document]
+    parts = {layer: {key: document[key]} for layer, key in trained.items()}
+    last = list(parts)[-1]
+    for key, value in document.items():
+        if isinstance(value, dict) and key not in trained.values():
+            layers = [v for k, _, v in _stated({key: value}) if k == "layer"]
+            layer = layers[0] if layers and layers[0] in parts else last
+            parts[layer][key] = value
+    return list(parts.values())
+
+
 def _metrics(node: dict, eval_name: str | None, evals: dict, counts: bool = False) -> Iterator[tuple[str, str, object]]:
     """(eval, metric, value) below a node, whatever the depth; the settings of evals are put into `evals` on the way.
 
-    `counts`: a number in this node is a metric, since the node lies under SAEBench's results or in a section without
-    them.
+    `counts`: a number in this node is a metric, as it lies under SAEBench's results or in a section without them.
     """
     eval_name = _eval_of(node.get("eval_type_id")) or eval_name
     for key, value in node.items():
@@ -236,9 +263,7 @@ def _metrics(node: dict, eval_name: str | None, evals: dict, counts: bool = Fals
 
 
 def _eval_of(title) -> str | None:
-    """The eval that a section's title or an eval_type_id names:
-    "sparse probing evaluation results" -> sparse_probing.
-    """
+    """The eval that a title or an eval_type_id names: "sparse probing evaluation results" -> sparse_probing."""
     words = "_" + re.sub(r"[^a-z]+", "_", str(title or "").lower()) + "_"
     return next((name for name in EVALS if f"_{name}_" in words), None)
 
@@ -248,8 +273,8 @@ def _stated(node: dict, where: str = "") -> Iterator[tuple[str, str, object]]:
     for key, value in node.items():
         place = f"{where}{key}"
         if isinstance(value, dict) and key not in DETAILS:
-            if (layer := _layer(key)) is not None:
-                yield "layer", place, layer
+            if _layer(key) is not None:
+                yield "layer", place, _layer(key)
             if _eval_of(key) != "unlearning":  # it runs on the instruction-tuned sibling of the model
                 yield from _stated(value, f"{place}.")
         elif key in MEANING and value is not None and not isinstance(value, list):

@@ -9,41 +9,54 @@ from html import escape
 from pathlib import Path
 
 import evals
-from runs.compare import Table, all_warnings, directions, families, identity, tables
+from runs.compare import directions, families, identity, judged
+from runs.comparison import Comparison
 from runs.folder import write_text
 from runs.reading import Run
+from runs.tables import Table, laid_out, lefts, warned
 
 SIZE = 700_000  # characters that dashboards may fill the page up to
 POINTS = 4000  # of all lines of one chart together
 NOT_PLOTTED = {"sae", "step", "tokens"}
-AXES = {"l0": ("L0", "features per token"), "explained_variance": ("Explained variance",
-                                                                   "share of the batch's variance"),
-        "dead_share": ("Dead features", "share of features"), "tokens_per_s": ("Speed", "tokens per second"),
+# {column of the training log: (title, unit)}
+AXES = {"l0": ("L0", "features per token"),
+        "explained_variance": ("Explained variance", "share of the batch's variance"),
+        "dead_share": ("Dead features", "share of features"),
+        "tokens_per_s": ("Speed", "tokens per second"),
         "loss": ("Loss", "at E‖x‖² = 1")}
+# (metric, title, unit) of the charts by L0
 FRONTIER = (("core.ce_loss_score", "CE loss score", "share of the loss recovered"),
-            ("core.r2", "R²", "share of variance"), ("sparse_probing.sae_top_1_test_accuracy", "Sparse probing, top 1",
-                                                     "test accuracy"))
+            ("core.r2", "R²", "share of variance"),
+            ("sparse_probing.sae_top_1_test_accuracy", "Sparse probing, top 1", "test accuracy"))
 
 CSS = """
-:root{color-scheme:light dark;--fg:#1c1f24;--mut:#5d6673;--bg:#fff;--card:#f5f6f8;--line:#d5d9df;--good:#0a7a3c;--bad:#b3261e;
+:root{color-scheme:light dark;--fg:#1c1f24;--mut:#5d6673;--bg:#fff;--card:#f5f6f8;--line:#d5d9df;\
+--good:#0a7a3c;--bad:#b3261e;
 --warn:#fff3d6;--warnline:#e0a92e;--act:235,120,20}
-@media(prefers-color-scheme:dark){:root{--fg:#e4e7eb;--mut:#9aa4b1;--bg:#15181c;--card:#1e2227;--line:#3a4149;--good:#5fd08f;
+@media(prefers-color-scheme:dark){\
+:root{--fg:#e4e7eb;--mut:#9aa4b1;--bg:#15181c;--card:#1e2227;--line:#3a4149;--good:#5fd08f;
 --bad:#ff8a80;--warn:#3a2f14;--warnline:#b98a22;--act:255,150,50}}
 *{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:1120px;
-margin:0 auto;padding:24px}h1{font-size:24px;margin:0 0 2px}h2{font-size:18px;margin:34px 0 10px}p{margin:4px 0}.mut{color:var(--mut)}
+margin:0 auto;padding:24px}\
+h1{font-size:24px;margin:0 0 2px}h2{font-size:18px;margin:34px 0 10px}\
+p{margin:4px 0}.mut{color:var(--mut)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:8px 0}
 th,td{padding:3px 12px 3px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--mut);font-weight:600}td.l,th.l{text-align:left}td.w{white-space:normal;overflow-wrap:anywhere}
 .better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}
 .warn{background:var(--warn);border-left:4px solid var(--warnline);padding:6px 12px;margin:6px 0;border-radius:3px}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:16px}svg{width:100%;height:auto;display:block}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:16px}\
+svg{width:100%;height:auto;display:block}
 figure{margin:14px 0}
 figure img{max-width:100%;background:#fff;border-radius:6px}
 svg text{fill:var(--mut);font:11px system-ui,sans-serif}svg .t{fill:var(--fg);font-size:13px;font-weight:600}
-.legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin:6px 0 10px;font-size:13px}.legend i{display:inline-block;width:18px;
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin:6px 0 10px;font-size:13px}\
+.legend i{display:inline-block;width:18px;
 height:0;border-top:3px solid;margin-right:6px;vertical-align:middle}
-.feature{background:var(--card);border-radius:6px;padding:10px 14px;margin:10px 0}.feature h3{font-size:15px;margin:0 0 4px}
-.context{font:13px/1.75 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;border-top:1px solid var(--line);
+.feature{background:var(--card);border-radius:6px;padding:10px 14px;margin:10px 0}\
+.feature h3{font-size:15px;margin:0 0 4px}
+.context{font:13px/1.75 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;\
+border-top:1px solid var(--line);
 padding:3px 0}.context span{border-radius:3px}details{margin:8px 0}summary{cursor:pointer;color:var(--mut)}
 """
 
@@ -60,13 +73,14 @@ def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run]
     """
     runs, name = list(sections.values()), Path(out_dir).resolve().name
     stored = list(baseline.values() if isinstance(baseline, dict) else baseline or ())
-    parts = [_head(name, runs), _comparison(runs, stored, directions()), _frontier(runs, stored), _curves(log_rows),
+    comparisons = judged(runs, stored, directions())
+    parts = [_head(name, runs), _comparison(comparisons, runs), _frontier(runs, stored), _curves(log_rows),
              _own_pictures(Path(out_dir) / "variant_report"), _problems(runs), _settings(runs)]
     parts.insert(6, _dashboards(dashboards, SIZE - sum(map(len, parts))))
+    head = ('<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
+            f"<title>{escape(name)}</title><style>{CSS}</style>")
     path = Path(out_dir) / "report.html"
-    write_text(path, f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport "
-                     f"content=\"width=device-width\"><title>{escape(name)}</title><style>{CSS}</style>\n"
-               + "\n".join(filter(None, parts)) + "\n</html>\n")
+    write_text(path, "\n".join([head, *filter(None, parts), "</html>\n"]))
     return path
 
 
@@ -77,7 +91,7 @@ def _own_pictures(folder: Path) -> str:
         title = f"{escape(file.parent.name)}: {escape(file.name)}"
         if file.suffix in kinds and file.stat().st_size < 300_000:
             data = b64encode(file.read_bytes()).decode()
-            html.append(f"<figure><img alt=\"{title}\" src=\"data:{kinds[file.suffix]};base64,{data}\">"
+            html.append(f'<figure><img alt="{title}" src="data:{kinds[file.suffix]};base64,{data}">'
                         f"<figcaption class=mut>{title}</figcaption></figure>")
         elif file.name != "numbers.json":
             html.append(f"<p class=mut>variant_report/{escape(file.parent.name)}/{escape(file.name)}</p>")
@@ -87,15 +101,18 @@ def _own_pictures(folder: Path) -> str:
 def _head(name: str, runs: list[Run]) -> str:
     config, several = runs[0].config if runs else {}, len(runs) > 1
     width = config.get("d_sae")
-    facts = [config.get("variant"), config.get("model") and f"on {config['model']}", None if several
-             else config.get("hook_name"), f"{len(runs)} SAEs" if several else None, f"width {width:,}"
-             if isinstance(width, int) else None]
+    facts = [config.get("variant")]
+    if config.get("model"):
+        facts.append(f"on {config['model']}")
+    facts.append(f"{len(runs)} SAEs" if several else config.get("hook_name"))
+    if isinstance(width, int):
+        facts.append(f"width {width:,}")
     return f"<h1>{escape(name)}</h1><p class=mut>{escape(' · '.join(str(f) for f in facts if f))}</p>"
 
 
-def _comparison(runs: list[Run], stored: list[Run], known: dict[str, str]) -> str:
-    brief, full = (tables(runs, stored, known, everything) for everything in (False, True))
-    html = [f"<div class=warn>{escape(line)}</div>" for line in all_warnings(runs, stored)]
+def _comparison(comparisons: list[Comparison], runs: list[Run]) -> str:
+    brief, full = (laid_out(comparisons, everything) for everything in (False, True))
+    html = [f"<div class=warn>{escape(line)}</div>" for line in warned(comparisons)]
     html.append("<h2>Comparison</h2>" + "".join(map(_table, brief)))
     if any(len(a.rows) != len(b.rows) for a, b in zip(brief, full)):
         html.append("<details><summary>every metric</summary>" + "".join(map(_table, full)) + "</details>")
@@ -107,14 +124,15 @@ def _comparison(runs: list[Run], stored: list[Run], known: dict[str, str]) -> st
 
 def _table(table: Table) -> str:
     """A comparison as HTML; a verdict has a colour where it exceeds two standard errors."""
-    left = [i < table.left or name == "verdict" for i, name in enumerate(table.header)]
+    left = lefts(table)
 
     def row(cells, tag):
         out = []
         for cell, following, is_left in zip(cells, [*cells[1:], ""], left):
             sure = cell.endswith("*") or following == "yes"
             verdict = next((v for v in ("better", "worse") if sure and cell.startswith(v)), "")
-            out.append(f'<{tag} class="{"l " * is_left}{verdict}">{escape(cell)}</{tag}>')
+            side = "l " if is_left else ""
+            out.append(f'<{tag} class="{side}{verdict}">{escape(cell)}</{tag}>')
         return f"<tr>{''.join(out)}</tr>"
 
     above = "".join(f"<p class=mut>{escape(line)}</p>" for line in table.above if not line.startswith("warning: "))
@@ -130,7 +148,8 @@ def _problems(runs: list[Run]) -> str:
             about.setdefault(problem, []).append(run.name)
     items = [problem if len(names) == len(runs) else f"{', '.join(names)}: {problem}"
              for problem, names in about.items()]
-    return f"<h2>Problems</h2><ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>" if items else ""
+    listed = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f"<h2>Problems</h2><ul>{listed}</ul>" if items else ""
 
 
 def _settings(runs: list[Run]) -> str:
@@ -139,7 +158,8 @@ def _settings(runs: list[Run]) -> str:
     shared = [k for k in keys if all(run.config.get(k) == runs[0].config.get(k) for run in runs)]
     rows = (f"<td class=l>{escape(k)}</td><td class='l w'>{escape(_plain(runs[0].config[k]))}</td>" for k in shared)
     html = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
-    if own := [k for k in keys if k not in shared]:
+    own = [k for k in keys if k not in shared]
+    if own:
         lines = [["SAE", *own], *([run.name, *(_plain(run.config.get(k)) for k in own)] for run in runs)]
         rows = ("".join(f"<td class=l>{escape(cell)}</td>" for cell in line) for line in lines)
         html += f"<div class=scroll><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></div>"
@@ -187,17 +207,15 @@ def _frontier(runs: list[Run], stored: list[Run]) -> str:
         for metric, title, unit in FRONTIER:
             series = [(name, _by_l0(family, metric)) for name, family in lines]
             loose = {name for name, family in lines if not _one_line(family)}
-            charts.append(chart(f"{title}, layer {key[1]}", series, "L0, features per token (log)", unit, True, True,
-                                loose))
+            charts.append(chart(f"{title}, layer {key[1]}", series, "L0, features per token (log)", unit,
+                                dots=True, log_x=True, loose=loose))
         if any(charts):
             html += [_legend([name for name, _ in lines]), f"<div class=charts>{''.join(filter(None, charts))}</div>"]
     return f"<h2>Frontier</h2><p class=mut>bars: one standard error, where known</p>{''.join(html)}" if html else ""
 
 
 def _by_l0(saes: list[Run], metric: str) -> list[tuple[float, float, float]]:
-    """(L0, value, standard error or 0) of the SAEs that have both, by L0;
-    one of L0 = 0 has no place on a logarithmic axis.
-    """
+    """(L0, value, standard error or 0) of the SAEs that have both, by L0; L0 = 0 has no place on a log axis."""
     return sorted((sae.means["core.l0"], sae.means[metric], sae.stderrs.get(metric, 0.0)) for sae in saes
                   if (sae.means.get("core.l0") or 0) > 0 and sae.means.get(metric) is not None)
 
@@ -210,10 +228,9 @@ def _one_line(saes: list[Run]) -> bool:
 
 def chart(title: str, series: list[tuple[str, list[tuple[float, ...]]]], x_unit: str, y_unit: str, dots: bool = False,
           log_x: bool = False, loose: Collection[str] = ()) -> str:
-    """An inline SVG chart of finite (x, y) or (x, y, standard error); y is logarithmic where positive and over a factor
-    50.
+    """An inline SVG chart of finite (x, y) or (x, y, standard error).
 
-    Series named in `loose` are points without a line.
+    y is logarithmic where positive and over a factor 50. Series named in `loose` are points without a line.
     """
     keep = max(2, min(300, POINTS // max(len(series), 1)))
     thinned = [(name, points[:-1][:: max(1, math.ceil(len(points) / keep))] + points[-1:]) for name, points in series]
@@ -242,7 +259,8 @@ def chart(title: str, series: list[tuple[str, list[tuple[float, ...]]]], x_unit:
     for x in _l0_ticks(10**x_low, 10**x_high) if log_x else _ticks(x_low, x_high, 4):
         out.append(f'<path d="M{at_x(x):.1f} {height - bottom}v4" stroke="var(--mut)"/>'
                    f'<text x={at_x(x):.1f} y={height - bottom + 17} text-anchor=middle>{_short(x)}</text>')
-    middle, y_unit = (top + height - bottom) / 2, y_unit + " (log)" * log_y
+    middle = (top + height - bottom) / 2
+    y_unit += " (log)" if log_y else ""
     out.append(f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill=none stroke="var(--mut)"/>'
                f'<text x={(left + width - right) / 2:.0f} y={height - 8} text-anchor=middle>{escape(x_unit)}</text>'
                f'<text transform="translate(13 {middle:.0f})rotate(-90)" text-anchor=middle>{escape(y_unit)}</text>')
@@ -251,15 +269,15 @@ def chart(title: str, series: list[tuple[str, list[tuple[float, ...]]]], x_unit:
         if len(points) > 1 and name not in loose:
             out.append(f'<path d="M{path}" fill=none stroke="{colour}" stroke-width=1.8 stroke-linejoin=round>'
                        f"<title>{escape(name)}</title></path>")
-        bars = "".join(f"M{at_x(x):.1f} {at_y(y - error[0]):.1f}V{at_y(y + error[0]):.1f}" for x, y, *error in points
-                       if sum(error))
+        bars = "".join(f"M{at_x(x):.1f} {at_y(y - error[0]):.1f}V{at_y(y + error[0]):.1f}"
+                       for x, y, *error in points if sum(error))
         if bars:
             out.append(f'<path d="{bars}" fill=none stroke="{colour}" stroke-width=1.2 opacity=.6 />')
         if dots or len(points) == 1:
-            out += [f'<circle cx={at_x(x):.1f} cy={at_y(y):.1f} r=3.2 fill="{colour}">'
-                    f"<title>{escape(name)}: {x:.4g}, "
-                    f"{y:.4g}{f' ± {error[0]:.2g}' if sum(error) else ''}</title></circle>"
-                    for x, y, *error in points]
+            for x, y, *error in points:
+                known = f" ± {error[0]:.2g}" if sum(error) else ""
+                out.append(f'<circle cx={at_x(x):.1f} cy={at_y(y):.1f} r=3.2 fill="{colour}">'
+                           f"<title>{escape(name)}: {x:.4g}, {y:.4g}{known}</title></circle>")
     return "".join(out) + "</svg>"
 
 
@@ -298,9 +316,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _l0_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between two values, of a wide range the powers alone,
-    of a narrow one round numbers.
-    """
+    """1, 2 and 5 times powers of ten between two values; the powers alone if many, round numbers if few."""
     powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     ticks = [t for t in (m * power for power in powers for m in (1, 2, 5)) if low <= t <= high]
     if len(ticks) > 7:

@@ -16,16 +16,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
-from runs.compare import BY_RUN, Table, as_markdown, as_text, number
 from runs.reading import Run, read
+from runs.tables import BY_RUN, Table, as_markdown, as_text
+from runs.wording import number
 
 SETTING = ("model", "layer", "variant", "hyper", "d_sae", "num_tokens", "passes", "batch_size", "lr", "init_from")
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by setting, named by the variant and by the hyper-parameters in which it differs
-    from the first of its variant.
-    """
+    """Runs by setting, named by its variant and the hyper-parameters in which it differs from the first of that."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[json.dumps([run.config.get(key) for key in SETTING], sort_keys=True)].append(run)
@@ -45,7 +44,8 @@ def estimate(runs: list[Run], metric: str) -> tuple[float, float | None, int] | 
     values = [run.means[metric] for run in runs if run.means.get(metric) is not None]
     if not values:
         return None
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None, len(values)
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return fmean(values), error, len(values)
 
 
 def table(runs: Iterable[Run], metrics: list[str] | None = None) -> Table:
@@ -65,10 +65,11 @@ def table(runs: Iterable[Run], metrics: list[str] | None = None) -> Table:
             error = f" ± {mine[1]:.2g}" if mine[1] is not None else ""
             known = theirs is not None and mine[1] is not None and theirs[1] is not None and members is not reference
             beyond = known and abs(mine[0] - theirs[0]) > 2 * math.hypot(mine[1], theirs[1])
-            cells.append(number(mine[0]) + error + "*" * beyond)
+            cells.append(number(mine[0]) + error + ("*" if beyond else ""))
         rows.append(cells)
-    below = ([f"mean ± standard error over seeds; * differs from {rows[0][0]} by more than two standard errors"] if rows
-             else [])
+    below = []
+    if rows:
+        below.append(f"mean ± standard error over seeds; * differs from {rows[0][0]} by more than two standard errors")
     names = [m.rpartition(".")[2].replace("_test_accuracy", "") for m in metrics]
     return Table([], ["setting", "runs", *names], rows, below)
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print(str(error).split("\n")[0], file=sys.stderr)
         return 1
     found = table(runs, [m for m in options.metrics.split(",") if m])
-    print((as_markdown if options.markdown else as_text)(found))
+    print(as_markdown(found) if options.markdown else as_text(found))
     return 0
 
 

@@ -20,19 +20,20 @@ from runs.compare import BASELINES
 PROJECT = BASELINES.parent.parent
 RECORD = BASELINES / "smollm2-135m-instruct/topk/final_info.json"
 NUMBERS, TIMES = (10, 100, 1000), 3
-FORMS = {"text": [], "markdown": ["--markdown"], "csv": ["--csv"]}
+FORMS = {"text": [], "markdown": ["--markdown"], "csv": ["--csv"], "json": ["--json"]}
 
 
 def main() -> None:
-    print(f"| runs | {' | '.join(f'{form}, seconds | ratio' for form in FORMS)} |\n|--:{'|--:' * 2 * len(FORMS)}|")
+    print(f"| runs | {' | '.join(f'{form}, seconds | ratio' for form in FORMS)} |")
+    print(f"|--:{'|--:' * 2 * len(FORMS)}|")
     before: dict[str, float] = {}
     for n in NUMBERS:
         with tempfile.TemporaryDirectory() as folder:
             runs = fill(Path(folder), n)
             taken = [{form: seconds(runs, flags) for form, flags in FORMS.items()} for _ in range(TIMES)]
         now = {form: median(of[form] for of in taken) for form in FORMS}
-        cells = (f"{now[form]:.2f} | {now[form] / before[form]:.1f}" if before else f"{now[form]:.2f} | "
-                 for form in FORMS)
+        ratios = {form: f"{now[form] / before[form]:.1f}" if before else "" for form in FORMS}
+        cells = (f"{now[form]:.2f} | {ratios[form]}" for form in FORMS)
         print(f"| {n:,} | {' | '.join(cells)} |", flush=True)
         before = now
 

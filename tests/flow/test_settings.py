@@ -11,8 +11,8 @@ import experiment
 import variants
 import variants.kit.saving
 from evals.common.settings import choose
-from runs import compare, folder
-from tests.runs.test_runs import run as recorded
+from runs import doubts, folder
+from tests.runs.records import run as recorded
 from tests.small_run import command
 from variants.kit import interchange
 from variants.kit.hyper import parse_hyper, parse_sweep
@@ -256,7 +256,7 @@ def test_equal_code_is_the_projects_own(tmp_path, monkeypatch):
 ])
 def test_figures_that_tell_of_a_failed_training_are_warned_of(means, config, words):
     """Fails if a run that reconstructs worse than none, or misses its sparsity by half, ends without a word."""
-    (found,) = compare.warnings(recorded("run", means, **config))
+    (found,) = doubts.warnings(recorded("run", means, **config))
     assert words in found
 
 
@@ -269,7 +269,7 @@ def test_figures_that_tell_of_a_failed_training_are_warned_of(means, config, wor
 ])
 def test_healthy_figures_are_not_warned_of(means, config):
     """Fails if a sound run is called doubtful."""
-    assert compare.warnings(recorded("run", means, **config)) == []
+    assert doubts.warnings(recorded("run", means, **config)) == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,76 @@
+"""The data of a comparison: runs/compare.py judges and makes it; text, markdown, CSV, HTML and JSON are made of it.
+
+Numbers are numbers here, unrounded, and None what is not known. Every run has every metric it recorded: what a table
+shows of them is the table's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from runs.reading import Run, setting
+
+# settings in which two runs may differ and still be compared, and which are then said
+SETTINGS = ("variant", "hyper", "d_sae", "context", "dataset", "keep_bos", "dtype", "num_tokens", "passes",
+            "batch_size", "lr", "seed")
+
+
+class Judged(NamedTuple):
+    """One metric of a run against the same metric of what it is compared with."""
+
+    difference: float | None = None  # run − baseline; None where a side lacks the metric, or it is not compared
+    stderr: float | None = None  # of the difference, √(se_a² + se_b²); a lower bound where only one side states one
+    verdict: str = ""  # better, worse, equal, not compared; "" without a direction or a difference
+    beyond: bool | None = None  # whether the difference exceeds two standard errors; None where that is not known
+
+
+UNKNOWN, NOT_COMPARED = Judged(), Judged(verdict="not compared")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run and what it is compared with."""
+
+    run: Run
+    nearest: Run | None  # of the baseline's SAEs the one of the nearest L0
+    at_l0: Run | None  # what the baseline's frontier reaches at the run's own L0; None where none lies around it
+    partner: Run | None  # judged against: at_l0, in evals that its SAEs lack the nearest; else the nearest
+    equal_l0: bool | None  # whether run and partner have the same L0; None where one is not known
+    obstacles: list[str]  # why nothing of the run is compared
+    other_settings: dict[str, dict[str, tuple]]  # {eval: {setting: (run's, partner's)}} of evals that are not compared
+    differs: dict[str, tuple]  # {one of SETTINGS: (run's, partner's)}
+    warnings: list[str]  # what makes the run's figures doubtful
+    twin: int | None  # runs with the same number are one and the same SAE
+    judged: Callable[[str], Judged]  # of any metric, when it is asked for: a table shows a few of a hundred
+
+    def source(self, metric: str) -> Run | None:
+        """The run that a metric's figure of the baseline is of: at_l0, or the nearest in what at_l0 lacks."""
+        if self.at_l0 is None or self.at_l0.means.get(metric) is not None:
+            return self.at_l0 or self.partner
+        return self.nearest
+
+    def at_own_l0(self, metric: str) -> Judged:
+        """The verdict unless a frontier lies around the run and lacks the metric: the nearest SAE has another L0."""
+        if self.at_l0 is not None and self.at_l0.means.get(metric) is None:
+            return UNKNOWN
+        return self.judged(metric)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of one model, layer and hook, in the order in which they were given."""
+
+    identity: tuple[str, int | None, str]  # model, layer, hook
+    saes: list[Compared]
+    references: list[Run]  # what they may be compared with; [] for want of any
+    frontier: list[Run]  # of the references those of one variant and several L0 around the runs' own; or []
+    stand_ins: list[Compared]  # for want of a stored baseline the references are the first runs: those, by themselves
+    directions: dict[str, str]  # {metric: higher, lower or ""}: which way is better
+
+
+def differing(run: Run, other: Run) -> dict[str, tuple]:
+    """{setting: (run's, the other's)} of SETTINGS that both state and that differ."""
+    pairs = ((key, setting(run.config, key), setting(other.config, key)) for key in SETTINGS)
+    return {key: (a, b) for key, a, b in pairs if a is not None and b is not None and a != b}

@@ -1,0 +1,44 @@
+"""How figures and lists are written wherever a comparison is put into words."""
+
+from __future__ import annotations
+
+import math
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, counts in full; – for what is missing."""
+    if value is None:
+        return "–"
+    if value == 0 or isinstance(value, int):
+        return f"{value:,.0f}"
+    if 1e-4 <= abs(value) < 1e7:
+        return f"{value:,.{_decimals(value)}f}"
+    return f"{value:.3e}"
+
+
+def signed(difference: float | None, *sides: float) -> str:
+    """A difference with no more decimals than the values it comes from, unless nothing were left of it."""
+    if difference is None:
+        return ""
+    if not difference:
+        return "0"
+    decimals = min(_decimals(difference), max(_decimals(v) for v in sides if v))
+    text = f"{difference:+,.{decimals}f}"
+    return text if float(text.replace(",", "")) else f"{difference:+.1e}"
+
+
+def _decimals(value: float) -> int:
+    return min(max(3 - math.floor(math.log10(abs(value))), 0), 8)
+
+
+def listing(names: list[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def short(value) -> str:
+    """A setting's value in a word."""
+    if isinstance(value, dict):
+        return ",".join(f"{k}={v}" for k, v in value.items())
+    return f"{len(value)} items" if isinstance(value, list) else str(value)

@@ -25,7 +25,7 @@ ELSEWHERE = (("pip install", ".ci/run"), ("python -m pytest", ".ci/run"), ("pyth
              ("torchrun", "tests/flow/test_ranks.py"), ("diff ", "tests/flow/test_experiment.py"),
              ("python -m tests.imitated_gpu", "tests/flow/test_imitated_gpu.py"),
              ("openai-community/gpt2", "tests/flow/test_real_path.py"), ("hf auth", "tests/evals/test_hub.py"))
-OTHER_PROGRAMS = {"--all", "--baseline", "--csv", "--markdown", "--saebench"}
+OTHER_PROGRAMS = {"--all", "--baseline", "--csv", "--json", "--markdown", "--saebench"}
 REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
 
 

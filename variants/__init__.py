@@ -119,11 +119,24 @@ def training_sources(name: str) -> dict[str, str]:
     return {label(file): ast.dump(trees[file]) for file in _imported([path(name).resolve(), *_shared()], tree_of)}
 
 
+def meaning(source: bytes) -> str | bytes:
+    """What a source does: its syntax without comments, docstrings and layout; itself where Python cannot read it."""
+    try:
+        return ast.dump(_without_docstrings(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return source
+
+
 def _without_report(tree: ast.Module) -> ast.Module:
     """A module whose classes have no `report`, without docstrings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             node.body = [part for part in node.body if getattr(part, "name", "") != "report"] or [ast.Pass()]
+    return _without_docstrings(tree)
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree

@@ -233,9 +233,12 @@ def test_code_from_elsewhere_runs_only_when_trusted(tmp_path, cache, capsys):
     assert experiment.main([*evaluate, "--trust_code"]) == 0
 
 
-def test_equal_code_is_the_projects_own(tmp_path, monkeypatch):
-    """Fails if a byte-equal variant.py needs trust, or what lies beside it (an __init__.py) is executed with it."""
-    place = foreign(tmp_path, variants.path("topk").read_text())
+@pytest.mark.parametrize("edit", [lambda code: code,
+                                  lambda code: '"""Older words."""\n# and a comment\n' + code.partition('"""\n')[2]],
+                         ids=["equal", "other words"])
+def test_equal_code_is_the_projects_own(tmp_path, monkeypatch, edit):
+    """Fails if a variant.py that does the same needs trust, or what lies beside it (an __init__.py) is executed."""
+    place = foreign(tmp_path, edit(variants.path("topk").read_text()))
     (place / "__init__.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert interchange.settings_of(str(place))["variant"] == "topk"

@@ -88,8 +88,9 @@ def read_own(folder: Path, cfg: dict) -> Found:
     lacks = [key for key in ("init", "hyper", "scale") if key not in cfg]
     if lacks or not {"d_in", "d_sae"} <= set(cfg["init"]):
         raise ValueError(f"{folder / 'cfg.json'} lacks {', '.join(lacks) or 'd_in or d_sae in init'}\n{AGAIN}")
-    # of equal files the project's own is run: beside the other there may lie an __init__.py
-    same = [name for name in variants.names() if variants.path(name).read_bytes() == code.read_bytes()]
+    # where both do the same the project's own is run: beside the other there may lie an __init__.py
+    does = variants.meaning(code.read_bytes())
+    same = [name for name in variants.names() if variants.meaning(variants.path(name).read_bytes()) == does]
     return Found(same[0] if same else str(code), cfg["init"]["d_in"], cfg["init"]["d_sae"], cfg["hyper"], cfg["scale"],
                  metadata_of(cfg), lambda: load_file(file), str(folder), cfg["init"].get("setting") or {})
 

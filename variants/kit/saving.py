@@ -132,7 +132,7 @@ def folded(trained: TrainedSAE) -> tuple[dict[str, Tensor], dict]:
 def load_sae(folder: str | Path, trust_code: bool = False) -> TrainedSAE:
     """An SAE for raw activations from a folder of `save_sae`, in either format, or any that `interchange` knows.
 
-    Its variant.py is run if it equals one in variants/, or with `trust_code`; else ValueError.
+    Its variant.py is run if it does the same as one in variants/, or with `trust_code`; else ValueError.
     """
     found = interchange.read(Path(folder))
     return TrainedSAE(interchange.build(found, trust_code), found.scale or 1.0)

@@ -17,6 +17,8 @@ pytest_plugins = ["tests.hub"]
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Whoever asks for the whole suite, and not for one process (`-n 0`, `-p no:xdist`, a debugger), has it on two."""
+    if hasattr(config, "workerinput"):  # one of the two: it must not start two more
+        return
     whole = config.args_source is config.ArgsSource.TESTPATHS
     alone = config.option.collectonly or config.option.usepdb or len(os.sched_getaffinity(0)) < 2
     if whole and not alone and getattr(config.option, "numprocesses", 0) is None:

@@ -10,7 +10,7 @@ import variants
 from tests import FIXTURES
 from variants import base
 from variants.kit.sparse import taken
-from variants.preflight import budget, check, memory, messages
+from variants.preflight import budget, check, memory, messages, trial
 from variants.preflight.trial import pretend_dead
 
 BROKEN = FIXTURES / "broken_variants"
@@ -195,7 +195,7 @@ def test_a_dense_code_runs_if_that_is_asked_for():
 @pytest.mark.slow
 def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, monkeypatch):
     """Fails if a broken, endless or exiting file in variants/ stops the check of another one."""
-    monkeypatch.setattr(messages, "SECONDS", 0.5)
+    monkeypatch.setattr(trial, "SECONDS", 0.5)
     own = {"exits": "import sys\nsys.exit()\n", "loops": "while True:\n    pass\n", "broken": "def f(:\n", "empty": ""}
     for name, text in own.items():
         (tmp_path / f"{name}.py").write_text(text)

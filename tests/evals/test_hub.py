@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from tests import PROJECT
-from tests.hub import Hub, hub, hub_root, read, repositories, serving  # noqa: F401  fixtures
+from tests.hub import Hub, read, repositories, serving
 
 PILE, NEWS, GEMMA = "monology/pile-uncopyrighted", "fancyzhx/ag_news", "google/gemma-2-2b"
 NEWS_FILE = "data/train-00000-of-00001.parquet"
@@ -40,18 +40,18 @@ def direct(monkeypatch):
     huggingface_hub.close_session()
 
 
-def ask(hub: Hub, path: str, token: str = "hf_good", **headers: str):  # noqa: F811
+def ask(hub: Hub, path: str, token: str = "hf_good", **headers: str):
     """The open answer to a plain GET."""
     request = urllib.request.Request(hub.url + path, headers={"Authorization": f"Bearer {token}", **headers})
     return urllib.request.urlopen(request, timeout=20)
 
 
-def download(hub: Hub, cache: Path, name: str, file: str, kind: str = "dataset",  # noqa: F811
+def download(hub: Hub, cache: Path, name: str, file: str, kind: str = "dataset",
              token: str | bool = "hf_good", **options) -> Path:
     return Path(hf_hub_download(name, file, repo_type=kind, endpoint=hub.url, token=token, cache_dir=cache, **options))
 
 
-def run(hub: Hub, home: Path, script: str):  # noqa: F811
+def run(hub: Hub, home: Path, script: str):
     """What a Python script prints as JSON that asks the hub from a process of its own."""
     ended = subprocess.run([sys.executable, "-c", script], env=hub.environment(home=home), capture_output=True,
                            text=True, timeout=120, cwd=PROJECT)
@@ -63,7 +63,7 @@ def run(hub: Hub, home: Path, script: str):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_the_repositories_are_small_and_always_the_same(hub_root, tmp_path):  # noqa: F811
+def test_the_repositories_are_small_and_always_the_same(hub_root, tmp_path):
     """Fails if they outgrow 30 MB, or a build gives other bytes than the one before."""
     assert sum(f.stat().st_size for f in hub_root.rglob("*") if f.is_file()) < 30e6
     again = [GEMMA, PILE, NEWS, "cais/mmlu", "adamkarvonen/ravel_prompts"]
@@ -72,7 +72,7 @@ def test_the_repositories_are_small_and_always_the_same(hub_root, tmp_path):  # 
         assert read(folder).commit == read(hub_root / folder.relative_to(tmp_path)).commit, folder
 
 
-def test_a_snapshot_is_the_repository(hub, hub_root, tmp_path):  # noqa: F811
+def test_a_snapshot_is_the_repository(hub, hub_root, tmp_path):
     """Fails if a download lacks a file or changes one, or its commit is not the one the hub names."""
     for kind, name in (("model", GEMMA), ("dataset", PILE), ("dataset", "adamkarvonen/ravel_prompts")):
         folder = Path(snapshot_download(name, repo_type=kind, endpoint=hub.url, token="hf_good", cache_dir=tmp_path))
@@ -110,7 +110,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_datasets_reads_every_repository_whole_and_as_a_stream(hub, tmp_path):  # noqa: F811
+def test_datasets_reads_every_repository_whole_and_as_a_stream(hub, tmp_path):
     """Fails if a data set cannot be loaded by its name, or has other splits, rows, files or columns than are meant."""
     found = run(hub, tmp_path, LOADING)
     loaded = {name: splits for name, splits in found.items() if isinstance(splits, dict)}
@@ -155,7 +155,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_transformers_loads_the_tiny_gemma(hub, tmp_path):  # noqa: F811
+def test_transformers_loads_the_tiny_gemma(hub, tmp_path):
     """Fails if model or tokenizer lack the real name, a text does not survive, or the guesses are mere chance."""
     found = run(hub, tmp_path, GUESSING)
     base, instruct = (row[:5] for row in found.values())
@@ -178,7 +178,7 @@ def test_transformers_loads_the_tiny_gemma(hub, tmp_path):  # noqa: F811
     ("texts/private", "hf_poor", RepositoryNotFoundError, 404),
     ("texts/none", "hf_good", RepositoryNotFoundError, 404),
 ])
-def test_each_token_is_refused_in_the_hubs_way(hub, tmp_path, name, token, error, status):  # noqa: F811
+def test_each_token_is_refused_in_the_hubs_way(hub, tmp_path, name, token, error, status):
     """Fails if a token reads what it may not, or the library takes the refusal for another one."""
     kind = "model" if name == GEMMA else "dataset"
     with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)) as refused:  # the second: of a 403 without a code
@@ -192,7 +192,7 @@ def test_each_token_is_refused_in_the_hubs_way(hub, tmp_path, name, token, error
     assert ("Invalid credentials" in str(found)) == (token == "hf_expired")
 
 
-def test_a_gated_repository_is_listed_and_a_readable_one_needs_no_token(hub, tmp_path):  # noqa: F811
+def test_a_gated_repository_is_listed_and_a_readable_one_needs_no_token(hub, tmp_path):
     """Fails if a gate hides the page of a repository, or a public file is refused to somebody without a token."""
     assert HfApi(endpoint=hub.url, token=False).model_info(GEMMA).gated == "manual"
     assert download(hub, tmp_path, NEWS, NEWS_FILE, token=False).stat().st_size > 1000
@@ -202,7 +202,7 @@ def test_a_gated_repository_is_listed_and_a_readable_one_needs_no_token(hub, tmp
 # ------------------------------------------------------------------------------------------------ revisions
 
 
-def test_a_push_is_a_new_commit_and_the_old_one_can_still_be_read(hub, hub_root, tmp_path):  # noqa: F811
+def test_a_push_is_a_new_commit_and_the_old_one_can_still_be_read(hub, hub_root, tmp_path):
     """Fails if a push leaves the commit, changes files it does not name, or loses the earlier state."""
     before = hub.commit("dataset", NEWS)
     after = hub.push("dataset", NEWS, {"README.md": b"other\n", NEWS_FILE: None, "more/x.txt": b"x"})
@@ -235,7 +235,7 @@ def test_a_file_rewritten_in_place_changes_the_commit_and_pushes_go_with_the_ser
 # ------------------------------------------------------------------------------------------------ answers
 
 
-def test_a_part_of_a_file(hub, hub_root):  # noqa: F811
+def test_a_part_of_a_file(hub, hub_root):
     """Fails if a range gives other bytes than asked for, or one behind the end is not refused."""
     path = f"/datasets/{NEWS}/resolve/main/{NEWS_FILE}"
     content = (hub_root / "datasets" / NEWS / "main" / NEWS_FILE).read_bytes()
@@ -248,7 +248,7 @@ def test_a_part_of_a_file(hub, hub_root):  # noqa: F811
     assert [status for _, _, status in hub.requests] == [302, 206] * 3 + [302, 416]
 
 
-def test_a_long_listing_comes_in_pages(hub):  # noqa: F811
+def test_a_long_listing_comes_in_pages(hub):
     """Fails if a page has no link to the next, repeats an entry or loses one."""
     listed = HfApi(endpoint=hub.url).list_repo_tree("Skylion007/openwebtext", repo_type="dataset", recursive=True)
     everything = [entry.path for entry in listed]
@@ -261,7 +261,7 @@ def test_a_long_listing_comes_in_pages(hub):  # noqa: F811
     assert paged == everything and len(paged) == 83  # 80 files, their folder, the card and .gitattributes
 
 
-def test_an_environment_leads_to_this_hub_alone(hub, tmp_path, monkeypatch):  # noqa: F811
+def test_an_environment_leads_to_this_hub_alone(hub, tmp_path, monkeypatch):
     """Fails if a proxy, a token or a setting of the user's reaches the process under test."""
     for name in ("https_proxy", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, "1")
@@ -275,7 +275,7 @@ def test_an_environment_leads_to_this_hub_alone(hub, tmp_path, monkeypatch):  # 
 
 
 @pytest.mark.slow
-def test_a_rate_limit_says_how_long_to_wait_and_the_library_waits(hub):  # noqa: F811
+def test_a_rate_limit_says_how_long_to_wait_and_the_library_waits(hub):
     """Fails if a 429 lacks Retry-After, or huggingface_hub does not understand it."""
     hub.faults = [dict(match="/tree/", do="429", at=1, seconds=1)]
     begun = time.monotonic()
@@ -289,7 +289,7 @@ def test_a_rate_limit_says_how_long_to_wait_and_the_library_waits(hub):  # noqa:
 
 
 @pytest.mark.slow
-def test_a_body_that_breaks_off_is_noticed_and_fetched_again(hub, hub_root, tmp_path):  # noqa: F811
+def test_a_body_that_breaks_off_is_noticed_and_fetched_again(hub, hub_root, tmp_path):
     """Fails if a cut body looks like a whole one, or the library does not ask again."""
     rule = dict(match="GET /cdn/", do="cut", times=1, after=1000)
     hub.faults = [rule]
@@ -304,7 +304,7 @@ def test_a_body_that_breaks_off_is_noticed_and_fetched_again(hub, hub_root, tmp_
 
 @pytest.mark.parametrize("kind, status",
                          [("500", 500), ("503", 503), ("504", 504), ("drop", 0), ("cut", 0), ("hang", 0)])
-def test_each_request_in_turn_can_fail(hub, kind, status):  # noqa: F811
+def test_each_request_in_turn_can_fail(hub, kind, status):
     """Fails if a fault comes at another request, more than once, or is not noted."""
     path = f"/datasets/{NEWS}/resolve/main/README.md"  # answered by 307, then 200
     for n in (1, 2):
@@ -318,7 +318,7 @@ def test_each_request_in_turn_can_fail(hub, kind, status):  # noqa: F811
         assert ask(hub, path).read().startswith(b"---")
 
 
-def test_faults_by_pattern_number_and_delay(hub):  # noqa: F811
+def test_faults_by_pattern_number_and_delay(hub):
     """Fails if `match`, `every`, `times` or `seconds` of a rule is not kept to."""
     hub.faults = [dict(match="^GET /api/models", do="500", every=2, times=2),
                   dict(match="whoami", do="slow", seconds=0.3)]

@@ -9,7 +9,7 @@ from tests import FIXTURES
 from tests.variants.common import GEMMA, line_of, preflight
 from variants import base
 from variants.kit.sparse import taken
-from variants.preflight import budget, memory, messages
+from variants.preflight import budget, memory, messages, trial
 from variants.preflight.trial import pretend_dead
 
 BROKEN = FIXTURES / "broken_variants"
@@ -200,7 +200,7 @@ def test_a_dense_code_runs_if_that_is_asked_for():
 @pytest.mark.slow
 def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, monkeypatch):
     """Fails if a broken, endless or exiting file in variants/ stops the check of another one."""
-    monkeypatch.setattr(messages, "SECONDS", 0.5)
+    monkeypatch.setattr(trial, "SECONDS", 0.5)
     own = {"exits": "import sys\nsys.exit()\n", "loops": "while True:\n    pass\n", "broken": "def f(:\n", "empty": ""}
     for name, text in own.items():
         (tmp_path / f"{name}.py").write_text(text)

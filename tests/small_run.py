@@ -5,7 +5,6 @@ import itertools
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 from tests import PROJECT
@@ -36,7 +35,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def fail_at_checkpoint(number: int, arguments: list[str], monkeypatch) -> None:
     """A run in this process that ends at a checkpoint, for which the disk has no space: it can be continued."""
     import experiment
-    from runs import checkpoint
+    from runs import checkpoint, clock
 
     count, real = itertools.count(1), checkpoint.write
 
@@ -47,6 +46,5 @@ def fail_at_checkpoint(number: int, arguments: list[str], monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", limited)
-        # a clock that moves with every look, so that there are as many
-        patch.setattr(experiment, "time", types.SimpleNamespace(monotonic=itertools.count().__next__))
+        patch.setattr(clock, "SPARE", 0)  # one after every step, however long each takes
         assert experiment.main([*arguments, "--checkpoint_seconds=0"]) == 1

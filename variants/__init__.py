@@ -101,6 +101,8 @@ def _imported(pending: list[Path], tree_of) -> list[Path]:
         for node in ast.walk(tree_of(pending.pop())):
             module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             named = module + [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if any(n.startswith("variants.kit") for n in named):  # shared already; kit.topk is not the variant topk
+                continue
             places = {place / f"{n.rpartition('.')[2]}.py" for n in named for place in (FOLDER, FOLDER / "research")}
             new = {place for place in places if place.exists()} - found
             found |= new

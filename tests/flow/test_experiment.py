@@ -77,8 +77,10 @@ def test_the_fingerprint_covers_what_a_variant_imports(tmp_path):
     """Fails if an edit to the variant that mine derives from passes as the same code: its old result would be given."""
     file = tmp_path / "mine.py"
     file.write_text("from variants import batch_topk\n\nclass SAE(batch_topk.SAE):\n    grad_clip = 0.5\n")
-    names = {path.name for path in variants.sources(str(file))}
-    assert {"mine.py", "batch_topk.py", "base.py", "imperative.py"} <= names and not {"topk.py", "gated.py"} & names
+    found = set(variants.sources(str(file)))
+    own = PROJECT / "variants"
+    assert {file, own / "batch_topk.py", own / "base.py", own / "kit/imperative.py"} <= found
+    assert not {own / "topk.py", own / "gated.py"} & found
 
 
 @pytest.mark.slow

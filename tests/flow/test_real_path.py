@@ -225,7 +225,8 @@ def test_every_request_may_fail_once(places):
         places.hub.reset()
         total = 90 if n % 2 else 60
         kinds = ("503", "429", "cut", "drop", "500", "504")
-        places.hub.faults = [dict(match=".", do=kinds[(i + n) % 6], at=i, seconds=0) for i in range(1 + n, 3 * total, 6)]
+        places.hub.faults = [dict(match=".", do=kinds[(i + n) % 6], at=i, seconds=0)
+                             for i in range(1 + n, 3 * total, 6)]
         assert session(n, 0 if n % 2 else 1 << 25) == expected
         assert sum(rule.get("fired", 0) for rule in places.hub.faults) > total // 8
 

@@ -20,7 +20,7 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput"):  # one of the two: it must not start two more
         return
     whole = config.args_source is config.ArgsSource.TESTPATHS
-    alone = config.option.collectonly or config.option.usepdb or len(os.sched_getaffinity(0)) < 2
+    alone = config.option.collectonly or config.option.usepdb or (os.cpu_count() or 1) < 2
     if whole and not alone and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 

@@ -32,14 +32,14 @@ An eval never changes the language model, the SAEs or the global random state: i
 
 from __future__ import annotations
 
-import ast
-import functools
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from evals.common import declarations
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,51 @@ class Result:
     problems: list[str] = field(default_factory=list)
 
 
+FOLDER = Path(__file__).resolve().parent
+
+
 def names() -> list[str]:
-    """Names of all evals: the modules of this package that define EVAL_TYPE_ID."""
-    found = {place.stem for place in Path(__file__).parent.iterdir() if place.stem[0] not in "._"}
-    return sorted(name for name in found if declared(name, "EVAL_TYPE_ID"))
+    """Names of all evals: the modules of this package that define EVAL_TYPE_ID, but for those that are `broken`."""
+    return [name for name, wrong in _candidates().items() if not wrong]
+
+
+def broken() -> dict[str, str]:
+    """{name: "file:line: what\\nwhat to do"} of the modules that would be evals and cannot be used as they are."""
+    return {name: wrong for name, wrong in _candidates().items() if wrong}
+
+
+def problem(name: str) -> str:
+    """What keeps the module of that name from being an eval; "" if nothing does, or there is no such module."""
+    source, label = _source(name)
+    return declarations.problem(source, label) if label else ""
+
+
+def _candidates() -> dict[str, str]:
+    """{name: its problem or ""} of all that defines EVAL_TYPE_ID, or names it where Python cannot read the file."""
+    found = {}
+    for name in sorted({place.stem for place in FOLDER.iterdir() if place.stem[0] not in "._"}):
+        source, label = _source(name)
+        if b"EVAL_TYPE_ID" not in source:  # parsing takes a hundred times as long as reading
+            continue
+        try:
+            claims = "EVAL_TYPE_ID" in declarations.read(source, label)
+        except ValueError:
+            claims = True
+        if claims:
+            found[name] = declarations.problem(source, label)
+    return found
 
 
 def files(name: str) -> list[Path]:
     """The files of an eval: its own one, or all of its folder."""
-    folder = Path(__file__).resolve().parent
-    return [file for file in (folder / f"{name}.py", *sorted((folder / name).rglob("*.py"))) if file.is_file()]
+    return [file for file in (FOLDER / f"{name}.py", *sorted((FOLDER / name).rglob("*.py"))) if file.is_file()]
+
+
+def _source(name: str) -> tuple[bytes, str]:
+    """The text of a module of this package, and what messages call its file; both empty if there is none."""
+    own = [FOLDER / f"{name}.py", FOLDER / name / "__init__.py"]
+    file = next((file for file in own if name.isidentifier() and file.is_file()), None)
+    return (file.read_bytes(), f"evals/{file.relative_to(FOLDER).as_posix()}") if file else (b"", "")
 
 
 def load(name: str) -> ModuleType:
@@ -140,18 +175,15 @@ def declared(name: str, constant: str):
     """The value of a literal module constant (METRICS, CONFIG, EVAL_TYPE_ID) of an eval, or None.
 
     Read from the source without importing it: `--help` and `runs.compare` need the names, not scikit-learn and torch.
+    ValueError, with file and line, for what is no literal.
     """
-    own = files(name)  # the first is the module itself
-    source = own[0].read_text(encoding="utf-8") if own else ""
-    if constant not in source:  # parsing takes a hundred times as long as reading
+    source, label = _source(name)
+    if constant.encode() not in source:
         return None
-    node = _constants(source).get(constant)
-    return None if node is None else ast.literal_eval(node)  # a fresh value each time: it may be changed
+    return declarations.value(source, label, constant)
 
 
-@functools.lru_cache(64)
-def _constants(source: str) -> dict[str, ast.expr]:
-    """What is assigned to each name at the top level of a module's source."""
-    found = [(target, node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign)
-             for target in node.targets]
-    return {target.id: value for target, value in reversed(found) if isinstance(target, ast.Name)}
+def place(name: str, constant: str) -> str:
+    """Where an eval assigns a constant, for messages: "evals/core.py:46"."""
+    source, label = _source(name)
+    return f"{label}:{declarations.read(source, label)[constant].lineno}"

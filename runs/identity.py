@@ -33,7 +33,7 @@ def fingerprints(settings: dict[str, object], measuring: set[str], read: dict[st
     own = [PROJECT / "experiment.py", *(PROJECT / "evals").rglob("*.py")]
     whole = digest([kept, read, files_digest(own, PROJECT), code, torch.__version__])
 
-    of_evals = {file for name in evals.names() for file in evals.files(name)}
+    of_evals = {file for name in (*evals.names(), *evals.broken()) for file in evals.files(name)}
     own = [file for file in own if file not in of_evals]
     kept = {name: value for name, value in kept.items() if name not in measuring}
     read = {what: content for what, content in read.items() if what in FOR_TRAINING}

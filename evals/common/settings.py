@@ -25,6 +25,7 @@ def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
     picked = [] if picked == ["none"] else picked
     for name in picked:
         if name not in known:
+            _refuse_broken(name)
             what = f"--evals={chosen} names no eval in one of its places"
             if name:
                 what = f"no eval named {name!r}; the nearest is {_nearest(name, known)!r}"
@@ -35,6 +36,9 @@ def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
     for name in picked:
         defaults, own = evals.declared(name, "CONFIG"), given.get(name, {})
         ranges, recorded = evals.declared(name, "RANGES") or {}, evals.declared(name, "RECORDED") or ()
+        if profile not in defaults:
+            raise ValueError(f"{evals.place(name, 'CONFIG')}: CONFIG has no profile {profile!r}\n"
+                             f"add it, or leave {name} out of --evals")
         check(name, own, profile, defaults, ranges, recorded)
         configs[name] = defaults[profile] | own
     return configs
@@ -51,11 +55,19 @@ def parsed(text: str, known: list[str]) -> dict[str, dict]:
         raise ValueError(f"--eval_config is {shown(given)}, not an object of evals\n{EXAMPLE}")
     for name, settings in given.items():
         if name not in known:
+            _refuse_broken(name)
             raise ValueError(f"--eval_config: no eval named {name!r}; the nearest is {_nearest(name, known)!r}\n"
                              f"choose from: {', '.join(known)}")
         if not isinstance(settings, dict):
             raise ValueError(f"--eval_config: {name} is {shown(settings)}, not an object of settings\n{EXAMPLE}")
     return given
+
+
+def _refuse_broken(name: str) -> None:
+    """ValueError, with file and line, if there is a file of that name that is no eval as it stands."""
+    problem = evals.problem(name)
+    if problem:
+        raise ValueError(problem)
 
 
 def _nearest(name: str, known) -> str:
@@ -134,7 +146,9 @@ def shown(value) -> str:
 
 
 def check_requirements(chosen: dict[str, dict], overrides: str, facts: dict) -> list[str]:
-    """Notes on settings that change nothing; ValueError for an eval that cannot run with its settings here.
+    """Notes on settings that change nothing and on files that are left out.
+
+    ValueError for an eval that cannot run with its settings here.
 
     `facts`: what is known before a weight is read (see evals/__init__.py).
     """
@@ -146,4 +160,8 @@ def check_requirements(chosen: dict[str, dict], overrides: str, facts: dict) -> 
             raise ValueError(f"the eval {name} cannot run: {what.removeprefix(f'{name}: ')}\n"
                              + (advice or f"leave it out: --evals {others}"))
     unused = json.loads(overrides or "{}").keys() - chosen.keys()
-    return [f"--eval_config: {name} is not among --evals: its settings change nothing" for name in unused]
+    notes = [f"--eval_config: {name} is not among --evals: its settings change nothing" for name in unused]
+    left_out = [wrong.partition("\n")[0] for wrong in evals.broken().values()]
+    if left_out:
+        notes.append(f"not among the evals: {'; '.join(left_out)}")
+    return notes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
@@ -22,9 +24,26 @@ def path(out: Path, name: str, sae: str) -> Optional[Path]:
 
 
 def write(out: Path, name: str, sae: str, result: Result, eval_config: dict, sae_config: dict) -> Path:
-    """Write one SAE's result of the eval `name` into the run folder `out`, in SAEBench's form; returns the file."""
+    """Write one SAE's result of the eval `name` into the run folder `out`, in SAEBench's form; returns the file.
+
+    Metrics that the eval's METRICS does not declare are named among its problems: they have no better and worse.
+    """
+    strange = undeclared(result, declared(name, "METRICS"))
+    if strange:
+        told = f"returns metrics that METRICS does not declare: {', '.join(strange)}"
+        result = replace(result, problems=[*result.problems, told])
     return saebench.write(out / "eval_results" / name, result, declared(name, "EVAL_TYPE_ID"), eval_config, sae,
                           sae_config["architecture"], sae_config)
+
+
+def undeclared(result: Result, metrics: dict[str, str]) -> list[str]:
+    """The metrics of a result that METRICS does not declare, not even for another number: k and thresholds are set."""
+    def form(metric: str) -> str:
+        return re.sub(r"\d+", "n", metric)
+
+    known = {form(metric) for metric in metrics}
+    returned = {metric for group in (*result.metrics.values(), result.corrected) for metric in group}
+    return sorted(metric for metric in returned if form(metric) not in known)
 
 
 def note(result: Path, depends_on: str) -> dict[str, str]:

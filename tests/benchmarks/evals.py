@@ -28,13 +28,12 @@ from evals.common.settings import choose
 from variants import topk
 from variants.kit.trained import TrainedSAE
 
-OURS = ("core", "sparse_probing", "tpp", "scr", "absorption", "sae_probes", "unlearning", "ravel")
 K, WIDTHS = 32, (14, 9, 15, 9, 14, 9)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--evals", default=",".join(OURS))
+    parser.add_argument("--evals", default=",".join(name for name in evals.names() if name != "autointerp"))
     parser.add_argument("--saes", type=int, default=6, help="how many beside one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--saebench", action="store_true")

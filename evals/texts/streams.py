@@ -378,6 +378,9 @@ def _look(name: str, of: Found, text_field: str, tokenizer_ids: int | None, cach
 def enough(documents: Iterable[Document], ids_of: Callable[[list[Document]], list[list[int]]], needed: int) -> int:
     """min(needed, tokens of the documents); `ids_of` tokenises a list of them."""
     documents, count = iter(documents), 0
-    while count < needed and (batch := list(itertools.islice(documents, 64))):
+    while count < needed:
+        batch = list(itertools.islice(documents, 64))
+        if not batch:
+            break
         count += sum(map(len, ids_of(batch)))
     return min(count, needed)

@@ -94,7 +94,7 @@ def test_an_eval_goes_by_deleting_it(name, tmp_path, cache, no_judge):
     assert ran.returncode == 0, ran.stderr
     means = json.loads((tmp_path / "run" / "final_info.json").read_text())["layer_2"]["means"]
     assert {metric.split(".")[0] for metric in means} & {*evals.names()} == {*evals.names()} - {name}
-    collected = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "tests/evals")
+    collected = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "tests")
     assert collected.returncode == 0, collected.stdout
     assert f"test_{name}.py" not in collected.stdout and "test_core.py" in collected.stdout
 

@@ -2,10 +2,10 @@
 
 loss = ‖x − x_hat‖² + λ1·sp(t)·Σ_i z_i + λc·Σ_{i≠j} cos_ij·mask_ij·mean_B(z_i·z_j),   z_i = ReLU(z_pre)_i·importance_i
 x_hat = z·Ŵ + b_dec, Ŵ: unit rows of W_dec, importance_i = ‖W_dec,i‖, cos = ŴŴᵀ; mask_ij = [cos_ij ≥ min(q_i, q_j)]: the
-largest tenth of row i or column j; q_i, a quantile over at most 4096 even columns, renewed every 100 steps (or 5 %).
+largest tenth of row i or column j; q_i: 90 % quantile over at most 4096 even columns, every 100 steps (or 5 %).
 Initialisation and recipe of standard_april.
-Nothing is of size F×F: the last sum is mean_b z_b·(cos∘mask)·z_b over the first `pair_tokens` of the shuffled batch, an
-unbiased sample, from K rows of Ŵ a token, its `max_active` largest. At D 2304, F 16,384 39 GFLOP; zᵀz of 2048: 1,100.
+Nothing is of size F×F: the last sum is mean_b z_b·(cos∘mask)·z_b over the first `pair_tokens` of the shuffled batch
+(unbiased), from each token's `max_active` largest: 39 GFLOP with gradients at D 2304, F 16,384; zᵀz of 2048: 1,100.
 Dead features: from step 1000 on, every 500 (in proportion in runs below 20,000) until the lr decays, those silent as
 long get a row along the error of a token drawn ∝ ‖e‖²; Adam's moments have decayed.
 """

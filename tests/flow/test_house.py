@@ -10,7 +10,7 @@ import variants
 from tests import OWN_VARIANTS, PROJECT
 
 PACKAGES = ("evals", "runs", "variants")
-# what the modules of a place may not import (HOUSE: experiment → runs → evals, variants; texts know no model)
+# what the modules of a place may not import: experiment → runs → evals, variants; texts know no model
 CLOSED = {"evals": ("experiment", "runs", "variants"), "variants": ("experiment", "runs", "evals"),
           "runs": ("experiment",),
           "evals.texts": ("evals.model", "evals.common"), "evals.model": ("evals.common",),

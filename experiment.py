@@ -42,7 +42,6 @@ import evals
 import evals.cache
 import runs.folder
 import variants
-import variants.kit.saving
 from evals.common import dashboards, stored
 from evals.common import settings as eval_settings
 from evals.model import checks as model_checks
@@ -55,11 +54,9 @@ from evals.texts.reader import Reader
 from runs import checkpoint, compare, disk, environment, failure, identity, reading, report, training, training_log
 from runs import settings as checks
 from runs.clock import phase
-from runs.environment import public_name
 from runs.interrupts import Interrupts
-from runs.training import Training
 from variants import base
-from variants.kit import contexts, imperative, interchange, ranks, trainer_state
+from variants.kit import contexts, imperative, interchange, ranks, saving, trainer_state
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
 from variants.kit.scale import DOMINANT, stream_scale
@@ -181,16 +178,13 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
 
 
 def choose_profile(settings: Settings) -> tuple[str, str]:
-    """`gemma` where a GPU and the gated weights are there, else `embedded`, and why.
-
-    A hub that does not answer is an error there: a bad network must not turn into another model.
-    """
+    """`gemma` where a GPU and the gated weights are there, else `embedded`, and why. A silent hub is an error."""
     if settings.device == "cpu" or not torch.cuda.is_available():
         return "embedded", "no CUDA GPU here, so the built-in SmolLM2-135M (--profile gemma asks for Gemma-2-2B)"
     name = settings.model or PROFILES["gemma"]["model"]
     try:
         places.known_identity(name, settings.cache_dir, settings.data_dir)
-    except PermissionError as error:
+    except PermissionError as error:  # no other: a bad network must not turn into another model
         return "embedded", f"{error}".splitlines()[0] + ", so the built-in SmolLM2-135M"
     return "gemma", "a CUDA GPU and access to the weights"
 
@@ -260,10 +254,16 @@ def inputs_of(settings: Settings) -> dict[str, str]:
     return found
 
 
-def fingerprints(settings: Settings, read: dict[str, str]) -> tuple[str, str]:
-    """Hashes of what decides a run's result, and of what decides its training alone: settings, what is read, code."""
+def recognise(settings: Settings) -> tuple[dict[str, str], str, str, dict[str, str]]:
+    """What the run reads, hashes of what decides its result and its training alone, and the commits it reads at."""
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_IN_FINGERPRINT}
-    return identity.fingerprints(kept | dict(layers=layers_of(settings)), NOT_IN_TRAINING, read, settings.variant)
+    kept["layers"] = layers_of(settings)
+
+    def marks(read: dict[str, str]) -> tuple[str, str]:
+        return identity.fingerprints(kept, NOT_IN_TRAINING, read, settings.variant)
+
+    read, whole, for_training = identity.recognised(settings.out_dir, lambda: inputs_of(settings), marks)
+    return read, whole, for_training, network.pinned()
 
 
 # =========================================================================================================== preflight
@@ -454,7 +454,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
     The next block is tokenised in the background. Of several ranks each passes its share of the rows, and keeps it
     where they train together, else gives it to the first.
     """
-    layers, plan, T = layers_of(settings), block_plan(settings), settings.context
+    layers, plan = layers_of(settings), block_plan(settings)
 
     def key(b: int) -> dict:
         compiled = {"compiled": True} if lm.compiled else {}
@@ -473,12 +473,14 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
             rows_RT, index_N = ranks.agreed(lambda: ahead.pop(b).result() if b in ahead else stream.block(b))
             prefetch(b + 1)
             rows_W, starts_W = ranks.shares(rows_RT, index_N)
-            (row, end), (token, stop) = rows_W[ranks.number():][:2], starts_W[ranks.number():][:2].tolist()
-            part = collect(settings, lm, rows_RT[row:end], index_N[token:stop] - row * T, layers, wanted,
-                           f"activations {b + 1}/{len(plan)}")
+            mine = ranks.number()
+            row, end = rows_W[mine], rows_W[mine + 1]
+            token, stop = int(starts_W[mine]), int(starts_W[mine + 1])
+            index_n = index_N[token:stop] - row * settings.context
+            part = collect(settings, lm, rows_RT[row:end], index_n, layers, wanted, f"activations {b + 1}/{len(plan)}")
             if ranks.sharing() > 1:
                 return part | dict(starts_W=starts_W)
-            return ranks.to_first(part, row, token, T)
+            return ranks.to_first(part, row, token, settings.context)
 
         for b in range(first, len(plan)):
             given = cache.get("train", key(b), lambda b=b: make(b)) if ranks.count() == 1 else make(b)
@@ -516,11 +518,8 @@ class Job:
 
 
 def make_optimizer(sae: base.SAE, lr: float):
-    """Fused Adam on the variant's parameter groups; each group's own learning rate is what the schedule multiplies.
-
-    A trainer of the imperative form brings its own; its state takes the optimiser's place.
-    """
-    if isinstance(sae, imperative.Imperative):
+    """Fused Adam on the variant's parameter groups; each group's own learning rate is what the schedule multiplies."""
+    if isinstance(sae, imperative.Imperative):  # its trainer brings one; the trainer's state takes its place
         return trainer_state.TrainerState(sae)
     optimizer = torch.optim.Adam(sae.parameter_groups(lr), lr=lr, betas=sae.adam_betas, fused=True)
     for group in optimizer.param_groups:
@@ -552,7 +551,8 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
 
 def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
     """The SAEs to train, all from one stream; each is initialised from the seed alone, whatever its siblings are."""
-    module, jobs = variants.load(settings.variant), []
+    module = variants.load(settings.variant)
+    jobs = []
     for layer, (suffix, hyper) in itertools.product(layers_of(settings), hypers_of(settings, module).items()):
         environment.seed_everything(settings.seed)
         setting = dict(steps=count_steps(settings), lr=settings.lr, seed=settings.seed, device=settings.device,
@@ -569,7 +569,8 @@ def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
 def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, interrupts) -> list[dict]:
     """Train all jobs to the end, continuing from the checkpoint in `out` if there is one; returns the training log."""
     together = ranks.train_together(all(job.sae.data_parallel for job in jobs))
-    total, now = count_steps(settings), begun(settings, out, jobs)
+    total = count_steps(settings)
+    now = begun(settings, out, jobs)
     if now.step == total:  # trained, or from elsewhere and only to be evaluated
         return now.log
     stream = TokenStream(source, lm, settings, now.cursor)
@@ -596,12 +597,8 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
-                for job in jobs:
-                    if step % 64 == 0 or job.sae.dead_on_host is None:
-                        job.sae.look(progress)
-                    found = train_step(job.sae, job.optimizer, batch_of_job[job.name], progress)
-                    now.recent[job.name].append(found)
-                now.step, last = step + 1, step + 1 == total
+                step_all(jobs, batch_of_job, progress, now)
+                last = now.step == total
                 if now.step % log_every == 0 or last:
                     training.note(out, jobs, batch_of_job, progress, now)
                     if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or last:
@@ -616,6 +613,15 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
         raise
     say(f"training: {now.clock.activations:.1f} s for texts and activations, {now.clock.sae:.1f} s for SAE steps")
     return now.log
+
+
+def step_all(jobs: list[Job], batch_of_job: dict[str, base.Batch], progress: base.Progress, now) -> None:
+    """One step of every SAE, each on its own batch."""
+    for job in jobs:
+        if progress.step % 64 == 0 or job.sae.dead_on_host is None:
+            job.sae.look(progress)
+        now.recent[job.name].append(train_step(job.sae, job.optimizer, batch_of_job[job.name], progress))
+    now.step = progress.step + 1
 
 
 def begin(settings: Settings, lm: LanguageModel, jobs: list[Job], block: dict[str, Tensor]) -> None:
@@ -633,18 +639,12 @@ def begin(settings: Settings, lm: LanguageModel, jobs: list[Job], block: dict[st
             start = int(block["starts_W"][ranks.number()]) if ranks.sharing() > 1 else 0
             job.sae.initialise(ranks.first_rows(x_ND, start, 8192).float() / job.scale)
         shard(settings, job)
-    note_outliers(lm, jobs, block)
-
-
-def note_outliers(lm: LanguageModel, jobs: list[Job], block: dict[str, Tensor]) -> None:
-    """Note with each SAE the tokens of its layer that hold most of E‖x‖², where a few do: it is judged on those."""
-    for layer in {job.layer for job in jobs}:
+    for layer in layers_of(settings):
+        # the tokens that hold most of E‖x‖², where a few do: an SAE is then judged on those
         line = model_checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer)
-        if not line:
-            continue
-        say(f"note: layer {layer}: {line}")
-        for job in jobs:
-            if job.layer == layer:
+        if line:
+            say(f"note: layer {layer}: {line}")
+            for job in (job for job in jobs if job.layer == layer):
                 job.notes = [line]
 
 
@@ -658,11 +658,10 @@ def shard(settings: Settings, job: Job) -> None:
 def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: int, begins: int, first: int):
     """Yield (step, {job's name: Batch}) of block b, whose first step is `begins`, from step `first` on.
 
-    Each pass shuffles the block anew by (seed, block, pass) alone: its tokens, or its rows where a variant needs whole
-    contexts.
+    Each pass shuffles the block anew by (seed, block, pass) alone: its tokens, or rows where contexts are needed whole.
     """
-    B, rows = settings.batch_size, int(block["place_N"][-1:].sum()) // settings.context + 1  # or no row
-    W = ranks.sharing()
+    B, W = settings.batch_size, ranks.sharing()
+    rows = int(block["place_N"][-1:].sum()) // settings.context + 1  # of a rank without tokens: 1
     n = int(block["starts_W"][-1]) if W > 1 else len(block["place_N"])
     whole = any(job.sae.needs_contexts or job.sae.attention_layers for job in jobs)
     place_of = {job.name: (job.layer, job.attention) for job in jobs}  # SAEs of one place share what is gathered
@@ -692,7 +691,7 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
                 yield step, {job.name: base.Batch.of(given[place_of[job.name]], job.scale) for job in jobs}
 
 
-def begun(settings: Settings, out: Path, jobs: list[Job]) -> Training:
+def begun(settings: Settings, out: Path, jobs: list[Job]) -> training.Training:
     """Where training begins: at its first step, or where the run's checkpoint left it."""
     return training.begun(out, jobs, count_steps(settings), settings.shard, lambda job: shard(settings, job))
 
@@ -746,8 +745,10 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     A result is kept by the hash of what it depends on (weights, model, data, eval settings, code): continuing after a
     crash, or with one eval more, repeats none. Several ranks deal them out; the first retries what failed elsewhere.
     """
-    texts, code = [source.digest("heldout"), source.digest("train")], identity.evals_digest()
-    chosen, crashed = evals_of(settings), {}
+    texts = [source.digest("heldout"), source.digest("train")]
+    code = identity.evals_digest()
+    chosen = evals_of(settings)
+    crashed = {}
     for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
         trained = {job.name: TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
         common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name)]
@@ -799,10 +800,7 @@ def hook_name(layer: int) -> str:
 
 def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict,
             unreported: dict, dense: dict[str, float]) -> dict:
-    """final_info.json: one section per SAE, deterministic, made for `diff`.
-
-    `dense`: by suffix, the share of features always active.
-    """
+    """final_info.json: a section per SAE, made for `diff`. `dense`: by suffix, the share of features always active."""
     sections = {}
     for job in jobs:
         numbers = json.loads((out / "variant_report" / job.name / "numbers.json").read_bytes())
@@ -822,17 +820,18 @@ def config_of(settings: Settings, lm: LanguageModel, job: Job, dense: float) -> 
     """What a section of final_info.json says of how its SAE came about; of what is the rule only the exceptions."""
     hyper = hyperparameters(variants.load(settings.variant)) | job.hyper
     config = dict(
-        variant=variants.title(settings.variant), hyper=hyper, model=public_name(settings.model),
+        variant=variants.title(settings.variant), hyper=hyper, model=environment.public_name(settings.model),
         hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder),
         context=settings.context, num_tokens=settings.num_tokens, passes=settings.passes,
         batch_size=settings.batch_size, steps=count_steps(settings), lr=settings.lr or job.sae.default_lr,
-        keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype, dataset=public_name(settings.dataset),
-        core_dataset=public_name(settings.core_dataset), profile=settings.profile, evals={})
+        keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
+        dataset=environment.public_name(settings.dataset),
+        core_dataset=environment.public_name(settings.core_dataset), profile=settings.profile, evals={})
     for name, own in evals_of(settings).items():
         outside = evals.outside(name)
         config["evals"][name] = own | ({"outside": outside} if outside else {})
     if settings.init_from:
-        config["init_from"] = public_name(settings.init_from)
+        config["init_from"] = environment.public_name(settings.init_from)
     if network.pinned():
         config["revisions"] = network.pinned()
     if dense:
@@ -905,10 +904,10 @@ def finished(settings: Settings, lm: LanguageModel, jobs: list[Job], out: Path) 
 
 def save_sae(settings: Settings, job: Job, out: Path) -> None:
     """Save a trained SAE as sae/<SAE>, for SAELens where it has the architecture, and for this project."""
-    metadata = dict(model_name=public_name(settings.model), hook_name=hook_name(job.layer),
-                    context_size=settings.context, prepend_bos=True, dataset_path=public_name(settings.dataset))
-    variants.kit.saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant),
-                                 job.hyper, metadata)
+    model, dataset = environment.public_name(settings.model), environment.public_name(settings.dataset)
+    metadata = dict(model_name=model, hook_name=hook_name(job.layer), context_size=settings.context, prepend_bos=True,
+                    dataset_path=dataset)
+    saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
 
 
 def command(argv: list[str], known: failure.Known) -> int:
@@ -924,8 +923,7 @@ def command(argv: list[str], known: failure.Known) -> int:
     VOICE.silent = ranks.number() > 0
     messages.hold(settings.variant)
     variants.HELD.update(ranks.agreed(lambda: dict(variants.HELD)))  # every rank runs the same
-    read, whole, for_training, commits = ranks.agreed(lambda: (*identity.recognised(
-        settings.out_dir, lambda: inputs_of(settings), lambda read: fingerprints(settings, read)), network.pinned()))
+    read, whole, for_training, commits = ranks.agreed(lambda: recognise(settings))
     network.pin(commits)  # every rank reads the same
     state = None
     if not ranks.number():
@@ -956,7 +954,9 @@ def resume(settings: Settings, out: Path) -> dict[str, float]:
     before = runs.folder.left(out)
     say(f"{settings.out_dir} {failure.CONTINUES} {before.get('phase', 'unknown')!r} ({failure.left(out, before)}); "
         "continuing")
-    ranks.agreed(lambda: (checkpoint.mend(out, say), (out / "error.json").unlink(missing_ok=True)))
+    if not ranks.number():
+        (out / "error.json").unlink(missing_ok=True)
+    ranks.agreed(lambda: checkpoint.mend(out, say))
     return before.get("seconds", {})
 
 
@@ -971,9 +971,10 @@ def conclude(settings: Settings, out: Path, info: dict, crashed: dict[str, BaseE
     say("\n" + compare.summary(out))
     say(f"{settings.out_dir}: final_info.json, report.html, sae/; {duration(sum(info['seconds'].values()))}, "
         f"{info['peak_memory_gb']['results']['host']:.1f} GB at most")
-    for name, error in crashed.items():
-        return failure.report(error, name, out, variants.path(settings.variant))
-    return 0
+    if not crashed:
+        return 0
+    name, error = next(iter(crashed.items()))
+    return failure.report(error, name, out, variants.path(settings.variant))
 
 
 def main(argv: Optional[list[str]] = None) -> int:

@@ -6,8 +6,7 @@ SAEBench's: `r2`, the coefficient of determination (its `explained_variance` squ
 of x), and `mse_per_token` (its `mse` is divided by the number of tokens in a batch once more).
 
 The language model's part does not depend on the SAE: tokens, residuals and final hidden states are cached or, where
-they are too large, streamed; both ways give the same batches. The clean and the SAE runs share the blocks up to the
-layer.
+they are too large, streamed; both ways give the same batches. Clean and SAE runs share the blocks up to the layer.
 
 Standard errors: documents are the sample. Texts are packed, so a document fills several rows and a row holds parts of
 several documents; tokens of one document are alike, and errors over rows were 1.3 to 1.5 times too small. Every sum is
@@ -17,9 +16,9 @@ dependence is left out: tokens see the end of the document before them in their 
 `mse` divide by a batch's own variance and size. `explained_variance` and `relative_reconstruction_bias`, means over
 batches, have no error; `r2` has one.
 
-Shapes: R rows of tokens (S of them in the reconstruction pass), B rows in a batch, T tokens in a row, D = d_model, C
-documents (in a batch or in all), F features of an SAE, V the vocabulary, N any number of tokens. x residuals, x_hat
-reconstructions, h final hidden states.
+Shapes: R rows of tokens (S of them in the reconstruction pass), B rows in a batch, T tokens in a row, D = d_model,
+C documents (in a batch or in all), F features of an SAE, V the vocabulary, N any number of tokens.
+x residuals, x_hat reconstructions, h final hidden states.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 loss = ‖x − x_hat‖² + λ1·sp(t)·Σ_f z_f + λc·mean_i Lc_i,   z, x_hat and the recipe as in `standard`
 Lc_i = −log[ Σ_{j∈P(i)} s_ij·exp(cos(z_i,z_j)/τc) / Σ_{k≠i} exp(cos(z_i,z_k)/τc) ],   i, k: all tokens of the batch
 s_ij = Σ_k w_k·α_ij^k, the attention that query i pays to key j in layer k (mean over heads), w = softmax of learned
-logits; P(i) = {j ≠ i, same context, not BOS | s_ij > τ}. Attention is taken as it is, not symmetrised: j comes before
-i. A token without positives counts as 0 in the mean. The set P itself passes no gradient; w learns through s_ij in the
-numerator. Defaults of our own: τ = .05, λc = .03: .1 costs .03 of R² and fires 40 % more features (D = 576, F = 2304,
-156 steps). Adam moves the logits by about logit_lr·lr a step: with lr × steps = .5, as in short runs, w leaves 1/4 only
-so far.
+logits; P(i) = {j ≠ i, same context, not BOS | s_ij > τ}.
+Attention is taken as it is, not symmetrised: j comes before i. A token without positives counts as 0 in the mean. The
+set P itself passes no gradient; w learns through s_ij in the numerator.
+Defaults of our own: τ = .05, λc = .03: .1 costs .03 of R² and fires 40 % more features (D = 576, F = 2304, 156 steps).
+Adam moves the logits by about logit_lr·lr a step: with lr × steps = .5, as in short runs, w gets only so far from 1/4.
 """
 
 import torch

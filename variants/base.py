@@ -7,11 +7,14 @@ A variant is a file `variants/<name>.py` that defines `class SAE(base.SAE)` with
     loss(self, batch, progress)              -> (scalar, {"term": scalar tensor, ...})
 
 and may override `decode`, `decoder`, `initialise`, `after_step`, `parameter_groups`, `lr_scale`, `report`,
-`feature_groups`. What the program does with an SAE besides lies in variants/kit/.
+`feature_groups`. The loss calls `self.note_fired(z_BF)`, or `self.note_fired_indices(z_BK, index_BK)`, once a batch:
+without it the variant has no dead-feature counters, and no feature ever counts as dead.
+What the program does with an SAE besides lies in variants/kit/.
 
 Shapes: B tokens in a batch, D = d_in, F = d_sae, K features kept per token, N any number of rows.
 x_BD is the normalised activation (E‖x‖² = 1 over the stream), z_BF features, x_hat_BD the reconstruction,
-e_BD = x − x_hat. Reconstruction losses are summed over D and averaged over B.
+e_BD = x − x_hat, acts_BF activations that features are chosen from, index_BK the numbers of a token's kept features.
+Reconstruction losses are summed over D and averaged over B.
 """
 
 from __future__ import annotations
@@ -36,13 +39,30 @@ from variants.kit.sparse import (
     relu_product,
     sparse_pays,
 )
-from variants.kit.topk import batch_topk, feature_count
+from variants.kit.topk import above_theta, batch_topk, feature_count, saelens_of, theta_decay, update_theta
 
-# what a variant's author calls as base.<name>; what is imported here is described where it lies
-__all__ = ["SAE", "Batch", "Context", "Progress", "above_theta", "affine", "auxk_loss", "batch_topk", "decode_sparse",
-           "dense_activations", "feature_count", "few_positive", "geometric_median", "kept_activations",
-           "normalise_decoder", "project_decoder_gradient", "reconstruction_loss", "relu_product", "saelens_of",
-           "sparse_pays", "update_theta"]
+# what a variant's author calls as base.<name>: the call and what it gives; where it lies, in kit/, more is said
+__all__ = [
+    "SAE", "Batch", "Context", "Progress",
+    "reconstruction_loss",  # (e_BD) -> scalar: ‖e‖², summed over D, averaged over B
+    "auxk_loss",  # (sae, x_BD, e_BD, acts_BF, dead_F) -> scalar: revives the features of the mask dead_F [F]
+    "affine",  # (x, W_DF, b_F=0, centre_D=None) -> (x − centre)·W + b, shape (..., F), in W's dtype under autocast too
+    "dense_activations",  # (sae, x_BD, k) -> ReLU(z_pre) [B, F] to choose k a token from, maybe without a graph
+    "kept_activations",  # (sae, x_BD, acts_BF, index_BK) -> [B, K]: the activations at index_BK, with their gradient
+    "decode_sparse",  # (z_BK, index_BK, W_dec_FD) -> [B, D]: Σ_k z[b, k]·W_dec[index[b, k]], b_dec not added
+    "relu_product",  # (z_BF, W_FN) -> z·W [B, N] for z = ReLU(…): cheap where few are positive
+    "few_positive",  # (z_BF) -> bool: whether so few of z are positive that relu_product reads these alone
+    "sparse_pays",  # (device, k, d_sae) -> bool: whether k features of d_sae are better handled row by row
+    "feature_count",  # (name, value, d_sae, mean=False) -> k: whole, 1 to d_sae, a mean any fraction; else ValueError
+    "batch_topk",  # (acts_BF, k) -> mask [B, F] of the k·B largest of the batch, rounded
+    "above_theta",  # (acts, theta, k) -> (..., F): z·1[z > theta], the k largest of a token while theta < 0
+    "saelens_of",  # (theta, k) -> "jumprelu", "topk" or None: what SAELens calls above_theta
+    "update_theta",  # (theta, kept, progress, decay=None): theta follows the smallest positive entry of kept, in place
+    "theta_decay",  # (progress) -> float: update_theta's decay where none is given
+    "geometric_median",  # (x_ND) -> [D]: the point with the smallest mean distance to the rows
+    "normalise_decoder",  # (W_dec_FD): gives each row unit norm, in place
+    "project_decoder_gradient",  # (W_dec_FD): removes from each row's gradient its part along the row, in place
+]
 
 # ---------------------------------------------------------------------------------------------- what a variant receives
 
@@ -81,23 +101,25 @@ class Batch:
     needs_contexts: whole contexts in their order. tokens, positions [B] (BOS, at position 0, is left out), contexts [B]
     (number of the context within the batch, ascending).
     attention_layers: attention [C, A, T, T], mean over heads, query × key position, for the C contexts and A layers.
-    With an attention_threshold instead pairs [2, P], (query, key) as indices into the batch, where one of the layers
-    exceeds it, and pair_attention [P, A].
+    attention_threshold: instead pairs [2, P], (query, key) as indices into the batch, where one of the layers exceeds
+    it, and pair_attention [P, A].
     """
 
     def __init__(self, x: Tensor, **given: Tensor):
         self.x = x
         self.__dict__.update(given)
 
-    @classmethod
-    def of(cls, fields: dict[str, Tensor], scale: float) -> Batch:
-        """A batch of raw activations and what comes with them, x divided by `scale`."""
-        return cls(**{**fields, "x": fields["x"] / scale})
-
     def __getattr__(self, name: str):  # reached only for what was not given: say so instead of handing out a None
         raise AttributeError(f"the batch has no {name!r}: only x is given unless the variant declares it needs more\n"
                              "declare needs_contexts = True (tokens, positions, contexts) or "
                              "attention_layers = (-1, 0) (attention) in the variant's class")
+
+    # -- used by the program, not by variants
+
+    @classmethod
+    def of(cls, fields: dict[str, Tensor], scale: float) -> Batch:
+        """A batch of raw activations and what comes with them, x divided by `scale`."""
+        return cls(**{**fields, "x": fields["x"] / scale})
 
 
 @dataclass(frozen=True)
@@ -134,9 +156,10 @@ class SAE(nn.Module):
     data_parallel = False  # not inherited, and never with contexts
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
+    centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
+    # -- used by the program, which sets them
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory
     dead_on_host: int | None = None  # dead features as last counted by `look`; None: not counted
-    centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -213,14 +236,10 @@ class SAE(nn.Module):
         """Groups of features that belong together (used by unlearning), or None."""
         return None
 
-    def holder_of(self, name: str):
-        """What holds a state dict's entry that is no parameter or buffer: only trainers have such."""
-        return None
-
     # -- dead features
 
     def note_fired(self, z_BF: Tensor) -> None:
-        """Remember which features this batch fired; the counters move once per step, in `count_step`."""
+        """Remember which features this batch fired, for the counters behind `dead_features`; called by the loss."""
         self._note((z_BF.detach() > 0).flatten(0, -2).any(0))
 
     def note_fired_indices(self, z_BK: Tensor, index_BK: Tensor) -> None:
@@ -235,6 +254,12 @@ class SAE(nn.Module):
             fired_F = self._fired_F | fired_F
         self._fired_F = fired_F
 
+    def dead_features(self, progress: Progress) -> Tensor:
+        """Mask [F] of features silent for 10 M tokens (Gao et al. 2024), or for a tenth of a run shorter than 100 M."""
+        return self.tokens_since_fired >= min(10_000_000, progress.total_tokens // 10)
+
+    # -- used by the program, not by variants
+
     @torch.no_grad()
     def count_step(self, tokens: int) -> None:
         """Age every feature by a batch and reset those that fired; called by the trainer once per step."""
@@ -243,47 +268,11 @@ class SAE(nn.Module):
             self.tokens_since_fired.masked_fill_(ranks.any_of(self._fired_F), 0)
             self._fired_F = None
 
-    def dead_features(self, progress: Progress) -> Tensor:
-        """Mask [F] of features silent for 10 M tokens, or for a tenth of a run shorter than 100 M (VARIANTS, auxk)."""
-        return self.tokens_since_fired >= min(10_000_000, progress.total_tokens // 10)
-
     def look(self, progress: Progress) -> None:
         """Count the dead features of a GPU on the host, now and then and outside of a step: it waits for the device."""
         if self.tokens_since_fired.is_cuda:
             self.dead_on_host = int(self.dead_features(progress).sum())
 
-
-# ---------------------------------------------------- theta: what a choice over a batch leaves for single tokens
-
-
-def above_theta(acts: Tensor, theta: Tensor, k: float) -> Tensor:
-    """Features (..., F) of single tokens: z·1[z > theta]; the k largest, rounded, while there is no theta (< 0)."""
-    if theta < 0:
-        top, index = acts.topk(max(1, round(k)), dim=-1, sorted=False)
-        return torch.zeros_like(acts).scatter(-1, index, top)
-    return acts * (acts > theta)
-
-
-def saelens_of(theta: Tensor, k: float) -> str | None:
-    """SAELens' architecture for `above_theta`: JumpReLU; in a run too short for a theta, TopK if k is whole."""
-    if theta >= 0:
-        return "jumprelu"
-    return "topk" if k == int(k) else None
-
-
-@torch.no_grad()
-def update_theta(theta: Tensor, kept: Tensor, progress: Progress, decay: float | None = None) -> None:
-    """Moving average of the smallest positive activation a batch kept (0-d tensors), after 1000 steps or 5 % of a run.
-
-    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low.
-    """
-    decay = theta_decay(progress) if decay is None else decay
-    if progress.step >= min(1000, 0.05 * progress.total_steps):
-        smallest = ranks.smallest(torch.where(kept > 0, kept, torch.inf).amin().to(theta.dtype))
-        new = torch.where(theta < 0, smallest, theta.lerp(smallest, 1 - decay))
-        theta.copy_(torch.where(smallest.isfinite(), new, theta))
-
-
-def theta_decay(progress: Progress) -> float:
-    """Decay of theta's moving average: .999, or a window of a twentieth of a run shorter than 20,000 steps."""
-    return 1 - 1 / max(1.0, min(1000, 0.05 * progress.total_steps))
+    def holder_of(self, name: str):
+        """What holds a state dict's entry that is no parameter or buffer: only trainers have such."""
+        return None

@@ -1,10 +1,9 @@
 """BatchTopK SAE (Bussmann, Leask, Nanda 2024, "BatchTopK Sparse Autoencoders").
 
 loss = ‖x − x_hat‖² + auxk_alpha·auxk,   z = the k·B (rounded) largest of ReLU((x − b_dec)·W_enc + b_enc) over the batch
-Evals see single tokens: z·1[z > theta], theta = moving average of the smallest activation kept, from step 1000 (5 % of
-a short run). Tied unit-norm initialisation, b_dec = geometric median of the first batch; Adam with lr 2e-4/√(F/2¹⁴);
-each step: project the decoder's gradient, clip to norm 1, step, renormalise. auxk reconstructs the residual with dead
-features.
+Evals see single tokens: z·1[z > theta], theta = moving average of the smallest one kept, from 1000 steps or 5 % on.
+Tied unit-norm initialisation, b_dec = geometric median of the first batch; Adam with lr 2e-4/√(F/2¹⁴); each step:
+project the decoder's gradient, clip to norm 1, step, renormalise. auxk reconstructs the residual with dead features.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """Feature groups for targeted unlearning: `standard` (Bricken et al. 2023), its features clustered by how they fire.
 
-loss as in `standard`: the groups act in evals only. Groups = average linkage at distance 1 − C_ij, cut at C = .5
-(levels=3: .7, .5, .3), C = Pearson's correlation over the last 8192 tokens, of features that fire on 1e-5 and 3 of them
-at least. Clustered every 500 steps (a fifth of a shorter run) from the end, so that the last is of the finished SAE.
+loss as in `standard`: the groups act in evals only.
+Groups = average linkage at distance 1 − C_ij, cut at C = .5 (levels=3: .7, .5, .3), C = Pearson's correlation over the
+last 8192 tokens, of features that fire on 1e-5 and 3 of them at least.
+Clustered every 500 steps (a fifth of a shorter run) from the end, so that the last is of the finished SAE.
 Shapes: N tokens remembered, K activations kept of each, m features in play, c components, L levels; else as in base.py.
 """
 

@@ -4,12 +4,13 @@ loss = ‖x − x_hat‖² + sp(t)·(λ_1·Σz1 + λ_2·Σz2) + .02·mean|W_enc|
 z1 = ReLU((x − b_dec)·W_enc + b_enc),   z2 = the k largest of ReLU((z1 − m)·W_conceptᵀ + b_concept),   z = [z1, z2]
 x_hat = z1·W_dec + z2·W_dec2 + b_dec; d_sae counts both layers, the base layer has round(0.8·d_sae) features.
 λ_w2(t) = .001 + (w2_peak − .001)·(1 − cos(π·min(t, T)/T))/2, T = 5000 steps, or the whole run where it is shorter.
-AdamW (weight decay .01), lr 3e-4, batch 2048, context 128. Ours: decoder rows of unit norm, without which the penalties
-on z can be evaded; they start as W_encᵀ (Xavier normal) and W_concept·W_dec, normalised; b_dec starts at the mean of x;
-m, the running mean of z1, is taken off as b_dec is from x: z1 ≥ 0, so that without it a step on W_concept moves a
-concept on all tokens at once. Presets: `precise` and `previous` are the two that the source compares. Their λ_2 = .35
-and narrow W_concept leave a concept layer without a firing feature where E‖x‖² = 1 (D = 576, F = 2304, 150 steps at lr
-3e-3), so the default is `alive`.
+Recipe: AdamW (weight decay .01), lr 3e-4, batch 2048, context 128.
+Ours: decoder rows of unit norm, without which the penalties on z can be evaded; they start as W_encᵀ (Xavier normal)
+and W_concept·W_dec, normalised; b_dec starts at the mean of x; m, the running mean of z1, is taken off as b_dec is from
+x: z1 ≥ 0, so that without it a step on W_concept moves a concept on all tokens at once.
+Presets: `precise` and `previous` are the two that the source compares. Their λ_2 = .35 and narrow W_concept leave a
+concept layer without a firing feature where E‖x‖² = 1 (D = 576, F = 2304, 150 steps at lr 3e-3), so the default is
+`alive`.
 
 Shapes: C = base features, P = concepts, K = concepts kept or considered per token; the others as in base.py.
 """

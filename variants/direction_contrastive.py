@@ -1,13 +1,13 @@
 """Direction-aware contrastive SAE with bidirectional co-activation suppression (a research variant of this project).
 
 loss = ‖x − x_hat‖² + λ1·sp(t)·Σ_i z_i + λc·Σ_{i≠j} cos_ij·mask_ij·mean_B(z_i·z_j),   z_i = ReLU(z_pre)_i·importance_i
-x_hat = z·Ŵ + b_dec, Ŵ: unit rows of W_dec, importance_i = ‖W_dec,i‖, cos = ŴŴᵀ; mask_ij: cos_ij is among the largest
-tenth of row i or of column j. Initialisation and recipe of standard_april. Nothing is of size F×F: the last sum is
-mean_b z_b·(cos∘mask)·z_b over the first `pair_tokens` of the shuffled batch, an unbiased sample, the K×K block of cos
-of a token's `max_active` largest features from K rows of Ŵ; mask_ij = [cos_ij ≥ min(q_i, q_j)], q_i the 90 % quantile
-of row i over at most 4096 even columns, renewed every 100 steps (5 % of a short run). At D 2304, F 16,384 39 GFLOP with
-gradients; zᵀz of 2048: 1,100. Dead features: from step 1000 on, every 500 (in proportion in runs below 20,000) until
-the lr decays, those silent as long get a row along the error of a token drawn ∝ ‖e‖²; Adam's moments have decayed.
+x_hat = z·Ŵ + b_dec, Ŵ: unit rows of W_dec, importance_i = ‖W_dec,i‖, cos = ŴŴᵀ; mask_ij = [cos_ij ≥ min(q_i, q_j)]: the
+largest tenth of row i or column j; q_i: 90 % quantile over at most 4096 even columns, every 100 steps (or 5 %).
+Initialisation and recipe of standard_april.
+Nothing is of size F×F: the last sum is mean_b z_b·(cos∘mask)·z_b over the first `pair_tokens` of the shuffled batch
+(unbiased), from each token's `max_active` largest: 39 GFLOP with gradients at D 2304, F 16,384; zᵀz of 2048: 1,100.
+Dead features: from step 1000 on, every 500 (in proportion in runs below 20,000) until the lr decays, those silent as
+long get a row along the error of a token drawn ∝ ‖e‖²; Adam's moments have decayed.
 """
 
 import torch

@@ -5,9 +5,10 @@ h1 = TopK_k1(ReLU((x−b_dec)·W_enc + b_enc)),   h2 = TopK_k2(ReLU((x−b_dec)�
 z = [h1, h2],   x_hat = h1·W_dec + h2·W_dec2 + b_dec; d_sae counts both layers, layer 1 has round(0.8·d_sae) features.
 ‖W_comp‖₁ is the mean over parents of their weights' sum: a parent fires for k2/F2 of the tokens and its weights'
 gradient shrinks with it, so that α = 1e-3 on the plain sum drives all of W_comp to 0 (D = 576, F = 2304: R² −.02
-against .2). Curriculum: first 40 % layer 1 alone (h2 = 0, no composition), next 40 % layer 2 with layer 1 and b_dec
-frozen, last 20 % both at lr/10. Recipe of topk: tied unit rows, geometric median, unit-norm decoder, clip 1, Adam with
-lr 2e-4/√(F/2¹⁴).
+against .2).
+Curriculum: first 40 % layer 1 alone (h2 = 0, no composition), next 40 % layer 2 with layer 1 and b_dec frozen, last
+20 % both at lr/10.
+Recipe of topk: tied unit rows, geometric median, unit-norm decoder, clip 1, Adam with lr 2e-4/√(F/2¹⁴).
 
 Shapes: C = features of layer 1 (children), P = features of layer 2 (parents), K, L = k1, k2; the others as in base.py.
 """

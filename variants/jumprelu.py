@@ -3,11 +3,11 @@
 loss = ‖x − x_hat‖² + sp(t)·(L0/target_l0 − 1)²,   z = z_pre·1[z_pre > theta],   z_pre = x·W_enc + b_enc (x not centred)
 L0 is the mean over the batch, as in dictionary_learning: a token may have more or fewer features. Taken of each token,
 the term would be larger by Var(L0)/target_l0².
-Straight-through, ε = bandwidth: dtheta = −(theta/ε)·rect((z_pre−theta)/ε)·dz from z, −(1/ε)·rect((z_pre−theta)/ε) from
-L0. Kaiming-uniform decoder scaled to unit rows, W_enc tied, theta = .001; Adam(0, .999); each step: project the
-decoder's gradient, clip to norm 1, step, renormalise. Adam moves theta by about lr a step, so lr × steps must exceed
-its way several times: at D = 576 and F = 2304, 156 steps end within 3 % of L0 16, 32, 64 at lr 3e-3, at 3e-4 far above
-it.
+Straight-through: r = rect((z_pre − theta)/ε), ε = bandwidth: dtheta = −(theta/ε)·r·dz from z, −(1/ε)·r from L0.
+Kaiming-uniform decoder scaled to unit rows, W_enc tied, theta = .001; Adam(0, .999); each step: project the decoder's
+gradient, clip to norm 1, step, renormalise.
+Adam moves theta by about lr a step, so lr × steps must exceed its way several times: at D = 576 and F = 2304, 156 steps
+end within 3 % of L0 16, 32, 64 at lr 3e-3, at 3e-4 far above it.
 """
 
 import torch

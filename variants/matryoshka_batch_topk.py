@@ -4,8 +4,7 @@ loss = Σ_i w_i·‖x − x_hat_i‖² + auxk_alpha·auxk,   x_hat_i = b_dec + t
 A sum over prefixes (w_i = 1), as in the paper and in SAELens; the authors' code and dictionary_learning take a mean.
 Prefixes end after 1/32, 1/32 + 1/16, … of the features: groups of 1/32, 1/16, 1/8, 1/4 and the rest.
 z = the k·B largest of ReLU((x − b_dec)·W_enc + b_enc) over the batch; evals see z·1[z > theta] as in batch_topk.
-Recipe of topk: tied unit-norm rows, b_dec = geometric median, Adam with lr 2e-4/√(F/2¹⁴), project, clip 1, step,
-renormalise.
+Recipe of topk: tied unit rows, b_dec = geometric median, Adam, lr 2e-4/√(F/2¹⁴), project, clip 1, step, renormalise.
 """
 
 import torch

@@ -2,10 +2,11 @@
 
 loss = ‖x − x_hat‖² + α·sp(t)·Σ_i z_i^p,   z = ReLU((x − b_dec)·W_enc + b_enc),   x_hat = z·W_dec + b_dec
 p is 1 up to `anneal_start` (half of the run, where theirs had 10 000 steps) and then goes to .2 in 10 equal moves,
-evenly spread from there to the end; at each move α is rescaled so that the batch mean of α·Σ z^p stays what it was. α
-is λ at first. z^p is taken as (z + ε)^p where z > 0, ε = 1e-6: at p = .2 the slope at 0 is 12,600 and not infinite, and
-lower than z^p's by .8 % at z = 1e-4 (one active feature of 400 lies below) and by 43 % at 1e-6; a feature's gradient by
-.2 % in the median, where ε = 1e-4 took 12 %.
+evenly spread from there to the end.
+α is λ at first; at each move of p it is rescaled so that the batch mean of α·Σ z^p stays what it was.
+z^p is taken as (z + ε)^p where z > 0, ε = 1e-6: at p = .2 the slope at 0 is 12,600 and not infinite, and lower than
+z^p's by .8 % at z = 1e-4 (one active feature of 400 lies below) and by 43 % at 1e-6; a feature's gradient by .2 % in
+the median, where ε = 1e-4 took 12 %.
 Initialisation and optimiser of `standard`: rows of norm .1, W_enc = W_decᵀ, unit rows; Adam(.9, .999), no clipping.
 """
 

@@ -5,13 +5,14 @@ A run has two binary attributes, in SAEBench profession (the first) and gender (
 pooled LM activations for each, on balanced texts, and one on texts where both always agree, the biased one. A feature's
 effect on a probe is |(mean over positives − mean over negatives)·(W_dec[f]·w)|. Direction 1 ablates the n features with
 the largest effects on the second attribute's probe and tests the biased probe on the first attribute; direction 2 the
-other way round. Score = (accuracy after − accuracy before)/(accuracy of the attribute's own probe − accuracy before), 0
-if the denominator is below .001. scr_metric is the score of the direction in which the biased probe is worse before;
-averaged over runs.
+other way round.
+Score = (accuracy after − accuracy before)/(accuracy of the attribute's own probe − accuracy before), 0 if the
+denominator is below .001.
+scr_metric is the score of the direction in which the biased probe is worse before; averaged over runs.
 
 Random numbers: a generator per run and probe, seeded by the run seed and these names; nothing depends on the cache or
-other SAEs. Everything is fp32 (SAEBench: the LM's dtype). Corrected metrics, beside the compatible ones that repeat
-SAEBench:
+other SAEs. Everything is fp32 (SAEBench: the LM's dtype).
+Corrected metrics, beside the compatible ones that repeat SAEBench:
   *_corrected    probes whose epoch is chosen on a fifth of the training rows, not on the test rows; no ablation at
                  masked positions; the direction with the larger denominator, which no tie makes missing; each run's
                  score within −1 and 1

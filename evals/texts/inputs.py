@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import evals
 from evals.texts import text_files
@@ -69,22 +70,20 @@ def check_held_out(source, tokenizer, chosen: dict[str, dict]) -> list[str]:
     return notes
 
 
-def check(source, tokenizer, model: str, vocabulary: int | None, chosen: dict[str, dict]) -> list[str]:
+def check(source, tokenizer, model: str, vocabulary: int | None, chosen: dict[str, dict]) -> Iterator[str]:
     """Notes on texts of the user's own and a tokenizer; ValueError or OSError in words for what cannot be read with it.
 
     `vocabulary`: how many ids the model embeds, None for a built-in model.
     """
-    notes = []
     if source.dataset or source.core_dataset:
         most = max(tokenizer.get_vocab().values(), default=0)
         if vocabulary and most >= vocabulary:
-            notes.append(f"the tokenizer has ids up to {most:,}, the model embeds {vocabulary:,}: "
-                         "a text with another ends the run")
+            yield (f"the tokenizer has ids up to {most:,}, the model embeds {vocabulary:,}: "
+                   "a text with another ends the run")
         source.look(vocabulary or len(tokenizer))
-        notes += check_held_out(source, tokenizer, chosen)
+        yield from check_held_out(source, tokenizer, chosen)
     if vocabulary:
         check_tokenizer(source, tokenizer, model, vocabulary)
-    return notes
 
 
 def fetch(source, chosen: dict[str, dict]) -> None:

@@ -16,7 +16,7 @@ from evals.model import places
 from evals.storage import network
 from evals.texts import embedded, text_files
 from evals.texts.splits import held_out
-from tests import architectures
+from tests import PROJECT, architectures
 
 CORE = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 2}}
 
@@ -240,7 +240,7 @@ def test_a_machine_without_the_module_resource(cache, tmp_path):
     tiny = ["--profile=tiny", f"--cache_dir={cache}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
             "--num_tokens=512"]
     for flags in (["--help"], tiny):
-        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=experiment.PROJECT, capture_output=True,
+        done = subprocess.run([sys.executable, "-c", code, *flags], cwd=PROJECT, capture_output=True,
                               text=True)
         assert done.returncode == 0, done.stderr[-1500:]
     assert text_files.is_path(r"C:\texts\a.jsonl") and not text_files.is_path("owner/name:config")

@@ -7,7 +7,7 @@ import pytest
 
 import experiment
 import variants
-from evals.model import language_model
+from evals.model import checks
 from runs import compare, reading
 from tests import FIXTURES
 
@@ -91,7 +91,7 @@ def test_a_report_that_fails_costs_neither_training_nor_evals(run, tmp_path, mon
     mine = tmp_path / "mine.py"
     mine.write_text(TOPK + REPORT.replace("FIRST", "1 / (2 - context.layer)"))  # the preflight's layer is 0
     with monkeypatch.context() as patched:
-        patched.setattr(language_model, "outliers", lambda *_: "few tokens hold it all")
+        patched.setattr(checks, "outliers", lambda *_: "few tokens hold it all")
         status, out, err = run("run", f"--variant={mine}")
     assert status == 1 and "FAILED in report of layer_2: division by zero" in err and "mine.py:" in err
     broken = info(tmp_path / "run")

@@ -39,9 +39,9 @@ class SAETrainer:
 class ConstrainedAdam(torch.optim.Adam):
     """Adam that keeps the features' directions in `constrained_params` at unit norm.
 
-    The gradient's part along each direction is removed before the step, the norm restored after it. Features are the
-    longer side of a matrix: the rows of W_dec [d_sae, d_in], the columns of an nn.Linear decoder's weight [d_in,
-    d_sae]; rows if it is square.
+    The gradient's part along each direction is removed before the step, the norm restored after it.
+    Features are the longer side of a matrix: the rows of W_dec [d_sae, d_in], the columns of an nn.Linear decoder's
+    weight [d_in, d_sae]; rows if it is square.
     """
 
     def __init__(self, params, constrained_params, lr: float, betas: tuple[float, float] = (0.9, 0.999), **adam):

@@ -1,13 +1,11 @@
-"""Whole contexts and attention patterns, for the variants that need them: what a block of activations holds, and
-batches from it.
+"""Whole contexts and attention patterns, for variants that need them: what a block of activations holds, its batches.
 
 A block holds the trainable tokens of R rows (contexts) of T positions, in their order. Position 0 of a row is its BOS,
 which is left out of training like every other BOS, so the positions of a row start at 1 and have gaps.
     tokens_N, place_N           int32; place = row·T + position, ascending
-    attention_RATT              fp16, mean over heads, query × key position, for A layers; or, instead, its entries
-                                above a threshold:
-    pair_query_P, pair_key_P    int32, indices into the block's N tokens, sorted by query; key before query, in the same
-                                row
+    attention_RATT              fp16, mean over heads, query × key position, for A layers
+or, instead of the patterns, their entries above a threshold:
+    pair_query_P, pair_key_P    int32, indices into the block's N tokens, sorted by query; key before it in the same row
     pair_attention_PA           fp16
 place_N, pair_query_P and pair_key_P stay on the host, where batches are put together; the others may lie on the device.
 
@@ -53,8 +51,7 @@ def take(block: dict[str, Tensor], rows: Tensor, context: int, layer_x_ND: Tenso
          device: torch.device | str) -> dict[str, Tensor]:
     """The rows of a block (host int64 [C], in the order wanted) as fields of base.Batch on `device`, x in fp32.
 
-    Sizes and indices are worked out on the host from the block's place_N and pair_query_P, so nothing waits for the
-    device.
+    Sizes and indices come from the block's place_N and pair_query_P on the host, so nothing waits for the device.
     """
     place_N = block["place_N"]
     start_C, stop_C = torch.searchsorted(place_N, torch.stack([rows, rows + 1]).to(place_N.dtype) * context)

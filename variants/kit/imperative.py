@@ -1,13 +1,12 @@
-"""The imperative form of a variant: a trainer class with `.ae` and `.update(step, activations)`, as in
-dictionary_learning.
+"""The imperative form: a trainer class with `.ae` and `.update(step, activations)`, as in dictionary_learning.
 
 The class is the one called `Trainer`, or else the only class of the file with an `update` method; of several, the one
 that derives from SAETrainer, or that has `.ae`. Of the keywords it accepts it is given the sizes, steps, seed, device,
-layer and model name, and the learning rate if one is set; all others are its hyper-parameters. `update` gets x [B, D]
-with E‖x‖² = 1 and returns nothing, the loss, or a dict of numbers; `.ae` has encode(x [N, D]) -> [N, F] and decode.
-What else hangs on `.ae`, tensors and numbers, is part of its state. The class may declare `needs_contexts` and
-`attention_layers` (its update then names an argument `batch`) and define `report` and `feature_groups` as
-variants/base.py describes them.
+layer and model name, and the learning rate if one is set; all others are its hyper-parameters.
+`update` gets x [B, D] with E‖x‖² = 1 and returns nothing, the loss, or a dict of numbers.
+`.ae` has encode(x [N, D]) -> [N, F] and decode; what else hangs on it, tensors and numbers, is part of its state.
+The class may declare `needs_contexts` and `attention_layers` (its update then names an argument `batch`) and define
+`report` and `feature_groups` as variants/base.py describes them.
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ def auxk_loss(sae: nn.Module, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_
     The D/2 largest activations *before* top-k among the dead reconstruct the residual e; the error is divided by e's
     variance. Ranking after top-k instead, where dead features are exactly 0, leaves the term without any gradient.
     Where up to a quarter of the features are dead, only their columns are worked on. A GPU is not asked how many that
-    are: as many as last counted (`look`), rounded up to a power of two; should more have died since, the longest
-    silent.
+    are: as many as last counted (`look`), rounded up to a power of two; if more have died since, the longest silent.
     """
     k_aux = min(sae.d_in // 2, sae.d_sae)
     count = int(dead_F.sum()) if dead_F.device.type == "cpu" else sae.dead_on_host

@@ -17,8 +17,8 @@ def affine(x: Tensor, W_DF: Tensor, b_F: Tensor | float = 0.0, centre_D: Tensor 
     """(x − centre)·W + b, shape (..., F), in W's dtype: thresholds, counts and choices are decided on it.
 
     Under autocast the product's factors are rounded as in any other, its result and the biases are not. For bf16, x and
-    columns of norm 1: an error of .002/√D instead of .001·z. `fine`: 4e-6/√D for three times the product's work, where
-    a difference of .001 counts.
+    columns of norm 1: an error of .002/√D instead of .001·z.
+    `fine`: 4e-6/√D for three times the product's work, where a difference of .001 counts.
     The bias is folded first, which saves the product for the centre's gradient.
     """
     kind = x.device.type

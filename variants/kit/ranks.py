@@ -1,10 +1,10 @@
 """Several processes that train together under torchrun: which one this is, and what they tell each other.
 
 torch.distributed does the work, NCCL between GPUs, gloo between CPUs and for what the hosts agree on. In one process
-every function here is the identity. Ranks *train together* (`together`) where a variant declares `data_parallel`: each
-takes an equal share of every batch, gradients are averaged, and what is not a mean over tokens goes through `mean`,
-`smallest`, `any_of`. Else the first rank trains alone on whole batches, and the others only do their part of the
-language model's passes.
+every function here is the identity.
+Ranks *train together* (`together`) where a variant declares `data_parallel`: each takes an equal share of every batch,
+gradients are averaged, and what is not a mean over tokens goes through `mean`, `smallest`, `any_of`.
+Else the first rank trains alone on whole batches, and the others only do their part of the language model's passes.
 
 Shapes: N tokens of a block, n those of this rank, W ranks, and as in base.py.
 """
@@ -270,8 +270,8 @@ def to_first(block: dict[str, Tensor], row: int, token: int, context: int) -> di
 def shard(sae: torch.nn.Module) -> None:
     """Spread parameters, gradients and optimiser state over the ranks with FSDP2, by features where possible.
 
-    During a step each rank holds the whole parameters and gradients for a while. An optimiser must be made anew after
-    it.
+    During a step each rank holds the whole parameters and gradients for a while.
+    An optimiser must be made anew after it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

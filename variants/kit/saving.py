@@ -1,9 +1,10 @@
 """Trained SAEs on disk: SAELens' format where SAELens has the architecture, else the variant's own file with its state.
 
-SAELens' format (cfg.json + sae_weights.safetensors, read by `sae_lens.SAE.load_from_disk(folder)`): W_enc [D, F], b_enc
-[F] (gated: b_gate, b_mag, r_mag; jumprelu: also threshold), W_dec [F, D] with unit rows, b_dec [D], on raw activations:
-the training normalisation is folded into biases and thresholds.
-Own format (cfg.json with architecture "variant", state.safetensors, variant.py). Either is read by one line:
+SAELens' format (cfg.json + sae_weights.safetensors, read by `sae_lens.SAE.load_from_disk(folder)`): W_enc [D, F],
+b_enc [F] (gated: b_gate, b_mag, r_mag; jumprelu: also threshold), W_dec [F, D] with unit rows, b_dec [D], on raw
+activations: the training normalisation is folded into biases and thresholds.
+Own format: cfg.json with architecture "variant", state.safetensors, variant.py.
+Either is read by one line:
 
     sae = variants.kit.saving.load_sae("run_1/sae/layer_12")   # encode(x_raw), decode(features), W_dec
 """

@@ -30,9 +30,9 @@ def sparse_pays(device: torch.device, k: int, d_sae: int) -> bool:
     """Whether k features of d_sae are better handled row by row than by dense products.
 
     Measured on 2 cores, D = 576, B = 1024, ratio of step times sparse/dense (tests/benchmarks/sparse.py): F = 2304 .41
-    (k = 16), .58 (64), .70 (128), 1.07 (256); F = 16,384 .33 (k = 16), .47 (256). On a GPU by bytes and FLOP,
-    unmeasured: four products of 2·D·F at 550 TFLOP/s take as long as reading four times k rows of D fp32 numbers at 1.7
-    TB/s from F = 650·k on.
+    (k = 16), .58 (64), .70 (128), 1.07 (256); F = 16,384 .33 (k = 16), .47 (256).
+    On a GPU by bytes and FLOP, unmeasured: four products of 2·D·F at 550 TFLOP/s take as long as reading four times k
+    rows of D fp32 numbers at 1.7 TB/s from F = 650·k on.
     """
     if _taken is not None:
         return _taken
@@ -44,8 +44,8 @@ def few_positive(z_BF: Tensor) -> bool:
     """Whether z·W is better computed from the positive entries of z alone.
 
     Measured on 2 cores, D = 576, B = 1024, product and gradients, sparse/dense: F = 2304 .41 with 32 positive entries a
-    row, .69 with 64, 1.09 with 128; F = 16,384 .42 with 64, .62 with 256, .90 with 512. A GPU has to be waited for to
-    know, which only the long steps of a wide SAE can spare.
+    row, .69 with 64, 1.09 with 128; F = 16,384 .42 with 64, .62 with 256, .90 with 512.
+    A GPU has to be waited for to know, which only the long steps of a wide SAE can spare.
     """
     B, n_features, on_cpu = *z_BF.shape, z_BF.device.type == "cpu"
     if not on_cpu and not (z_BF.is_cuda and n_features >= 2**16):

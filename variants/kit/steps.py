@@ -16,8 +16,8 @@ def gradients(sae: SAE, batch: Batch, progress: Progress,
     """Loss and terms of a batch, without graph, and the gradients in .grad; in parts once GPU memory was too small.
 
     The mean over equal parts is exact for a loss that is a mean over tokens; what is chosen over a batch is then chosen
-    over each part. torch.OutOfMemoryError where a variant is not `data_parallel`, or ranks share the batch: one cannot
-    part it alone.
+    over each part.
+    torch.OutOfMemoryError where a variant is not `data_parallel`, or ranks share the batch: one cannot part it alone.
     """
     # whole since it was last measured: its parameters, and what zero_grad clears, would be others
     if ranks.is_sharded(sae):

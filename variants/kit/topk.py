@@ -1,6 +1,8 @@
-"""How many features a token keeps, and the choice of the largest activations of a whole batch.
+"""How many features a token keeps, the choice of the largest activations of a whole batch, and theta.
 
-Shapes: as in variants/base.py.
+theta is what a choice over a batch leaves for single tokens: the least activation that passes; < 0: none yet.
+
+Shapes: as in variants/base.py; `progress` is a base.Progress.
 """
 
 from __future__ import annotations
@@ -45,3 +47,39 @@ def _largest_on_cpu(flat: Tensor, n: int) -> Tensor:
     if len(candidates) < n:  # the sample was not typical
         return flat.topk(n, sorted=False).indices
     return candidates[flat[candidates].topk(n, sorted=False).indices]
+
+
+# ------------------------------------------------------------------------------------------------ theta
+
+
+def above_theta(acts: Tensor, theta: Tensor, k: float) -> Tensor:
+    """Features (..., F) of single tokens: z·1[z > theta]; the k largest, rounded, while there is no theta (< 0)."""
+    if theta < 0:
+        top, index = acts.topk(max(1, round(k)), dim=-1, sorted=False)
+        return torch.zeros_like(acts).scatter(-1, index, top)
+    return acts * (acts > theta)
+
+
+def saelens_of(theta: Tensor, k: float) -> str | None:
+    """SAELens' architecture for `above_theta`: JumpReLU; in a run too short for a theta, TopK if k is whole."""
+    if theta >= 0:
+        return "jumprelu"
+    return "topk" if k == int(k) else None
+
+
+@torch.no_grad()
+def update_theta(theta: Tensor, kept: Tensor, progress, decay: float | None = None) -> None:
+    """Moving average of the smallest positive activation a batch kept (0-d tensors), after 1000 steps or 5 % of a run.
+
+    Starts at the first value seen and not at 0, so that a short run's threshold is not biased low.
+    """
+    decay = theta_decay(progress) if decay is None else decay
+    if progress.step >= min(1000, 0.05 * progress.total_steps):
+        smallest = ranks.smallest(torch.where(kept > 0, kept, torch.inf).amin().to(theta.dtype))
+        new = torch.where(theta < 0, smallest, theta.lerp(smallest, 1 - decay))
+        theta.copy_(torch.where(smallest.isfinite(), new, theta))
+
+
+def theta_decay(progress) -> float:
+    """Decay of theta's moving average: .999, or a window of a twentieth of a run shorter than 20,000 steps."""
+    return 1 - 1 / max(1.0, min(1000, 0.05 * progress.total_steps))

@@ -2,5 +2,6 @@
 
 Tasks     pooling (a vector per text), probes (k-sparse and full), concept_probes (scr, tpp), first_letter (absorption)
 Numbers   errors: standard errors whose sample are documents, entities or classes
-A run     settings (--eval_config), saebench (result files), stored (which results are there), dashboards (the report)
+A run     declarations (METRICS, CONFIG: read without importing), settings (--eval_config), saebench (result files),
+          stored (which results are there), dashboards (the report)
 """

@@ -1,4 +1,7 @@
-"""What a run ran on: versions, commit, hardware. Standard library only; no path, key or token enters a run folder."""
+"""What a run ran on: versions, commit, hardware; no path, key or token enters a run folder.
+
+torch, NumPy and psutil are imported where they are used, so that `--help` need not wait for them.
+"""
 
 from __future__ import annotations
 
@@ -232,10 +235,11 @@ def matmul_rate(device: str, dtype) -> float:
             torch.cuda.synchronize()
 
     multiply()  # the first round pays for the library's start
-    done, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < 0.2:
+    done, elapsed, start = 0, 0.0, time.perf_counter()
+    while elapsed < 0.2:
         multiply()
         done += rounds
+        elapsed = time.perf_counter() - start
     return 2 * 1024 * a.numel() * done / elapsed
 
 

@@ -9,7 +9,7 @@ import json
 from runs.comparison import UNKNOWN, Compared, Comparison
 from runs.frontier import Interpolated, is_between, l0_of
 from runs.reading import Run, finite
-from runs.tables import beyond, words
+from runs.wording import beyond, words
 
 
 def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) -> str:

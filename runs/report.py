@@ -13,7 +13,7 @@ from runs.compare import directions, families, identity, judged
 from runs.comparison import Comparison
 from runs.folder import write_text
 from runs.reading import Run
-from runs.tables import Table, laid_out, lefts, warned
+from runs.tables import Cell, Table, laid_out, lefts, plain, warned
 
 SIZE = 700_000  # characters that dashboards may fill the page up to
 POINTS = 4000  # of all lines of one chart together
@@ -126,19 +126,23 @@ def _table(table: Table) -> str:
     """A comparison as HTML; a verdict has a colour where it exceeds two standard errors."""
     left = lefts(table)
 
-    def row(cells, tag):
+    def row(cells: list[Cell], tag: str) -> str:
         out = []
-        for cell, following, is_left in zip(cells, [*cells[1:], ""], left):
-            sure = cell.endswith("*") or following == "yes"
-            verdict = next((v for v in ("better", "worse") if sure and cell.startswith(v)), "")
+        for cell, is_left in zip(cells, left):
             side = "l " if is_left else ""
-            out.append(f'<{tag} class="{side}{verdict}">{escape(cell)}</{tag}>')
+            out.append(f'<{tag} class="{side}{_sure_verdict(cell)}">{escape(cell.text)}</{tag}>')
         return f"<tr>{''.join(out)}</tr>"
 
     above = "".join(f"<p class=mut>{escape(line)}</p>" for line in table.above if not line.startswith("warning: "))
     below = "".join(f"<p class=mut>{escape(line)}</p>" for line in table.below if not line.endswith("--all"))
     body = "".join(row(cells, "td") for cells in table.rows)
-    return f"{above}<div class=scroll><table>{row(table.header, 'th')}{body}</table></div>{below}"
+    return f"{above}<div class=scroll><table>{row(plain(table.header), 'th')}{body}</table></div>{below}"
+
+
+def _sure_verdict(cell: Cell) -> str:
+    """better or worse, which CSS colours, where the difference exceeds two standard errors."""
+    sure = cell.judged.beyond and cell.judged.verdict in ("better", "worse")
+    return cell.judged.verdict if sure else ""
 
 
 def _problems(runs: list[Run]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from runs.reading import Run, read
-from runs.tables import BY_RUN, Table, as_markdown, as_text
+from runs.tables import BY_RUN, Table, as_markdown, as_text, plain
 from runs.wording import number
 
 SETTING = ("model", "layer", "variant", "hyper", "d_sae", "num_tokens", "passes", "batch_size", "lr", "init_from")
@@ -66,10 +66,11 @@ def table(runs: Iterable[Run], metrics: list[str] | None = None) -> Table:
             known = theirs is not None and mine[1] is not None and theirs[1] is not None and members is not reference
             beyond = known and abs(mine[0] - theirs[0]) > 2 * math.hypot(mine[1], theirs[1])
             cells.append(number(mine[0]) + error + ("*" if beyond else ""))
-        rows.append(cells)
+        rows.append(plain(cells))
     below = []
     if rows:
-        below.append(f"mean ± standard error over seeds; * differs from {rows[0][0]} by more than two standard errors")
+        first = rows[0][0].text
+        below.append(f"mean ± standard error over seeds; * differs from {first} by more than two standard errors")
     names = [m.rpartition(".")[2].replace("_test_accuracy", "") for m in metrics]
     return Table([], ["setting", "runs", *names], rows, below)
 

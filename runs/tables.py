@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from runs import frontier
 from runs.comparison import NOT_COMPARED, UNKNOWN, Compared, Comparison, Judged, differing
 from runs.frontier import Interpolated, l0_of
 from runs.reading import LM_ONLY, Run, canonical, file_label
-from runs.wording import listing, number, short, signed
+from runs.wording import beyond, listing, number, short, signed, words
 
 PROJECT = Path(__file__).resolve().parent.parent
 HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "frac_alive", "sae_top_1_test_accuracy",
@@ -30,13 +31,20 @@ MARKS = "* by more than 2 standard errors, ? standard error unknown"
 BY_L0_METRICS, BY_L0_ROWS, BY_L0_NAME = 6, 36, 30
 
 
+class Cell(NamedTuple):
+    """What stands in one place of a table."""
+
+    text: str
+    judged: Judged = UNKNOWN  # what a cell with a verdict states: HTML colours it
+
+
 @dataclass
 class Table:
     """Lines that stand above, a header, rows of cells (the first `left` columns aligned left), lines below."""
 
     above: list[str]
     header: list[str]
-    rows: list[list[str]]
+    rows: list[list[Cell]]
     below: list[str]
     left: int = 1
 
@@ -90,13 +98,13 @@ def _by_metric(comparison: Comparison, everything: bool) -> Table:
         shown = _headlines([m for m in names if any(one.run.means.get(m) is not None for one in saes)])
     rows = []
     for metric in shown:
-        row = [_brief(metric) if several else metric, *(_theirs(partner, metric) for partner in distinct)]
+        row = plain([_brief(metric) if several else metric, *(_theirs(partner, metric) for partner in distinct)])
         for one in saes:
-            row.append(number(one.run.means.get(metric)))
+            row.append(Cell(number(one.run.means.get(metric))))
             if _is_judged(one):
                 judged = one.judged(metric)
-                row.append(_difference(one, judged, metric))
-                row += [_marked(one, judged)] if several else [_cell(one, judged), beyond(judged)]
+                row.append(Cell(_difference(one, judged, metric)))
+                row += [_marked(one, judged)] if several else [_verdict(one, judged), Cell(beyond(judged))]
         rows.append(row)
     below = [MARKS] if several and any(map(_is_judged, saes)) else []
     if len(names) > len(shown):
@@ -176,8 +184,9 @@ def _by_l0(comparison: Comparison, everything: bool) -> Table:
         title = metric if everything else _leaf(metric)
         for name, one in zip(names, ours):
             judged = one.at_own_l0(metric) if one.at_l0 else UNKNOWN
-            rows.append([title, _cut(name), number(l0_of(one.run)), _theirs(one.at_l0, metric),
-                         number(one.run.means.get(metric)), _difference(one, judged, metric), _marked(one, judged)])
+            figures = [number(l0_of(one.run)), _theirs(one.at_l0, metric), number(one.run.means.get(metric))]
+            rows.append([*plain([title, _cut(name), *figures, _difference(one, judged, metric)]),
+                         _marked(one, judged)])
             title = ""
     above = [*_stand_in(comparison),
              f"baseline: {saes[0].config['variant']}, {len(saes)} SAEs of {_range(saes)} ({_where(saes[0].path)})",
@@ -251,8 +260,8 @@ def _by_run(comparison: Comparison) -> Table:
         below.append("+ better, - worse, by more than 2 standard errors; ? standard error unknown")
     if judging and comparison.frontier:
         below.append("compared at equal L0: with what lies between the baseline's two SAEs around it")
-    header, *cells = _fitting([["SAE", *(_leaf(m) + no_mark for m in metrics)], *(cells for _, cells in rows)])
-    return Table(above, header, cells, below)
+    header, *shown = _fitting([["SAE", *(_leaf(m) + no_mark for m in metrics)], *(cells for _, cells in rows)])
+    return Table(above, header, [plain(cells) for cells in shown], below)
 
 
 def _sign(judged: Judged) -> str:
@@ -402,46 +411,41 @@ def _difference(one: Compared, judged: Judged, metric: str) -> str:
     return signed(judged.difference, one.run.means[metric], one.partner.means[metric])
 
 
-def words(one: Compared, judged: Judged) -> str:
-    """The verdict; one on a dense code is marked."""
-    dense = judged.verdict in ("better", "worse") and one.run.config.get("dense")
-    return f"{judged.verdict} (dense)" if dense else judged.verdict
+def _verdict(one: Compared, judged: Judged) -> Cell:
+    return Cell("–" if judged is NOT_COMPARED else words(one, judged), judged)
 
 
-def _cell(one: Compared, judged: Judged) -> str:
-    return "–" if judged is NOT_COMPARED else words(one, judged)
+def _marked(one: Compared, judged: Judged) -> Cell:
+    mark = {"yes": "*", "?": "?"}.get(beyond(judged), "")
+    return Cell(_verdict(one, judged).text + mark, judged)
 
 
-def _marked(one: Compared, judged: Judged) -> str:
-    return _cell(one, judged) + {"yes": "*", "?": "?"}.get(beyond(judged), "")
-
-
-def beyond(judged: Judged) -> str:
-    """yes, no or ? for a difference: whether it exceeds two standard errors."""
-    if judged.difference is None:
-        return ""
-    return {True: "yes", False: "no", None: "?"}[judged.beyond]
+def plain(texts: Iterable[str]) -> list[Cell]:
+    """Cells that state no verdict."""
+    return [Cell(text) for text in texts]
 
 
 # ------------------------------------------------------------------------------------------------ forms
 
 
 def as_text(table: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(table.header, *table.rows)]
+    rows = [table.header, *([cell.text for cell in row] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     align = [str.ljust if left else str.rjust for left in lefts(table)]
     lines = [line for text in table.above for line in textwrap.wrap(text, WIDTH, subsequent_indent="    ")]
-    for row in (table.header, *table.rows):
+    for row in rows:
         lines.append("  ".join(put(cell, width) for put, cell, width in zip(align, row, widths)).rstrip())
     return "\n".join(lines + table.below)
 
 
 def as_markdown(table: Table) -> str:
-    def row(cells):
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    def row(texts):
+        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
+    rows = [row(cell.text for cell in cells) for cells in table.rows]
     rule = row([":--" if left else "--:" for left in lefts(table)])
     parts = ["\n".join(f"- {line}" for line in table.above),
-             "\n".join([row(table.header), rule, *map(row, table.rows)]), "\n".join(table.below)]
+             "\n".join([row(table.header), rule, *rows]), "\n".join(table.below)]
     return "\n\n".join(filter(None, parts))
 
 

@@ -1,8 +1,10 @@
-"""How figures and lists are written wherever a comparison is put into words."""
+"""How figures, verdicts and lists are written wherever a comparison is put into words."""
 
 from __future__ import annotations
 
 import math
+
+from runs.comparison import Compared, Judged
 
 
 def number(value: float | None) -> str:
@@ -29,6 +31,19 @@ def signed(difference: float | None, *sides: float) -> str:
 
 def _decimals(value: float) -> int:
     return min(max(3 - math.floor(math.log10(abs(value))), 0), 8)
+
+
+def words(one: Compared, judged: Judged) -> str:
+    """The verdict; one on a dense code is marked."""
+    dense = judged.verdict in ("better", "worse") and one.run.config.get("dense")
+    return f"{judged.verdict} (dense)" if dense else judged.verdict
+
+
+def beyond(judged: Judged) -> str:
+    """yes, no or ? for a difference: whether it exceeds two standard errors; "" without one."""
+    if judged.difference is None:
+        return ""
+    return {True: "yes", False: "no", None: "?"}[judged.beyond]
 
 
 def listing(names: list[str], most: int = 3) -> str:

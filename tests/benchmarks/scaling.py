@@ -13,7 +13,8 @@ tokens a batch, W GPUs:
                                              scattered: as much
       + 2·D·(W − 1)/W / (link·W)             per token: bf16 activations handed to the ranks that need them
 
-S = 1: the SAE is whole on every GPU; S = W: spread over them. Nothing overlaps in this, and nothing of it was measured.
+S = 1: the SAE is whole on every GPU; S = W: spread over them. Nothing overlaps in this. What one H200 was measured to
+reach stands beside it in README.md; several GPUs were not measured.
 Memory is the forecast that a run prints itself. The share e is an assumption: `python -m tests.benchmarks.training`
 measures it.
 """
@@ -28,6 +29,7 @@ from variants.preflight import budget, check
 
 D, K, LM_FLOP, TOKENS = 2304, 32, 2.08e9, 500e6
 RATE, ACHIEVED, MEMORY = 790e12, 0.7, 4.3e12
+WIDTHS = (2**14, 2**16, 2**18, 2**20)
 WITHIN, BETWEEN, ROOM = 450e9, 50e9, 141e9  # bytes/s, bytes/s, bytes of an H200
 GEMMA = dict(d_model=D, n_layers=26, block_parameters=77_856_768, bytes=5_230_000_000)
 
@@ -65,7 +67,7 @@ def cells(F: int, B: int, W: int) -> list[str]:
 def main() -> None:
     print("| width | GPUs | batch | tokens/s, whole / spread | GB a GPU | hours for 500 M tokens |\n"
           "|--:|--:|--:|--:|--:|--:|")
-    for F in (2**14, 2**16, 2**18, 2**20):
+    for F in WIDTHS:
         for W, B in ((1, 4096), (8, 4096), (8, 16384), (64, 32768)):
             print(f"| {F:,} | {W} | {B:,} | {' | '.join(cells(F, B, W))} |")
 

@@ -3,6 +3,7 @@
 `python -m tests.flow.test_cuda` runs it without pytest, and needs torch and transformers alone.
 """
 
+import sys
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -151,6 +152,8 @@ def test_a_step_without_memory_goes_on_in_parts():
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU here: nothing was tested")
     for title, test in list(globals().items()):
         if title.startswith("test_"):
             test()

@@ -1,9 +1,11 @@
 """Every example of every README runs: commands, flags, hyper-parameters and files of code."""
 
-import importlib
 import json
+import os
 import re
+import runpy
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,18 +16,32 @@ import experiment
 import variants
 from runs import compare, seeds
 from tests import GOLDEN, OWN_VARIANTS, PROJECT
+from tests.benchmarks import compare as comparing
+from tests.benchmarks import scaling
 from variants.kit.hyper import hyperparameters, parse_hyper
 
 PAGES = sorted(page for page in PROJECT.rglob("*.md") if not re.search(r"/\.", str(page.relative_to(PROJECT.parent))))
 READMES = [path for path in PAGES if path.name == "README.md"]
 VARIANTS = PROJECT / "variants/README.md"
 TINY = ["--num_tokens=4096", "--device=cpu", "--evals=core"]
-# what runs elsewhere, or is another program's: (pattern of a command, the file that runs it)
-ELSEWHERE = (("pip install", ".ci/run"), ("python -m pytest", ".ci/run"), ("python3 -m venv", ".ci/run"),
-             ("torchrun", "tests/flow/test_ranks.py"), ("diff ", "tests/flow/test_experiment.py"),
-             ("python -m tests.imitated_gpu", "tests/flow/test_imitated_gpu.py"),
-             ("openai-community/gpt2", "tests/flow/test_real_path.py"), ("hf auth", "tests/evals/test_hub.py"))
+# what runs elsewhere, or is another program's: (what is in the command, the file that runs it, how it reads there)
+ELSEWHERE = (
+    ("pip install -r requirements.txt", ".ci/run", r'pip" install .*-r requirements\.txt'),
+    ("pip install --no-deps dictionary-learning==0.1.0", ".ci/run", r"--no-deps dictionary-learning==0\.1\.0"),
+    ("python -m pytest -q", ".ci/run", r'python" -m pytest -q'),
+    ("python3 -m venv", ".ci/run", r"^python3 -m venv"),
+    ("torchrun", "tests/flow/test_ranks.py", r'"-m", "torch\.distributed\.run", .*--nproc_per_node'),
+    ("diff ", "tests/flow/test_experiment.py", r'final_info\.json"\)\.read_bytes\(\) == '),
+    ("python -m tests.imitated_gpu", "tests/flow/test_imitated_gpu.py", r'"-m", "tests\.imitated_gpu"'),
+    ("python -m tests.flow.test_cuda", "tests/flow/test_imitated_gpu.py", r"^test_cuda\.test_no_step_waits"),
+    ("python -m tests.benchmarks.training", "tests/flow/test_benchmark.py", r"^training\.main\("),
+    ("openai-community/gpt2", "tests/evals/test_inputs.py", r"run\(cache, gpt2, texts, "))
+# what makes a benchmark of the embedded model, of a real step or of many architectures one of seconds
+SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--evals=core"],
+         "sparse": ["--device=cpu", "--d_in=32", "--widths=256", "--ks=4", "--batch_size=64", "--steps=1"],
+         "evals": ["--help"]}  # minutes of the embedded model
 OTHER_PROGRAMS = {"--all", "--baseline", "--csv", "--json", "--markdown", "--saebench"}
+COMMANDS = r"(python3?|torchrun|pip|diff) "
 REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
 
 
@@ -67,6 +83,25 @@ def test_its_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), f"{link}: no such heading"
 
 
+def measured(module: str, monkeypatch) -> None:
+    """Run a benchmark as its command does, but a small one."""
+    name = module.removeprefix("tests.benchmarks.")
+    if name == "scaling":
+        monkeypatch.setattr(scaling, "WIDTHS", (2**14,))
+        scaling.main()
+        return
+    if name == "compare":
+        monkeypatch.setattr(comparing, "NUMBERS", (2, 3))
+        monkeypatch.setattr(comparing, "TIMES", 1)
+        comparing.main()
+        return
+    monkeypatch.setattr(sys, "argv", [name, *SMALL[name]])
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as left:
+        assert not left.code
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with run_1 to run_3, as the examples speak of them, and mine.py, the example of variants/README.md."""
@@ -78,19 +113,37 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("part, file, reads", ELSEWHERE)
+def test_what_runs_elsewhere_does(part, file, reads):
+    """Fails if nothing runs a README's command any more, or if no README shows what is said to run elsewhere."""
+    assert re.search(reads, (PROJECT / file).read_text(encoding="utf-8"), re.M)
+    assert any(part in command for command in found(COMMANDS))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", found(r"(python3?|torchrun|pip|diff) "))
+def test_without_a_gpu_its_tests_say_so():
+    """Fails if `python -m tests.flow.test_cuda` ends in a traceback, or as if it had passed, where there is no GPU."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "tests.flow.test_cuda"], cwd=PROJECT, env=environment, text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "no CUDA GPU here: nothing was tested\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", found(COMMANDS))
 def test_a_command_runs(command, place, monkeypatch, capsys):
-    """Fails if a README shows a command that is refused, or that nothing runs."""
-    elsewhere = [file for pattern, file in ELSEWHERE if pattern in command]
-    if elsewhere:
-        assert (PROJECT / elsewhere[0]).is_file()
-        return
+    """Fails if a README shows a command that is refused, that nothing runs, or a table that it no longer prints."""
+    if any(part in command for part, _, _ in ELSEWHERE):
+        return  # the test above knows where
     words = shlex.split(re.sub(r"\[|\]|…", "", command))
-    if words[1] == "-m" and words[2].startswith("tests."):
-        assert '__name__ == "__main__"' in Path(importlib.import_module(words[2]).__file__).read_text(encoding="utf-8")
-        return
     monkeypatch.chdir(place)
+    if words[1] == "-m" and words[2].startswith("tests.benchmarks."):
+        measured(words[2], monkeypatch)
+        printed = capsys.readouterr().out
+        assert "usage: " in printed or re.search(r"^\| .* \|$", printed, re.M)
+        if words[2].endswith(".scaling"):
+            assert printed.strip() in (PROJECT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
+        return
     if words[1] == "-m":
         program = {"runs.compare": compare.main, "runs.seeds": seeds.main}[words[2]]
         runs = [word if word.startswith("run_") else "run_1" for word in words[3:] if word[0] != "-"]

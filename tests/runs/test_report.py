@@ -2,11 +2,12 @@
 
 import html.parser
 import math
+import re
 from pathlib import Path
 
 from runs import report
 from runs.reading import Run
-from tests.runs.records import CE, run, saes_of
+from tests.runs.records import CE, R2, run, saes_of
 
 
 class Tags(html.parser.HTMLParser):
@@ -38,6 +39,18 @@ def test_report_is_self_contained_small_and_escaped(tmp_path):
     assert path.stat().st_size < 1_000_000 and "more left out to keep the page small" in text
     drawn = [part.split("</svg>")[0] for part in text.split("<svg")[1:]]
     assert not any("nan" in svg.lower() or "inf" in svg.lower() for svg in drawn)
+
+
+def test_sure_verdicts_alone_have_a_colour(tmp_path):
+    """Fails if an unsure verdict is coloured, a sure one is not, or a name that reads like one is taken for it."""
+    base = run("b", {"core.l0": 50.0, CE: 0.9, R2: 0.8}, {CE: 0.004, R2: 0.004}, variant="standard")
+    ours = [run(name, {"core.l0": 50.0, CE: 0.95, R2: 0.801}, {CE: 0.004, R2: 0.004}, variant="mine")
+            for name in ("better*", "better")]
+    for runs, cells in ((ours, ["better*", "better*"]), (ours[1:], ["better"])):
+        page = report.write(tmp_path, {r.name: r for r in runs}, [base], []).read_text(encoding="utf-8")
+        shown = page.split("<details>")[0]
+        assert re.findall(r'class="[^"]*(?:better|worse)">([^<]*)<', shown) == cells
+        assert shown.count(">better") > len(cells)
 
 
 def test_chart_puts_points_where_they_belong():

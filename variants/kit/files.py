@@ -46,7 +46,7 @@ def digest(path: str | Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     total = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        for block in iter(lambda: file.read(1 << 22), b""):
             total.update(block)
     return total.hexdigest()
 

@@ -980,7 +980,7 @@ def conclude(settings: Settings, out: Path, info: dict, crashed: dict[str, BaseE
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failed, 128 + signal interrupted."""
     known = failure.Known()
-    network.PINNED.clear()  # of an earlier run in this process
+    network.forget()  # what an earlier run in this process read and heard
     variants.HELD.clear()
     try:
         return command(sys.argv[1:] if argv is None else argv, known)

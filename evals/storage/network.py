@@ -36,6 +36,13 @@ PINNED: dict[tuple[str, str], str] = {}  # (kind, repository): the commit that t
 LISTINGS: dict[tuple[str, str, str], dict[str, int | None]] = {}  # (kind, repository, commit): see `listing`
 DOWNLOADED = 32 << 20  # bytes: a file up to this size costs less whole than in parts
 
+
+def forget() -> None:
+    """Begin a run that knows nothing of an earlier one in this process: commits it read at, answers it heard."""
+    PINNED.clear()
+    HEARD["last"] = ""
+
+
 # ------------------------------------------------------------------------------------------------ patience
 
 

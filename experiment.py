@@ -801,7 +801,7 @@ def hook_name(layer: int) -> str:
 def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict,
             unreported: dict, dense: dict[str, float]) -> dict:
     """final_info.json: a section per SAE, made for `diff`. `dense`: by suffix, the share of features always active."""
-    sections = {}
+    sections, defaults = {}, hyperparameters(variants.load(settings.variant))
     for job in jobs:
         numbers = json.loads((out / "variant_report" / job.name / "numbers.json").read_bytes())
         of_training = training_log.last_means(log, job.name) | {f"variant.{k}": v for k, v in numbers.items()}
@@ -810,15 +810,14 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         if job.name in unreported:
             error = unreported[job.name]
             problems.append(f"the variant's own report failed: {type(error).__name__}: {error}")
-        config = config_of(settings, lm, job, dense.get(interchange.suffix(job.name), 0.0))
+        config = config_of(settings, lm, job, defaults | job.hyper, dense.get(interchange.suffix(job.name), 0.0))
         sections[job.name] = dict(means=dict(sorted(of_training.items())) | dict(sorted(measured.items())),
                                   stderrs=dict(sorted(stderrs.items())), config=config, problems=problems)
     return sections
 
 
-def config_of(settings: Settings, lm: LanguageModel, job: Job, dense: float) -> dict:
+def config_of(settings: Settings, lm: LanguageModel, job: Job, hyper: dict, dense: float) -> dict:
     """What a section of final_info.json says of how its SAE came about; of what is the rule only the exceptions."""
-    hyper = hyperparameters(variants.load(settings.variant)) | job.hyper
     config = dict(
         variant=variants.title(settings.variant), hyper=hyper, model=environment.public_name(settings.model),
         hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder),

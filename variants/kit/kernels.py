@@ -1,0 +1,145 @@
+"""Triton kernels for what a GPU does in a training step besides matrix products, where plain PyTorch is far from its bandwidth.
+
+Measured on an H200, [16384, 2304] and [2304, 16384] in fp32 (tests/benchmarks/RESULTS.md): inductor's graph of `sizes`
+took four times a copy of as many bytes; torch.topk of [2048, 16384] five times its reading. Imported where there is a
+CUDA GPU; ImportError without Triton.
+
+Shapes: R rows of C columns, K chosen of each row; P rows of a parameter.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # elements of a parameter that one program handles where rows mean nothing
+WIDEST = 16384  # columns that a program of `top_k` holds
+
+
+# ------------------------------------------------------------------------------------------------ the k largest
+
+
+@triton.jit
+def _top_k(values, index, C, K, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    value = tl.load(values + row * C + column, column < C, 0.0)
+    bits = value.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # in the order of the floats; NaN is the largest, as in torch.topk
+    key = tl.where(column < C, key, -2147483648)  # below -inf's
+    # the largest t with at least K keys from it on, by halving [low, high]; done as soon as exactly K are
+    low = tl.min(tl.where(column < C, key, 2147483647), 0).to(tl.int64)
+    high = tl.max(key, 0).to(tl.int64)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        count = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        low = tl.where(count >= K, middle, low)
+        high = tl.where(count >= K, tl.where(count == K, middle, high), middle - 1)
+    threshold = low.to(tl.int32)
+    above, equal = key > threshold, key == threshold
+    n_above = tl.sum(above.to(tl.int32), 0)
+    # both counts so far in one scan: at most 2^14 of each
+    so_far = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+    place = tl.where(above, (so_far & 0xFFFF) - 1, n_above + (so_far >> 16) - 1)
+    tl.store(index + row * K + place, column.to(tl.int64), (above | equal) & (place < K))
+
+
+def top_k(values_RC: Tensor, k: int) -> Tensor:
+    """Columns [R, k] of the k largest of each row, in no order, those of equal ones from the left; fp32, contiguous.
+
+    Rows wider than a program holds are ranked in equal parts, then the chosen of all parts.
+    """
+    R, C = values_RC.shape
+    parts = -(-C // WIDEST)
+    if parts > 1:
+        part = C // parts
+        index_RPK = top_k(values_RC.view(R * parts, part), k).view(R, parts, k)
+        index_RN = (index_RPK + torch.arange(0, C, part, device=values_RC.device)[:, None]).view(R, -1)
+        return index_RN.gather(1, top_k(values_RC.gather(1, index_RN), k))
+    index_RK = torch.empty(R, k, dtype=torch.int64, device=values_RC.device)
+    block = triton.next_power_of_2(C)
+    _top_k[(R,)](values_RC, index_RK, C, k, block, num_warps=max(1, min(16, block // 1024)))
+    return index_RK
+
+
+def takes(values_RC: Tensor, k: int) -> bool:
+    """Whether `top_k` ranks these: fp32 in parts that are equal, no wider than a program holds, and have k columns."""
+    C, parts = values_RC.shape[1], -(-values_RC.shape[1] // WIDEST)
+    whole = values_RC.dtype == torch.float32 and values_RC.is_contiguous() and C % parts == 0
+    return whole and k <= C // parts and (parts == 1 or parts * k <= WIDEST)
+
+
+# ------------------------------------------------------------------------------------------------ a parameter's step
+
+
+@triton.jit
+def _place(C, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+    """Where a program's elements lie, and which there are: those of one row, or of one stretch of all C."""
+    number, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    if UNIT:
+        return number * C + column, column < C
+    return number * BLOCK + column, number * BLOCK + column < C
+
+
+@triton.jit
+def _sizes(parameter, grad, along, square, C, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+    place, inside = _place(C, BLOCK, UNIT)
+    g = tl.load(grad + place, inside, 0.0).to(tl.float32)
+    if UNIT:
+        p = tl.load(parameter + place, inside, 0.0)
+        share = tl.sum(g * p, 0) / tl.maximum(tl.sum(p * p, 0), 1e-24)
+        tl.store(along + tl.program_id(0), share)
+        g = g - share * p
+    tl.store(square + tl.program_id(0), tl.sum(g * g, 0))
+
+
+@triton.jit
+def _step(parameter, grad, mean, square, factor, along, C, size, root, share1, beta2, share2, eps,
+          BLOCK: tl.constexpr, UNIT: tl.constexpr):
+    place, inside = _place(C, BLOCK, UNIT)
+    p = tl.load(parameter + place, inside, 0.0)
+    g = tl.load(grad + place, inside, 0.0).to(tl.float32)
+    if UNIT:
+        g = g - tl.load(along + tl.program_id(0)) * p
+    g = g * tl.load(factor)
+    m, v = tl.load(mean + place, inside, 0.0), tl.load(square + place, inside, 0.0)
+    m = m + share1 * (g - m)
+    v = beta2 * v + share2 * g * g
+    p = p - size * m / (tl.sqrt(v) / root + eps)
+    if UNIT:
+        p = p / tl.maximum(tl.sqrt(tl.sum(p * p, 0)), 1e-12)
+    tl.store(mean + place, m, inside)
+    tl.store(square + place, v, inside)
+    tl.store(parameter + place, p, inside)
+
+
+def programs(parameter: Tensor, unit: bool) -> int:
+    """How many programs step a parameter: one a row where rows have unit norm, else one for each BLOCK elements."""
+    return len(parameter) if unit else triton.cdiv(parameter.numel(), BLOCK)
+
+
+def sizes(parameter: Tensor, grad: Tensor, unit: bool, along_P: Tensor, square_P: Tensor) -> None:
+    """Write each program's sum of the gradient's squares; of unit rows first without the gradient's part along them.
+
+    That part goes into along_P, in units of the rows. Contiguous tensors; the gradient fp32 or bf16.
+    """
+    _sizes[(len(square_P),)](parameter, grad, along_P, square_P, *_shape(parameter, unit), unit, num_warps=8)
+
+
+def step(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, factor: Tensor, along_P: Tensor, unit: bool,
+         count: int, lr: float, betas: tuple[float, float], eps: float) -> None:
+    """Adam's step `count` (from 1) in place, on the gradient times `factor` (); unit rows have norm 1 afterwards."""
+    beta1, beta2 = betas
+    size, root = lr / (1 - beta1**count), (1 - beta2**count) ** 0.5
+    C, block = _shape(parameter, unit)
+    _step[(programs(parameter, unit),)](parameter, grad, mean, square, factor, along_P, C, size, root, 1 - beta1, beta2,
+                                        1 - beta2, eps, block, unit, num_warps=8)
+
+
+def _shape(parameter: Tensor, unit: bool) -> tuple[int, int]:
+    """(C, BLOCK) of the kernels."""
+    if unit:
+        return parameter.shape[1], triton.next_power_of_2(parameter.shape[1])
+    return parameter.numel(), BLOCK

@@ -17,7 +17,7 @@ from tests.evals.test_language_model import Words, small_blocks
 from variants.kit.contexts import Attention
 
 LAYERS = [1, 2]
-SHAPES = {"longer than a pass": (256, 7), "shorter than a pass": (64, 16), "as long as a pass holds tokens": (64, 5)}
+SHAPES = {"longer than a pass": (256, 7), "shorter than a pass": (64, 16), "of just one pass": (64, 5)}
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ from evals.model.language_model import LanguageModel
 from evals.storage import network
 from evals.storage.identity import files_digest
 from evals.texts import inputs, packing
-from evals.texts.reader import Reader
+from evals.texts.reader import Reader, Rows
 from runs import checkpoint, compare, disk, environment, failure, identity, reading, report, training, training_log
 from runs import settings as checks
 from runs.clock import phase
@@ -403,43 +403,33 @@ class TokenStream:
     """Training text as blocks of packed rows: BOS, then T − 1 tokens of documents joined by BOS.
 
     Block b holds as many rows as give `plan[b]` trainable tokens, so its content depends on the text and on b alone.
-    `cursor(b)` is all that is needed to continue from block b.
+    `cursors[b]` is all that is needed to continue from block b.
     """
 
     def __init__(self, source, lm: LanguageModel, settings: Settings, cursor: Optional[dict] = None):
-        self.source, self.bos, self.context, self.keep_bos = source, lm.bos, settings.context, settings.keep_bos
-        self.plan = block_plan(settings)
-        cursor = cursor or {"block": 0, "documents": None, "leftover": []}
-        self.next, self.ids = cursor["block"], list(cursor["leftover"])
-        self.cursors = {self.next: cursor}
-        self.reader = Reader(source, lm.tokenizer, lm.bos, lm.vocab_size, cursor["documents"], say)
+        self.source, self.plan = source, block_plan(settings)
+        # compiled passes have a fixed shape and run on over the ends of blocks; several ranks each fill up their last
+        self.pass_rows = settings.lm_batch_size if lm.compiled and ranks.count() == 1 else 1
+        cursor = cursor or {"block": 0, "documents": None, "leftover": [], "before": []}
+        self.next, self.cursors = cursor["block"], {cursor["block"]: cursor}
+        reader = Reader(source, lm.tokenizer, lm.bos, lm.vocab_size, cursor["documents"], say)
+        self.rows = Rows(reader, settings.context, settings.keep_bos, cursor["leftover"], cursor["before"])
         self.lock = threading.Lock()
 
-    def block(self, b: int) -> tuple[Tensor, Tensor]:
-        """Rows [R, T] (int32) and the flat positions [plan[b]] of the tokens to train on."""
+    def block(self, b: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Rows [R, T] (int32), the flat positions [plan[b]] of the tokens to train on, and the rows around the block's.
+
+        Those share a pass of the language model with its first row, or with its last: (before, after), [r, T] each.
+        """
         with self.lock:  # the background thread and a late caller must not both advance
             while True:
-                rows_RT, index_N = self._advance(self.plan[self.next])
+                found = self.rows.take(self.plan[self.next:], self.pass_rows)
+                # the current block's cursor stays, as it is in work
+                self.cursors = {b: cursor for b, cursor in self.cursors.items() if b >= self.next - 1}
                 self.next += 1
+                self.cursors[self.next] = dict(block=self.next, **self.rows.place)
                 if self.next > b:
-                    return rows_RT, index_N
-
-    def _advance(self, wanted: int) -> tuple[Tensor, Tensor]:
-        rows, valid, ids, start, body = [], 0, self.ids, 0, self.context - 1
-        while valid < wanted:
-            while len(ids) - start < body:
-                ids.extend(self.reader.more())
-            row = [self.bos, *ids[start:start + body]]
-            start += body
-            valid += len(row) if self.keep_bos else len(row) - row.count(self.bos)
-            rows.append(row)
-        self.ids = ids[start:]
-        # the current block's cursor stays, as it is in work
-        self.cursors = {b: cursor for b, cursor in self.cursors.items() if b >= self.next - 1}
-        self.cursors[self.next + 1] = dict(block=self.next + 1, documents=self.reader.place, leftover=list(self.ids))
-        rows_RT = torch.tensor(rows, dtype=torch.int32)
-        keep_RT = torch.ones_like(rows_RT, dtype=torch.bool) if self.keep_bos else rows_RT != self.bos
-        return rows_RT, keep_RT.flatten().nonzero().squeeze(1)[:wanted]
+                    return found
 
 
 # =================================================================================================== activation buffer
@@ -451,16 +441,20 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
 
     A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention
     (variants/kit/contexts.py). What the model gave is kept in the shared cache, for other variants on the same data.
-    The next block is tokenised in the background. Of several ranks each passes its share of the rows, and keeps it
-    where they train together, else gives it to the first.
+    The next block is tokenised in the background. Where passes have a fixed shape, a block's last is completed with
+    rows of the next, and what it gives for them is carried over. Of several ranks each passes its share of the rows,
+    and keeps it where they train together, else gives it to the first.
     """
     layers, plan = layers_of(settings), block_plan(settings)
+    carried = {}  # block: {layer: residuals of its first rows [r, T, D]}, from the last pass of the block before
 
     def key(b: int) -> dict:
-        compiled = {"compiled": True} if lm.compiled else {}
+        of_passes = {"compiled": True} if lm.compiled else {}
+        if stream.pass_rows > 1 and not wanted:  # the place of a row in its pass, by which sums may be rounded
+            of_passes["counted_from"] = "first row of the run"
         return dict(model=lm.digest, layers=layers, data=stream.source.digest("train"), context=settings.context,
                     plan=plan[:b + 1], keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size,
-                    attention=sorted(map(str, wanted)), **compiled)
+                    attention=sorted(map(str, wanted)), **of_passes)
 
     with ThreadPoolExecutor(1) as background:
         ahead = {}
@@ -470,20 +464,23 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
                 ahead[b] = background.submit(stream.block, b)
 
         def make(b: int) -> dict[str, Tensor]:
-            rows_RT, index_N = ranks.agreed(lambda: ahead.pop(b).result() if b in ahead else stream.block(b))
+            rows_RT, index_N, around = ranks.agreed(lambda: ahead.pop(b).result() if b in ahead else stream.block(b))
             prefetch(b + 1)
             rows_W, starts_W = ranks.shares(rows_RT, index_N)
             mine = ranks.number()
             row, end = rows_W[mine], rows_W[mine + 1]
             token, stop = int(starts_W[mine]), int(starts_W[mine + 1])
             index_n = index_N[token:stop] - row * settings.context
-            part = collect(settings, lm, rows_RT[row:end], index_n, layers, wanted, f"activations {b + 1}/{len(plan)}")
+            carried[b + 1] = carried.pop(b, {})
+            part = collect(settings, lm, rows_RT[row:end], index_n, layers, wanted, f"activations {b + 1}/{len(plan)}",
+                           around, carried[b + 1])
             if ranks.sharing() > 1:
                 return part | dict(starts_W=starts_W)
             return ranks.to_first(part, row, token, settings.context)
 
         for b in range(first, len(plan)):
             given = cache.get("train", key(b), lambda b=b: make(b)) if ranks.count() == 1 else make(b)
+            carried.pop(b, None)  # not wanted where the cache had the block
             if b == 0 and not settings.keep_bos and not ranks.number():
                 share = float(given["bos_share"])
                 say(f"BOS positions are left out; with them they would hold {share:.1%} of E‖x‖²")
@@ -491,9 +488,10 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
 
 
 def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Tensor, layers: list[int],
-            wanted: list[contexts.Attention], label: str) -> dict[str, Tensor]:
+            wanted: list[contexts.Attention], label: str, around=None, carried=None) -> dict[str, Tensor]:
     """A block's tensors for the positions index_N of its rows, and the share of E‖x‖² its BOS would have had."""
-    return passes.collect(lm, rows_RT, index_N, layers, wanted, settings.lm_batch_size, say, track, label)
+    return passes.collect(lm, rows_RT, index_N, layers, wanted, settings.lm_batch_size, say, track, label, around,
+                          carried)
 
 
 # ============================================================================================================ training

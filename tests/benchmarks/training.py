@@ -22,6 +22,9 @@ parts      of a second run, which is timed around the product's functions (on a 
            optimiser (projection, clipping, Adam, normalisation, counters); host: what is left (waiting for texts,
            logging, Python)
 memory     peak of the GPU allocator, or of the process' resident memory
+padded     rows that only fill up a language-model pass of a fixed shape, in % of the rows passed in the measured
+           blocks, counted where tokens are embedded. On a GPU a block's last pass is completed from the next block,
+           so that only a run's last pass is filled up; elsewhere passes have no fixed shape
 
 On a CPU also the tokens/s of the bare transformers model, cut after the same layer and run on as many rows in turn with
 the blocks, the run's tokens/s as a share of it, and the share of time that is not the language model. `--cpu_seconds`
@@ -33,8 +36,9 @@ mean something there.
 context alike. dictionary_learning: ActivationBuffer, trainSAE and TopKTrainer with its defaults; nnsight wraps the same
 plain transformers model. sae_lens: ActivationsStore, SAETrainer and TopKTrainingSAE with its defaults, dense
 activations; the plain transformers model through its HookedProxyLM, which is faster than TransformerLens. Both:
-language-model batches as large as the product's, a buffer of two blocks on the training device, bf16 autocast on a GPU,
-tokens from memory, no log, no checkpoint; and a window of as many tokens as a block, in which each buffer is filled
+language-model batches as large as the product's (or the next smaller that divides a buffer's rows: nothing is thrown
+away; `padded` is the product's), a buffer of two blocks on the training device, bf16 autocast on a GPU, tokens from
+memory, no log, no checkpoint; and a window of as many tokens as a block, in which each buffer is filled
 once, after the fill and the first step. Nobody's features are dead.
 
 `--growth`: seconds against tokens, width and number of SAEs, each with the ratio to the first row.
@@ -275,11 +279,13 @@ class Enough(Exception):
 
 
 def train(settings, lm, source, blocks: int, between: Callable[[int, int], None] = lambda b, rows: None,
-          parts: Parts | None = None):
+          parts: Parts | None = None, rows_passed: Counter | None = None):
     """Seconds of each of `blocks` blocks of a run by `experiment.train`, after a warm-up block.
 
-    `between(b, rows)` is called after block b, of so many rows; what it does is not counted.
+    `between(b, rows)` is called after block b, of so many rows; what it does is not counted. `rows_passed` is given
+    the rows "passed" through the language model in these blocks, and how many of them were "asked" for.
     """
+    rows_passed = Counter() if rows_passed is None else rows_passed
     seconds, spoken, activation_blocks = [], io.StringIO(), experiment.activation_blocks
     jobs = experiment.make_jobs(settings, lm)
 
@@ -292,8 +298,10 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
                 yield item  # and comes back when the block is trained on
                 if b:
                     seconds.append(now(settings.device) - start)
-                elif parts:
-                    parts.clear()
+                else:
+                    rows_passed.clear()
+                    if parts:
+                        parts.clear()
                 between(b, rows)
         raise Enough
 
@@ -302,6 +310,7 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
         stack.enter_context(contextlib.redirect_stdout(spoken))
         stack.enter_context(contextlib.suppress(Enough))
         stack.enter_context(mock.patch.object(experiment, "activation_blocks", watched))
+        stack.enter_context(mock.patch.object(lm, "training_residuals", counted(lm, rows_passed)))
         if parts:
             parts.put_around(stack, lm, jobs)
         experiment.train(settings, lm, jobs, source, Cache(folder / "cache", 0), folder,
@@ -310,6 +319,30 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
         if line.startswith(("language model", "out of")):  # what the run had to do without
             print(line, file=sys.stderr, flush=True)
     return seconds
+
+
+def counted(lm, rows_passed: Counter) -> Callable:
+    """`lm.training_residuals`, which notes the rows that it is asked for, and those that it passes."""
+    function, embedding = lm.training_residuals, lm.hf.get_input_embeddings()
+
+    def note(module, args: tuple) -> None:
+        rows_passed["passed"] += len(args[0])
+
+    def run(tokens_BT: Tensor, *args):
+        rows_passed["asked"] += len(tokens_BT)
+        handle = embedding.register_forward_pre_hook(note)
+        try:
+            return function(tokens_BT, *args)
+        finally:
+            handle.remove()
+
+    return run
+
+
+def padded(rows_passed: Counter) -> str:
+    """The cell that says which share of the rows only filled up a pass."""
+    filled_up = rows_passed["passed"] - rows_passed["asked"]
+    return f"{100 * filled_up / max(rows_passed['passed'], 1):.1f}"
 
 
 class Parts:
@@ -412,7 +445,7 @@ def table(args, lm, source, machine: tuple[float, float]) -> None:
     """One row per width, number of SAEs and number of layers."""
     cpu = args.device == "cpu"
     columns = ["width", "SAEs", "layers", "tokens/s", "MFU %", "of floor %", *(f"{name} %" for name in Parts.NAMES),
-               "host %", "host GB" if cpu else "GPU GB"]
+               "host %", "host GB" if cpu else "GPU GB", "padded %"]
     if cpu:
         columns += ["bare LM tokens/s", "of bare LM %", "not LM %"]
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
@@ -436,13 +469,13 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
     forget_peak(settings.device)
     config = lm.hf.config.get_text_config()
     n_saes = len(experiment.layers_of(settings)) * len(settings.sweep.split(","))
-    alone, alone_seconds = bare(lm, settings), []
+    alone, alone_seconds, rows_passed = bare(lm, settings), [], Counter()
 
     def between(b: int, rows: int) -> None:
         if settings.device == "cpu":
             alone_seconds.append(alone(rows))
 
-    seconds = train(settings, lm, source, BLOCKS, between)
+    seconds = train(settings, lm, source, BLOCKS, between, rows_passed=rows_passed)
     peak = environment.peak_memory_gb(settings.device)
     parts = Parts(settings.device)
     wall = sum(train(settings, lm, source, BLOCKS - 1, parts=parts))
@@ -451,7 +484,7 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
     mfu = flop(config, settings, n_saes) * speed / machine[0]
     of_floor = floor(config, settings, n_saes, machine) * speed
     percent = [f"{100 * share:.1f}" for share in (mfu, of_floor, *shares.values(), 1 - sum(shares.values()))]
-    cells = [f"{speed:,.0f}", *percent, f"{peak.get('gpu', peak['host']):.2f}"]
+    cells = [f"{speed:,.0f}", *percent, f"{peak.get('gpu', peak['host']):.2f}", padded(rows_passed)]
     if alone_seconds:
         of_bare = median(one / other for one, other in zip(alone_seconds[1:], seconds))
         cells += [f"{settings.block_tokens / median(alone_seconds[1:]):,.0f}", f"{100 * of_bare:.1f}",
@@ -523,7 +556,7 @@ def beside_peers(args, lm, source) -> None:
         except ImportError as error:
             print(f"{name} is left out ({error}): {install}")
     titles = [f"{name} {importlib.metadata.version(name)}" for name in peers]
-    columns = ["width", "here, tokens/s"]
+    columns = ["width", "here, tokens/s", "padded %"]
     for title in titles:
         columns += [f"{title}, tokens/s", "here / there"]
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
@@ -533,15 +566,15 @@ def beside_peers(args, lm, source) -> None:
         rows_RT = torch.cat([experiment.TokenStream(source, lm, settings).block(b)[0] for b in range(3)])
         with quiet():
             windows = {name: make(copied(lm), rows_RT, settings, steps) for name, make in peers.items()}
-        found = {name: [] for name in peers}
+        found, rows_passed = {name: [] for name in peers}, Counter()
 
         def between(b: int, rows: int, windows=windows, found=found) -> None:
             for name, window in windows.items():
                 with quiet():
                     found[name].append(window())
 
-        seconds = train(settings, lm, source, BLOCKS, between)
-        cells = [f"{width:,}", f"{settings.block_tokens / median(seconds):,.0f}"]
+        seconds = train(settings, lm, source, BLOCKS, between, rows_passed=rows_passed)
+        cells = [f"{width:,}", f"{settings.block_tokens / median(seconds):,.0f}", padded(rows_passed)]
         for name in peers:
             taken = found[name][1:]  # the first is the warm-up's
             cells += [f"{settings.block_tokens / median(taken):,.0f}",

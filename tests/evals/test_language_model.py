@@ -228,6 +228,9 @@ class Words:
     def documents(self, split, state=None):
         return Listed(self.texts, state)
 
+    def digest(self, split):
+        return "words"
+
 
 def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cache):
     """Fails if tokens are lost or repeated between rows or blocks, BOS is trained on, or a cursor goes elsewhere."""
@@ -236,7 +239,7 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
     stream = experiment.TokenStream(source, lm, settings)
     blocks = [stream.block(b) for b in range(3)]
     flat = []
-    for (rows_RT, index_N), wanted in zip(blocks, experiment.block_plan(settings)):
+    for (rows_RT, index_N, _), wanted in zip(blocks, experiment.block_plan(settings)):
         assert (rows_RT[:, 0] == lm.bos).all() and len(index_N) == wanted
         assert (rows_RT.flatten()[index_N] != lm.bos).all()
         flat += rows_RT[:, 1:].flatten().tolist()
@@ -248,14 +251,14 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
     again.block(0)
     continued = experiment.TokenStream(source, lm, settings, again.cursors[1])
     for b in (1, 2):
-        assert all(torch.equal(x, y) for x, y in zip(continued.block(b), blocks[b]))
+        assert all(torch.equal(x, y) for x, y in zip(continued.block(b)[:2], blocks[b]))
 
 
 def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
     """Fails if an activation is paired with another position in a block that the model sees in uneven batches."""
     settings, lm = small_blocks(cache, "--lm_batch_size=7")
     stream = experiment.TokenStream(Words(2000), lm, settings)
-    rows_RT, index_N = stream.block(0)
+    rows_RT, index_N, _ = stream.block(0)
     got = experiment.collect(settings, lm, rows_RT, index_N, [1, 2], [], "")
     for layer in (1, 2):
         expected = lm.residuals(rows_RT.long(), [layer])[layer].flatten(0, 1)[index_N]
@@ -267,7 +270,7 @@ def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
 def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, capsys):
     """Fails if the rows of the failed batch are skipped or computed twice."""
     settings, lm = small_blocks(cache)
-    rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
+    rows_RT, index_N, _ = experiment.TokenStream(Words(2000), lm, settings).block(0)
     expected = experiment.collect(settings, lm, rows_RT, index_N, [1], [], "")
     whole = lm.residuals
 
@@ -301,7 +304,7 @@ def test_batches_pass_over_the_block_as_often_as_asked_and_resume_in_the_middle(
 def test_attention_of_a_block_belongs_to_its_tokens(cache):
     """Fails if patterns come from another layer, row or position on the way to the batch that a variant receives."""
     settings, lm = small_blocks(cache, "--lm_batch_size=7")
-    rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
+    rows_RT, index_N, _ = experiment.TokenStream(Words(2000), lm, settings).block(0)
     sae = variants.build(variants.load("topk"), lm.d_model, 8, dict(k=2))
     sae.attention_layers, sae.attention_threshold = (-1, 1), 0.1
     job = experiment.Job("layer_1", 1, {}, sae, None, 2.0)

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
+import torch
 from transformers import Gemma2Config
 
 import experiment
+from evals.model.language_model import run_block
 from tests import PROJECT
 from tests.benchmarks import training
 
@@ -27,6 +30,19 @@ def test_floor():
     assert training.sae_flop(2304, 16384) == pytest.approx(0.377e9, rel=0.005)
     assert floor_of(16384, 2048) == pytest.approx(3.41e-6, rel=0.01)
     assert 1 / floor_of(65536, 4096) == pytest.approx(192e3, rel=0.01)
+
+
+def test_rows_that_fill_up_a_pass_are_counted(cache):
+    """Fails if what fills up a pass of a fixed shape is not counted, or anything that is no pass is."""
+    given = experiment.parse_settings(["--profile=tiny", "--device=cpu", f"--cache_dir={cache}"])
+    lm, rows_passed = experiment.load_language_model(experiment.resolve(given)[0]), Counter()
+    lm.compiled, tokens_BT = run_block, torch.randint(5, 60, (7, 16))
+    lm.training_residuals(tokens_BT, [1], 8)  # the first looks at masks, and at the plain pass
+    passes = training.counted(lm, rows_passed)
+    lm.residuals(tokens_BT, [1])
+    for rows in (8, 7, 14):
+        passes(tokens_BT, [1], rows)
+    assert rows_passed == dict(asked=21, passed=29) and training.padded(rows_passed) == "27.6"
 
 
 @pytest.mark.slow
@@ -50,4 +66,5 @@ training.main(["--model=gemma-2-2b-shape", "--n_layers=1", "--tokens=768", "--ru
     for row in rows:
         shares = [float(cell) for cell in row[6:12]]
         assert all(0 <= share <= 100 for share in shares) and sum(shares) == pytest.approx(100, abs=0.5)
+        assert row[13] == "0.0"  # on a CPU nothing is filled up
     assert done.stdout.splitlines()[-1].count("torch ") == 1

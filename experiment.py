@@ -62,6 +62,7 @@ from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
 from variants.kit.scale import DOMINANT, stream_scale
 from variants.kit.steps import gradients
 from variants.kit.trained import TrainedSAE
+from variants.kit.update import update
 
 # ============================================================================================================ settings
 
@@ -534,13 +535,7 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
         group["lr"] = group.get("base_lr", lr) * progress.lr_factor() * sae.lr_scale(progress)
     loss, terms = gradients(sae, batch, progress, say)
     ranks.average_gradients(sae)
-    if sae.unit_norm_decoder:
-        base.project_decoder_gradient(sae.W_dec)
-    if sae.grad_clip:
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.grad_clip)
-    optimizer.step()
-    if sae.unit_norm_decoder:
-        base.normalise_decoder(sae.W_dec)
+    update(sae, optimizer)
     sae.count_step(len(batch.x))
     with torch.no_grad():
         sae.after_step(batch, progress)

@@ -39,7 +39,7 @@ from variants.kit.sparse import (
     relu_product,
     sparse_pays,
 )
-from variants.kit.topk import above_theta, batch_topk, feature_count, saelens_of, theta_decay, update_theta
+from variants.kit.topk import above_theta, batch_topk, feature_count, saelens_of, theta_decay, top_k, update_theta
 
 # what a variant's author calls as base.<name>: the call and what it gives; where it lies, in kit/, more is said
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "few_positive",  # (z_BF) -> bool: whether so few of z are positive that relu_product reads these alone
     "sparse_pays",  # (device, k, d_sae) -> bool: whether k features of d_sae are better handled row by row
     "feature_count",  # (name, value, d_sae, mean=False) -> k: whole, 1 to d_sae, a mean any fraction; else ValueError
+    "top_k",  # (acts_BF, k) -> index_BK: the k largest of each token, in no order, without gradient
     "batch_topk",  # (acts_BF, k) -> mask [B, F] of the k·B largest of the batch, rounded
     "above_theta",  # (acts, theta, k) -> (..., F): z·1[z > theta], the k largest of a token while theta < 0
     "saelens_of",  # (theta, k) -> "jumprelu", "topk" or None: what SAELens calls above_theta
@@ -154,6 +155,9 @@ class SAE(nn.Module):
     # under torchrun: share every batch among the ranks. For losses that are means over tokens, or that use ranks.mean
     # and the functions below for what is not; else one rank trains, and the others run the language model only
     data_parallel = False  # not inherited, and never with contexts
+    # on a GPU, in runs long enough for it to pay, the loss is compiled: it may be traced, and what changes in it from
+    # step to step are tensors and progress.sparsity_warmup() alone. Not inherited
+    compiled_loss = False
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
@@ -165,6 +169,7 @@ class SAE(nn.Module):
         super().__init_subclass__(**kwargs)
         declared = cls.__dict__.get("data_parallel", False)
         cls.data_parallel = declared and not (cls.needs_contexts or cls.attention_layers)
+        cls.compiled_loss = cls.__dict__.get("compiled_loss", False)
 
     def __init__(self, d_in: int, d_sae: int, decoder_norm: float = 1.0):
         super().__init__()
@@ -215,7 +220,7 @@ class SAE(nn.Module):
         begin_at_dominant_mean(self, x_ND)
 
     def after_step(self, batch: Batch, progress: Progress) -> None:
-        """Called after each optimiser step, without gradient."""
+        """Called after each optimiser step, without gradient; .grad is then maybe not yet clipped and projected."""
 
     def parameter_groups(self, lr: float) -> list[dict]:
         """Adam's parameter groups."""

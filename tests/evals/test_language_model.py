@@ -14,7 +14,7 @@ from transformers.models.gemma2 import modeling_gemma2
 import evals.cache
 import experiment
 import variants
-from evals.model import built_in
+from evals.model import attention, built_in
 from evals.model.checks import ROUNDING, assert_soft_capping
 from evals.model.language_model import compile_cache, run_block
 from evals.texts.source import Listed
@@ -145,7 +145,8 @@ def no_compiler(graph, inputs):
 @pytest.mark.slow
 def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, capsys):
     """Fails if broken compiling or flex attention ends a run, changes residuals, or goes unsaid."""
-    tokens_BT, flex = torch.randint(5, 60, (3, 24)), AttentionInterface._global_mapping["flex_attention"]
+    attention.register()
+    tokens_BT, flex = torch.randint(5, 60, (3, 24)), AttentionInterface._global_mapping[attention.NAME]
     lm, _ = compiled_model(cache, monkeypatch, "gemma2", backend=no_compiler)
     assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
     assert "no C compiler found" in capsys.readouterr().out
@@ -154,7 +155,7 @@ def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, caps
     assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
     assert "block 1 differ from the plain pass's by 0.0" in capsys.readouterr().out
     lm, graphs = compiled_model(cache, monkeypatch, "gemma2", flex_from=0)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", without_cap(flex))
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, without_cap(flex))
     assert differences(lm, tokens_BT, [1], 3)[1] < 1e-5
     assert lm.flex_from == math.inf and len(graphs) == 1  # compiled, with eager attention
     assert "drops Gemma-2's soft-capping" in capsys.readouterr().out

@@ -1,39 +1,61 @@
-"""What torch.compile makes of functions of ours on a GPU; without a compiler they run as they are, and that is said.
+"""A variant's loss as torch.compile makes it, for long runs on a GPU; what does not compile runs as it is.
 
-Casts are kept as they are written (`emulate_precision_casts`): inductor else computes on what was to be rounded, and a
-compiled loss would be another one.
+Casts are kept as they are written (`emulate_precision_casts`): inductor else computes on what was to be rounded, and
+the loss would be another one (jumprelu's threshold had a gradient .56 off).
 """
 
 from __future__ import annotations
 
-import functools
+import types
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-OPTIONS = {"emulate_precision_casts": True}
-_failed: set[str] = set()
+from variants.base import SAE, Batch, Progress
+
+# steps of a run from which on it pays: 10 to 20 s of compiling a loss, about 1 ms less a step on an H200 (RESULTS.md)
+PAYS_FROM = 20_000
+_losses = WeakIdKeyDictionary()  # by SAE: its compiled loss, or None where that failed
 
 
-def compiled(function: Callable) -> Callable:
-    """`function` compiled at its first call; None from each call once that has failed, which is said once."""
-    held = []
+@dataclass(frozen=True)
+class Ramped(Progress):
+    """Progress whose warm-up is a tensor: a Python number would be compiled in, and the loss anew in each step."""
 
-    @functools.wraps(function)
-    def call(*args):
-        name = function.__qualname__
-        if name in _failed:
-            return None
-        try:
-            if not held:  # not before: the compiler is imported for a second
-                held.append(torch.compile(function, dynamic=False, options=OPTIONS))
-            return held[0](*args)
-        except (torch.OutOfMemoryError, FloatingPointError):
-            raise
-        except Exception as error:  # noqa: BLE001  no compiler, no Triton: slower, and the same
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            print(f"{name.strip('_')} is not compiled ({why}): going on without", flush=True)
-            _failed.add(name)
-            return None
+    ramp: Tensor
 
-    return call
+    def sparsity_warmup(self) -> Tensor:
+        return self.ramp
+
+
+def loss_of(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
+    """sae.loss(batch, progress), compiled where the variant allows and the run is long enough."""
+    if not (sae.compiled_loss and batch.x.is_cuda and progress.total_steps >= PAYS_FROM):
+        return sae.loss(batch, progress)
+    if sae not in _losses:
+        _losses[sae] = _compiled(sae.loss)
+    if _losses[sae] is None:
+        return sae.loss(batch, progress)
+    given = {field.name: getattr(progress, field.name) for field in fields(Progress)}
+    ramp = torch.full((), progress.sparsity_warmup(), device=batch.x.device)
+    try:
+        return _losses[sae](batch, Ramped(**given, ramp=ramp))
+    except (torch.OutOfMemoryError, FloatingPointError):
+        raise
+    except Exception as error:  # noqa: BLE001  no compiler, or the variant's own: then it comes again
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        say(f"note: {type(sae).__module__}: the loss is not compiled ({why}): going on without")
+        _losses[sae] = None
+        return sae.loss(batch, progress)
+
+
+def _compiled(loss: Callable) -> Callable:
+    """A bound method compiled, with code of its own: the compiler counts what it makes of each code, and six SAEs share
+    one."""
+    function = loss.__func__
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__,
+                             function.__defaults__, function.__closure__)
+    return torch.compile(types.MethodType(own, loss.__self__), dynamic=False, options={"emulate_precision_casts": True})

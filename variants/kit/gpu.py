@@ -31,9 +31,10 @@ def _try(kernels, device: str = "cuda") -> None:
     for unit in (True, False):
         mine, theirs = x_RC.clone(), torch.nn.Parameter(x_RC.clone())
         optimizer = torch.optim.Adam([theirs], lr=0.1)
-        theirs.grad = x_RC.flip(0) - (x_RC.flip(0) * x_RC).sum(1, keepdim=True) / x_RC.pow(2).sum(1, keepdim=True) * x_RC
-        if not unit:
-            theirs.grad = x_RC.flip(0)
+        theirs.grad = x_RC.flip(0)
+        if unit:
+            row_RC = torch.nn.functional.normalize(x_RC, dim=1)
+            theirs.grad = theirs.grad - (theirs.grad * row_RC).sum(1, keepdim=True) * row_RC
         optimizer.step()
         along, squares = x_RC.new_empty(2, kernels.programs(mine, unit)).unbind()
         moments = torch.zeros(2, *x_RC.shape, device=device)

@@ -1,4 +1,4 @@
-"""Triton kernels for what a GPU does in a training step besides matrix products, where plain PyTorch is far from its bandwidth.
+"""Triton kernels for what is no matrix product in a training step, where PyTorch is far from a GPU's bandwidth.
 
 Measured on an H200, [16384, 2304] and [2304, 16384] in fp32 (tests/benchmarks/RESULTS.md): inductor's graph of `sizes`
 took four times a copy of as many bytes; torch.topk of [2048, 16384] five times its reading. Imported where there is a
@@ -27,7 +27,7 @@ def _top_k(values, index, C, K, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     value = tl.load(values + row * C + column, column < C, 0.0)
     bits = value.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # in the order of the floats; NaN is the largest, as in torch.topk
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats; NaN is the largest, as for torch
     key = tl.where(column < C, key, -2147483648)  # below -inf's
     # the largest t with at least K keys from it on, by halving [low, high]; done as soon as exactly K are
     low = tl.min(tl.where(column < C, key, 2147483647), 0).to(tl.int64)

@@ -19,7 +19,8 @@ def affine(x: Tensor, W_DF: Tensor, b_F: Tensor | float = 0.0, centre_D: Tensor 
     Under autocast the product's factors are rounded as in any other, its result and the biases are not. For bf16, x and
     columns of norm 1: an error of .002/√D instead of .001·z.
     `fine`: 4e-6/√D for three times the product's work, where a difference of .001 counts.
-    The bias is folded first, which saves the product for the centre's gradient.
+    In full precision the centre is folded into the bias, which saves a product for its gradient; in a lower one it is
+    taken off before x is rounded.
     """
     kind = x.device.type
     if W_DF.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -33,39 +34,44 @@ class _RoundedFactors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_DF, b_F, centre_D, fine, dtype):
         with torch.autocast(x.device.type, enabled=False):
-            x_ND = x.reshape(-1, len(W_DF))
+            x_ND = (x if centre_D is None else x - centre_D).reshape(-1, len(W_DF))
             x_high_ND, W_high_DF = x_ND.to(dtype), W_DF.to(dtype)
             if fine:  # x·W = high·high + low·high + high·low, but for the product of what both lose in rounding
                 x_low_ND, W_low_DF = (x_ND - x_high_ND).to(dtype), (W_DF - W_high_DF).to(dtype)
                 parts_NK = torch.cat([x_high_ND, x_low_ND, x_high_ND], 1)
-                z_NF = _product(parts_NK, torch.cat([W_high_DF, W_high_DF, W_low_DF]))
+                z_NF = product(parts_NK, torch.cat([W_high_DF, W_high_DF, W_low_DF]))
             else:
-                z_NF = _product(x_high_ND, W_high_DF)
-            z_NF += b_F if centre_D is None else b_F - centre_D @ W_DF
-        ctx.save_for_backward(x, W_DF, centre_D)
-        ctx.dtype = dtype
+                z_NF = product(x_high_ND, W_high_DF)
+            z_NF += b_F
+        ctx.save_for_backward(x_high_ND, W_DF)
+        ctx.x = x.shape, x.dtype
         return z_NF.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, W_DF, centre_D = ctx.saved_tensors
+        x_high_ND, W_DF = ctx.saved_tensors
+        shape, dtype = ctx.x
         grad_NF = grad.reshape(-1, W_DF.shape[1])
-        with torch.autocast(x.device.type, enabled=False):
-            d_b_F, low_NF = grad_NF.sum(0), grad_NF.to(ctx.dtype)
-            from_centre = x if centre_D is None else x - centre_D
-            d_W_DF = _product(from_centre.reshape(-1, len(W_DF)).to(ctx.dtype).T, low_NF)
-            d_centre_D = None if centre_D is None else -(W_DF @ d_b_F)
-            d_x = _product(low_NF, W_DF.to(ctx.dtype).T).view_as(x).to(x.dtype) if ctx.needs_input_grad[0] else None
+        with torch.autocast(grad.device.type, enabled=False):
+            d_b_F, low_NF = grad_NF.sum(0), grad_NF.to(x_high_ND.dtype)
+            d_W_DF = product(x_high_ND.T, low_NF)
+            d_centre_D = -(W_DF @ d_b_F) if ctx.needs_input_grad[3] else None
+            d_x = None
+            if ctx.needs_input_grad[0]:
+                d_x = product(low_NF, W_DF.to(low_NF.dtype).T).view(shape).to(dtype)
         return d_x, d_W_DF, d_b_F if ctx.needs_input_grad[2] else None, d_centre_D, None, None
 
 
-def _product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """a·b [M, N] in fp32 of factors in a lower precision."""
+def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a·b [M, N] of factors in a lower precision, in fp32."""
+    if a_MK.dtype in (torch.float32, torch.float64):
+        return a_MK @ b_KN
     if _multiplies_into_fp32(a_MK.device, a_MK.dtype):
         return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
     return a_MK.float() @ b_KN.float()  # the same numbers but for the order of the sums
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether one product does so, at the speed of `dtype`: CUDA from torch 2.8 on. Tried once."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from variants.kit.precision import product
+
 _taken: bool | None = None  # the path that `taken` asks for
 
 
@@ -54,8 +56,13 @@ def few_positive(z_BF: Tensor) -> bool:
 
 
 def dense_activations(sae: nn.Module, x_BD: Tensor, k: int) -> Tensor:
-    """ReLU(z_pre) [B, F] of an SAE, to choose k features a token from; without a graph where sparsity pays."""
-    if sparse_pays(x_BD.device, k, sae.d_sae):
+    """ReLU(z_pre) [B, F] of an SAE, to choose k features a token from; without a graph where sparsity pays.
+
+    So also on a GPU whatever k is, as the chosen's gradient takes fewer passes over [B, F] than that of all; but for
+    auxk where many features are dead, which needs the graph.
+    """
+    many_dead = 4 * (sae.dead_on_host or 0) > sae.d_sae
+    if sparse_pays(x_BD.device, k, sae.d_sae) or (x_BD.is_cuda and not many_dead):
         with torch.no_grad():
             return sae.pre_activations(x_BD).relu_()
     return F.relu(sae.pre_activations(x_BD))
@@ -72,6 +79,8 @@ def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
     """Σ_k z[b,k]·W_dec[index[b,k]], shape [B, D]; `embedding_bag` reads only the rows used, where that pays."""
     if sparse_pays(z_BK.device, z_BK.shape[1], len(W_dec_FD)):
         return _SparseProduct.apply(z_BK.flatten(), W_dec_FD, *_bags(index_BK))
+    if z_BK.is_cuda and torch.is_autocast_enabled("cuda"):
+        return _ListedProduct.apply(z_BK, index_BK, W_dec_FD, torch.get_autocast_dtype("cuda"))
     z_BF = torch.zeros(z_BK.shape[0], W_dec_FD.shape[0], device=z_BK.device, dtype=z_BK.dtype)
     return z_BF.scatter(1, index_BK, z_BK) @ W_dec_FD
 
@@ -79,6 +88,8 @@ def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
 def relu_product(z_BF: Tensor, W_FN: Tensor) -> Tensor:
     """z·W [B, N] for z = ReLU(…), cheap where few entries are positive; z's gradient is 0 where z is, as ReLU's is."""
     if not few_positive(z_BF):
+        if z_BF.is_cuda and torch.is_autocast_enabled("cuda"):
+            return _LowProduct.apply(z_BF, W_FN, torch.get_autocast_dtype("cuda"))
         return z_BF @ W_FN
     row_n, column_n = z_BF.detach().nonzero(as_tuple=True)
     begin_B = torch.searchsorted(row_n, torch.arange(len(z_BF), device=z_BF.device))
@@ -120,19 +131,77 @@ class _SparseProduct(torch.autograd.Function):
         return d_z_n, d_W_FN, None, None, None
 
 
+class _ListedProduct(torch.autograd.Function):
+    """Z·W [B, N] in a lower precision for the Z [B, F] that has z_BK at index_BK; W's gradient in fp32 as it comes."""
+
+    @staticmethod
+    def forward(ctx, z_BK, index_BK, W_FN, dtype):
+        with torch.autocast(z_BK.device.type, enabled=False):
+            z_BF = _listed(z_BK, index_BK, len(W_FN), dtype)
+            W_low_FN = W_FN.to(dtype)
+            ctx.save_for_backward(z_BF, index_BK, W_low_FN)
+            return z_BF @ W_low_FN
+
+    @staticmethod
+    def backward(ctx, grad_BN):
+        z_BF, index_BK, W_low_FN = ctx.saved_tensors
+        with torch.autocast(grad_BN.device.type, enabled=False):
+            grad_BN = grad_BN.to(z_BF.dtype)
+            d_z_BK = (grad_BN @ W_low_FN.T).gather(1, index_BK).float()
+            d_W_FN = product(z_BF.T, grad_BN) if ctx.needs_input_grad[2] else None
+        return d_z_BK, None, d_W_FN, None
+
+
+class _LowProduct(torch.autograd.Function):
+    """Z·W [B, N] in a lower precision; W's gradient in fp32 as it comes, for which autocast makes a copy."""
+
+    @staticmethod
+    def forward(ctx, z_BF, W_FN, dtype):
+        with torch.autocast(z_BF.device.type, enabled=False):
+            z_low_BF, W_low_FN = z_BF.to(dtype), W_FN.to(dtype)
+            ctx.save_for_backward(z_low_BF, W_low_FN)
+            ctx.dtype = z_BF.dtype
+            return z_low_BF @ W_low_FN
+
+    @staticmethod
+    def backward(ctx, grad_BN):
+        z_low_BF, W_low_FN = ctx.saved_tensors
+        with torch.autocast(grad_BN.device.type, enabled=False):
+            grad_BN = grad_BN.to(z_low_BF.dtype)
+            d_z_BF = (grad_BN @ W_low_FN.T).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+            d_W_FN = product(z_low_BF.T, grad_BN) if ctx.needs_input_grad[1] else None
+        return d_z_BF, d_W_FN, None
+
+
+def _listed(z_BK: Tensor, index_BK: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [B, columns] that has z_BK at index_BK, and 0 elsewhere."""
+    z_BC = torch.zeros(len(z_BK), columns, device=z_BK.device, dtype=dtype)
+    return z_BC.scatter_(1, index_BK, z_BK.to(dtype))
+
+
 class _KeptActivations(torch.autograd.Function):
-    """acts_BF at index_BK, differentiable along the kept entries alone: K/F of the dense gradient's work."""
+    """acts_BF at index_BK, differentiable along the kept entries alone: K/F of the dense gradient's work.
+
+    On a GPU where sparsity does not pay by a dense product, in autocast's precision, if that is on.
+    """
 
     @staticmethod
     def forward(ctx, x_BD, W_enc_DF, b_enc_F, b_dec_D, acts_BF, index_BK):
-        kept_BK = acts_BF.gather(1, index_BK)
+        kept_BK, kind = acts_BF.gather(1, index_BK), x_BD.device.type
         ctx.save_for_backward(x_BD, W_enc_DF, b_dec_D, index_BK, kept_BK > 0)
+        ctx.low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W_enc_DF.dtype
         return kept_BK
 
     @staticmethod
     def backward(ctx, grad_BK):
         x_BD, W_enc_DF, b_dec_D, index_BK, positive_BK = ctx.saved_tensors
         grad_BK = (grad_BK * positive_BK).to(W_enc_DF.dtype)  # ReLU
+        if grad_BK.is_cuda and not sparse_pays(grad_BK.device, grad_BK.shape[1], W_enc_DF.shape[1]):
+            grad_BF = _listed(grad_BK, index_BK, W_enc_DF.shape[1], ctx.low)
+            d_bias_F = grad_BF.sum(0, dtype=torch.float32)
+            d_W_DF = product((x_BD - b_dec_D).to(ctx.low).T, grad_BF)
+            d_x_BD = (grad_BF @ W_enc_DF.T.to(ctx.low)).to(x_BD.dtype) if ctx.needs_input_grad[0] else None
+            return d_x_BD, d_W_DF, d_bias_F, -(W_enc_DF @ d_bias_F), None, None
         row_n, column_n, _ = _bags(index_BK)
         d_bias_F = grad_BK.new_zeros(W_enc_DF.shape[1]).index_add_(0, column_n, grad_BK.flatten())
         # dW_encᵀ[f] = Σ over kept (b, k) of feature f of grad·(x[b] − b_dec)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from variants.base import SAE, Batch, Progress
 from variants.kit import ranks
+from variants.kit.compiled import loss_of
 
 
 def gradients(sae: SAE, batch: Batch, progress: Progress,
@@ -25,7 +26,7 @@ def gradients(sae: SAE, batch: Batch, progress: Progress,
     while True:
         sae.zero_grad(set_to_none=True)
         try:
-            return _accumulated(sae, batch, progress)
+            return _accumulated(sae, batch, progress, say)
         except torch.OutOfMemoryError:
             if not sae.data_parallel or ranks.sharing() > 1 or 2 * sae.batch_parts > len(batch.x):
                 raise
@@ -38,13 +39,14 @@ def gradients(sae: SAE, batch: Batch, progress: Progress,
             f"{len(batch.x) // sae.batch_parts} tokens")
 
 
-def _accumulated(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+def _accumulated(sae: SAE, batch: Batch, progress: Progress,
+                 say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
     found, parts = [], [batch]
     if sae.batch_parts > 1:
         parts = [Batch(x_BD) for x_BD in batch.x.chunk(sae.batch_parts)]
     for part in parts:
         with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
-            loss, terms = sae.loss(part, progress)
+            loss, terms = loss_of(sae, part, progress, say)
         if sae.batch_parts > 1:
             share = len(part.x) / len(batch.x)
             loss, terms = loss * share, {name: term * share for name, term in terms.items()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 NAME = "capped_flex"
-# by head size, on a GPU of compute capability 9.0 in bf16 or fp16: inductor's own choice for 256 is (64, 32, 4 warps, 3)
+# by head size, on a GPU of compute capability 9.0 in bf16 or fp16; inductor's own choice for 256: 64, 32, 4 warps, 3
 BLOCKS = {256: dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)}
 
 
@@ -51,7 +51,7 @@ def capped_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
         return softcap - 2 * softcap / (1 + torch.exp2(rate * score))
 
     # each token sees itself; blocks follow each other where no window leaves some out
-    options = dict(ROWS_GUARANTEED_SAFE=True, BLOCKS_ARE_CONTIGUOUS=sliding_window is None or T <= sliding_window)
+    options = dict(ROWS_GUARANTEED_SAFE=True, BLOCKS_ARE_CONTIGUOUS=(sliding_window or T) >= T)
     if query.dtype.itemsize == 2:
         options |= BLOCKS.get(d, {})
     output = flex_attention(query, key, value, score_mod=capped, block_mask=attention_mask, scale=1.0,

@@ -58,7 +58,8 @@ def row(args, name: str) -> list[str]:
     took = time.monotonic() - start
     largest = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(other, found))
     _, fast = timed(args, name, batch, long)
-    return [f"{plain:.2f}", f"{with_kernels:.2f}", f"{fast:.2f}", f"{fast / plain:.2f}", f"{took:.1f}", f"{largest:.1e}"]
+    return [f"{plain:.2f}", f"{with_kernels:.2f}", f"{fast:.2f}", f"{fast / plain:.2f}", f"{took:.1f}",
+            f"{largest:.1e}"]
 
 
 def timed(args, name: str, batch: base.Batch, total: int) -> tuple[base.SAE, float]:

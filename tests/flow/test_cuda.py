@@ -114,7 +114,8 @@ def test_kernels_do_what_pytorch_does():
     kernels = gpu.kernels()
     assert kernels, "the line printed above says why"
     for columns, k in ((1000, 7), (16384, 80), (2**16, 20), (2**18, 5)):
-        for values_RC in (torch.randn(40, columns, device=DEVICE), torch.randn(40, columns, device=DEVICE).relu().round()):
+        normal_RC = torch.randn(40, columns, device=DEVICE)
+        for values_RC in (normal_RC, normal_RC.relu().round()):
             assert kernels.takes(values_RC, k)
             index_RK = kernels.top_k(values_RC, k)
             found = values_RC.gather(1, index_RK).sort(1).values
@@ -123,9 +124,9 @@ def test_kernels_do_what_pytorch_does():
     for name in OWN_VARIANTS:
         if variants.load(name).SAE.data_parallel:
             one, two, optimizers = *(stepped(name, DEVICE, 4)[0] for _ in range(2)), []
-            for sae in (one, two):
+            for sae, used in ((one, kernels), (two, None)):
                 optimizer = experiment.make_optimizer(sae, 1e-3)
-                with mock.patch.object(gpu, "kernels", lambda sae=sae: kernels if sae is one else None):
+                with mock.patch.object(gpu, "kernels", lambda used=used: used):
                     for step in range(3):
                         generator = torch.Generator(DEVICE).manual_seed(step)
                         for p in sae.parameters():

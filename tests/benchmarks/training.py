@@ -247,10 +247,13 @@ def machine_of(device: str, dtype: torch.dtype) -> tuple[float, float]:
         return H200
     n = 8192 if device == "cuda" else 1024
     a_NN, b_NN = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / least_seconds(device, lambda: a_NN @ b_NN), copy_rate(device)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes/s of a copy, read and written ones counted, the best of ten."""
     source, target = (torch.ones(2**26, device=device) for _ in range(2))  # 268 MB, more than caches hold
-    rate = 2 * n**3 / least_seconds(device, lambda: a_NN @ b_NN)
-    bandwidth = 2 * source.nbytes / least_seconds(device, lambda: target.copy_(source))
-    return rate, bandwidth
+    return 2 * source.nbytes / least_seconds(device, lambda: target.copy_(source))
 
 
 def least_seconds(device: str, work: Callable) -> float:
@@ -494,20 +497,32 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
 
 def profile(args, lm, source) -> None:
     """The operations of a block that take most of the device's own time, for one SAE of each width."""
-    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if args.device == "cuda" else [ProfilerActivity.CPU]
     for width in numbers(args.widths):
-        watcher = torch.profiler.profile(activities=kinds)
-
-        def between(b: int, rows: int, watcher=watcher) -> None:
-            if b:
-                watcher.stop()
-            else:
-                watcher.start()
-
-        train(settings_of(args, width), lm, source, 1, between)
+        watcher = profiled(settings_of(args, width), lm, source)
         by = f"self_{args.device}_time_total"
         print(f"width {width:,}\n{watcher.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)}",
               flush=True)
+
+
+def profiled(settings: experiment.Settings, lm, source, parts: Parts | None = None) -> torch.profiler.profile:
+    """A profiler that watched one block, after a warm-up."""
+    watcher = torch.profiler.profile(activities=activities(settings.device))
+
+    def between(b: int, rows: int) -> None:
+        if b:
+            watcher.stop()
+        else:
+            watcher.start()
+
+    train(settings, lm, source, 1, between, parts)
+    return watcher
+
+
+def activities(device: str) -> list[ProfilerActivity]:
+    """What a profiler watches there."""
+    if device == "cuda":
+        return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    return [ProfilerActivity.CPU]
 
 
 def growth(args, lm, source) -> None:

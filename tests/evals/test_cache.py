@@ -302,7 +302,7 @@ def card(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("reading, found", [(1.0, ["hit"] * 4), (5.0, ["hit", "miss", "miss", "miss"])])
 def test_what_is_faster_made_than_read_is_made(card, reading, found, capsys):
-    """Fails if a slow disk is read on, a fast one is not, it is not said once, or what is stored goes or is rewritten."""
+    """Fails if a slow disk is read on, a fast one is not, it is not said once, or what is stored is touched."""
     store = card.filled(0, 1, 2, 3)
     files = {store.path("x", {"n": n}): store.path("x", {"n": n}).stat().st_ino for n in range(4)}
     card.moving = reading

@@ -122,7 +122,7 @@ class Cache:
             print(f"cache: {path.name} is unreadable ({error}); making it again", flush=True)
             remove(path)
             return None
-        if gpu() and n_bytes >= LARGE:
+        if gpu() and written and n_bytes >= LARGE:  # without a checksum nothing was read yet
             self.read_speed = n_bytes / max(perf_counter() - begun, 1e-9)
         return tensors
 

@@ -100,7 +100,7 @@ class Settings:
     dtype: Optional[Literal["float32", "bfloat16"]] = None  # of the language model; SAE parameters are always fp32
     log_lines: int = 50  # rows of training_log.csv per SAE
     checkpoint_seconds: float = 60.0  # between checkpoints, seconds
-    activation_cache_gb: float = 2.0  # bound of the shared cache of LM activations, GB (1e9 bytes); 0: no cache
+    activation_cache_gb: str = "auto"  # bound of the cache of LM activations, GB (1e9 bytes); auto: a tenth of the disk
     cache_dir: str = ""  # downloads, converted models, LM activations; unset: ~/.cache/sae_experiment
     data_dir: str = ""  # folder that already holds the embedded profile's wheels
     allow_identical: bool = False  # run even though the variant trains bit-identically to an existing one
@@ -461,7 +461,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
         ahead = {}
 
         def prefetch(b: int) -> None:
-            if b < len(plan) and not ranks.number() and not cache.path("train", key(b)).exists():
+            if b < len(plan) and not ranks.number() and not cache.holds("train", key(b)):
                 ahead[b] = background.submit(stream.block, b)
 
         def make(b: int) -> dict[str, Tensor]:
@@ -480,7 +480,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
             return ranks.to_first(part, row, token, settings.context)
 
         for b in range(first, len(plan)):
-            given = cache.get("train", key(b), lambda b=b: make(b)) if ranks.count() == 1 else make(b)
+            given = cache.get("train", key(b), lambda b=b: make(b), key(b + 1)) if ranks.count() == 1 else make(b)
             carried.pop(b, None)  # not wanted where the cache had the block
             if b == 0 and not settings.keep_bos and not ranks.number():
                 share = float(given["bos_share"])
@@ -838,7 +838,8 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     """The whole run, phase by phase; `info` (run_info.json) says at each moment which one. Returns what crashed."""
     say(why)
     source = make_source(settings)
-    cache = evals.cache.Cache(Path(settings.cache_dir) / "activations", settings.activation_cache_gb)
+    kept = Path(settings.cache_dir) / "activations"
+    cache = evals.cache.Cache(kept, *disk.store_bounds(kept, settings.activation_cache_gb))
 
     with phase("preflight", info, out):
         info["facts"] = ranks.agreed(lambda: preflight(settings, source))
@@ -876,7 +877,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         for reason, n in source.skipped.items():
             say(f"texts: {n:,} rows skipped: {reason}")
         say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most "
-            f"{settings.activation_cache_gb:g}; delete the folder to clear it)")
+            f"{cache.limit / 1e9:.3g}; delete the folder to clear it)")
         info["cache"] = dict(hits=cache.hits, misses=cache.misses)
     failed = {f"eval {name}": error for name, error in crashed.items()}
     return failed | {f"report of {sae}": error for sae, error in unreported.items()}

@@ -86,8 +86,8 @@ def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -
     LM's dtype).
 
     T is the longest row of the batch. Kept in the cache, an entry per batch, if all batches fit there (counted as
-    fp32), else taken from the LM each time; the batches, and so the numbers, are the same. Rows are best given as
-    `distinct` orders them.
+    fp32), else taken from the LM each time, on a GPU several batches at once; the batches are the same. Rows are best
+    given as `distinct` orders them.
     """
 
     def batch_tokens(start: int) -> Tensor:
@@ -99,22 +99,31 @@ def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -
         return {"lm": setup.lm.digest, "layer": setup.layer, "tokens": sha, "shape": list(tokens_bT.shape),
                 "torch": torch.__version__, "device": torch.device(setup.lm.device).type}
 
-    def residual(tokens_bT: Tensor) -> Tensor:
-        with torch.no_grad():
-            return memory.residual(setup, tokens_bT).contiguous()
+    def kept(start: int) -> bool:
+        return setup.cache.path("activations", depends_on(batch_tokens(start))).exists()
+
+    ahead: dict[int, Tensor] = {}  # what came of a pass beside the batch that needed it
+
+    def residual(start: int) -> Tensor:
+        if start not in ahead:
+            number = memory.batches_at_once(setup, batch_tokens(start).numel())
+            following = starts[start // batch:start // batch + number]
+            wanted = list(itertools.takewhile(lambda s: s == start or not (stored and kept(s)), following))
+            with torch.no_grad():
+                ahead.update(zip(wanted, memory.residuals(setup, [batch_tokens(s) for s in wanted])))
+        return ahead.pop(start).contiguous()
 
     starts = range(0, len(tokens_UT), batch)
     # what is stored already takes no further room: without this an entry just written would be what no longer fits
-    missing = sum(batch_tokens(s).numel() for s in starts
-                  if not setup.cache.path("activations", depends_on(batch_tokens(s))).exists())
+    missing = sum(batch_tokens(s).numel() for s in starts if not kept(s))
     stored = setup.cache.fits(missing * setup.lm.d_model * 4)
     for start in starts:
         tokens_bT = batch_tokens(start)
         if stored:
-            entry = setup.cache.get("activations", depends_on(tokens_bT), lambda t=tokens_bT: {"x": residual(t)})
+            entry = setup.cache.get("activations", depends_on(tokens_bT), lambda s=start: {"x": residual(s)})
             x_bTD = entry["x"].to(setup.lm.device)
         else:
-            x_bTD = residual(tokens_bT)
+            x_bTD = residual(start)
         yield slice(start, start + len(tokens_bT)), x_bTD
 
 

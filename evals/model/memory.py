@@ -1,4 +1,6 @@
-"""Evals on a GPU with too little memory: what does not fit at once is done in parts, halved until they fit."""
+"""Evals and a GPU's memory: what does not fit at once is done in parts, halved until they fit, and batches that leave a
+GPU waiting for its next launch pass the language model together.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # settings that make a row longer; how many rows are done at once needs none
 LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "text_len", "max_tokens",
            "max_icl_examples", "words_per_prompt")
+# tokens of a pass on a GPU: launching 13 blocks takes the host as long as a GPU needs for about 6,000
+TOGETHER = 2**15
 
 
 def by_rows(setup, what: str, work: Callable, *rows: Tensor | Sequence, most: int | None = None, each: int = 1,
@@ -58,3 +63,21 @@ def residual(setup, tokens_bT: Tensor) -> Tensor:
         return setup.lm.residual(tokens_rT.to(setup.lm.device), setup.layer)
 
     return by_rows(setup, "the language model", work, tokens_bT, each=tokens_bT.shape[1])
+
+
+def batches_at_once(setup, tokens: int) -> int:
+    """How many batches of so many tokens pass the language model together: one, but on a GPU."""
+    if torch.device(setup.lm.device).type != "cuda":
+        return 1
+    return max(1, TOGETHER // tokens)
+
+
+def residuals(setup, batches: list[Tensor]) -> list[Tensor]:
+    """`residual` of batches of token rows [b, T], the longest first, from one pass: x_bTD of each."""
+    if len(batches) == 1:
+        return [residual(setup, batches[0])]
+    longest = batches[0].shape[1]
+    # filled up on the right, which no token sees
+    rows_RT = torch.cat([functional.pad(b, (0, longest - b.shape[1]), value=setup.lm.bos) for b in batches])
+    parts = residual(setup, rows_RT).split([len(b) for b in batches])
+    return [x_bTD[:, :b.shape[1]] for x_bTD, b in zip(parts, batches)]

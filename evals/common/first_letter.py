@@ -141,10 +141,16 @@ def fit_letters(rows_of: Callable[[Tensor], Tensor], letter_N: Tensor, width: in
         _, seed = (torch.empty((), dtype=torch.int64).random_(generator=rng).item() for _ in range(2))
         order_N = torch.randperm(len(letter_N), generator=torch.Generator().manual_seed(seed)).to(device)
         for index_b in order_N.split(batch):
-            logit_bL = functional.linear(rows_of(index_b), W_LF, b_L)
-            loss = functional.binary_cross_entropy_with_logits(logit_bL, target_NL[index_b], pos_weight=weight_L)
-            optimiser.zero_grad()
-            (loss + l1 * W_LF.abs().sum(1).mean()).backward()
+            x_bF, target_bL = rows_of(index_b), target_NL[index_b]
+            if W_LF.is_cuda:
+                W_LF.grad, b_L.grad = probes.gradients(x_bF, target_bL, W_LF.detach(), b_L.detach(), weight_L)
+                if l1:
+                    W_LF.grad.add_(W_LF.detach().sign(), alpha=l1 / len(LETTERS))
+            else:
+                logit_bL = functional.linear(x_bF, W_LF, b_L)
+                loss = functional.binary_cross_entropy_with_logits(logit_bL, target_bL, pos_weight=weight_L)
+                optimiser.zero_grad()
+                (loss + l1 * W_LF.abs().sum(1).mean()).backward()
             optimiser.step()
     return W_LF.detach(), b_L.detach()
 

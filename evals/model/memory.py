@@ -59,10 +59,20 @@ def undivided(setup, what: str, work: Callable, *lower: str):
 
 def residual(setup, tokens_bT: Tensor) -> Tensor:
     """The residual stream [b, T, D] of token rows at setup.layer, on the LM's device."""
-    def work(tokens_rT: Tensor) -> Tensor:
-        return setup.lm.residual(tokens_rT.to(setup.lm.device), setup.layer)
+    return residual_of(setup, tokens_bT, [setup.layer])[setup.layer]
 
-    return by_rows(setup, "the language model", work, tokens_bT, each=tokens_bT.shape[1])
+
+def residual_of(setup, tokens_bT: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    """The same at several layers, from one pass: {layer: x_bTD}."""
+    def work(tokens_rT: Tensor) -> Tensor | tuple[Tensor, ...]:
+        tokens_rT = tokens_rT.to(setup.lm.device)
+        if len(layers) == 1:
+            return setup.lm.residual(tokens_rT, layers[0])
+        found = setup.lm.residual_of(tokens_rT, layers)
+        return tuple(found[layer] for layer in layers)
+
+    found = by_rows(setup, "the language model", work, tokens_bT, each=tokens_bT.shape[1] * len(layers))
+    return dict(zip(layers, [found] if len(layers) == 1 else found))
 
 
 def batches_at_once(setup, tokens: int) -> int:

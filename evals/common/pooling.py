@@ -128,11 +128,11 @@ def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -
 
 
 def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, Callable]) -> dict[Hashable, Tensor]:
-    """Pooled features {name: [N, F] fp32 on the CPU} of every encoder (x_bTD -> z_bTF), all fed from one pass of the
-    LM.
+    """Pooled features {name: [N, F] fp32} of every encoder (x_bTD -> z_bTF), all fed from one pass of the LM.
 
-    Reads llm_batch_size and sae_batch_size from setup.config. How an encoder's input is cut into parts depends on its
-    own width only, so its features do not depend on which other encoders run beside it.
+    On the LM's device, or where a GPU has no room to spare, on the CPU. Reads llm_batch_size and sae_batch_size from
+    setup.config. How an encoder's input is cut into parts depends on its own width only, so its features do not depend
+    on which other encoders run beside it.
     """
     config = setup.config
     tokens_UT, length_U, inverse_N = distinct(tokens_NT, length_N)
@@ -143,12 +143,14 @@ def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, 
         mask_bT = mask_UT[rows, : x_bTD.shape[1]].to(x_bTD.device)
         for name, encode in encoders.items():
             if name not in features_UF:
-                features_UF[name] = torch.empty(len(tokens_UT), encode(x_bTD[:1, :1]).shape[-1])
+                shape = len(tokens_UT), encode(x_bTD[:1, :1]).shape[-1]
+                room = memory.has_room(x_bTD, 4 * shape[1] * (len(tokens_UT) + len(tokens_NT)))
+                features_UF[name] = torch.empty(shape, device=x_bTD.device if room else "cpu")
             of_text = x_bTD.shape[1] * features_UF[name].shape[1]
             z_bF = memory.by_rows(setup, "the features of texts", partial(_encoded_and_pooled, encode), x_bTD, mask_bT,
                                   most=max(1, min(config["sae_batch_size"], PART_FLOATS // of_text)), each=of_text)
-            features_UF[name][rows] = z_bF.cpu()
-    return {name: z_UF[inverse_N] for name, z_UF in features_UF.items()}
+            features_UF[name][rows] = z_bF.to(features_UF[name].device)
+    return {name: z_UF[inverse_N.to(z_UF.device)] for name, z_UF in features_UF.items()}
 
 
 def labelled(setup) -> dict[str, tuple[Tensor, Tensor, dict]]:

@@ -52,6 +52,15 @@ def by_rows(setup, what: str, work: Callable, *rows: Tensor | Sequence, most: in
     return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts)))
 
 
+def has_room(x: Tensor, n_bytes: int = 0) -> bool:
+    """Whether half of the GPU that x lies on stays free beside so many bytes more; always on the CPU."""
+    if not x.is_cuda:
+        return True
+    free, total = torch.cuda.mem_get_info(x.device)
+    unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    return free + unused - n_bytes > total / 2
+
+
 def undivided(setup, what: str, work: Callable, *lower: str):
     """work(), whose batches are part of an eval's protocol; MemoryError that names `lower` if it does not fit."""
     return by_rows(setup, what, lambda once: work(), range(1), lower=lower)

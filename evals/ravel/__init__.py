@@ -253,20 +253,12 @@ def residuals(setup, known: list[Known], tasks: list[Task]) -> tuple[dict[int, T
         if entity_PD is None:
             entity_PD = x_bTD.new_zeros(len(known), x_bTD.shape[-1])
         entity_PD[used[rows]] = x_bTD[range(len(x_bTD)), [known[i].position for i in used[rows]]]
-        if not _has_room(x_bTD.device):
+        if not memory.has_room(x_bTD):
             x_bTD = x_bTD.cpu()
         for i, x_TD in zip(used[rows], x_bTD):
             if i in bases:
                 x[i] = x_TD[: len(known[i].tokens)].clone()
     return x, entity_PD
-
-
-def _has_room(device) -> bool:
-    """Whether half of a GPU's memory is free."""
-    if torch.device(device).type != "cuda":
-        return True
-    free, total = torch.cuda.mem_get_info(device)
-    return free > total / 2
 
 
 @torch.no_grad()

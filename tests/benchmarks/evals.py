@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--store", default="", help="of gemma-2-2b-shape: the folder in which it keeps things")
     args = parser.parse_args(argv)
     if args.model != "embedded":
-        args.evals = args.evals or ",".join(protocol.SHARES)
+        args.evals = args.evals or ",".join(name for name in protocol.SHARES if name in evals.names())
         protocol.run(args)
         return
     args.evals = args.evals or ",".join(name for name in evals.names() if name != "autointerp")

@@ -147,7 +147,7 @@ def measured(args, name: str, lm, layer: int, texts: Texts, saes: list, until: f
     seconds, whole, peak = [], [], 0.0
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=args.store or None))
-        put_in_place(stack, texts, narrow)
+        put_in_place(stack, name, texts, narrow)
         for title, sae in zip(("first SAE", "one more SAE"), saes):
             cache, parts = Cache(Path(folder), 100), Watched(args.device)
             setup = experiment.make_setup(SimpleNamespace(seed=0), lm, layer, config, texts, cache)
@@ -386,27 +386,32 @@ class Texts:
         return Material(asked, documents, measuring)
 
 
-def put_in_place(stack: contextlib.ExitStack, texts: Texts, narrow: bool) -> None:
-    """Give the evals these texts, and right answers, until the stack closes."""
-    from evals import ravel
-    from evals.ravel import prompts
-    from evals.sae_probes import sets
-    from evals.scr import pairs
+def put_in_place(stack: contextlib.ExitStack, name: str, texts: Texts, narrow: bool) -> None:
+    """Give an eval these texts, and right answers, until the stack closes."""
+    places = []
+    if name == "sae_probes":
+        sets = importlib.import_module("evals.sae_probes.sets")
+        places = [(sets, "read", texts.prompts), (sets, "identity", lambda kind: "made")]
+    if name == "scr":
+        runs = dict.fromkeys(choose(name, "gemma", "")[name]["dataset_names"], texts.combinations)
+        places = [(importlib.import_module("evals.scr.pairs"), "RUNS", {"made": runs})]
+    if name == "ravel":
+        table = {kind: functools.cache(functools.partial(texts.table, kind)) for kind in ATTRIBUTES}
+        places = [(importlib.import_module("evals.ravel.prompts"), "OWN", {"made": table}),
+                  (importlib.import_module("evals.ravel"), "matches", lambda *about: True)]
+    if name == "unlearning":
+        questions = importlib.import_module("evals.unlearning.questions")
+        places = [(questions, "load", functools.partial(texts.material, narrow)),
+                  (questions, "identity", lambda source, config: "made"), (questions, "always_right", in_every_order)]
+    for owner, attribute, value in places:
+        stack.enter_context(mock.patch.object(owner, attribute, value))
+
+
+def in_every_order(setup, asked: list) -> list:
+    """Ask all of the questions with their options in every order, and take them for right."""
     from evals.unlearning import questions
 
-    def always_right(setup, asked: list) -> list:
-        """Ask all of them in every order; a random model is never right."""
-        for order in questions.PERMUTATIONS:
-            tokens_NT, length_N = questions.encoded(
-                setup.lm, [questions.prompt(setup.lm.tokenizer, q, order) for q in asked])
-            questions._predicted(setup, tokens_NT, length_N, "questions")
-        return asked
-
-    table = {kind: functools.cache(functools.partial(texts.table, kind)) for kind in ATTRIBUTES}
-    config = choose("scr", "gemma", "")["scr"]
-    for owner, attribute, value in (
-            (sets, "read", texts.prompts), (sets, "identity", lambda kind: "made"), (prompts, "OWN", {"made": table}),
-            (pairs, "RUNS", {"made": dict.fromkeys(config["dataset_names"], texts.combinations)}),
-            (ravel, "matches", lambda *about: True), (questions, "load", functools.partial(texts.material, narrow)),
-            (questions, "identity", lambda source, config: "made"), (questions, "always_right", always_right)):
-        stack.enter_context(mock.patch.object(owner, attribute, value))
+    for order in questions.PERMUTATIONS:
+        prompts = [questions.prompt(setup.lm.tokenizer, question, order) for question in asked]
+        questions._predicted(setup, *questions.encoded(setup.lm, prompts), "questions")
+    return asked

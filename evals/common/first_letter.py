@@ -106,6 +106,7 @@ def at_words(setup, prompted: list[tuple[list[int], list[int]]], label: str, wan
     In the LM's dtype.
     """
     size, found = setup.config["llm_batch_size"], {layer: [] for layer in wanted}
+    size *= memory.batches_at_once(setup, size * max(len(tokens) for tokens, _ in prompted))
     batches = range(0, len(prompted), size)
     for start in setup.track(batches, f"absorption: {label}", len(batches), "batches"):
         rows = prompted[start:start + size]

@@ -249,9 +249,14 @@ class LanguageModel:
     @torch.no_grad()
     def residual(self, tokens_BT: Tensor, layer: int) -> Tensor:
         """`blocks.<layer>.hook_resid_post` [B, T, D] as evals see it, stopping after that block."""
+        return self.residual_of(tokens_BT, [layer])[layer]
+
+    @torch.no_grad()
+    def residual_of(self, tokens_BT: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        """{layer: x_BTD} as `residual`, from one pass."""
         if self.bridge is None:
-            return self.residuals(tokens_BT, [layer])[layer]
-        return _through(self.bridge, tokens_BT, [layer])[layer]
+            return self.residuals(tokens_BT, layers)
+        return _through(self.bridge, tokens_BT, layers)
 
     def finish(self, x_BTD: Tensor, layer: int) -> Tensor:
         """From the residual stream after block `layer` to the input of the unembedding [B, T, D].

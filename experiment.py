@@ -56,7 +56,7 @@ from runs import settings as checks
 from runs.clock import phase
 from runs.interrupts import Interrupts
 from variants import base
-from variants.kit import contexts, imperative, interchange, ranks, saving, trainer_state
+from variants.kit import contexts, copies, imperative, interchange, ranks, saving, trainer_state
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
 from variants.kit.scale import DOMINANT, stream_scale
@@ -780,7 +780,8 @@ def results_of(settings: Settings, lm: LanguageModel, name: str, layer: int, sae
 def make_setup(settings: Settings, lm: LanguageModel, layer: int, config: dict, source, cache) -> evals.Setup:
     """What an eval is given besides the SAEs."""
     return evals.Setup(lm, layer, hook_name(layer), config, lambda: source.documents("heldout"),
-                       source.digest("heldout"), cache, source, settings.seed, say, track)
+                       source.digest("heldout"), cache, source, settings.seed, say, track,
+                       layers=tuple(layers_of(settings)) if ranks.count() == 1 else ())
 
 
 def hook_name(layer: int) -> str:
@@ -892,6 +893,7 @@ def finished(settings: Settings, lm: LanguageModel, jobs: list[Job], out: Path) 
     for job in jobs:
         job.optimizer = None
         job.sae.zero_grad()
+        copies.forget(job.sae)
     return jobs
 
 

@@ -158,6 +158,9 @@ class SAE(nn.Module):
     # on a GPU, in runs long enough for it to pay, the loss is compiled: it may be traced, and what changes in it from
     # step to step are tensors and progress.sparsity_warmup() alone. Not inherited
     compiled_loss = False
+    # on a GPU the weights' bf16 copies may be kept from the optimiser's step to the next loss: what else changes W_enc
+    # and W_dec in between does so in place, and not through .data. Not inherited
+    copied_weights = False
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
@@ -170,6 +173,7 @@ class SAE(nn.Module):
         declared = cls.__dict__.get("data_parallel", False)
         cls.data_parallel = declared and not (cls.needs_contexts or cls.attention_layers)
         cls.compiled_loss = cls.__dict__.get("compiled_loss", False)
+        cls.copied_weights = cls.__dict__.get("copied_weights", False)
 
     def __init__(self, d_in: int, d_sae: int, decoder_norm: float = 1.0):
         super().__init__()
@@ -249,6 +253,11 @@ class SAE(nn.Module):
 
     def note_fired_indices(self, z_BK: Tensor, index_BK: Tensor) -> None:
         """The same for the sparse form: kept values and their feature numbers."""
+        if z_BK.is_cuda:  # by plain stores: of maxima a GPU takes one after the other
+            place_BK = torch.where(z_BK.detach() > 0, index_BK, self.d_sae)
+            fired_F = torch.zeros(self.d_sae + 1, device=z_BK.device, dtype=torch.bool)
+            self._note(fired_F.scatter_(0, place_BK.flatten(), True)[:-1])
+            return
         fired_F = torch.zeros(self.d_sae, device=z_BK.device, dtype=z_BK.dtype)
         # amax over the kept values has no data-dependent shape, so nothing waits for the device
         fired_F.scatter_reduce_(0, index_BK.flatten(), z_BK.detach().flatten(), "amax")

@@ -42,7 +42,7 @@ def collect(lm, rows_RT: Tensor, index_N: Tensor, layers: list[int], wanted: lis
         norm_bos += kept[layers[0]][:, 0].double().pow(2).sum()
     tokens_N = rows_RT.flatten()[index_N]
     # in parts: a copy in fp64 would be the run's peak
-    squares = {layer: sum(part.double().pow(2).sum() for part in x_ND.split(2**14)) for layer, x_ND in out.items()}
+    squares = {layer: sum(map(_square, x_ND.split(2**14))) for layer, x_ND in out.items()}
     for layer, square in squares.items():
         if not square.isfinite():
             raise not_finite(lm, layer, out[layer], tokens_N)
@@ -118,3 +118,10 @@ def passes(lm, rows_RT: Tensor, layers: list[int], attending: list[int], batch: 
             continue
         done = stop
         yield start, stop, kept, patterns
+
+
+def _square(x_ND: Tensor) -> Tensor:
+    """Sum of all squares, (), in fp64; on a GPU of rows' norms in fp32, which makes no copy."""
+    if x_ND.is_cuda:
+        return torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float32).double().pow(2).sum()
+    return x_ND.double().pow(2).sum()

@@ -28,6 +28,8 @@ def _try(kernels, device: str = "cuda") -> None:
     x_RC = torch.linspace(-1, 1, 60, device=device).sin().view(6, 10).contiguous()
     if not x_RC.gather(1, kernels.top_k(x_RC, 3)).sum().allclose(x_RC.topk(3).values.sum()):
         raise RuntimeError("top_k ranks differently")
+    if not kernels.add_relu(x_RC.clone(), x_RC[0]).equal((x_RC + x_RC[0]).relu()):
+        raise RuntimeError("a bias is added differently")
     for unit in (True, False):
         mine, theirs = x_RC.clone(), torch.nn.Parameter(x_RC.clone())
         optimizer = torch.optim.Adam([theirs], lr=0.1)

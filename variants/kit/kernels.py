@@ -16,32 +16,62 @@ from torch import Tensor
 
 BLOCK = 4096  # elements of a parameter that one program handles where rows mean nothing
 WIDEST = 16384  # columns that a program of `top_k` holds
+GROUP, GUESSES, WARPS = 128, 9, 8  # of `top_k`: columns counted together, tries before it halves only, warps at most
 
 
 # ------------------------------------------------------------------------------------------------ the k largest
 
 
 @triton.jit
-def _top_k(values, index, C, K, BLOCK: tl.constexpr):
+def _key(bits):
+    """Integers in the order of the floats that have these bits; its own inverse. NaN is the largest, as for torch."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _value(key):
+    return _key(key.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _guess(low, high, count_low, count_high, K):
+    """A key between two, where about K are larger if their number falls exponentially, as in a tail it does."""
+    fallen = tl.log(count_low.to(tl.float32)) - tl.log(K.to(tl.float32))
+    falls = tl.log(count_low.to(tl.float32)) - tl.log(tl.maximum(count_high.to(tl.float32), 0.5))
+    value = _value(low) + (_value(high) - _value(low)) * fallen / falls
+    return tl.minimum(tl.maximum(_key(value.to(tl.int32, bitcast=True)).to(tl.int64), low + 1), high)
+
+
+@triton.jit(do_not_specialize=["K"])
+def _top_k(values, index, C, K, GROUPS: tl.constexpr, GROUP: tl.constexpr, GUESSES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    value = tl.load(values + row * C + column, column < C, 0.0)
-    bits = value.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats; NaN is the largest, as for torch
+    # in groups that lie in one warp each, so that counting within them waits for no other
+    column = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    key = _key(tl.load(values + row * C + column, column < C, 0.0).to(tl.int32, bitcast=True))
     key = tl.where(column < C, key, -2147483648)  # below -inf's
-    # the largest t with at least K keys from it on, by halving [low, high]; done as soon as exactly K are
-    low = tl.min(tl.where(column < C, key, 2147483647), 0).to(tl.int64)
-    high = tl.max(key, 0).to(tl.int64)
+    # the largest t with at least K keys from it on lies in [low, high]; done as soon as exactly K are
+    low = tl.min(tl.min(tl.where(column < C, key, 2147483647), 1), 0).to(tl.int64)
+    high = tl.max(tl.max(key, 1), 0).to(tl.int64)
+    count_low, count_high, tries = C, 0, 0
     while low < high:
         middle = low + (high - low + 1) // 2
-        count = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
-        low = tl.where(count >= K, middle, low)
-        high = tl.where(count >= K, tl.where(count == K, middle, high), middle - 1)
+        if tries == 0:  # of few positive activations all are kept, and some of many zeros
+            middle = tl.where((low < 1) & (high >= 1), 1, middle)
+        elif (tries < GUESSES) & (tries % 3 != 0):
+            middle = _guess(low, high, count_low, count_high, K)
+        count = tl.sum(tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 1), 0)
+        enough = count >= K
+        low, count_low = tl.where(enough, middle, low), tl.where(enough, count, count_low)
+        high, count_high = tl.where(enough, high, middle - 1), tl.where(enough, count_high, count)
+        high = tl.where(count == K, middle, high)
+        tries += 1
     threshold = low.to(tl.int32)
     above, equal = key > threshold, key == threshold
-    n_above = tl.sum(above.to(tl.int32), 0)
     # both counts so far in one scan: at most 2^14 of each
-    so_far = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+    both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+    of_group = tl.sum(both, 1)
+    so_far = tl.cumsum(both, 1) + (tl.cumsum(of_group, 0) - of_group)[:, None]
+    n_above = tl.sum(of_group, 0) & 0xFFFF
     place = tl.where(above, (so_far & 0xFFFF) - 1, n_above + (so_far >> 16) - 1)
     tl.store(index + row * K + place, column.to(tl.int64), (above | equal) & (place < K))
 
@@ -59,8 +89,8 @@ def top_k(values_RC: Tensor, k: int) -> Tensor:
         index_RN = (index_RPK + torch.arange(0, C, part, device=values_RC.device)[:, None]).view(R, -1)
         return index_RN.gather(1, top_k(values_RC.gather(1, index_RN), k))
     index_RK = torch.empty(R, k, dtype=torch.int64, device=values_RC.device)
-    block = triton.next_power_of_2(C)
-    _top_k[(R,)](values_RC, index_RK, C, k, block, num_warps=max(1, min(16, block // 1024)))
+    groups = max(1, triton.next_power_of_2(C) // GROUP)
+    _top_k[(R,)](values_RC, index_RK, C, k, groups, GROUP, GUESSES, num_warps=min(WARPS, groups))
     return index_RK
 
 
@@ -69,6 +99,24 @@ def takes(values_RC: Tensor, k: int) -> bool:
     C, parts = values_RC.shape[1], -(-values_RC.shape[1] // WIDEST)
     whole = values_RC.dtype == torch.float32 and values_RC.is_contiguous() and C % parts == 0
     return whole and k <= C // parts and (parts == 1 or parts * k <= WIDEST)
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+@triton.jit
+def _add_relu(values, bias, C, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < C
+    value = tl.load(values + row * C + column, inside) + tl.load(bias + column, inside)
+    tl.store(values + row * C + column, tl.where(value < 0, 0.0, value), inside)
+
+
+def add_relu(values_RC: Tensor, bias_C: Tensor) -> Tensor:
+    """ReLU(values + bias) in place, fp32, contiguous; NaN stays, as it does with torch."""
+    R, C = values_RC.shape
+    _add_relu[(R, triton.cdiv(C, BLOCK))](values_RC, bias_C, C, BLOCK, num_warps=8)
+    return values_RC
 
 
 # ------------------------------------------------------------------------------------------------ a parameter's step
@@ -96,8 +144,8 @@ def _sizes(parameter, grad, along, square, C, BLOCK: tl.constexpr, UNIT: tl.cons
 
 
 @triton.jit
-def _step(parameter, grad, mean, square, factor, along, C, size, root, share1, beta2, share2, eps,
-          BLOCK: tl.constexpr, UNIT: tl.constexpr):
+def _step(parameter, grad, mean, square, factor, along, low, C, size, root, share1, beta2, share2, eps,
+          BLOCK: tl.constexpr, UNIT: tl.constexpr, LOW: tl.constexpr):
     place, inside = _place(C, BLOCK, UNIT)
     p = tl.load(parameter + place, inside, 0.0)
     g = tl.load(grad + place, inside, 0.0).to(tl.float32)
@@ -113,6 +161,8 @@ def _step(parameter, grad, mean, square, factor, along, C, size, root, share1, b
     tl.store(mean + place, m, inside)
     tl.store(square + place, v, inside)
     tl.store(parameter + place, p, inside)
+    if LOW:
+        tl.store(low + place, p.to(low.dtype.element_ty), inside)
 
 
 def programs(parameter: Tensor, unit: bool) -> int:
@@ -129,13 +179,17 @@ def sizes(parameter: Tensor, grad: Tensor, unit: bool, along_P: Tensor, square_P
 
 
 def step(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, factor: Tensor, along_P: Tensor, unit: bool,
-         count: int, lr: float, betas: tuple[float, float], eps: float) -> None:
-    """Adam's step `count` (from 1) in place, on the gradient times `factor` (); unit rows have norm 1 afterwards."""
+         count: int, lr: float, betas: tuple[float, float], eps: float, low: Tensor | None = None) -> None:
+    """Adam's step `count` (from 1) in place, on the gradient times `factor` (); unit rows have norm 1 afterwards.
+
+    `low`, if given, is the parameter's copy in another precision, and is one again afterwards.
+    """
     beta1, beta2 = betas
     size, root = lr / (1 - beta1**count), (1 - beta2**count) ** 0.5
     C, block = _shape(parameter, unit)
-    _step[(programs(parameter, unit),)](parameter, grad, mean, square, factor, along_P, C, size, root, 1 - beta1, beta2,
-                                        1 - beta2, eps, block, unit, num_warps=8)
+    copied = low is not None
+    _step[(programs(parameter, unit),)](parameter, grad, mean, square, factor, along_P, low if copied else factor, C,
+                                        size, root, 1 - beta1, beta2, 1 - beta2, eps, block, unit, copied, num_warps=8)
 
 
 def _shape(parameter: Tensor, unit: bool) -> tuple[int, int]:

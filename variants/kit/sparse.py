@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from variants.kit.precision import product
+from variants.kit.copies import low
+from variants.kit.precision import affine, product
 
 _taken: bool | None = None  # the path that `taken` asks for
 
@@ -63,6 +64,8 @@ def dense_activations(sae: nn.Module, x_BD: Tensor, k: int) -> Tensor:
     """
     many_dead = 4 * (sae.dead_on_host or 0) > sae.d_sae
     if sparse_pays(x_BD.device, k, sae.d_sae) or (x_BD.is_cuda and not many_dead):
+        if type(sae).pre_activations.__module__ == "variants.base":  # not a variant's own
+            return affine(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, relu=True)
         with torch.no_grad():
             return sae.pre_activations(x_BD).relu_()
     return F.relu(sae.pre_activations(x_BD))
@@ -138,7 +141,7 @@ class _ListedProduct(torch.autograd.Function):
     def forward(ctx, z_BK, index_BK, W_FN, dtype):
         with torch.autocast(z_BK.device.type, enabled=False):
             z_BF = _listed(z_BK, index_BK, len(W_FN), dtype)
-            W_low_FN = W_FN.to(dtype)
+            W_low_FN = low(W_FN, dtype)
             ctx.save_for_backward(z_BF, index_BK, W_low_FN)
             return z_BF @ W_low_FN
 
@@ -158,7 +161,7 @@ class _LowProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_BF, W_FN, dtype):
         with torch.autocast(z_BF.device.type, enabled=False):
-            z_low_BF, W_low_FN = z_BF.to(dtype), W_FN.to(dtype)
+            z_low_BF, W_low_FN = z_BF.to(dtype), low(W_FN, dtype)
             ctx.save_for_backward(z_low_BF, W_low_FN)
             ctx.dtype = z_BF.dtype
             return z_low_BF @ W_low_FN

@@ -1,7 +1,8 @@
 """One optimiser step after the gradients: project the decoder's, clip, Adam, renormalise the decoder's rows.
 
 On a GPU all of this is bound by memory: there one kernel a parameter reads the gradient for its norm, another reads and
-writes the parameter, its moments and its gradient once, 28 bytes a parameter and the gradient's own.
+writes the parameter, its moments and its gradient once, 28 bytes a parameter and the gradient's own, and 2 more for the
+copy that the next loss reads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.weak import WeakIdKeyDictionary
 
-from variants.kit import gpu
+from variants.kit import copies, gpu
 from variants.kit.decoder import normalise_decoder, project_decoder_gradient
 
 # of Adam, as the kernels do it
@@ -67,9 +68,13 @@ def _fused(kernels, sae: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         factor = (sae.grad_clip / (squares.sum().sqrt() + 1e-6)).clamp_max(1.0)
     states = [optimizer.state[p] for p, _ in params]
     torch._foreach_add_([state["step"] for state in states], 1)
+    copied = copies.allowed(type(sae))
     for (p, group), grad, rows, (along_P, _), state in zip(params, grads, unit, parts, states):
+        copy = copies.room(p) if copied and p.dim() == 2 else None
         kernels.step(p, grad, state["exp_avg"], state["exp_avg_sq"], factor, along_P, rows, _counted(state["step"]),
-                     group["lr"], group["betas"], group["eps"])
+                     group["lr"], group["betas"], group["eps"], copy)
+        if copy is not None:
+            copies.hold(p, copy)
 
 
 def _counted(step: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 Milliseconds a step of `--batch_size` tokens, the language model left out: 20 steps in turn without waiting, the median
 of five such rounds. `plain`: as PyTorch does it, without kernels of our own; `kernels`: as a short run does it;
-`compiled`: as a run of 20,000 steps and more does it, where the variant's loss is compiled; then seconds of compiling,
+`compiled`: as a run of 10,000 steps and more does it, where the variant's loss is compiled; then seconds of compiling,
 and how far loss and gradients are from the plain ones after one step on the same batch, the largest of all.
 """
 

@@ -16,8 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from variants.base import SAE, Batch, Progress
 
-# steps of a run from which on it pays: 10 to 20 s of compiling a loss, about 1 ms less a step on an H200 (RESULTS.md)
-PAYS_FROM = 20_000
+# steps of a run from which on it pays: 3 to 6 s of compiling, .3 to 1.7 ms less a step on an H200 (RESULTS.md)
+PAYS_FROM = 10_000
 _losses = WeakIdKeyDictionary()  # by SAE: its compiled loss, or None where that failed
 
 

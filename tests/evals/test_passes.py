@@ -138,9 +138,9 @@ def test_blocks_from_the_cache_change_no_bit_of_the_others(cache, tmp_path):
     settings, lm = run_of(cache, 64, 7)
     store, keys = Cache(tmp_path, 1), []
 
-    def noting(kind, depends_on, make):
+    def noting(kind, depends_on, *others):
         keys.append(depends_on)
-        return Cache.get(store, kind, depends_on, make)
+        return Cache.get(store, kind, depends_on, *others)
 
     store.get = noting
     whole, _ = blocks_of(settings, lm, store)

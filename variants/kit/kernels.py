@@ -123,35 +123,29 @@ def add_relu(values_RC: Tensor, bias_C: Tensor) -> Tensor:
 
 
 @triton.jit
-def _place(C, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """Where a program's elements lie, and which there are: those of one row, or of one stretch of all C."""
-    number, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    if UNIT:
-        return number * C + column, column < C
-    return number * BLOCK + column, number * BLOCK + column < C
+def _sizes(parameter, grad, along, square, C, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    place, inside = row * C + column, column < C
+    p, g = tl.load(parameter + place, inside, 0.0), tl.load(grad + place, inside, 0.0).to(tl.float32)
+    share = tl.sum(g * p, 0) / tl.maximum(tl.sum(p * p, 0), 1e-24)
+    g = g - share * p
+    tl.store(along + row, share)
+    tl.store(square + row, tl.sum(g * g, 0))
 
 
 @triton.jit
-def _sizes(parameter, grad, along, square, C, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    place, inside = _place(C, BLOCK, UNIT)
-    g = tl.load(grad + place, inside, 0.0).to(tl.float32)
-    if UNIT:
-        p = tl.load(parameter + place, inside, 0.0)
-        share = tl.sum(g * p, 0) / tl.maximum(tl.sum(p * p, 0), 1e-24)
-        tl.store(along + tl.program_id(0), share)
-        g = g - share * p
-    tl.store(square + tl.program_id(0), tl.sum(g * g, 0))
-
-
-@triton.jit
-def _step(parameter, grad, mean, square, factor, along, low, C, size, root, share1, beta2, share2, eps,
+def _step(parameter, grad, mean, square, scale, along, low, C, size, root, share1, beta2, share2, eps,
           BLOCK: tl.constexpr, UNIT: tl.constexpr, LOW: tl.constexpr):
-    place, inside = _place(C, BLOCK, UNIT)
+    # of one row, or of a stretch of all C
+    number, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    place, inside = number * BLOCK + column, number * BLOCK + column < C
+    if UNIT:
+        place, inside = number * C + column, column < C
     p = tl.load(parameter + place, inside, 0.0)
     g = tl.load(grad + place, inside, 0.0).to(tl.float32)
     if UNIT:
-        g = g - tl.load(along + tl.program_id(0)) * p
-    g = g * tl.load(factor)
+        g = g - tl.load(along + number) * p
+    g = g / tl.load(scale)
     m, v = tl.load(mean + place, inside, 0.0), tl.load(square + place, inside, 0.0)
     m = m + share1 * (g - m)
     v = beta2 * v + share2 * g * g
@@ -165,35 +159,28 @@ def _step(parameter, grad, mean, square, factor, along, low, C, size, root, shar
         tl.store(low + place, p.to(low.dtype.element_ty), inside)
 
 
-def programs(parameter: Tensor, unit: bool) -> int:
-    """How many programs step a parameter: one a row where rows have unit norm, else one for each BLOCK elements."""
-    return len(parameter) if unit else triton.cdiv(parameter.numel(), BLOCK)
+def sizes(parameter_FD: Tensor, grad_FD: Tensor, along_F: Tensor, square_F: Tensor) -> None:
+    """Write each row's share in its gradient, and the sum of squares of what is left of the gradient without it.
 
-
-def sizes(parameter: Tensor, grad: Tensor, unit: bool, along_P: Tensor, square_P: Tensor) -> None:
-    """Write each program's sum of the gradient's squares; of unit rows first without the gradient's part along them.
-
-    That part goes into along_P, in units of the rows. Contiguous tensors; the gradient fp32 or bf16.
+    Contiguous tensors; the gradient fp32 or bf16.
     """
-    _sizes[(len(square_P),)](parameter, grad, along_P, square_P, *_shape(parameter, unit), unit, num_warps=8)
+    D = parameter_FD.shape[1]
+    _sizes[(len(parameter_FD),)](parameter_FD, grad_FD, along_F, square_F, D, triton.next_power_of_2(D), num_warps=8)
 
 
-def step(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, factor: Tensor, along_P: Tensor, unit: bool,
+def step(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, scale: Tensor, along_F: Tensor, unit: bool,
          count: int, lr: float, betas: tuple[float, float], eps: float, low: Tensor | None = None) -> None:
-    """Adam's step `count` (from 1) in place, on the gradient times `factor` (); unit rows have norm 1 afterwards.
+    """Adam's step `count` (from 1) in place, on the gradient over `scale` ().
 
-    `low`, if given, is the parameter's copy in another precision, and is one again afterwards.
+    `unit`: on the gradient without each row's share along_F of the row, and rows have norm 1 afterwards. `low`, if
+    given, is the parameter's copy in another precision, and is one again afterwards.
     """
     beta1, beta2 = betas
     size, root = lr / (1 - beta1**count), (1 - beta2**count) ** 0.5
-    C, block = _shape(parameter, unit)
-    copied = low is not None
-    _step[(programs(parameter, unit),)](parameter, grad, mean, square, factor, along_P, low if copied else factor, C,
-                                        size, root, 1 - beta1, beta2, 1 - beta2, eps, block, unit, copied, num_warps=8)
-
-
-def _shape(parameter: Tensor, unit: bool) -> tuple[int, int]:
-    """(C, BLOCK) of the kernels."""
+    C, block, programs = parameter.numel(), BLOCK, triton.cdiv(parameter.numel(), BLOCK)
     if unit:
-        return parameter.shape[1], triton.next_power_of_2(parameter.shape[1])
-    return parameter.numel(), BLOCK
+        programs, C = parameter.shape
+        block = triton.next_power_of_2(C)
+    copied = low is not None
+    _step[(programs,)](parameter, grad, mean, square, scale, along_F, low if copied else scale, C, size, root,
+                       1 - beta1, beta2, 1 - beta2, eps, block, unit, copied, num_warps=8)

@@ -17,6 +17,7 @@ from variants.kit.decoder import normalise_decoder, project_decoder_gradient
 
 # of Adam, as the kernels do it
 PLAIN = dict(weight_decay=0, amsgrad=False, maximize=False, decoupled_weight_decay=False)
+LARGE = 2**20  # elements of a parameter that gets launches of its own
 _counts = WeakIdKeyDictionary()  # the steps that Adam's tensors count on the device: what each holds, on the host
 
 
@@ -53,28 +54,48 @@ def _suits(p: Tensor, state: dict) -> bool:
 
 
 def _fused(kernels, sae: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """`update` by the kernels."""
-    params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    unit = [sae.unit_norm_decoder and p is sae.W_dec for p, _ in params]
-    grads = [p.grad.contiguous() for p, _ in params]
-    lengths = [kernels.programs(p, rows) for (p, _), rows in zip(params, unit)]
-    along, squares = params[0][0].new_empty(2, sum(lengths)).unbind()
-    parts = list(zip(along.split(lengths), squares.split(lengths)))
-    factor = squares.new_ones(())
-    for (p, _), grad, rows, part in zip(params, grads, unit, parts):
-        if rows or sae.grad_clip:
-            kernels.sizes(p, grad, rows, *part)
+    """`update` by the kernels, the small parameters of each group together by torch's own."""
+    unit = sae.W_dec if sae.unit_norm_decoder else None
+    steps = [state["step"] for state in optimizer.state.values()]
+    along_F, scale = _sizes(kernels, sae, unit)
+    torch._foreach_add_(steps, 1)
+    for group in optimizer.param_groups:
+        small = [p for p in group["params"] if p.numel() < LARGE and p is not unit]
+        if small:
+            _small(small, [optimizer.state[p] for p in small], group, scale)
+        for p in group["params"]:
+            if p.numel() < LARGE and p is not unit:
+                continue
+            state, copy = optimizer.state[p], None
+            if copies.allowed(type(sae)) and p.dim() == 2:
+                copy = copies.room(p)
+            kernels.step(p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], scale, along_F, p is unit,
+                         _counted(state["step"]), group["lr"], group["betas"], group["eps"], copy)
+            if copy is not None:
+                copies.hold(p, copy)
+
+
+def _sizes(kernels, sae: nn.Module, unit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(each unit row's share in its gradient [F], what clipping divides all gradients by ()), in few launches."""
+    norms = []
+    along_F = scale = next(sae.parameters()).new_ones(())
+    if unit is not None:
+        along_F, square_F = unit.new_empty(2, len(unit)).unbind()
+        kernels.sizes(unit, unit.grad.contiguous(), along_F, square_F)
+        norms = [square_F.sum().sqrt()]
     if sae.grad_clip:  # as clip_grad_norm_ does
-        factor = (sae.grad_clip / (squares.sum().sqrt() + 1e-6)).clamp_max(1.0)
-    states = [optimizer.state[p] for p, _ in params]
-    torch._foreach_add_([state["step"] for state in states], 1)
-    copied = copies.allowed(type(sae))
-    for (p, group), grad, rows, (along_P, _), state in zip(params, grads, unit, parts, states):
-        copy = copies.room(p) if copied and p.dim() == 2 else None
-        kernels.step(p, grad, state["exp_avg"], state["exp_avg_sq"], factor, along_P, rows, _counted(state["step"]),
-                     group["lr"], group["betas"], group["eps"], copy)
-        if copy is not None:
-            copies.hold(p, copy)
+        norms += torch._foreach_norm([p.grad for p in sae.parameters() if p.requires_grad and p is not unit])
+        scale = ((torch.linalg.vector_norm(torch.stack(norms)) + 1e-6) / sae.grad_clip).clamp_min(1.0)
+    return along_F, scale
+
+
+def _small(params: list[Tensor], states: list[dict], group: dict, scale: Tensor) -> None:
+    """Adam's step of parameters whose launches take longer than their work."""
+    beta1, beta2 = group["betas"]
+    lists = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+    torch._fused_adam_(params, [p.grad for p in params], *lists, [], [state["step"] for state in states],
+                       amsgrad=False, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=0.0, eps=group["eps"],
+                       maximize=False, grad_scale=scale, found_inf=None)
 
 
 def _counted(step: Tensor) -> int:

@@ -150,7 +150,7 @@ def measured(args, name: str, lm, layer: int, texts: Texts, saes: list, until: f
         put_in_place(stack, name, texts, narrow)
         for title, sae in zip(("first SAE", "one more SAE"), saes):
             cache, parts = Cache(Path(folder), 100), Watched(args.device)
-            setup = experiment.make_setup(SimpleNamespace(seed=0), lm, layer, config, texts, cache)
+            setup = experiment.make_setup(SimpleNamespace(seed=0, layers=str(layer)), lm, layer, config, texts, cache)
             setup = dataclasses.replace(setup, say=lambda line: None, track=until_then(until))
             training.forget_peak(args.device)
             start = training.now(args.device)

@@ -40,6 +40,8 @@ ELSEWHERE = (
 # what makes a benchmark of the embedded model, of a real step or of many architectures one of seconds
 SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--evals=core"],
          "sparse": ["--device=cpu", "--d_in=32", "--widths=256", "--ks=4", "--batch_size=64", "--steps=1"],
+         "cache": ["--gb=0.01"],
+         "steps": ["--device=cpu", "--d_in=32", "--width=256", "--k=4", "--batch_size=64", "--variants=topk,standard"],
          "evals": ["--help"]}  # minutes of the embedded model
 OTHER_PROGRAMS = {"--all", "--baseline", "--csv", "--json", "--markdown", "--saebench"}
 COMMANDS = r"(python3?|torchrun|pip|diff) "

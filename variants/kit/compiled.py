@@ -33,7 +33,7 @@ class Ramped(Progress):
 
 def loss_of(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
     """sae.loss(batch, progress), compiled where the variant allows and the run is long enough."""
-    if not (sae.compiled_loss and batch.x.is_cuda and progress.total_steps >= PAYS_FROM):
+    if not (sae.compiled_loss and _pays(batch, progress)):
         return sae.loss(batch, progress)
     if sae not in _losses:
         _losses[sae] = _compiled(sae.loss)
@@ -50,6 +50,10 @@ def loss_of(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], Non
         say(f"note: {type(sae).__module__}: the loss is not compiled ({why}): going on without")
         _losses[sae] = None
         return sae.loss(batch, progress)
+
+
+def _pays(batch: Batch, progress: Progress) -> bool:
+    return batch.x.is_cuda and progress.total_steps >= PAYS_FROM
 
 
 def _compiled(loss: Callable) -> Callable:

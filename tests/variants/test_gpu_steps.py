@@ -7,7 +7,7 @@ import experiment
 import variants
 from tests import OWN_VARIANTS
 from variants import base
-from variants.kit import compiled, copies, gpu, sparse
+from variants.kit import compiled, copies, gpu, precision, sparse
 from variants.kit import update as updating
 
 D, F, B, STEPS = 16, 96, 64, 12
@@ -120,29 +120,58 @@ def test_a_variant_that_writes_data_gets_no_copies(where, tmp_path):
     assert not copies.allowed(variants.load("gated").SAE)  # which does not say that it may
 
 
+def as_on_a_gpu(monkeypatch):
+    """Losses go the way that they go on a GPU: in autocast's bf16, few features dense, nothing counted."""
+    monkeypatch.setattr(precision, "lower", lambda x: torch.bfloat16)
+    for module in (sparse, base):
+        monkeypatch.setattr(module, "few_positive", lambda z_BF: False)
+        monkeypatch.setattr(module, "sparse_pays", lambda *sizes: False)
+
+
+def gradients_of(sae, x_BD, step: int = 900) -> dict[str, torch.Tensor]:
+    """Gradients and terms of a loss, in autocast's bf16."""
+    sae.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, terms = compiled.loss_of(sae, base.Batch(x_BD), base.Progress(step, 10**4, step * B, 10**4 * B), print)
+    loss.backward()
+    return {key: p.grad.clone() for key, p in sae.named_parameters()} | terms
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_a_gpus_products_have_the_losses_gradients(name, monkeypatch):
+    """Fails if gradients by the products that a GPU takes (listed, kept, low) are others than autograd's in fp64."""
+    sae, _ = trained(name, 4)
+    sae.dead_on_host = 0
+    x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(2)) / D**0.5
+    found = [gradients_of(sae, x_BD)]
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_a_gpu(patch)
+        found.append(gradients_of(sae, x_BD))
+    for key, value in found[0].items():
+        if not value.any():  # no feature is dead
+            assert not found[1][key].any()
+            continue
+        cosine = torch.cosine_similarity(value.flatten().float(), found[1][key].flatten().float(), dim=0)
+        assert cosine > 0.98, (key, cosine)  # top-k turns bf16's rounding into other features now and then
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FIELD if variants.load(name).SAE.compiled_loss])
 def test_a_loss_compiles_once_and_is_the_loss(name, monkeypatch):
     """Fails if a long run's loss is compiled anew from step to step, or has other gradients than the plain one."""
     torch.compiler.reset()
-    for module in (sparse, base):  # as a GPU decides, which does not count
-        monkeypatch.setattr(module, "few_positive", lambda z_BF: False)
-        monkeypatch.setattr(module, "sparse_pays", lambda *sizes: False)
+    as_on_a_gpu(monkeypatch)
     sae, _ = trained(name, 4)
-    sae.dead_on_host = 0
-    found = []
+    sae.dead_on_host, found = 0, []
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(2)) / D**0.5
-    batch = base.Batch(x_BD)
-    assert not compiled._pays(batch, base.Progress(0, 10**6, 0, 10**9))  # on a CPU, where nothing may change
+    assert not compiled._pays(base.Batch(x_BD), base.Progress(0, 10**6, 0, 10**9))  # on a CPU nothing may change
     for pays in (False, True):
         monkeypatch.setattr(compiled, "_pays", lambda *given, pays=pays: pays)
-        for step in (0, 1, 70, 71, 900):
-            torch._dynamo.utils.counters.clear()
-            sae.zero_grad()
-            loss, terms = compiled.loss_of(sae, batch, base.Progress(step, 10**4, step * B, 10**4 * B), print)
-            loss.backward()
-        found.append({key: p.grad.clone() for key, p in sae.named_parameters()} | terms)
-        assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]  # in the last step
+        for step in (0, 1, 70, 71):
+            gradients_of(sae, x_BD, step)
+        torch._dynamo.utils.counters.clear()
+        found.append(gradients_of(sae, x_BD))
+        assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compiled._losses[sae] is not None  # it did not give up
     for key, value in found[0].items():
         assert (value - found[1][key]).norm() <= 1e-5 * value.norm() + 1e-9, key

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from variants.base import SAE, Batch, Progress
+from variants.kit import copies, precision
 
 # steps of a run from which on it pays: 3 to 6 s of compiling, .3 to 1.7 ms less a step on an H200 (RESULTS.md)
 PAYS_FROM = 10_000
@@ -36,6 +37,7 @@ def loss_of(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], Non
     if not (sae.compiled_loss and _pays(batch, progress)):
         return sae.loss(batch, progress)
     if sae not in _losses:
+        precision.learn(batch.x.device, copies.DTYPE)
         _losses[sae] = _compiled(sae.loss)
     if _losses[sae] is None:
         return sae.loss(batch, progress)
@@ -50,6 +52,11 @@ def loss_of(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], Non
         say(f"note: {type(sae).__module__}: the loss is not compiled ({why}): going on without")
         _losses[sae] = None
         return sae.loss(batch, progress)
+
+
+def is_compiled(sae: SAE) -> bool:
+    """Whether its last loss was compiled; such a one makes the weights' copies itself."""
+    return _losses.get(sae) is not None
 
 
 def _pays(batch: Batch, progress: Progress) -> bool:

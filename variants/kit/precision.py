@@ -5,8 +5,6 @@ Shapes: as in variants/base.py; M×K times K×N in a product.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,11 +35,12 @@ def affine(x: Tensor, W_DF: Tensor, b_F: Tensor | float = 0.0, centre_D: Tensor 
 
 def _rectified(x: Tensor, W_DF: Tensor, b_F: Tensor, centre_D: Tensor) -> Tensor:
     """ReLU(`affine`), on a GPU with bias and ReLU in one pass."""
-    kernels = gpu.kernels() if x.is_cuda and torch.is_autocast_enabled("cuda") else None
-    if not kernels or x.dim() != 2 or W_DF.dtype != torch.float32:
+    dtype, kernels = lower(x), None
+    if dtype and not torch.compiler.is_compiling() and x.dim() == 2 and W_DF.dtype == torch.float32:
+        kernels = gpu.kernels()
+    if not kernels:
         return affine(x, W_DF, b_F, centre_D).relu_()
-    dtype = torch.get_autocast_dtype("cuda")
-    with torch.autocast("cuda", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return kernels.add_relu(product((x - centre_D).to(dtype), low(W_DF, dtype)), b_F)
 
 
@@ -83,17 +82,28 @@ def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """a·b [M, N] of factors in a lower precision, in fp32."""
     if a_MK.dtype in (torch.float32, torch.float64):
         return a_MK @ b_KN
-    if _multiplies_into_fp32(a_MK.device, a_MK.dtype):
+    if not torch.compiler.is_compiling():
+        learn(a_MK.device, a_MK.dtype)
+    if _into_fp32.get(a_MK.device.type):
         return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
     return a_MK.float() @ b_KN.float()  # the same numbers but for the order of the sums
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether one product does so, at the speed of `dtype`: CUDA from torch 2.8 on. Tried once."""
+def lower(x: Tensor) -> torch.dtype | None:
+    """The precision in which a GPU multiplies now, by autocast; None on a CPU, where nothing is rounded."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if x.is_cuda and torch.is_autocast_enabled(kind) else None
+
+
+_into_fp32: dict[str, bool] = {}  # by kind of device: whether one product takes lower factors to fp32
+
+
+def learn(device: torch.device, dtype: torch.dtype) -> None:
+    """Try once whether a product gives fp32 at the speed of `dtype`: CUDA from torch 2.8 on."""
+    if device.type in _into_fp32:
+        return
     try:
         torch.mm(*torch.ones(2, 16, 16, device=device, dtype=dtype), out_dtype=torch.float32)
+        _into_fp32[device.type] = True
     except (TypeError, NotImplementedError, RuntimeError):
-        return False
-    return True
+        _into_fp32[device.type] = False

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from variants.kit import precision
 from variants.kit.copies import low
-from variants.kit.precision import affine, product
 
 _taken: bool | None = None  # the path that `taken` asks for
 
@@ -53,7 +53,12 @@ def few_positive(z_BF: Tensor) -> bool:
     B, n_features, on_cpu = *z_BF.shape, z_BF.device.type == "cpu"
     if not on_cpu and not (z_BF.is_cuda and n_features >= 2**16):
         return False
-    return sparse_pays(z_BF.device, (3 if on_cpu else 1) * int(z_BF.count_nonzero()) // B, n_features)
+    return sparse_pays(z_BF.device, (3 if on_cpu else 1) * _count(z_BF) // B, n_features)
+
+
+@torch.compiler.disable  # a number on the host ends a graph
+def _count(z_BF: Tensor) -> int:
+    return int(z_BF.count_nonzero())
 
 
 def dense_activations(sae: nn.Module, x_BD: Tensor, k: int) -> Tensor:
@@ -63,9 +68,9 @@ def dense_activations(sae: nn.Module, x_BD: Tensor, k: int) -> Tensor:
     auxk where many features are dead, which needs the graph.
     """
     many_dead = 4 * (sae.dead_on_host or 0) > sae.d_sae
-    if sparse_pays(x_BD.device, k, sae.d_sae) or (x_BD.is_cuda and not many_dead):
+    if sparse_pays(x_BD.device, k, sae.d_sae) or (precision.lower(x_BD) and not many_dead):
         if type(sae).pre_activations.__module__ == "variants.base":  # not a variant's own
-            return affine(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, relu=True)
+            return precision.affine(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, relu=True)
         with torch.no_grad():
             return sae.pre_activations(x_BD).relu_()
     return F.relu(sae.pre_activations(x_BD))
@@ -82,8 +87,9 @@ def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
     """Σ_k z[b,k]·W_dec[index[b,k]], shape [B, D]; `embedding_bag` reads only the rows used, where that pays."""
     if sparse_pays(z_BK.device, z_BK.shape[1], len(W_dec_FD)):
         return _SparseProduct.apply(z_BK.flatten(), W_dec_FD, *_bags(index_BK))
-    if z_BK.is_cuda and torch.is_autocast_enabled("cuda"):
-        return _ListedProduct.apply(z_BK, index_BK, W_dec_FD, torch.get_autocast_dtype("cuda"))
+    dtype = precision.lower(z_BK)
+    if dtype:
+        return _ListedProduct.apply(z_BK, index_BK, W_dec_FD, dtype)
     z_BF = torch.zeros(z_BK.shape[0], W_dec_FD.shape[0], device=z_BK.device, dtype=z_BK.dtype)
     return z_BF.scatter(1, index_BK, z_BK) @ W_dec_FD
 
@@ -91,9 +97,8 @@ def decode_sparse(z_BK: Tensor, index_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
 def relu_product(z_BF: Tensor, W_FN: Tensor) -> Tensor:
     """z·W [B, N] for z = ReLU(…), cheap where few entries are positive; z's gradient is 0 where z is, as ReLU's is."""
     if not few_positive(z_BF):
-        if z_BF.is_cuda and torch.is_autocast_enabled("cuda"):
-            return _LowProduct.apply(z_BF, W_FN, torch.get_autocast_dtype("cuda"))
-        return z_BF @ W_FN
+        dtype = precision.lower(z_BF)
+        return _LowProduct.apply(z_BF, W_FN, dtype) if dtype else z_BF @ W_FN
     row_n, column_n = z_BF.detach().nonzero(as_tuple=True)
     begin_B = torch.searchsorted(row_n, torch.arange(len(z_BF), device=z_BF.device))
     return _SparseProduct.apply(_Positive.apply(z_BF, row_n, column_n), W_FN, row_n, column_n, begin_B)
@@ -151,7 +156,7 @@ class _ListedProduct(torch.autograd.Function):
         with torch.autocast(grad_BN.device.type, enabled=False):
             grad_BN = grad_BN.to(z_BF.dtype)
             d_z_BK = (grad_BN @ W_low_FN.T).gather(1, index_BK).float()
-            d_W_FN = product(z_BF.T, grad_BN) if ctx.needs_input_grad[2] else None
+            d_W_FN = precision.product(z_BF.T, grad_BN) if ctx.needs_input_grad[2] else None
         return d_z_BK, None, d_W_FN, None
 
 
@@ -172,7 +177,7 @@ class _LowProduct(torch.autograd.Function):
         with torch.autocast(grad_BN.device.type, enabled=False):
             grad_BN = grad_BN.to(z_low_BF.dtype)
             d_z_BF = (grad_BN @ W_low_FN.T).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-            d_W_FN = product(z_low_BF.T, grad_BN) if ctx.needs_input_grad[1] else None
+            d_W_FN = precision.product(z_low_BF.T, grad_BN) if ctx.needs_input_grad[1] else None
         return d_z_BF, d_W_FN, None
 
 
@@ -185,31 +190,39 @@ def _listed(z_BK: Tensor, index_BK: Tensor, columns: int, dtype: torch.dtype) ->
 class _KeptActivations(torch.autograd.Function):
     """acts_BF at index_BK, differentiable along the kept entries alone: K/F of the dense gradient's work.
 
-    On a GPU where sparsity does not pay by a dense product, in autocast's precision, if that is on.
+    On a GPU, where sparsity does not pay, by a dense product in autocast's precision.
     """
 
     @staticmethod
     def forward(ctx, x_BD, W_enc_DF, b_enc_F, b_dec_D, acts_BF, index_BK):
-        kept_BK, kind = acts_BF.gather(1, index_BK), x_BD.device.type
+        kept_BK = acts_BF.gather(1, index_BK)
         ctx.save_for_backward(x_BD, W_enc_DF, b_dec_D, index_BK, kept_BK > 0)
-        ctx.low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W_enc_DF.dtype
+        ctx.dtype = precision.lower(x_BD)
         return kept_BK
 
     @staticmethod
     def backward(ctx, grad_BK):
+        with torch.autocast(grad_BK.device.type, enabled=False):  # which a compiled backward would run in
+            return _KeptActivations._gradients(ctx, grad_BK)
+
+    @staticmethod
+    def _gradients(ctx, grad_BK):
         x_BD, W_enc_DF, b_dec_D, index_BK, positive_BK = ctx.saved_tensors
         grad_BK = (grad_BK * positive_BK).to(W_enc_DF.dtype)  # ReLU
-        if grad_BK.is_cuda and not sparse_pays(grad_BK.device, grad_BK.shape[1], W_enc_DF.shape[1]):
-            grad_BF = _listed(grad_BK, index_BK, W_enc_DF.shape[1], ctx.low)
+        features, wants_x, d_x_BD = W_enc_DF.shape[1], ctx.needs_input_grad[0], None
+        if ctx.dtype and not sparse_pays(grad_BK.device, grad_BK.shape[1], features):
+            grad_BF = _listed(grad_BK, index_BK, features, ctx.dtype)
             d_bias_F = grad_BF.sum(0, dtype=torch.float32)
-            d_W_DF = product((x_BD - b_dec_D).to(ctx.low).T, grad_BF)
-            d_x_BD = (grad_BF @ W_enc_DF.T.to(ctx.low)).to(x_BD.dtype) if ctx.needs_input_grad[0] else None
+            d_W_DF = precision.product((x_BD - b_dec_D).to(ctx.dtype).T, grad_BF)
+            if wants_x:
+                d_x_BD = (grad_BF @ W_enc_DF.T.to(ctx.dtype)).to(x_BD.dtype)
             return d_x_BD, d_W_DF, d_bias_F, -(W_enc_DF @ d_bias_F), None, None
         row_n, column_n, _ = _bags(index_BK)
-        d_bias_F = grad_BK.new_zeros(W_enc_DF.shape[1]).index_add_(0, column_n, grad_BK.flatten())
+        d_bias_F = grad_BK.new_zeros(features).index_add_(0, column_n, grad_BK.flatten())
         # dW_encᵀ[f] = Σ over kept (b, k) of feature f of grad·(x[b] − b_dec)
-        d_W_FD = _sum_by_column(grad_BK.flatten(), row_n, column_n, x_BD - b_dec_D, W_enc_DF.shape[1])
-        d_x_BD = decode_sparse(grad_BK, index_BK, W_enc_DF.T) if ctx.needs_input_grad[0] else None
+        d_W_FD = _sum_by_column(grad_BK.flatten(), row_n, column_n, x_BD - b_dec_D, features)
+        if wants_x:
+            d_x_BD = decode_sparse(grad_BK, index_BK, W_enc_DF.T)
         return d_x_BD, d_W_FD.T, d_bias_F, -(W_enc_DF @ d_bias_F), None, None
 
 

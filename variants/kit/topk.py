@@ -26,6 +26,7 @@ def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
     return int(value) if whole else value
 
 
+@torch.compiler.disable  # a compiled loss calls it as it is
 def top_k(acts_BF: Tensor, k: int) -> Tensor:
     """The features [B, k] that are the k largest of each token, in no order; no gradient. Ranked in fp32 on a GPU."""
     acts_BF, kernels = acts_BF.detach(), gpu.kernels() if acts_BF.is_cuda else None

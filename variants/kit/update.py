@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.weak import WeakIdKeyDictionary
 
-from variants.kit import copies, gpu
+from variants.kit import compiled, copies, gpu
 from variants.kit.decoder import normalise_decoder, project_decoder_gradient
 
 # of Adam, as the kernels do it
@@ -59,6 +59,7 @@ def _fused(kernels, sae: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     steps = [state["step"] for state in optimizer.state.values()]
     along_F, scale = _sizes(kernels, sae, unit)
     torch._foreach_add_(steps, 1)
+    copied = copies.allowed(type(sae)) and not compiled.is_compiled(sae)
     for group in optimizer.param_groups:
         small = [p for p in group["params"] if p.numel() < LARGE and p is not unit]
         if small:
@@ -67,7 +68,7 @@ def _fused(kernels, sae: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             if p.numel() < LARGE and p is not unit:
                 continue
             state, copy = optimizer.state[p], None
-            if copies.allowed(type(sae)) and p.dim() == 2:
+            if copied and p.dim() == 2:
                 copy = copies.room(p)
             kernels.step(p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], scale, along_F, p is unit,
                          _counted(state["step"]), group["lr"], group["betas"], group["eps"], copy)

@@ -16,6 +16,7 @@ class SAE(base.SAE):
 
     unit_norm_decoder = True
     data_parallel = True
+    compiled_loss = True
     copied_weights = True
     grad_clip = 1.0
     saelens = "topk"

@@ -109,8 +109,7 @@ class Settings:
     trust_code: bool = False  # run the variant.py that init_from brings along, though it is none of variants/
 
 
-# What a setting leaves open, by profile.
-# Sources: the origin's published set-up (gemma), measurements on 2 cores (embedded).
+# What a setting leaves open, by profile: the origin's published set-up (gemma), as measured on 2 cores (embedded).
 PROFILES = {
     "gemma": dict(model="google/gemma-2-2b", layers="12", dataset="monology/pile-uncopyrighted",
                   core_dataset="Skylion007/openwebtext", context=128, num_tokens=5_000_000, passes=1,
@@ -418,15 +417,12 @@ class TokenStream:
         self.lock = threading.Lock()
 
     def block(self, b: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Rows [R, T] (int32), the flat positions [plan[b]] of the tokens to train on, and the rows around the block's.
-
-        Those share a pass of the language model with its first row, or with its last: (before, after), [r, T] each.
-        """
+        """Rows [R, T] (int32), flat positions [plan[b]] to train on, (before, after): rows in a pass with its ends."""
         with self.lock:  # the background thread and a late caller must not both advance
             while True:
                 found = self.rows.take(self.plan[self.next:], self.pass_rows)
-                # the current block's cursor stays, as it is in work
-                self.cursors = {b: cursor for b, cursor in self.cursors.items() if b >= self.next - 1}
+                # the current block's cursor stays: while one is trained on, the next is passed, a third is tokenised
+                self.cursors = {b: cursor for b, cursor in self.cursors.items() if b >= self.next - 2}
                 self.next += 1
                 self.cursors[self.next] = dict(block=self.next, **self.rows.place)
                 if self.next > b:
@@ -438,24 +434,27 @@ class TokenStream:
 
 def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream, cache, first: int,
                       wanted: list[contexts.Attention]):
-    """Yield (b, block) from block `first` on, on the training device, residuals in the language model's dtype.
+    """Yield (b, block, ahead) from block `first` on, on the training device, residuals in the language model's dtype.
 
     A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention
     (variants/kit/contexts.py). What the model gave is kept in the shared cache, for other variants on the same data.
-    The next block is tokenised in the background. Where passes have a fixed shape, a block's last is completed with
-    rows of the next, and what it gives for them is carried over. Of several ranks each passes its share of the rows,
-    and keeps it where they train together, else gives it to the first.
+    The next block is tokenised in the background. Passes of a fixed shape run on over the ends of blocks; there, if
+    nothing is kept and memory holds two, next(ahead) is a pass of the next block. Each rank passes its share of rows.
     """
     layers, plan = layers_of(settings), block_plan(settings)
     carried = {}  # block: {layer: residuals of its first rows [r, T, D]}, from the last pass of the block before
+    work, made = {}, {}  # block: what makes it, pass by pass; itself
 
     def key(b: int) -> dict:
-        of_passes = {"compiled": True} if lm.compiled else {}
-        if stream.pass_rows > 1 and not wanted:  # the place of a row in its pass, by which sums may be rounded
-            of_passes["counted_from"] = "first row of the run"
         return dict(model=lm.digest, layers=layers, data=stream.source.digest("train"), context=settings.context,
                     plan=plan[:b + 1], keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size,
-                    attention=sorted(map(str, wanted)), **of_passes)
+                    attention=sorted(map(str, wanted)), **passes.kind(lm, stream.pass_rows > 1 and not wanted))
+
+    def may_begin(b: int) -> bool:
+        if stream.pass_rows == 1 or wanted or b == len(plan) or cache.holds("train", key(b)):
+            return False
+        size = plan[b] * len(layers) * lm.d_model * lm.dtype.itemsize
+        return not cache.fits(size) and 2 * size < passes.free_memory(lm.device)  # what is kept is timed as it is made
 
     with ThreadPoolExecutor(1) as background:
         ahead = {}
@@ -464,20 +463,23 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
             if b < len(plan) and not ranks.number() and not cache.holds("train", key(b)):
                 ahead[b] = background.submit(stream.block, b)
 
-        def make(b: int) -> dict[str, Tensor]:
+        def making(b: int, track):
             rows_RT, index_N, around = ranks.agreed(lambda: ahead.pop(b).result() if b in ahead else stream.block(b))
             prefetch(b + 1)
-            rows_W, starts_W = ranks.shares(rows_RT, index_N)
-            mine = ranks.number()
-            row, end = rows_W[mine], rows_W[mine + 1]
-            token, stop = int(starts_W[mine]), int(starts_W[mine + 1])
-            index_n = index_N[token:stop] - row * settings.context
+            rows, tokens, starts_W = ranks.shares(rows_RT, index_N)
+            index_n = index_N[tokens] - rows.start * settings.context
             carried[b + 1] = carried.pop(b, {})
-            part = collect(settings, lm, rows_RT[row:end], index_n, layers, wanted, f"activations {b + 1}/{len(plan)}",
-                           around, carried[b + 1])
+            part = yield from passes.collecting(lm, rows_RT[rows], index_n, layers, wanted, settings.lm_batch_size, say,
+                                                track, f"activations {b + 1}/{len(plan)}", around, carried[b + 1])
             if ranks.sharing() > 1:
-                return part | dict(starts_W=starts_W)
-            return ranks.to_first(part, row, token, settings.context)
+                made[b] = part | dict(starts_W=starts_W)
+            else:
+                made[b] = ranks.to_first(part, rows.start, tokens.start, settings.context)
+
+        def make(b: int) -> dict[str, Tensor]:
+            begun = work.pop(b, None)
+            passes.finished(making(b, track) if begun is None else begun)
+            return made.pop(b)
 
         for b in range(first, len(plan)):
             given = cache.get("train", key(b), lambda b=b: make(b), key(b + 1)) if ranks.count() == 1 else make(b)
@@ -485,14 +487,10 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
             if b == 0 and not settings.keep_bos and not ranks.number():
                 share = float(given["bos_share"])
                 say(f"BOS positions are left out; with them they would hold {share:.1%} of E‖x‖²")
-            yield b, contexts.placed(given, settings.device)
-
-
-def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Tensor, layers: list[int],
-            wanted: list[contexts.Attention], label: str, around=None, carried=None) -> dict[str, Tensor]:
-    """A block's tensors for the positions index_N of its rows, and the share of E‖x‖² its BOS would have had."""
-    return passes.collect(lm, rows_RT, index_N, layers, wanted, settings.lm_batch_size, say, track, label, around,
-                          carried)
+            block = contexts.placed(given, settings.device)
+            if may_begin(b + 1):
+                work[b + 1] = making(b + 1, lambda items, *how: items)
+            yield b, block, work.get(b + 1, iter(()))
 
 
 # ============================================================================================================ training
@@ -580,7 +578,9 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     stop_if_asked()
     try:
         attending = list(dict.fromkeys(job.attention for job in jobs if job.attention))
-        for b, block in activation_blocks(settings, lm, stream, cache, first, attending):
+        # a pass of the next block for as many steps as it gives tokens: launched while the device is busy with it
+        pace = max(1, settings.passes * settings.lm_batch_size * (settings.context - 1) // settings.batch_size)
+        for b, block, ahead in activation_blocks(settings, lm, stream, cache, first, attending):
             stop_if_asked()
             if not block:  # the first rank has it, and trains
                 continue
@@ -590,6 +590,8 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
+                if step % pace == 0:
+                    next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
                 last = now.step == total
                 if now.step % log_every == 0 or last:
@@ -598,7 +600,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                         training.save(out, jobs, now, dict(stream.cursors), b)
                 stop_if_asked(not together or now.step % 8 == 0 or last)
             now.clock.lap("sae")
-            block.clear()  # before the next block is made: one block at a time on the device
+            block.clear()  # before the next block but one is made: no more than two at a time on the device
     except KeyboardInterrupt as stop:
         if jobs[0].scale and (stop.args or not interrupts.deferred):  # a second signal may come in the middle of a step
             training_log.check_finite(jobs, now.recent, now.step, ranks.mean)
@@ -705,7 +707,8 @@ def held_out_batch(settings: Settings, lm: LanguageModel, job: Job, source, n_to
     rows_RT = packing.pack(source.documents("heldout"), lm.tokenizer, settings.context, lm.bos, rows)
     index_N = (rows_RT != lm.bos).flatten().nonzero().squeeze(1)
     wanted = [job.attention] if job.attention else []
-    block = collect(settings, lm, rows_RT, index_N, [job.layer], wanted, "held-out text")
+    block = passes.collect(lm, rows_RT, index_N, [job.layer], wanted, settings.lm_batch_size, say, track,
+                           "held-out text")
     fields = contexts.gather(contexts.placed(block, settings.device), torch.arange(len(rows_RT)), settings.context,
                              job.layer, job.attention, settings.device)
     return base.Batch.of(fields, job.scale)

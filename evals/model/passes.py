@@ -5,7 +5,9 @@ Shapes: R rows, T tokens in a row, N tokens that are wanted, D = d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,26 @@ from torch import Tensor
 from evals.model.checks import not_finite
 
 
-def collect(lm, rows_RT: Tensor, index_N: Tensor, layers: list[int], wanted: list, batch: int, say: Callable,
-            track: Callable, label: str, around: tuple[Tensor, Tensor] | None = None,
-            carried: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
-    """What a block holds of the positions index_N (flat, ascending) of its rows, on the model's device.
+def collect(*args, **kwargs) -> dict[str, Tensor]:
+    """`collecting`, all at once."""
+    return finished(collecting(*args, **kwargs))
+
+
+def finished(work: Generator) -> Any:
+    """What a generator returns when it is driven to its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def collecting(lm, rows_RT: Tensor, index_N: Tensor, layers: list[int], wanted: list, batch: int, say: Callable,
+               track: Callable, label: str, around: tuple[Tensor, Tensor] | None = None,
+               carried: dict[int, Tensor] | None = None) -> Generator[None, None, dict[str, Tensor]]:
+    """A generator that yields after each pass, and returns what a block holds, on the model's device.
+
+    Of the positions index_N (flat, ascending) of its rows:
 
     x_<layer> [N, D] in the model's dtype, tokens_N, place_N, what is `wanted` of attention (its `layers` and `keep`),
     and bos_share: the share of E‖x‖² that BOS positions would have had. FloatingPointError for what is not finite.
@@ -40,6 +58,7 @@ def collect(lm, rows_RT: Tensor, index_N: Tensor, layers: list[int], wanted: lis
         for w in wanted:
             attention[w].append(w.keep(patterns, index_N[low:high] - start * T, low))
         norm_bos += kept[layers[0]][:, 0].double().pow(2).sum()
+        yield
     tokens_N = rows_RT.flatten()[index_N]
     # in parts: a copy in fp64 would be the run's peak
     squares = {layer: sum(map(_square, x_ND.split(2**14))) for layer, x_ND in out.items()}
@@ -118,6 +137,22 @@ def passes(lm, rows_RT: Tensor, layers: list[int], attending: list[int], batch: 
             continue
         done = stop
         yield start, stop, kept, patterns
+
+
+def kind(lm, run_on: bool) -> dict:
+    """What of the way a row is passed may change its bits; passes that `run_on` over blocks begin with the run."""
+    found = {"compiled": True} if lm.compiled else {}
+    if run_on:  # the place of a row in its pass, by which sums may be rounded
+        found["counted_from"] = "first row of the run"
+    return found
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that nothing holds, what torch keeps for itself included; a CPU's are not counted."""
+    if device.type == "cpu":
+        return math.inf
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + held
 
 
 def _square(x_ND: Tensor) -> Tensor:

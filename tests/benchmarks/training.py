@@ -75,7 +75,7 @@ from torch.profiler import ProfilerActivity
 
 import experiment
 from evals.cache import Cache
-from evals.model import architecture, language_model
+from evals.model import architecture, language_model, passes
 from evals.texts.source import Listed
 from runs import environment
 
@@ -296,7 +296,7 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
         with contextlib.closing(activation_blocks(*args, **kwargs)) as given:
             for b in range(1 + blocks):
                 start = now(settings.device)
-                _, block = item = next(given)
+                _, block, _ = item = next(given)
                 rows = int(block["place_N"][-1]) // settings.context + 1
                 yield item  # and comes back when the block is trained on
                 if b:
@@ -370,18 +370,30 @@ class Parts:
 
     def put_around(self, stack: contextlib.ExitStack, lm, jobs: list) -> None:
         """Time the product's functions until the stack closes."""
-        places = [("LM", lm, "residuals"), ("LM", lm, "training_residuals"), ("buffer", experiment, "collect"),
-                  ("optimiser", experiment, "train_step"), ("SAE backward", torch.Tensor, "backward"),
-                  *(("SAE forward", job.sae, "loss") for job in jobs)]
+        places = [("LM", lm, "residuals"), ("LM", lm, "training_residuals"), ("optimiser", experiment, "train_step"),
+                  ("SAE backward", torch.Tensor, "backward"), *(("SAE forward", job.sae, "loss") for job in jobs)]
         for name, owner, attribute in places:
             if hasattr(owner, attribute):
                 stack.enter_context(mock.patch.object(owner, attribute, self.timed(name, getattr(owner, attribute))))
         stack.enter_context(mock.patch.object(experiment, "batches", self.timed_items("buffer", experiment.batches)))
+        stack.enter_context(mock.patch.object(passes, "collecting", self.timed_work("buffer", passes.collecting)))
 
     def timed(self, name: str, function: Callable) -> Callable:
         def run(*args, **kwargs):
             with self.span(name):
                 return function(*args, **kwargs)
+        return run
+
+    def timed_work(self, name: str, function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            work = function(*args, **kwargs)
+            while True:
+                with self.span(name):
+                    try:
+                        next(work)
+                    except StopIteration as end:
+                        return end.value
+                yield
         return run
 
     def timed_items(self, name: str, function: Callable) -> Callable:

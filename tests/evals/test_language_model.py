@@ -18,6 +18,7 @@ from evals.model import attention, built_in
 from evals.model.checks import ROUNDING, assert_soft_capping
 from evals.model.language_model import compile_cache, run_block
 from evals.texts.source import Listed
+from tests.evals.stand_ins import collected
 from variants.kit import contexts
 
 # TransformerLens puts its own in the place of this one, for the rest of the process
@@ -260,7 +261,7 @@ def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
     settings, lm = small_blocks(cache, "--lm_batch_size=7")
     stream = experiment.TokenStream(Words(2000), lm, settings)
     rows_RT, index_N, _ = stream.block(0)
-    got = experiment.collect(settings, lm, rows_RT, index_N, [1, 2], [], "")
+    got = collected(settings, lm, rows_RT, index_N, [1, 2], [])
     for layer in (1, 2):
         expected = lm.residuals(rows_RT.long(), [layer])[layer].flatten(0, 1)[index_N]
         assert torch.allclose(got[f"x_{layer}"], expected, atol=1e-5)
@@ -272,7 +273,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, ca
     """Fails if the rows of the failed batch are skipped or computed twice."""
     settings, lm = small_blocks(cache)
     rows_RT, index_N, _ = experiment.TokenStream(Words(2000), lm, settings).block(0)
-    expected = experiment.collect(settings, lm, rows_RT, index_N, [1], [], "")
+    expected = collected(settings, lm, rows_RT, index_N, [1], [])
     whole = lm.residuals
 
     def small_card(tokens_BT, layers):
@@ -281,7 +282,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, ca
         return whole(tokens_BT, layers)
 
     monkeypatch.setattr(lm, "residuals", small_card)
-    got = experiment.collect(settings, lm, rows_RT, index_N, [1], [], "")
+    got = collected(settings, lm, rows_RT, index_N, [1], [])
     assert torch.allclose(got["x_1"], expected["x_1"], atol=1e-5) and "4 rows" in capsys.readouterr().out
 
 
@@ -309,7 +310,7 @@ def test_attention_of_a_block_belongs_to_its_tokens(cache):
     sae = variants.build(variants.load("topk"), lm.d_model, 8, dict(k=2))
     sae.attention_layers, sae.attention_threshold = (-1, 1), 0.1
     job = experiment.Job("layer_1", 1, {}, sae, None, 2.0)
-    block = experiment.collect(settings, lm, rows_RT, index_N, [1], [job.attention], "")
+    block = collected(settings, lm, rows_RT, index_N, [1], [job.attention])
     x, pattern = lm.residuals_and_attention(rows_RT.long(), [1], [0, 2])
     seen = 0
     for _, given in experiment.batches(settings, [job], contexts.placed(block, "cpu"), 0, 0, 0):

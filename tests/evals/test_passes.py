@@ -6,13 +6,16 @@ The compiled block's stand-in rounds by what a row's place and the other rows of
 import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
 
 import experiment
 from evals.cache import Cache
+from evals.model import passes
 from evals.model.language_model import run_block
+from tests.evals.stand_ins import collected
 from tests.evals.test_language_model import Words, small_blocks
 from variants.kit.contexts import Attention
 
@@ -43,11 +46,18 @@ def by_place(block, h_BTD, *args, **kwargs):
     return out_BTD * (1 + 1e-6 * place_B11) + 1e-6 * out_BTD.mean()
 
 
-def blocks_of(settings, lm, store, stream=None, first=0, wanted=()):
-    """The run's blocks from `first` on, and the cursor with which each could be continued from."""
+def blocks_of(settings, lm, store, stream=None, first=0, wanted=(), driven=0):
+    """The run's blocks from `first` on, and the cursor with which each could be continued from.
+
+    While one is there, so many passes of the next are driven, as training does, and the one after that is tokenised.
+    """
     stream = stream or experiment.TokenStream(Words(2000), lm, settings)
     found, cursors = [], []
-    for b, block in experiment.activation_blocks(settings, lm, stream, store, first, list(wanted)):
+    for b, block, ahead in experiment.activation_blocks(settings, lm, stream, store, first, list(wanted)):
+        passed = list(itertools.islice(ahead, driven))
+        until = time.monotonic() + 5
+        while passed and stream.next < min(b + 3, len(stream.plan)) and time.monotonic() < until:
+            time.sleep(0.01)
         given = dict(stream.cursors)
         found.append(block)
         cursors.append(json.loads(json.dumps(given[max(number for number in given if number <= b)])))
@@ -84,7 +94,7 @@ def plain_blocks(settings, lm):
     """The run's blocks by passes that end with each block, of the model as it is."""
     lm.compiled, compiled = None, lm.compiled
     stream = experiment.TokenStream(Words(2000), lm, settings)
-    found = [experiment.collect(settings, lm, *stream.block(b)[:2], LAYERS, [], "") for b in range(len(stream.plan))]
+    found = [collected(settings, lm, *stream.block(b)[:2], LAYERS, []) for b in range(len(stream.plan))]
     lm.compiled = compiled
     return found
 
@@ -113,6 +123,25 @@ def test_every_row_is_passed_once_and_only_the_last_pass_is_filled_up(run, tmp_p
     assert shapes == [settings.lm_batch_size] * math.ceil(len(rows) / settings.lm_batch_size)
 
 
+def test_passes_of_the_next_block_are_driven_in_between(run, tmp_path, monkeypatch):
+    """Fails if driving gives no pass, passes a row twice, or is offered where blocks are kept or memory has no room."""
+    settings, lm = run
+    rows = rows_of(settings, lm)
+    shapes, asked = watch(lm, monkeypatch)
+
+    def most_driven(store):
+        stream, most = experiment.TokenStream(Words(2000), lm, settings), 0
+        for _, _, ahead in experiment.activation_blocks(settings, lm, stream, store, 0, []):
+            most = max(most, sum(1 for _ in ahead))
+        return most
+
+    assert most_driven(Cache(tmp_path / "none", 0)) > 0
+    assert asked == rows and len(shapes) == math.ceil(len(rows) / settings.lm_batch_size)
+    assert most_driven(Cache(tmp_path / "keeps", 1)) == 0
+    monkeypatch.setattr(passes, "free_memory", lambda device: 0.0)
+    assert most_driven(Cache(tmp_path / "none", 0)) == 0
+
+
 def test_blocks_hold_what_passes_of_their_own_would_give(run, tmp_path):
     """Fails if what is carried over goes to another row or layer, or BOS positions are counted with another block."""
     settings, lm = run
@@ -121,11 +150,16 @@ def test_blocks_hold_what_passes_of_their_own_would_give(run, tmp_path):
     assert_close(found, plain_blocks(settings, lm))
 
 
-def test_a_resume_at_each_block_changes_no_bit(run, tmp_path):
-    """Fails if the rows taken ahead are not in the cursor, or are passed at another place or beside other rows."""
+@pytest.mark.parametrize("driven", [0, 1, 10**6])
+def test_a_resume_at_each_block_changes_no_bit(run, tmp_path, driven):
+    """Fails if the rows taken ahead are not in the cursor, or are passed at another place or beside other rows.
+
+    Also where passes of the next block were driven meanwhile, some or all: the cursor of this one is still there.
+    """
     settings, lm = run
-    whole, cursors = blocks_of(settings, lm, Cache(tmp_path, 0))
+    whole, cursors = blocks_of(settings, lm, Cache(tmp_path, 0), driven=driven)
     assert len(whole) > 2
+    assert_equal(whole, blocks_of(settings, lm, Cache(tmp_path, 0))[0])
     for b, cursor in enumerate(cursors):
         stream = experiment.TokenStream(Words(2000), lm, settings, cursor)
         again, later = blocks_of(settings, lm, Cache(tmp_path, 0), stream, b)

@@ -56,11 +56,11 @@ from runs import settings as checks
 from runs.clock import phase
 from runs.interrupts import Interrupts
 from variants import base
-from variants.kit import contexts, copies, imperative, interchange, ranks, saving, trainer_state
+from variants.kit import contexts, imperative, interchange, ranks, saving, trainer_state
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
 from variants.kit.scale import DOMINANT, stream_scale
-from variants.kit.steps import gradients
+from variants.kit.steps import forget, gradients
 from variants.kit.trained import TrainedSAE
 from variants.kit.update import update
 
@@ -484,6 +484,8 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
         for b in range(first, len(plan)):
             given = cache.get("train", key(b), lambda b=b: make(b), key(b + 1)) if ranks.count() == 1 else make(b)
             carried.pop(b, None)  # not wanted where the cache had the block
+            if work.pop(b, None) is not None:  # which another process has stored since it was begun here
+                carried.pop(b + 1, None)
             if b == 0 and not settings.keep_bos and not ranks.number():
                 share = float(given["bos_share"])
                 say(f"BOS positions are left out; with them they would hold {share:.1%} of E‖x‖²")
@@ -896,7 +898,7 @@ def finished(settings: Settings, lm: LanguageModel, jobs: list[Job], out: Path) 
     for job in jobs:
         job.optimizer = None
         job.sae.zero_grad()
-        copies.forget(job.sae)
+        forget(job.sae)
     return jobs
 
 

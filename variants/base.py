@@ -47,7 +47,7 @@ __all__ = [
     "reconstruction_loss",  # (e_BD) -> scalar: ‖e‖², summed over D, averaged over B
     "auxk_loss",  # (sae, x_BD, e_BD, acts_BF, dead_F) -> scalar: revives the features of the mask dead_F [F]
     "affine",  # (x, W_DF, b_F=0, centre_D=None) -> (x − centre)·W + b, shape (..., F), in W's dtype under autocast too
-    "dense_activations",  # (sae, x_BD, k) -> ReLU(z_pre) [B, F] to choose k a token from, maybe without a graph
+    "dense_activations",  # (sae, x_BD, k) -> ReLU(z_pre) [B, F] to choose k a token from; no graph, as a rule
     "kept_activations",  # (sae, x_BD, acts_BF, index_BK) -> [B, K]: the activations at index_BK, with their gradient
     "decode_sparse",  # (z_BK, index_BK, W_dec_FD) -> [B, D]: Σ_k z[b, k]·W_dec[index[b, k]], b_dec not added
     "relu_product",  # (z_BF, W_FN) -> z·W [B, N] for z = ReLU(…): cheap where few are positive
@@ -167,6 +167,7 @@ class SAE(nn.Module):
     # -- used by the program, which sets them
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory
     dead_on_host: int | None = None  # dead features as last counted by `look`; None: not counted
+    many_dead = False  # whether these were more than a quarter
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -286,6 +287,7 @@ class SAE(nn.Module):
         """Count the dead features of a GPU on the host, now and then and outside of a step: it waits for the device."""
         if self.tokens_since_fired.is_cuda:
             self.dead_on_host = int(self.dead_features(progress).sum())
+            self.many_dead = 4 * self.dead_on_host > self.d_sae
 
     def holder_of(self, name: str):
         """What holds a state dict's entry that is no parameter or buffer: only trainers have such."""

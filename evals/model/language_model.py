@@ -140,7 +140,11 @@ class LanguageModel:
                 raise
             except Exception as error:
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                if kind:
+                if kind and attention.BLOCKS:  # this inductor, or this card, does not take them
+                    attention.BLOCKS.clear()
+                    self.beside.clear()
+                    print(f"language model: flex attention in blocks of its own choice ({why})", flush=True)
+                elif kind:
                     self.flex_from = math.inf
                     print(f"language model: no flex attention ({why}); going on with the model's own", flush=True)
                 else:

@@ -1,5 +1,7 @@
 """What a training step does otherwise on a GPU, held on a CPU by stand-ins for kernels and by the compiler."""
 
+import sys
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests import OWN_VARIANTS
 from variants import base
 from variants.kit import compiled, copies, gpu, precision, sparse
 from variants.kit import update as updating
+from variants.kit.steps import gradients
 
 D, F, B, STEPS = 16, 96, 64, 12
 FIELD = [name for name in OWN_VARIANTS if variants.load(name).SAE.data_parallel]
@@ -69,6 +72,24 @@ def test_a_step_by_kernels_is_adams(name, monkeypatch):
         assert my_optimizer.state_dict()["state"][number]["step"] == state["step"] == STEPS
 
 
+def test_adams_count_is_heard_where_torch_steps_in_between(monkeypatch):
+    """Fails if a step without some gradient, which torch takes, leaves the host's count of Adam's steps behind."""
+    counts = []
+
+    class Counting(Kernels):
+        @staticmethod
+        def step(*given):
+            counts.append(given[7])
+            Kernels.step(*given)
+
+    begun = iter([False, True, True, False, False, True, True])
+    monkeypatch.setattr(updating, "_plain", lambda sae, optimizer: next(begun))
+    monkeypatch.setattr(updating, "LARGE", D * F)
+    monkeypatch.setattr(gpu, "kernels", lambda: Counting)
+    trained("topk", 7)
+    assert counts == [2, 2, 3, 3, 6, 6, 7, 7]  # W_dec and W_enc
+
+
 def test_another_optimiser_is_left_to_torch():
     """Fails if kernels, which know Adam as it comes, take the step of something else."""
     sae, optimizer = trained("topk")
@@ -105,6 +126,8 @@ def test_a_copy_counts_until_its_weight_changes():
 
 WRITES = {"after_step": "def after_step(self, batch, progress):\n        self.W_dec.data.clamp_(-1, 1)",
           "a function of the file": "def after_step(self, batch, progress):\n        clamp(self)",
+          "a decorated method": "@torch.no_grad()\n    def after_step(self, batch, progress):\n        clamp(self)",
+          "a property": "@property\n    def theirs(self):\n        return self.W_dec.data",
           "a function within": "def after_step(self, batch, progress):\n        (lambda: self.W_dec.data.zero_())()"}
 
 
@@ -113,7 +136,9 @@ def test_a_variant_that_writes_data_gets_no_copies(where, tmp_path):
     """Fails if an edited copy of topk is multiplied by weights as they were before what it writes through .data."""
     source = variants.path("topk").read_text(encoding="utf-8")
     at = source.index("    def after_step")
-    helper = "\n\ndef clamp(sae):\n    sae.W_dec.data.clamp_(-1, 1)\n" if "file" in where else ""
+    helper = ""
+    if "clamp(self)" in WRITES[where]:
+        helper = "\n\n@torch.no_grad()\ndef clamp(sae):\n    sae.W_dec.data.clamp_(-1, 1)\n"
     (tmp_path / "mine.py").write_text(source[:at] + "    " + WRITES[where] + "\n" + helper, encoding="utf-8")
     assert copies.allowed(variants.load("topk").SAE)  # whose initialise writes b_dec.data, before training
     assert not copies.allowed(variants.load(str(tmp_path / "mine.py")).SAE)
@@ -132,7 +157,7 @@ def gradients_of(sae, x_BD, step: int = 900) -> dict[str, torch.Tensor]:
     """Gradients and terms of a loss, in autocast's bf16."""
     sae.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        loss, terms = compiled.loss_of(sae, base.Batch(x_BD), base.Progress(step, 10**4, step * B, 10**4 * B), print)
+        loss, terms = compiled.loss_of(sae, base.Batch(x_BD), base.Progress(step, 10**4, step * B, 10**4 * B))
     loss.backward()
     return {key: p.grad.clone() for key, p in sae.named_parameters()} | terms
 
@@ -155,11 +180,50 @@ def test_a_gpus_products_have_the_losses_gradients(name, monkeypatch):
         assert cosine > 0.98, (key, cosine)  # top-k turns bf16's rounding into other features now and then
 
 
+def test_a_loss_that_does_not_compile_runs_as_it_is(monkeypatch):
+    """Fails if an error of the compiler, in a loss or its backward pass, ends a run, or is not said once."""
+    def broken(loss):
+        def run(batch, progress):
+            raise RuntimeError("no compiler")
+        return run
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no compiler")
+
+    def late(loss):
+        def run(batch, progress):
+            value, terms = loss(batch, progress)
+            return Backward.apply(value), terms
+        return run
+
+    x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(2)) / D**0.5
+    progress = base.Progress(900, 10**4, 0, 10**9)
+    for made in (broken, late):
+        sae, _ = trained("topk", 4)
+        expected, said = gradients(sae, base.Batch(x_BD), progress, print)[0], []
+        wanted = sae.W_enc.grad.clone()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled, "_pays", lambda *given: True)
+            patch.setattr(compiled, "_compiled", made)
+            for _ in range(2):
+                assert gradients(sae, base.Batch(x_BD), progress, said.append)[0] == expected
+        assert torch.equal(sae.W_enc.grad, wanted) and len(said) == 1 and "no compiler" in said[0]
+        compiled.forget(sae)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FIELD if variants.load(name).SAE.compiled_loss])
 def test_a_loss_compiles_once_and_is_the_loss(name, monkeypatch):
     """Fails if a long run's loss is compiled anew from step to step, or has other gradients than the plain one."""
     torch.compiler.reset()
+    if "distutils" in sys.modules:  # setuptools, which inductor imports, would not have it from elsewhere
+        monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     as_on_a_gpu(monkeypatch)
     sae, _ = trained(name, 4)
     sae.dead_on_host, found = 0, []
@@ -168,6 +232,7 @@ def test_a_loss_compiles_once_and_is_the_loss(name, monkeypatch):
     for pays in (False, True):
         monkeypatch.setattr(compiled, "_pays", lambda *given, pays=pays: pays)
         for step in (0, 1, 70, 71):
+            sae.dead_on_host = step  # features die
             gradients_of(sae, x_BD, step)
         torch._dynamo.utils.counters.clear()
         found.append(gradients_of(sae, x_BD))

@@ -32,7 +32,7 @@ class Ramped(Progress):
         return self.ramp
 
 
-def loss_of(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
     """sae.loss(batch, progress), compiled where the variant allows and the run is long enough."""
     if not (sae.compiled_loss and _pays(batch, progress)):
         return sae.loss(batch, progress)
@@ -43,15 +43,25 @@ def loss_of(sae: SAE, batch: Batch, progress: Progress, say: Callable[[str], Non
         return sae.loss(batch, progress)
     given = {field.name: getattr(progress, field.name) for field in fields(Progress)}
     ramp = torch.full((), progress.sparsity_warmup(), device=batch.x.device)
-    try:
-        return _losses[sae](batch, Ramped(**given, ramp=ramp))
-    except (torch.OutOfMemoryError, FloatingPointError):
-        raise
-    except Exception as error:  # noqa: BLE001  no compiler, or the variant's own: then it comes again
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        say(f"note: {type(sae).__module__}: the loss is not compiled ({why}): going on without")
-        _losses[sae] = None
-        return sae.loss(batch, progress)
+    return _losses[sae](batch, Ramped(**given, ramp=ramp))
+
+
+def gave_up(sae: SAE, error: Exception, say: Callable[[str], None]) -> bool:
+    """Whether an error was met with a compiled loss, or its backward pass; then it is said, and not compiled again.
+
+    If it was the variant's own, it comes again.
+    """
+    if not is_compiled(sae) or isinstance(error, FloatingPointError):
+        return False
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    say(f"note: {type(sae).__module__}: the loss is not compiled ({why}): going on without")
+    _losses[sae] = None
+    return True
+
+
+def forget(sae: SAE) -> None:
+    """Keep no compiled loss of an SAE: it holds the SAE."""
+    _losses.pop(sae, None)
 
 
 def is_compiled(sae: SAE) -> bool:

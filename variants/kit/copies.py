@@ -7,6 +7,7 @@ one through `.data`. A class promises to have none of those (`copied_weights`), 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 
@@ -49,10 +50,18 @@ def allowed(cls: type) -> bool:
     """Whether copies may be taken for the weights of a variant: it says so, and no code of its file names `.data`."""
     if not cls.copied_weights:
         return False
-    methods = [f for name, f in vars(cls).items() if isinstance(f, types.FunctionType) and name not in BEFORE_TRAINING]
-    file = methods[0].__globals__ if methods else {}
-    others = [f for f in file.values() if isinstance(f, types.FunctionType) and f.__globals__ is file]
-    return not any("data" in code.co_names for f in (*methods, *others) for code in _codes(f.__code__))
+    methods = [_function(value) for name, value in vars(cls).items() if name not in BEFORE_TRAINING]
+    files = {f.__code__.co_filename: f.__globals__ for f in methods if f and f.__module__ == cls.__module__}
+    others = [_function(value) for file in files.values() for value in file.values()]
+    own = [f for f in (*methods, *others) if f and f.__code__.co_filename in files]
+    return not any("data" in code.co_names for f in own for code in _codes(f.__code__))
+
+
+def _function(value) -> types.FunctionType | None:
+    """The function behind a method, property or decoration, if there is one."""
+    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    value = inspect.unwrap(value) if callable(value) else None
+    return value if isinstance(value, types.FunctionType) else None
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

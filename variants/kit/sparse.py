@@ -67,10 +67,10 @@ def dense_activations(sae: nn.Module, x_BD: Tensor, k: int) -> Tensor:
     So also on a GPU whatever k is, as the chosen's gradient takes fewer passes over [B, F] than that of all; but for
     auxk where many features are dead, which needs the graph.
     """
-    many_dead = 4 * (sae.dead_on_host or 0) > sae.d_sae
-    if sparse_pays(x_BD.device, k, sae.d_sae) or (precision.lower(x_BD) and not many_dead):
-        if type(sae).pre_activations.__module__ == "variants.base":  # not a variant's own
-            return precision.affine(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, relu=True)
+    plain = type(sae).pre_activations.__module__ == "variants.base"  # not a variant's own
+    if plain and precision.lower(x_BD) and not sae.many_dead:
+        return precision.affine(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, relu=True)
+    if sparse_pays(x_BD.device, k, sae.d_sae):
         with torch.no_grad():
             return sae.pre_activations(x_BD).relu_()
     return F.relu(sae.pre_activations(x_BD))

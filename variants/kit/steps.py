@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from variants.base import SAE, Batch, Progress
-from variants.kit import ranks
-from variants.kit.compiled import loss_of
+from variants.kit import compiled, copies, ranks
 
 
 def gradients(sae: SAE, batch: Batch, progress: Progress,
@@ -26,10 +25,15 @@ def gradients(sae: SAE, batch: Batch, progress: Progress,
     while True:
         sae.zero_grad(set_to_none=True)
         try:
-            return _accumulated(sae, batch, progress, say)
+            return _accumulated(sae, batch, progress)
         except torch.OutOfMemoryError:
             if not sae.data_parallel or ranks.sharing() > 1 or 2 * sae.batch_parts > len(batch.x):
                 raise
+        except Exception as error:
+            if not compiled.gave_up(sae, error, say):
+                raise
+            sae._fired_F = None
+            continue
         # here, where the traceback no longer holds the tensors of the attempt
         sae.batch_parts *= 2
         sae._fired_F = None
@@ -39,14 +43,13 @@ def gradients(sae: SAE, batch: Batch, progress: Progress,
             f"{len(batch.x) // sae.batch_parts} tokens")
 
 
-def _accumulated(sae: SAE, batch: Batch, progress: Progress,
-                 say: Callable[[str], None]) -> tuple[Tensor, dict[str, Tensor]]:
+def _accumulated(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
     found, parts = [], [batch]
     if sae.batch_parts > 1:
         parts = [Batch(x_BD) for x_BD in batch.x.chunk(sae.batch_parts)]
     for part in parts:
         with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
-            loss, terms = loss_of(sae, part, progress, say)
+            loss, terms = compiled.loss_of(sae, part, progress)
         if sae.batch_parts > 1:
             share = len(part.x) / len(batch.x)
             loss, terms = loss * share, {name: term * share for name, term in terms.items()}
@@ -55,3 +58,9 @@ def _accumulated(sae: SAE, batch: Batch, progress: Progress,
     if len(found) == 1:
         return found[0]
     return sum(loss for loss, _ in found), {name: sum(terms[name] for _, terms in found) for name in found[0][1]}
+
+
+def forget(sae: SAE) -> None:
+    """Keep nothing of an SAE that only its steps needed."""
+    copies.forget(sae)
+    compiled.forget(sae)

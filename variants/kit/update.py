@@ -28,6 +28,8 @@ def update(sae: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if kernels:
         _fused(kernels, sae, optimizer)
         return
+    for state in filter(None, optimizer.state.values()):  # torch counts on, unheard
+        _counts.pop(state["step"], None)
     if sae.unit_norm_decoder:
         project_decoder_gradient(sae.W_dec)
     if sae.grad_clip:
@@ -45,7 +47,9 @@ def _plain(sae: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         return False
     given = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = [p for p in sae.parameters() if p.requires_grad]
-    return given == set(map(id, trained)) and all(_suits(p, optimizer.state[p]) for p in trained)
+    if sae.unit_norm_decoder and not any(p is sae.W_dec for p in trained):  # held as it is, or another's transposed
+        return False
+    return given == set(map(id, trained)) and all(_suits(p, optimizer.state.get(p, {})) for p in trained)
 
 
 def _suits(p: Tensor, state: dict) -> bool:

@@ -50,7 +50,7 @@ from evals.model.language_model import LanguageModel
 from evals.storage import network
 from evals.storage.identity import files_digest
 from evals.texts import inputs, packing
-from evals.texts.reader import Reader
+from evals.texts.reader import Reader, Rows
 from runs import checkpoint, compare, disk, environment, failure, identity, reading, report, training, training_log
 from runs import settings as checks
 from runs.clock import phase
@@ -60,8 +60,9 @@ from variants.kit import contexts, imperative, interchange, ranks, saving, train
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
 from variants.kit.scale import DOMINANT, stream_scale
-from variants.kit.steps import gradients
+from variants.kit.steps import forget, gradients
 from variants.kit.trained import TrainedSAE
+from variants.kit.update import update
 
 # ============================================================================================================ settings
 
@@ -99,7 +100,7 @@ class Settings:
     dtype: Optional[Literal["float32", "bfloat16"]] = None  # of the language model; SAE parameters are always fp32
     log_lines: int = 50  # rows of training_log.csv per SAE
     checkpoint_seconds: float = 60.0  # between checkpoints, seconds
-    activation_cache_gb: float = 2.0  # bound of the shared cache of LM activations, GB (1e9 bytes); 0: no cache
+    activation_cache_gb: str = "auto"  # bound of the cache of LM activations, GB (1e9 bytes); auto: a tenth of the disk
     cache_dir: str = ""  # downloads, converted models, LM activations; unset: ~/.cache/sae_experiment
     data_dir: str = ""  # folder that already holds the embedded profile's wheels
     allow_identical: bool = False  # run even though the variant trains bit-identically to an existing one
@@ -108,8 +109,7 @@ class Settings:
     trust_code: bool = False  # run the variant.py that init_from brings along, though it is none of variants/
 
 
-# What a setting leaves open, by profile.
-# Sources: the origin's published set-up (gemma), measurements on 2 cores (embedded).
+# What a setting leaves open, by profile: the origin's published set-up (gemma), as measured on 2 cores (embedded).
 PROFILES = {
     "gemma": dict(model="google/gemma-2-2b", layers="12", dataset="monology/pile-uncopyrighted",
                   core_dataset="Skylion007/openwebtext", context=128, num_tokens=5_000_000, passes=1,
@@ -403,43 +403,30 @@ class TokenStream:
     """Training text as blocks of packed rows: BOS, then T − 1 tokens of documents joined by BOS.
 
     Block b holds as many rows as give `plan[b]` trainable tokens, so its content depends on the text and on b alone.
-    `cursor(b)` is all that is needed to continue from block b.
+    `cursors[b]` is all that is needed to continue from block b.
     """
 
     def __init__(self, source, lm: LanguageModel, settings: Settings, cursor: Optional[dict] = None):
-        self.source, self.bos, self.context, self.keep_bos = source, lm.bos, settings.context, settings.keep_bos
-        self.plan = block_plan(settings)
-        cursor = cursor or {"block": 0, "documents": None, "leftover": []}
-        self.next, self.ids = cursor["block"], list(cursor["leftover"])
-        self.cursors = {self.next: cursor}
-        self.reader = Reader(source, lm.tokenizer, lm.bos, lm.vocab_size, cursor["documents"], say)
+        self.source, self.plan = source, block_plan(settings)
+        # compiled passes have a fixed shape and run on over the ends of blocks; several ranks each fill up their last
+        self.pass_rows = settings.lm_batch_size if lm.compiled and ranks.count() == 1 else 1
+        cursor = cursor or {"block": 0, "documents": None, "leftover": [], "before": []}
+        self.next, self.cursors = cursor["block"], {cursor["block"]: cursor}
+        reader = Reader(source, lm.tokenizer, lm.bos, lm.vocab_size, cursor["documents"], say)
+        self.rows = Rows(reader, settings.context, settings.keep_bos, cursor["leftover"], cursor["before"])
         self.lock = threading.Lock()
 
-    def block(self, b: int) -> tuple[Tensor, Tensor]:
-        """Rows [R, T] (int32) and the flat positions [plan[b]] of the tokens to train on."""
+    def block(self, b: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Rows [R, T] (int32), flat positions [plan[b]] to train on, (before, after): rows in a pass with its ends."""
         with self.lock:  # the background thread and a late caller must not both advance
             while True:
-                rows_RT, index_N = self._advance(self.plan[self.next])
+                found = self.rows.take(self.plan[self.next:], self.pass_rows)
+                # the current block's cursor stays: while one is trained on, the next is passed, a third is tokenised
+                self.cursors = {b: cursor for b, cursor in self.cursors.items() if b >= self.next - 2}
                 self.next += 1
+                self.cursors[self.next] = dict(block=self.next, **self.rows.place)
                 if self.next > b:
-                    return rows_RT, index_N
-
-    def _advance(self, wanted: int) -> tuple[Tensor, Tensor]:
-        rows, valid, ids, start, body = [], 0, self.ids, 0, self.context - 1
-        while valid < wanted:
-            while len(ids) - start < body:
-                ids.extend(self.reader.more())
-            row = [self.bos, *ids[start:start + body]]
-            start += body
-            valid += len(row) if self.keep_bos else len(row) - row.count(self.bos)
-            rows.append(row)
-        self.ids = ids[start:]
-        # the current block's cursor stays, as it is in work
-        self.cursors = {b: cursor for b, cursor in self.cursors.items() if b >= self.next - 1}
-        self.cursors[self.next + 1] = dict(block=self.next + 1, documents=self.reader.place, leftover=list(self.ids))
-        rows_RT = torch.tensor(rows, dtype=torch.int32)
-        keep_RT = torch.ones_like(rows_RT, dtype=torch.bool) if self.keep_bos else rows_RT != self.bos
-        return rows_RT, keep_RT.flatten().nonzero().squeeze(1)[:wanted]
+                    return found
 
 
 # =================================================================================================== activation buffer
@@ -447,53 +434,65 @@ class TokenStream:
 
 def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream, cache, first: int,
                       wanted: list[contexts.Attention]):
-    """Yield (b, block) from block `first` on, on the training device, residuals in the language model's dtype.
+    """Yield (b, block, ahead) from block `first` on, on the training device, residuals in the language model's dtype.
 
     A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention
     (variants/kit/contexts.py). What the model gave is kept in the shared cache, for other variants on the same data.
-    The next block is tokenised in the background. Of several ranks each passes its share of the rows, and keeps it
-    where they train together, else gives it to the first.
+    The next block is tokenised in the background. Passes of a fixed shape run on over the ends of blocks; there, if
+    nothing is kept and memory holds two, next(ahead) is a pass of the next block. Each rank passes its share of rows.
     """
     layers, plan = layers_of(settings), block_plan(settings)
+    carried = {}  # block: {layer: residuals of its first rows [r, T, D]}, from the last pass of the block before
+    work, made = {}, {}  # block: what makes it, pass by pass; itself
 
     def key(b: int) -> dict:
-        compiled = {"compiled": True} if lm.compiled else {}
         return dict(model=lm.digest, layers=layers, data=stream.source.digest("train"), context=settings.context,
                     plan=plan[:b + 1], keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size,
-                    attention=sorted(map(str, wanted)), **compiled)
+                    attention=sorted(map(str, wanted)), **passes.kind(lm, stream.pass_rows > 1 and not wanted))
+
+    def may_begin(b: int) -> bool:
+        if stream.pass_rows == 1 or wanted or b == len(plan) or cache.holds("train", key(b)):
+            return False
+        size = plan[b] * len(layers) * lm.d_model * lm.dtype.itemsize
+        return not cache.fits(size) and 2 * size < passes.free_memory(lm.device)  # what is kept is timed as it is made
 
     with ThreadPoolExecutor(1) as background:
         ahead = {}
 
         def prefetch(b: int) -> None:
-            if b < len(plan) and not ranks.number() and not cache.path("train", key(b)).exists():
+            if b < len(plan) and not ranks.number() and not cache.holds("train", key(b)):
                 ahead[b] = background.submit(stream.block, b)
 
-        def make(b: int) -> dict[str, Tensor]:
-            rows_RT, index_N = ranks.agreed(lambda: ahead.pop(b).result() if b in ahead else stream.block(b))
+        def making(b: int, track):
+            rows_RT, index_N, around = ranks.agreed(lambda: ahead.pop(b).result() if b in ahead else stream.block(b))
             prefetch(b + 1)
-            rows_W, starts_W = ranks.shares(rows_RT, index_N)
-            mine = ranks.number()
-            row, end = rows_W[mine], rows_W[mine + 1]
-            token, stop = int(starts_W[mine]), int(starts_W[mine + 1])
-            index_n = index_N[token:stop] - row * settings.context
-            part = collect(settings, lm, rows_RT[row:end], index_n, layers, wanted, f"activations {b + 1}/{len(plan)}")
+            rows, tokens, starts_W = ranks.shares(rows_RT, index_N)
+            index_n = index_N[tokens] - rows.start * settings.context
+            carried[b + 1] = carried.pop(b, {})
+            part = yield from passes.collecting(lm, rows_RT[rows], index_n, layers, wanted, settings.lm_batch_size, say,
+                                                track, f"activations {b + 1}/{len(plan)}", around, carried[b + 1])
             if ranks.sharing() > 1:
-                return part | dict(starts_W=starts_W)
-            return ranks.to_first(part, row, token, settings.context)
+                made[b] = part | dict(starts_W=starts_W)
+            else:
+                made[b] = ranks.to_first(part, rows.start, tokens.start, settings.context)
+
+        def make(b: int) -> dict[str, Tensor]:
+            begun = work.pop(b, None)
+            passes.finished(making(b, track) if begun is None else begun)
+            return made.pop(b)
 
         for b in range(first, len(plan)):
-            given = cache.get("train", key(b), lambda b=b: make(b)) if ranks.count() == 1 else make(b)
+            given = cache.get("train", key(b), lambda b=b: make(b), key(b + 1)) if ranks.count() == 1 else make(b)
+            carried.pop(b, None)  # not wanted where the cache had the block
+            if work.pop(b, None) is not None:  # which another process has stored since it was begun here
+                carried.pop(b + 1, None)
             if b == 0 and not settings.keep_bos and not ranks.number():
                 share = float(given["bos_share"])
                 say(f"BOS positions are left out; with them they would hold {share:.1%} of E‖x‖²")
-            yield b, contexts.placed(given, settings.device)
-
-
-def collect(settings: Settings, lm: LanguageModel, rows_RT: Tensor, index_N: Tensor, layers: list[int],
-            wanted: list[contexts.Attention], label: str) -> dict[str, Tensor]:
-    """A block's tensors for the positions index_N of its rows, and the share of E‖x‖² its BOS would have had."""
-    return passes.collect(lm, rows_RT, index_N, layers, wanted, settings.lm_batch_size, say, track, label)
+            block = contexts.placed(given, settings.device)
+            if may_begin(b + 1):
+                work[b + 1] = making(b + 1, lambda items, *how: items)
+            yield b, block, work.get(b + 1, iter(()))
 
 
 # ============================================================================================================ training
@@ -536,13 +535,7 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
         group["lr"] = group.get("base_lr", lr) * progress.lr_factor() * sae.lr_scale(progress)
     loss, terms = gradients(sae, batch, progress, say)
     ranks.average_gradients(sae)
-    if sae.unit_norm_decoder:
-        base.project_decoder_gradient(sae.W_dec)
-    if sae.grad_clip:
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.grad_clip)
-    optimizer.step()
-    if sae.unit_norm_decoder:
-        base.normalise_decoder(sae.W_dec)
+    update(sae, optimizer)
     sae.count_step(len(batch.x))
     with torch.no_grad():
         sae.after_step(batch, progress)
@@ -587,7 +580,9 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     stop_if_asked()
     try:
         attending = list(dict.fromkeys(job.attention for job in jobs if job.attention))
-        for b, block in activation_blocks(settings, lm, stream, cache, first, attending):
+        # a pass of the next block for as many steps as it gives tokens: launched while the device is busy with it
+        pace = max(1, settings.passes * settings.lm_batch_size * (settings.context - 1) // settings.batch_size)
+        for b, block, ahead in activation_blocks(settings, lm, stream, cache, first, attending):
             stop_if_asked()
             if not block:  # the first rank has it, and trains
                 continue
@@ -597,6 +592,8 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
+                if step % pace == 0:
+                    next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
                 last = now.step == total
                 if now.step % log_every == 0 or last:
@@ -605,7 +602,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                         training.save(out, jobs, now, dict(stream.cursors), b)
                 stop_if_asked(not together or now.step % 8 == 0 or last)
             now.clock.lap("sae")
-            block.clear()  # before the next block is made: one block at a time on the device
+            block.clear()  # before the next block but one is made: no more than two at a time on the device
     except KeyboardInterrupt as stop:
         if jobs[0].scale and (stop.args or not interrupts.deferred):  # a second signal may come in the middle of a step
             training_log.check_finite(jobs, now.recent, now.step, ranks.mean)
@@ -712,7 +709,8 @@ def held_out_batch(settings: Settings, lm: LanguageModel, job: Job, source, n_to
     rows_RT = packing.pack(source.documents("heldout"), lm.tokenizer, settings.context, lm.bos, rows)
     index_N = (rows_RT != lm.bos).flatten().nonzero().squeeze(1)
     wanted = [job.attention] if job.attention else []
-    block = collect(settings, lm, rows_RT, index_N, [job.layer], wanted, "held-out text")
+    block = passes.collect(lm, rows_RT, index_N, [job.layer], wanted, settings.lm_batch_size, say, track,
+                           "held-out text")
     fields = contexts.gather(contexts.placed(block, settings.device), torch.arange(len(rows_RT)), settings.context,
                              job.layer, job.attention, settings.device)
     return base.Batch.of(fields, job.scale)
@@ -787,7 +785,8 @@ def results_of(settings: Settings, lm: LanguageModel, name: str, layer: int, sae
 def make_setup(settings: Settings, lm: LanguageModel, layer: int, config: dict, source, cache) -> evals.Setup:
     """What an eval is given besides the SAEs."""
     return evals.Setup(lm, layer, hook_name(layer), config, lambda: source.documents("heldout"),
-                       source.digest("heldout"), cache, source, settings.seed, say, track)
+                       source.digest("heldout"), cache, source, settings.seed, say, track,
+                       layers=tuple(layers_of(settings)) if ranks.count() == 1 else ())
 
 
 def hook_name(layer: int) -> str:
@@ -845,7 +844,8 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     """The whole run, phase by phase; `info` (run_info.json) says at each moment which one. Returns what crashed."""
     say(why)
     source = make_source(settings)
-    cache = evals.cache.Cache(Path(settings.cache_dir) / "activations", settings.activation_cache_gb)
+    kept = Path(settings.cache_dir) / "activations"
+    cache = evals.cache.Cache(kept, *disk.store_bounds(kept, settings.activation_cache_gb))
 
     with phase("preflight", info, out):
         info["facts"] = ranks.agreed(lambda: preflight(settings, source))
@@ -883,7 +883,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         for reason, n in source.skipped.items():
             say(f"texts: {n:,} rows skipped: {reason}")
         say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most "
-            f"{settings.activation_cache_gb:g}; delete the folder to clear it)")
+            f"{cache.limit / 1e9:.3g}; delete the folder to clear it)")
         info["cache"] = dict(hits=cache.hits, misses=cache.misses)
     failed = {f"eval {name}": error for name, error in crashed.items()}
     return failed | {f"report of {sae}": error for sae, error in unreported.items()}
@@ -898,6 +898,7 @@ def finished(settings: Settings, lm: LanguageModel, jobs: list[Job], out: Path) 
     for job in jobs:
         job.optimizer = None
         job.sae.zero_grad()
+        forget(job.sae)
     return jobs
 
 

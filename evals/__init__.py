@@ -59,8 +59,9 @@ class Setup:
 
     `lm` offers: name, digest (identity of its weights), tokenizer, device, d_model, d_final (width of h, d_model but
     for some OPTs), vocab_size, bos (token id), special_ids (set), uniform_when_ablated (a zero residual gives equal
-    logits: bias-free RMSNorm), residual(tokens_BT, layer) -> x_BTD, finish(x_BTD, layer) -> h_BTD (the blocks after
-    `layer` and the final norm), unembed(h) -> logits (..., V), by the model's own head.
+    logits: bias-free RMSNorm), residual(tokens_BT, layer) -> x_BTD, residual_of(tokens_BT, layers) -> {layer: x_BTD},
+    finish(x_BTD, layer) -> h_BTD (the blocks after `layer` and the final norm), unembed(h) -> logits (..., V), by the
+    model's own head.
     """
 
     lm: Any
@@ -78,6 +79,7 @@ class Setup:
     track: Callable = lambda items, *about: items
     # {what: how much of it the GPU held at once}, kept by evals.model.memory
     fits: dict[str, int] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()  # the run's, where this process measures them all: see evals.common.layers
 
 
 @dataclass

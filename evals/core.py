@@ -264,13 +264,18 @@ def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, T
 
 
 def _clean_run(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    for start in range(0, len(plan.tokens_RT), plan.batch):
-        tokens_BT = plan.tokens_RT[start : start + plan.batch].to(setup.lm.device)
-        x_BTD = memory.residual(setup, tokens_BT)
-        if not x_BTD.isfinite().all():
+    size = plan.batch * memory.batches_at_once(setup, plan.batch * plan.tokens_RT.shape[1])
+    for start in range(0, len(plan.tokens_RT), size):
+        tokens_RT = plan.tokens_RT[start : start + size].to(setup.lm.device)
+        x_RTD = memory.residual(setup, tokens_RT)
+        if not x_RTD.isfinite().all():
             raise ValueError(f"core: {setup.lm.name} gives NaN or infinite residuals at {setup.hook_name}\n"
                              "load the language model in float32 or bfloat16")
-        yield tokens_BT, x_BTD, _finished(setup, x_BTD) if start < plan.suffix_rows else None
+        suffix_rows = max(0, min(len(x_RTD), plan.suffix_rows - start))
+        h_STD = _finished(setup, x_RTD[:suffix_rows]) if suffix_rows else None
+        for first in range(0, len(x_RTD), plan.batch):
+            rows = slice(first, first + plan.batch)
+            yield tokens_RT[rows], x_RTD[rows], h_STD[rows] if first < suffix_rows else None
 
 
 def _documents(plan: Plan, i: int, device) -> tuple[Tensor, Tensor]:

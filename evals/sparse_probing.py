@@ -213,7 +213,7 @@ def _placed(setup, x_NF: Tensor) -> Tensor:
 def _llm_accuracies(setup, dataset: str, rows: dict, x_ND: Tensor) -> dict:
     """The accuracies of LM channels, fitted once: no SAE enters them."""
     depends_on = {
-        "activations": hashlib.sha256(x_ND.numpy().tobytes()).hexdigest(),
+        "activations": hashlib.sha256(x_ND.cpu().numpy().tobytes()).hexdigest(),
         "dataset": dataset,
         "classes": [(split, name, len(places)) for split, named in rows.items() for name, places in named.items()],
         "k_values": setup.config["k_values"],

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from runs import environment
+import evals.cache
+from runs import environment, settings
 from variants.kit.files import size
 
 TEXTS = {  # libraries in C++ and Rust give no errno but these words
@@ -20,6 +21,7 @@ TEXTS = {  # libraries in C++ and Rust give no errno but these words
     "Read-only file system": errno.EROFS, "os error 30": errno.EROFS,
     "Input/output error": errno.EIO, "os error 5)": errno.EIO,
     "Stale file handle": errno.ESTALE, "Too many open files": errno.EMFILE}
+LEAST_GB = 2.0  # of the store of activations, where the disk has that
 # torch's words where a write fails for any of these reasons
 HALF_WRITTEN = r"inline_container\.cc|PytorchStreamWriter failed writing"
 
@@ -117,6 +119,25 @@ def check_room(folder: str | Path, wanted: float, name: str) -> None:
     if free < wanted:
         raise OSError(f"{folder}: {size(free)} free, the run writes up to {size(wanted)}\n"
                       f"free some space, or name another folder with {name}")
+
+
+def store_bounds(folder: str | Path, said: str) -> tuple[float, float]:
+    """Bounds of the store of activations in a folder, GB: in all, and of what it holds in host memory at once.
+
+    `said` is the setting. auto: a tenth of what is free, with what the store holds itself, so that it does not shrink
+    as it fills. At least 2, of a disk that has less than 2.2 GB nine tenths. At once 8 (a block of 2^19 tokens of
+    three layers of Gemma-2-2B holds 7.2), of a host with less than 32 GB of free memory a quarter, at least 2.
+    """
+    given = settings.store_gb(said)
+    if given is not None:
+        return given, given
+    held = sum(evals.cache.bytes_of(entry) for entry in Path(folder).glob("*.safetensors"))
+    free = room(Path(folder))[1]
+    if free is None:
+        return LEAST_GB, LEAST_GB
+    available = (free + held) / 1e9
+    memory = environment.memory_bound("cpu")[0] / 1e9
+    return max(available / 10, min(LEAST_GB, 0.9 * available)), max(LEAST_GB, min(8.0, memory / 4))
 
 
 def file_size_limit() -> int | None:

@@ -40,6 +40,7 @@ def check_numbers(values: dict[str, object]) -> None:
 
 def check_sizes(settings) -> None:
     """ValueError where the numbers of a run, each in its range, leave nothing to train, or more than can be planned."""
+    store_gb(settings.activation_cache_gb)
     tokens, block, batch = settings.num_tokens, settings.block_tokens, settings.batch_size
     if tokens == 0 and not settings.init_from:
         raise ValueError("--num_tokens=0 is below 1\ngive a larger number, or name an SAE to evaluate: --init_from")
@@ -56,6 +57,18 @@ def rows_per_pass(text: str) -> int | str:
     if text != "auto" and not re.fullmatch(r"0*[1-9][0-9]{0,18}", text):
         raise ValueError(f"--lm_batch_size={text[:40]} is no number of rows\ngive a whole number above 0, or auto")
     return text if text == "auto" else int(text)
+
+
+def store_gb(text: str) -> float | None:
+    """What --activation_cache_gb says: a number of GB, or None for "auto"."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"--activation_cache_gb={text[:40]} is no number of GB\ngive one, or auto") from None
+    check_numbers({"activation_cache_gb": value})
+    return value
 
 
 def block_numbers(text: str) -> list[int]:

@@ -39,7 +39,7 @@ from variants.kit.sparse import (
     relu_product,
     sparse_pays,
 )
-from variants.kit.topk import above_theta, batch_topk, feature_count, saelens_of, theta_decay, update_theta
+from variants.kit.topk import above_theta, batch_topk, feature_count, saelens_of, theta_decay, top_k, update_theta
 
 # what a variant's author calls as base.<name>: the call and what it gives; where it lies, in kit/, more is said
 __all__ = [
@@ -47,13 +47,14 @@ __all__ = [
     "reconstruction_loss",  # (e_BD) -> scalar: ‖e‖², summed over D, averaged over B
     "auxk_loss",  # (sae, x_BD, e_BD, acts_BF, dead_F) -> scalar: revives the features of the mask dead_F [F]
     "affine",  # (x, W_DF, b_F=0, centre_D=None) -> (x − centre)·W + b, shape (..., F), in W's dtype under autocast too
-    "dense_activations",  # (sae, x_BD, k) -> ReLU(z_pre) [B, F] to choose k a token from, maybe without a graph
+    "dense_activations",  # (sae, x_BD, k) -> ReLU(z_pre) [B, F] to choose k a token from; no graph, as a rule
     "kept_activations",  # (sae, x_BD, acts_BF, index_BK) -> [B, K]: the activations at index_BK, with their gradient
     "decode_sparse",  # (z_BK, index_BK, W_dec_FD) -> [B, D]: Σ_k z[b, k]·W_dec[index[b, k]], b_dec not added
     "relu_product",  # (z_BF, W_FN) -> z·W [B, N] for z = ReLU(…): cheap where few are positive
     "few_positive",  # (z_BF) -> bool: whether so few of z are positive that relu_product reads these alone
     "sparse_pays",  # (device, k, d_sae) -> bool: whether k features of d_sae are better handled row by row
     "feature_count",  # (name, value, d_sae, mean=False) -> k: whole, 1 to d_sae, a mean any fraction; else ValueError
+    "top_k",  # (acts_BF, k) -> index_BK: the k largest of each token, in no order, without gradient
     "batch_topk",  # (acts_BF, k) -> mask [B, F] of the k·B largest of the batch, rounded
     "above_theta",  # (acts, theta, k) -> (..., F): z·1[z > theta], the k largest of a token while theta < 0
     "saelens_of",  # (theta, k) -> "jumprelu", "topk" or None: what SAELens calls above_theta
@@ -154,17 +155,26 @@ class SAE(nn.Module):
     # under torchrun: share every batch among the ranks. For losses that are means over tokens, or that use ranks.mean
     # and the functions below for what is not; else one rank trains, and the others run the language model only
     data_parallel = False  # not inherited, and never with contexts
+    # on a GPU, in runs long enough for it to pay, the loss is compiled: it may be traced, and what changes in it from
+    # step to step are tensors and progress.sparsity_warmup() alone. Not inherited
+    compiled_loss = False
+    # on a GPU the weights' bf16 copies may be kept from the optimiser's step to the next loss: what else changes W_enc
+    # and W_dec in between does so in place, and not through .data. Not inherited
+    copied_weights = False
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
     # -- used by the program, which sets them
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory
     dead_on_host: int | None = None  # dead features as last counted by `look`; None: not counted
+    many_dead = False  # whether these were more than a quarter
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         declared = cls.__dict__.get("data_parallel", False)
         cls.data_parallel = declared and not (cls.needs_contexts or cls.attention_layers)
+        cls.compiled_loss = cls.__dict__.get("compiled_loss", False)
+        cls.copied_weights = cls.__dict__.get("copied_weights", False)
 
     def __init__(self, d_in: int, d_sae: int, decoder_norm: float = 1.0):
         super().__init__()
@@ -215,7 +225,7 @@ class SAE(nn.Module):
         begin_at_dominant_mean(self, x_ND)
 
     def after_step(self, batch: Batch, progress: Progress) -> None:
-        """Called after each optimiser step, without gradient."""
+        """Called after each optimiser step, without gradient; .grad is then maybe not yet clipped and projected."""
 
     def parameter_groups(self, lr: float) -> list[dict]:
         """Adam's parameter groups."""
@@ -244,6 +254,11 @@ class SAE(nn.Module):
 
     def note_fired_indices(self, z_BK: Tensor, index_BK: Tensor) -> None:
         """The same for the sparse form: kept values and their feature numbers."""
+        if z_BK.is_cuda:  # by plain stores: of maxima a GPU takes one after the other
+            place_BK = torch.where(z_BK.detach() > 0, index_BK, self.d_sae)
+            fired_F = torch.zeros(self.d_sae + 1, device=z_BK.device, dtype=torch.bool)
+            self._note(fired_F.scatter_(0, place_BK.flatten(), True)[:-1])
+            return
         fired_F = torch.zeros(self.d_sae, device=z_BK.device, dtype=z_BK.dtype)
         # amax over the kept values has no data-dependent shape, so nothing waits for the device
         fired_F.scatter_reduce_(0, index_BK.flatten(), z_BK.detach().flatten(), "amax")
@@ -272,6 +287,7 @@ class SAE(nn.Module):
         """Count the dead features of a GPU on the host, now and then and outside of a step: it waits for the device."""
         if self.tokens_since_fired.is_cuda:
             self.dead_on_host = int(self.dead_features(progress).sum())
+            self.many_dead = 4 * self.dead_on_host > self.d_sae
 
     def holder_of(self, name: str):
         """What holds a state dict's entry that is no parameter or buffer: only trainers have such."""

@@ -111,7 +111,7 @@ class SAE(base.SAE):
         self.note_fired(acts_BF)
         k = max((acts_BF > 0).sum(1).tolist() + [1]) if acts_BF.device.type == "cpu" else self.d_sae
         if base.sparse_pays(acts_BF.device, k, self.d_sae):  # the same loss, from each token's positive features alone
-            index_BK = acts_BF.detach().topk(k, sorted=False).indices
+            index_BK = base.top_k(acts_BF, k)
             z_BK = base.kept_activations(self, batch.x, acts_BF.detach(), index_BK) * importance_F[index_BK]
             x_hat_BD = base.decode_sparse(z_BK, index_BK, unit_FD) + self.b_dec
         else:

@@ -17,6 +17,7 @@ class SAE(base.SAE):
 
     unit_norm_decoder = True
     data_parallel = True
+    compiled_loss = True
     adam_betas = (0.0, 0.999)
     saelens = "gated"
 

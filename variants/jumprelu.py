@@ -40,6 +40,7 @@ class SAE(base.SAE):
 
     unit_norm_decoder = True
     data_parallel = True
+    compiled_loss = True
     grad_clip = 1.0
     adam_betas = (0.0, 0.999)
     saelens = "jumprelu"

@@ -18,6 +18,7 @@ class SAE(base.SAE):
 
     unit_norm_decoder = True
     data_parallel = True
+    compiled_loss = True
     grad_clip = 1.0
 
     def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32, weights=(1.0, 1.0, 1.0, 1.0, 1.0)):

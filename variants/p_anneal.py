@@ -25,6 +25,7 @@ class SAE(base.SAE):
 
     unit_norm_decoder = True
     data_parallel = True
+    compiled_loss = True
     saelens = "standard"
 
     def __init__(self, d_in, d_sae, l1_penalty=0.06, p_end=0.2, anneal_start=0.5):

@@ -14,6 +14,7 @@ class SAE(base.SAE):
 
     unit_norm_decoder = True
     data_parallel = True
+    compiled_loss = True
     saelens = "standard"
 
     def __init__(self, d_in, d_sae, l1_penalty=0.1):

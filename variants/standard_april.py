@@ -14,6 +14,7 @@ class SAE(base.SAE):
 
     grad_clip = 1.0
     data_parallel = True
+    compiled_loss = True
     saelens = "standard"
 
     def __init__(self, d_in, d_sae, l1_penalty=0.25):

@@ -200,7 +200,8 @@ def pooled(setup, saes: dict, name: str, sets: dict, problems: dict[str, list[st
         content_N = pooling.content_mask(tokens_NT, length_N, setup.lm.special_ids).sum(1)
         masked_N = (tokens_NT.shape[1] - content_N) / content_N.clamp_min(1)
         # one data set at a time: 7,500 texts (scr) or 12,500 (tpp) of 65k features take 2 or 3 GB for each SAE
-        features = pooling.pooled(setup, tokens_NT, length_N, encoders)
+        features = {sae_name: v_NV.cpu() for sae_name, v_NV in
+                    pooling.pooled(setup, tokens_NT, length_N, encoders).items()}
         bad = {sae_name: int((~v_NV.isfinite()).any(1).sum()) for sae_name, v_NV in features.items()}
         x_ND = features.pop(None)
         for sae_name in saes:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from evals.common import probes
+from evals.common import layers, probes
 from evals.model import memory
 from evals.storage.identity import code_digest
 
@@ -100,19 +100,24 @@ def prompts(words: list[Word], pool: list[Word], examples: int, together: int, b
     return made
 
 
-def at_words(setup, prompted: list[tuple[list[int], list[int]]], label: str) -> Tensor:
-    """The residual stream at setup.layer at every word of the prompts, in order: x_ND on the CPU, in the LM's dtype."""
-    size, found = setup.config["llm_batch_size"], []
+def at_words(setup, prompted: list[tuple[list[int], list[int]]], label: str, wanted: list[int]) -> dict[int, Tensor]:
+    """The residual stream at the layers `wanted` at every word of the prompts, in order: {layer: x_ND}, on the CPU.
+
+    In the LM's dtype.
+    """
+    size, found = setup.config["llm_batch_size"], {layer: [] for layer in wanted}
+    size *= memory.batches_at_once(setup, size * max(len(tokens) for tokens, _ in prompted))
     batches = range(0, len(prompted), size)
     for start in setup.track(batches, f"absorption: {label}", len(batches), "batches"):
         rows = prompted[start:start + size]
         # padded on the right, which no word sees
         tokens_bT = pad_sequence([torch.tensor(tokens) for tokens, _ in rows], batch_first=True,
                                  padding_value=setup.lm.bos)
-        x_bTD = memory.residual(setup, tokens_bT)
         row = [i for i, (_, places) in enumerate(rows) for _ in places]
-        found.append(x_bTD[row, [place for _, places in rows for place in places]].cpu())
-    return torch.cat(found)
+        column = [place for _, places in rows for place in places]
+        for layer, x_bTD in memory.residual_of(setup, tokens_bT, wanted).items():
+            found[layer].append(x_bTD[row, column].cpu())
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ probes
@@ -141,10 +146,16 @@ def fit_letters(rows_of: Callable[[Tensor], Tensor], letter_N: Tensor, width: in
         _, seed = (torch.empty((), dtype=torch.int64).random_(generator=rng).item() for _ in range(2))
         order_N = torch.randperm(len(letter_N), generator=torch.Generator().manual_seed(seed)).to(device)
         for index_b in order_N.split(batch):
-            logit_bL = functional.linear(rows_of(index_b), W_LF, b_L)
-            loss = functional.binary_cross_entropy_with_logits(logit_bL, target_NL[index_b], pos_weight=weight_L)
-            optimiser.zero_grad()
-            (loss + l1 * W_LF.abs().sum(1).mean()).backward()
+            x_bF, target_bL = rows_of(index_b), target_NL[index_b]
+            if W_LF.is_cuda:
+                W_LF.grad, b_L.grad = probes.gradients(x_bF, target_bL, W_LF.detach(), b_L.detach(), weight_L)
+                if l1:
+                    W_LF.grad.add_(W_LF.detach().sign(), alpha=l1 / len(LETTERS))
+            else:
+                logit_bL = functional.linear(x_bF, W_LF, b_L)
+                loss = functional.binary_cross_entropy_with_logits(logit_bL, target_bL, pos_weight=weight_L)
+                optimiser.zero_grad()
+                (loss + l1 * W_LF.abs().sum(1).mean()).backward()
             optimiser.step()
     return W_LF.detach(), b_L.detach()
 
@@ -165,24 +176,38 @@ def measured(setup) -> dict[str, Tensor]:
     second_letter [N]: test words of letters with an F1 above min_GT_probe_f1 that their letter's probe finds, in new
     prompts (none if there are fewer such letters than min_feats_for_eval).
     """
-    depends_on = {"lm": setup.lm.digest, "layer": setup.layer, "settings": {key: setup.config[key] for key in SETTINGS},
-                  "seed": setup.seed, "torch": torch.__version__, "device": torch.device(setup.lm.device).type,
-                  "code": [code_digest(file) for file in (__file__, probes.__file__)]}
-    return setup.cache.get("first_letter", depends_on, lambda: _measure(setup))
+    def depends_on(layer: int) -> dict:
+        return {"lm": setup.lm.digest, "layer": layer, "settings": {key: setup.config[key] for key in SETTINGS},
+                "seed": setup.seed, "torch": torch.__version__, "device": torch.device(setup.lm.device).type,
+                "code": [code_digest(file) for file in (__file__, probes.__file__)]}
+
+    most_words = setup.config["max_words"] or len(setup.lm.tokenizer.get_vocab())
+    return layers.shared(setup, "first_letter", depends_on, 8 * most_words * setup.lm.d_model,
+                         lambda wanted: _measure(setup, wanted))
 
 
-def _measure(setup) -> dict[str, Tensor]:
-    config, device = setup.config, setup.lm.device
+def _measure(setup, wanted: list[int]) -> dict[int, dict[str, Tensor]]:
+    """What `measured` gives for each of the layers `wanted`: the words pass the LM once, those found once a layer."""
+    config = setup.config
     rng = random.Random(f"first letter {setup.seed}")
     words = vocabulary(setup.lm.tokenizer)
     chosen = rng.sample(words, min(config["max_words"] or len(words), len(words)))
     cut = int(TRAIN_SHARE * len(chosen))
-    shape = config["max_icl_examples"], config["words_per_prompt"], setup.lm.bos, rng
-    found = {}
+    found: dict[int, dict[str, Tensor]] = {layer: {} for layer in wanted}
     for side, split in (("train", chosen[:cut]), ("test", chosen[cut:])):
-        found[f"{side}_x"] = at_words(setup, prompts(split, split, *shape), f"{side} words")
-        found[f"{side}_letter"] = torch.tensor([word.letter for word in split])
+        prompted = prompts(split, split, config["max_icl_examples"], config["words_per_prompt"], setup.lm.bos, rng)
+        for layer, x_ND in at_words(setup, prompted, f"{side} words", wanted).items():
+            found[layer] |= {f"{side}_x": x_ND, f"{side}_letter": torch.tensor([word.letter for word in split])}
+    for layer, of in found.items():
+        drawn = random.Random()
+        drawn.setstate(rng.getstate())  # each layer goes on as if it were alone
+        _add_found(setup, layer, of, words, chosen[cut:], drawn)
+    return found
 
+
+def _add_found(setup, layer: int, found: dict[str, Tensor], words: list[Word], test: list[Word], rng) -> None:
+    """Fit the probe of a layer and add what it finds to what is known of the layer's words."""
+    config, device = setup.config, setup.lm.device
     x_ND = found["train_x"].to(device).float()
     W_LD, b_L = fit_letters(x_ND.__getitem__, found["train_letter"], x_ND.shape[1], batch=64, epochs=50, l1=0.0,
                             weight_decay=1e-4, rng=probes.generator(setup.seed, "first letter", "probe"), device=device)
@@ -192,12 +217,11 @@ def _measure(setup) -> dict[str, Tensor]:
     found["f1_L"] = f1(positive_NL, functional.one_hot(found["test_letter"], len(LETTERS)).bool())
 
     good_L = found["f1_L"] > config["min_GT_probe_f1"]
-    second = [word for word, positive_L in zip(chosen[cut:], positive_NL)
-              if positive_L[word.letter] and good_L[word.letter]]
+    second = [word for word, positive_L in zip(test, positive_NL) if positive_L[word.letter] and good_L[word.letter]]
     if good_L.sum() < config["min_feats_for_eval"]:
         second = []
     found["second_letter"] = torch.tensor([word.letter for word in second], dtype=torch.int64)
     found["second_x"] = x_ND[:0].cpu()
     if second:
-        found["second_x"] = at_words(setup, prompts(second, words, *shape), "words found, in new prompts")
-    return found
+        prompted = prompts(second, words, config["max_icl_examples"], config["words_per_prompt"], setup.lm.bos, rng)
+        found["second_x"] = at_words(setup, prompted, "words found, in new prompts", [layer])[layer]

@@ -86,8 +86,8 @@ def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -
     LM's dtype).
 
     T is the longest row of the batch. Kept in the cache, an entry per batch, if all batches fit there (counted as
-    fp32), else taken from the LM each time; the batches, and so the numbers, are the same. Rows are best given as
-    `distinct` orders them.
+    fp32), else taken from the LM each time, on a GPU several batches at once; the batches are the same. Rows are best
+    given as `distinct` orders them.
     """
 
     def batch_tokens(start: int) -> Tensor:
@@ -99,31 +99,40 @@ def activation_batches(setup, tokens_UT: Tensor, length_U: Tensor, batch: int) -
         return {"lm": setup.lm.digest, "layer": setup.layer, "tokens": sha, "shape": list(tokens_bT.shape),
                 "torch": torch.__version__, "device": torch.device(setup.lm.device).type}
 
-    def residual(tokens_bT: Tensor) -> Tensor:
-        with torch.no_grad():
-            return memory.residual(setup, tokens_bT).contiguous()
+    def kept(start: int) -> bool:
+        return setup.cache.path("activations", depends_on(batch_tokens(start))).exists()
+
+    ahead: dict[int, Tensor] = {}  # what came of a pass beside the batch that needed it
+
+    def residual(start: int) -> Tensor:
+        if start not in ahead:
+            number = memory.batches_at_once(setup, batch_tokens(start).numel())
+            following = starts[start // batch:start // batch + number]
+            wanted = list(itertools.takewhile(lambda s: s == start or not (stored and kept(s)), following))
+            with torch.no_grad():
+                ahead.update(zip(wanted, memory.residuals(setup, [batch_tokens(s) for s in wanted])))
+        return ahead.pop(start).contiguous()
 
     starts = range(0, len(tokens_UT), batch)
     # what is stored already takes no further room: without this an entry just written would be what no longer fits
-    missing = sum(batch_tokens(s).numel() for s in starts
-                  if not setup.cache.path("activations", depends_on(batch_tokens(s))).exists())
+    missing = sum(batch_tokens(s).numel() for s in starts if not kept(s))
     stored = setup.cache.fits(missing * setup.lm.d_model * 4)
     for start in starts:
         tokens_bT = batch_tokens(start)
         if stored:
-            entry = setup.cache.get("activations", depends_on(tokens_bT), lambda t=tokens_bT: {"x": residual(t)})
+            entry = setup.cache.get("activations", depends_on(tokens_bT), lambda s=start: {"x": residual(s)})
             x_bTD = entry["x"].to(setup.lm.device)
         else:
-            x_bTD = residual(tokens_bT)
+            x_bTD = residual(start)
         yield slice(start, start + len(tokens_bT)), x_bTD
 
 
 def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, Callable]) -> dict[Hashable, Tensor]:
-    """Pooled features {name: [N, F] fp32 on the CPU} of every encoder (x_bTD -> z_bTF), all fed from one pass of the
-    LM.
+    """Pooled features {name: [N, F] fp32} of every encoder (x_bTD -> z_bTF), all fed from one pass of the LM.
 
-    Reads llm_batch_size and sae_batch_size from setup.config. How an encoder's input is cut into parts depends on its
-    own width only, so its features do not depend on which other encoders run beside it.
+    On the LM's device, or where a GPU has no room to spare, on the CPU. Reads llm_batch_size and sae_batch_size from
+    setup.config. How an encoder's input is cut into parts depends on its own width only, so its features do not depend
+    on which other encoders run beside it.
     """
     config = setup.config
     tokens_UT, length_U, inverse_N = distinct(tokens_NT, length_N)
@@ -134,12 +143,14 @@ def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, 
         mask_bT = mask_UT[rows, : x_bTD.shape[1]].to(x_bTD.device)
         for name, encode in encoders.items():
             if name not in features_UF:
-                features_UF[name] = torch.empty(len(tokens_UT), encode(x_bTD[:1, :1]).shape[-1])
+                shape = len(tokens_UT), encode(x_bTD[:1, :1]).shape[-1]
+                room = memory.has_room(x_bTD, 4 * shape[1] * (len(tokens_UT) + len(tokens_NT)))
+                features_UF[name] = torch.empty(shape, device=x_bTD.device if room else "cpu")
             of_text = x_bTD.shape[1] * features_UF[name].shape[1]
             z_bF = memory.by_rows(setup, "the features of texts", partial(_encoded_and_pooled, encode), x_bTD, mask_bT,
                                   most=max(1, min(config["sae_batch_size"], PART_FLOATS // of_text)), each=of_text)
-            features_UF[name][rows] = z_bF.cpu()
-    return {name: z_UF[inverse_N] for name, z_UF in features_UF.items()}
+            features_UF[name][rows] = z_bF.to(features_UF[name].device)
+    return {name: z_UF[inverse_N.to(z_UF.device)] for name, z_UF in features_UF.items()}
 
 
 def labelled(setup) -> dict[str, tuple[Tensor, Tensor, dict]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evals.model import architecture, checks, places
+from evals.model import architecture, attention, checks, places
 
 # context: below it compiled eager attention moves its scores in under a twentieth of the matrix products' time
 FLEX_FROM = 512
@@ -133,14 +133,18 @@ class LanguageModel:
         is said in one line and done without.
         """
         while self.compiled and "_wrapped" not in self.__dict__:
-            attention = "flex_attention" if tokens_BT.shape[1] >= self.flex_from else None
+            kind = attention.NAME if tokens_BT.shape[1] >= self.flex_from else None
             try:
-                return self._compiled_residuals(tokens_BT, layers, rows, attention)
+                return self._compiled_residuals(tokens_BT, layers, rows, kind)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                if attention:
+                if kind and attention.BLOCKS:  # this inductor, or this card, does not take them
+                    attention.BLOCKS.clear()
+                    self.beside.clear()
+                    print(f"language model: flex attention in blocks of its own choice ({why})", flush=True)
+                elif kind:
                     self.flex_from = math.inf
                     print(f"language model: no flex attention ({why}); going on with the model's own", flush=True)
                 else:
@@ -149,12 +153,14 @@ class LanguageModel:
         return self.residuals(tokens_BT, layers)
 
     def _compiled_residuals(self, tokens_BT: Tensor, layers: list[int], rows: int,
-                            attention: str | None) -> dict[int, Tensor]:
+                            kind: str | None) -> dict[int, Tensor]:
         B, T = tokens_BT.shape
         filled_RT = torch.cat([tokens_BT, tokens_BT[:1].expand(max(rows - B, 0), T)])  # each shape is compiled anew
-        x, first = {}, (T, attention) not in self.beside
-        with self.attending(attention):
-            given = self._given_to_blocks(T, attention) if first else self.beside[T, attention]
+        x, first = {}, (T, kind) not in self.beside
+        if kind:
+            attention.register()
+        with self.attending(kind):
+            given = self._given_to_blocks(T, kind) if first else self.beside[T, kind]
             h_RTD = self._entering(filled_RT)
             for layer in range(max(layers) + 1):
                 args, kwargs = given[layer]
@@ -164,10 +170,10 @@ class LanguageModel:
         if first:
             for layer, plain_BTD in self.residuals(tokens_BT[:2], layers).items():
                 checks.assert_agreement(x[layer][:2], plain_BTD, layer)
-            self.beside[T, attention] = given
+            self.beside[T, kind] = given
         return x
 
-    def _given_to_blocks(self, T: int, attention: str | None) -> list[tuple[tuple, dict]]:
+    def _given_to_blocks(self, T: int, kind: str | None) -> list[tuple[tuple, dict]]:
         """What the backbone gives each block beside the residual stream: masks and rotary angles, for any row."""
         given = []
 
@@ -177,7 +183,7 @@ class LanguageModel:
 
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():  # made once: not worth compiling
             warnings.simplefilter("ignore")  # flex attention advises to compile it
-            if attention:
+            if kind:
                 checks.assert_soft_capping(self.hf)
             with shadowed(dict.fromkeys(self.blocks, note)):
                 self.backbone(input_ids=torch.zeros(1, T, dtype=torch.long, device=self.device), use_cache=False)
@@ -247,9 +253,14 @@ class LanguageModel:
     @torch.no_grad()
     def residual(self, tokens_BT: Tensor, layer: int) -> Tensor:
         """`blocks.<layer>.hook_resid_post` [B, T, D] as evals see it, stopping after that block."""
+        return self.residual_of(tokens_BT, [layer])[layer]
+
+    @torch.no_grad()
+    def residual_of(self, tokens_BT: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        """{layer: x_BTD} as `residual`, from one pass."""
         if self.bridge is None:
-            return self.residuals(tokens_BT, [layer])[layer]
-        return _through(self.bridge, tokens_BT, [layer])[layer]
+            return self.residuals(tokens_BT, layers)
+        return _through(self.bridge, tokens_BT, layers)
 
     def finish(self, x_BTD: Tensor, layer: int) -> Tensor:
         """From the residual stream after block `layer` to the input of the unembedding [B, T, D].

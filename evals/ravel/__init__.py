@@ -208,7 +208,8 @@ def known_prompts(setup) -> tuple[list[Known], Counter]:
         right = [matches(prompt.text, prompt.value, text) for prompt, text in zip(prompts, said)]
         return {"right": torch.tensor(right), "first": torch.tensor(first)}
 
-    depends_on = {"lm": lm.digest, "layer": setup.layer, "prompts": digest([[p.text, p.value] for p in prompts]),
+    # whichever the layer, the passes up to it and from it are one pass of the model
+    depends_on = {"lm": lm.digest, "prompts": digest([[p.text, p.value] for p in prompts]),
                   "tokens": config["n_generated_tokens"], "batch": config["completion_batch_size"],
                   "code": [code_digest(file) for file in files("ravel")],
                   "torch": torch.__version__, "device": torch.device(lm.device).type}
@@ -237,7 +238,8 @@ def residuals(setup, known: list[Known], tasks: list[Task]) -> tuple[dict[int, T
     """The residual stream {prompt: x_TD} of all bases and at the last entity token of every prompt in a pair, entity_PD
     (others 0).
 
-    Both on the CPU in the LM's dtype: at Gemma's size up to 60,000 bases of about 25 tokens, 7 GB.
+    In the LM's dtype; at Gemma's size up to 60,000 bases of about 25 tokens, 7 GB: on the CPU, of a GPU as long as half
+    of its memory is free on the GPU.
     """
     pairs = [pair for task in tasks for pair in [*itertools.chain(*task.train), *task.test]]
     bases = {pair.base for pair in pairs}
@@ -248,10 +250,12 @@ def residuals(setup, known: list[Known], tasks: list[Task]) -> tuple[dict[int, T
     x, entity_PD = {}, None
     batches = pooling.activation_batches(setup, tokens_UT, length_U, size)
     for rows, x_bTD in setup.track(batches, "ravel: residuals", math.ceil(len(used) / size), "batches"):
-        x_bTD = x_bTD.cpu()
-        entity_PD = x_bTD.new_zeros(len(known), x_bTD.shape[-1]) if entity_PD is None else entity_PD
+        if entity_PD is None:
+            entity_PD = x_bTD.new_zeros(len(known), x_bTD.shape[-1])
+        entity_PD[used[rows]] = x_bTD[range(len(x_bTD)), [known[i].position for i in used[rows]]]
+        if not memory.has_room(x_bTD):
+            x_bTD = x_bTD.cpu()
         for i, x_TD in zip(used[rows], x_bTD):
-            entity_PD[i] = x_TD[known[i].position]
             if i in bases:
                 x[i] = x_TD[: len(known[i].tokens)].clone()
     return x, entity_PD
@@ -301,6 +305,19 @@ def interchange(sae, base_bD: Tensor, source_bD: Tensor, share_F: Tensor) -> Ten
     return sae.decode((1 - share_F) * base_bF + share_F * source_bF)
 
 
+def interchanged(sae, entity_PD: Tensor, pairs: list[list[Pair]], shares: list[Tensor]) -> Tensor:
+    """`interchange` for the pairs of each share_F, one after the other, [b, D]; on a GPU from one pass of the SAE."""
+    if not shares[0].is_cuda:
+        vectors = ([entity_PD[[pair.base for pair in of]], entity_PD[[pair.source for pair in of]]] for of in pairs)
+        return torch.cat([interchange(sae, *of, share_F) for of, share_F in zip(vectors, shares)])
+    every = [pair for of in pairs for pair in of]
+    entity_cD = entity_PD[[pair.base for pair in every] + [pair.source for pair in every]].to(shares[0].device)
+    with torch.no_grad():
+        base_bF, source_bF = sae.encode(entity_cD).chunk(2)
+    share_bF = torch.cat([share_F.expand(len(of), -1) for of, share_F in zip(pairs, shares)])
+    return sae.decode((1 - share_bF) * base_bF + share_bF * source_bF)
+
+
 def put(x_bTD: Tensor, position: list[int], patch_bD: Tensor) -> Tensor:
     """x with each row's vector at its position replaced."""
     index = (torch.arange(len(x_bTD), device=x_bTD.device), torch.tensor(position, device=x_bTD.device))
@@ -325,10 +342,10 @@ def fit_masks(setup, sae, known: list[Known], tasks: list[Task], x: dict[int, Te
     steps = list(itertools.zip_longest(*plans))
     for step in setup.track(steps, f"ravel: masks of {name}", len(steps), "steps"):
         # features are encoded again in every step: kept for all pairs they would take 30 GB at a width of 65k
-        patches = [interchange(sae, *_vectors(entity_PD, part[0], lm.device), torch.sigmoid(mask_F / part[1]))
-                   for mask_F, part in zip(masks, step) if part]
-        pairs, patch_bD = [pair for part in step if part for pair in part[0]], torch.cat(patches)
-        x_bTD = pad_sequence([x[pair.base] for pair in pairs], batch_first=True).to(lm.device)
+        parts = [(part[0], torch.sigmoid(mask_F / part[1])) for mask_F, part in zip(masks, step) if part]
+        patch_bD = interchanged(sae, entity_PD, *map(list, zip(*parts)))
+        pairs = [pair for of, _ in parts for pair in of]
+        x_bTD = pad_sequence([x[pair.base].to(lm.device) for pair in pairs], batch_first=True)
         position = [known[pair.base].position for pair in pairs]
         last = [len(known[pair.base].tokens) - 1 for pair in pairs]
         target_b = torch.tensor([known[pair.wanted].first for pair in pairs], device=lm.device)
@@ -349,17 +366,13 @@ def _gradient(setup, patch_bD: Tensor, x_bTD: Tensor, position: list[int], last:
     return torch.autograd.grad(loss, patch_bD)[0]
 
 
-def _vectors(entity_PD: Tensor, pairs: list[Pair], device) -> tuple[Tensor, Tensor]:
-    return entity_PD[[pair.base for pair in pairs]].to(device), entity_PD[[pair.source for pair in pairs]].to(device)
-
-
 @torch.no_grad()
 def completed_right(setup, sae, known: list[Known], tasks: list[Task], masks: list[Tensor], x: dict[int, Tensor],
                     entity_PD: Tensor, name: str) -> list[list[bool]]:
     """Per task and test pair, whether the completion under the hard mask gives the wanted value."""
     lm = setup.lm
     pairs = [pair for task in tasks for pair in task.test]
-    patch_ND = torch.cat([interchange(sae, *_vectors(entity_PD, batch, lm.device), (mask_F > 0).float())
+    patch_ND = torch.cat([interchanged(sae, entity_PD, [batch], [(mask_F > 0).float()])
                           for task, mask_F in zip(tasks, masks)
                           for batch in full_batches(task.test, setup.config["llm_batch_size"])])
 
@@ -367,8 +380,8 @@ def completed_right(setup, sae, known: list[Known], tasks: list[Task], masks: li
         if step:
             clean_bTD = lm.residual(tokens_bT, setup.layer)
         else:
-            clean_bTD = pad_sequence([x[pairs[i].base] for i in rows], batch_first=True)
-        return put(clean_bTD.to(lm.device), [known[pairs[i].base].position for i in rows], patch_ND[rows])
+            clean_bTD = pad_sequence([x[pairs[i].base].to(lm.device) for i in rows], batch_first=True)
+        return put(clean_bTD, [known[pairs[i].base].position for i in rows], patch_ND[rows])
 
     def done(i: int, text: str) -> bool:
         return settled(*question[i], text)

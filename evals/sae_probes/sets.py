@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evals.common import probes
+from evals.common import layers, probes
 from evals.model import memory
 from evals.storage.identity import code_digest
 from evals.texts import embedded, tiny
@@ -167,13 +167,17 @@ def last_tokens(setup, rows: list[Tensor], length_U: Tensor) -> Tensor:
     for span in setup.track(spans, "sae_probes: language model", len(spans), "batch"):
         tokens_bT = torch.nn.utils.rnn.pad_sequence(rows[span], batch_first=True, padding_value=setup.lm.bos).long()
 
-        def make(tokens_bT=tokens_bT, last_b=length_U[span] - 1) -> dict[str, Tensor]:
+        def make(wanted: list[int], tokens_bT=tokens_bT, last_b=length_U[span] - 1) -> dict[int, dict[str, Tensor]]:
             with torch.no_grad():
-                x_bTD = memory.residual(setup, tokens_bT)
-            return {"x": x_bTD[torch.arange(len(last_b)), last_b]}
+                found = memory.residual_of(setup, tokens_bT, wanted)
+            return {layer: {"x": x_bTD[torch.arange(len(last_b)), last_b]} for layer, x_bTD in found.items()}
 
         lengths, sha = length_U[span].tolist(), hashlib.sha256(tokens_bT.numpy().tobytes()).hexdigest()
-        depends_on = {"lm": setup.lm.digest, "layer": setup.layer, "tokens": sha, "lengths": lengths,
-                      "torch": torch.__version__, "device": torch.device(setup.lm.device).type}
-        parts.append(setup.cache.get("last_tokens", depends_on, make)["x"].cpu())
+
+        def depends_on(layer: int, lengths=lengths, sha=sha) -> dict:
+            return {"lm": setup.lm.digest, "layer": layer, "tokens": sha, "lengths": lengths,
+                    "torch": torch.__version__, "device": torch.device(setup.lm.device).type}
+
+        n_bytes = 4 * len(lengths) * setup.lm.d_model
+        parts.append(layers.shared(setup, "last_tokens", depends_on, n_bytes, make)["x"].cpu())
     return torch.cat(parts)

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -25,21 +26,34 @@ import evals
 import experiment
 from evals.cache import Cache
 from evals.common.settings import choose
+from tests.benchmarks import protocol
 from variants import topk
 from variants.kit.trained import TrainedSAE
 
 K, WIDTHS = 32, (14, 9, 15, 9, 14, 9)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--evals", default=",".join(name for name in evals.names() if name != "autointerp"))
+    parser.add_argument("--model", default="embedded", choices=("embedded", "gemma-2-2b-shape", "narrow"),
+                        help="others than embedded: tests/benchmarks/protocol.py")
+    parser.add_argument("--evals", help="of gemma-2-2b-shape in this order")
     parser.add_argument("--saes", type=int, default=6, help="how many beside one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--saebench", action="store_true")
     parser.add_argument("--cache_dir", default="", help="where models and wheels lie; nothing else is taken from it")
     parser.add_argument("--data_dir", default="")
-    args = parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--width", type=int, default=protocol.WIDTH, help="of gemma-2-2b-shape")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which gemma-2-2b-shape stops")
+    parser.add_argument("--profile", default="", help="of gemma-2-2b-shape: the eval whose operations are shown")
+    parser.add_argument("--store", default="", help="of gemma-2-2b-shape: the folder in which it keeps things")
+    args = parser.parse_args(argv)
+    if args.model != "embedded":
+        args.evals = args.evals or ",".join(name for name in protocol.SHARES if name in evals.names())
+        protocol.run(args)
+        return
+    args.evals = args.evals or ",".join(name for name in evals.names() if name != "autointerp")
     torch.set_num_threads(args.threads)
     flags = [f"--{key}={value}" for key, value in (("cache_dir", args.cache_dir), ("data_dir", args.data_dir)) if value]
     settings, _ = experiment.resolve(experiment.parse_settings(["--profile=embedded", *flags]))

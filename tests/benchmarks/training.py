@@ -22,6 +22,9 @@ parts      of a second run, which is timed around the product's functions (on a 
            optimiser (projection, clipping, Adam, normalisation, counters); host: what is left (waiting for texts,
            logging, Python)
 memory     peak of the GPU allocator, or of the process' resident memory
+padded     rows that only fill up a language-model pass of a fixed shape, in % of the rows passed in the measured
+           blocks, counted where tokens are embedded. On a GPU a block's last pass is completed from the next block,
+           so that only a run's last pass is filled up; elsewhere passes have no fixed shape
 
 On a CPU also the tokens/s of the bare transformers model, cut after the same layer and run on as many rows in turn with
 the blocks, the run's tokens/s as a share of it, and the share of time that is not the language model. `--cpu_seconds`
@@ -33,8 +36,9 @@ mean something there.
 context alike. dictionary_learning: ActivationBuffer, trainSAE and TopKTrainer with its defaults; nnsight wraps the same
 plain transformers model. sae_lens: ActivationsStore, SAETrainer and TopKTrainingSAE with its defaults, dense
 activations; the plain transformers model through its HookedProxyLM, which is faster than TransformerLens. Both:
-language-model batches as large as the product's, a buffer of two blocks on the training device, bf16 autocast on a GPU,
-tokens from memory, no log, no checkpoint; and a window of as many tokens as a block, in which each buffer is filled
+language-model batches as large as the product's (or the next smaller that divides a buffer's rows: nothing is thrown
+away; `padded` is the product's), a buffer of two blocks on the training device, bf16 autocast on a GPU, tokens from
+memory, no log, no checkpoint; and a window of as many tokens as a block, in which each buffer is filled
 once, after the fill and the first step. Nobody's features are dead.
 
 `--growth`: seconds against tokens, width and number of SAEs, each with the ratio to the first row.
@@ -71,7 +75,7 @@ from torch.profiler import ProfilerActivity
 
 import experiment
 from evals.cache import Cache
-from evals.model import architecture, language_model
+from evals.model import architecture, language_model, passes
 from evals.texts.source import Listed
 from runs import environment
 
@@ -243,10 +247,13 @@ def machine_of(device: str, dtype: torch.dtype) -> tuple[float, float]:
         return H200
     n = 8192 if device == "cuda" else 1024
     a_NN, b_NN = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / least_seconds(device, lambda: a_NN @ b_NN), copy_rate(device)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes/s of a copy, read and written ones counted, the best of ten."""
     source, target = (torch.ones(2**26, device=device) for _ in range(2))  # 268 MB, more than caches hold
-    rate = 2 * n**3 / least_seconds(device, lambda: a_NN @ b_NN)
-    bandwidth = 2 * source.nbytes / least_seconds(device, lambda: target.copy_(source))
-    return rate, bandwidth
+    return 2 * source.nbytes / least_seconds(device, lambda: target.copy_(source))
 
 
 def least_seconds(device: str, work: Callable) -> float:
@@ -275,11 +282,13 @@ class Enough(Exception):
 
 
 def train(settings, lm, source, blocks: int, between: Callable[[int, int], None] = lambda b, rows: None,
-          parts: Parts | None = None):
+          parts: Parts | None = None, rows_passed: Counter | None = None):
     """Seconds of each of `blocks` blocks of a run by `experiment.train`, after a warm-up block.
 
-    `between(b, rows)` is called after block b, of so many rows; what it does is not counted.
+    `between(b, rows)` is called after block b, of so many rows; what it does is not counted. `rows_passed` is given
+    the rows "passed" through the language model in these blocks, and how many of them were "asked" for.
     """
+    rows_passed = Counter() if rows_passed is None else rows_passed
     seconds, spoken, activation_blocks = [], io.StringIO(), experiment.activation_blocks
     jobs = experiment.make_jobs(settings, lm)
 
@@ -287,13 +296,15 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
         with contextlib.closing(activation_blocks(*args, **kwargs)) as given:
             for b in range(1 + blocks):
                 start = now(settings.device)
-                _, block = item = next(given)
+                _, block, _ = item = next(given)
                 rows = int(block["place_N"][-1]) // settings.context + 1
                 yield item  # and comes back when the block is trained on
                 if b:
                     seconds.append(now(settings.device) - start)
-                elif parts:
-                    parts.clear()
+                else:
+                    rows_passed.clear()
+                    if parts:
+                        parts.clear()
                 between(b, rows)
         raise Enough
 
@@ -302,6 +313,7 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
         stack.enter_context(contextlib.redirect_stdout(spoken))
         stack.enter_context(contextlib.suppress(Enough))
         stack.enter_context(mock.patch.object(experiment, "activation_blocks", watched))
+        stack.enter_context(mock.patch.object(lm, "training_residuals", counted(lm, rows_passed)))
         if parts:
             parts.put_around(stack, lm, jobs)
         experiment.train(settings, lm, jobs, source, Cache(folder / "cache", 0), folder,
@@ -310,6 +322,30 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
         if line.startswith(("language model", "out of")):  # what the run had to do without
             print(line, file=sys.stderr, flush=True)
     return seconds
+
+
+def counted(lm, rows_passed: Counter) -> Callable:
+    """`lm.training_residuals`, which notes the rows that it is asked for, and those that it passes."""
+    function, embedding = lm.training_residuals, lm.hf.get_input_embeddings()
+
+    def note(module, args: tuple) -> None:
+        rows_passed["passed"] += len(args[0])
+
+    def run(tokens_BT: Tensor, *args):
+        rows_passed["asked"] += len(tokens_BT)
+        handle = embedding.register_forward_pre_hook(note)
+        try:
+            return function(tokens_BT, *args)
+        finally:
+            handle.remove()
+
+    return run
+
+
+def padded(rows_passed: Counter) -> str:
+    """The cell that says which share of the rows only filled up a pass."""
+    filled_up = rows_passed["passed"] - rows_passed["asked"]
+    return f"{100 * filled_up / max(rows_passed['passed'], 1):.1f}"
 
 
 class Parts:
@@ -334,18 +370,30 @@ class Parts:
 
     def put_around(self, stack: contextlib.ExitStack, lm, jobs: list) -> None:
         """Time the product's functions until the stack closes."""
-        places = [("LM", lm, "residuals"), ("LM", lm, "training_residuals"), ("buffer", experiment, "collect"),
-                  ("optimiser", experiment, "train_step"), ("SAE backward", torch.Tensor, "backward"),
-                  *(("SAE forward", job.sae, "loss") for job in jobs)]
+        places = [("LM", lm, "residuals"), ("LM", lm, "training_residuals"), ("optimiser", experiment, "train_step"),
+                  ("SAE backward", torch.Tensor, "backward"), *(("SAE forward", job.sae, "loss") for job in jobs)]
         for name, owner, attribute in places:
             if hasattr(owner, attribute):
                 stack.enter_context(mock.patch.object(owner, attribute, self.timed(name, getattr(owner, attribute))))
         stack.enter_context(mock.patch.object(experiment, "batches", self.timed_items("buffer", experiment.batches)))
+        stack.enter_context(mock.patch.object(passes, "collecting", self.timed_work("buffer", passes.collecting)))
 
     def timed(self, name: str, function: Callable) -> Callable:
         def run(*args, **kwargs):
             with self.span(name):
                 return function(*args, **kwargs)
+        return run
+
+    def timed_work(self, name: str, function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            work = function(*args, **kwargs)
+            while True:
+                with self.span(name):
+                    try:
+                        next(work)
+                    except StopIteration as end:
+                        return end.value
+                yield
         return run
 
     def timed_items(self, name: str, function: Callable) -> Callable:
@@ -412,7 +460,7 @@ def table(args, lm, source, machine: tuple[float, float]) -> None:
     """One row per width, number of SAEs and number of layers."""
     cpu = args.device == "cpu"
     columns = ["width", "SAEs", "layers", "tokens/s", "MFU %", "of floor %", *(f"{name} %" for name in Parts.NAMES),
-               "host %", "host GB" if cpu else "GPU GB"]
+               "host %", "host GB" if cpu else "GPU GB", "padded %"]
     if cpu:
         columns += ["bare LM tokens/s", "of bare LM %", "not LM %"]
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
@@ -436,13 +484,13 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
     forget_peak(settings.device)
     config = lm.hf.config.get_text_config()
     n_saes = len(experiment.layers_of(settings)) * len(settings.sweep.split(","))
-    alone, alone_seconds = bare(lm, settings), []
+    alone, alone_seconds, rows_passed = bare(lm, settings), [], Counter()
 
     def between(b: int, rows: int) -> None:
         if settings.device == "cpu":
             alone_seconds.append(alone(rows))
 
-    seconds = train(settings, lm, source, BLOCKS, between)
+    seconds = train(settings, lm, source, BLOCKS, between, rows_passed=rows_passed)
     peak = environment.peak_memory_gb(settings.device)
     parts = Parts(settings.device)
     wall = sum(train(settings, lm, source, BLOCKS - 1, parts=parts))
@@ -451,7 +499,7 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
     mfu = flop(config, settings, n_saes) * speed / machine[0]
     of_floor = floor(config, settings, n_saes, machine) * speed
     percent = [f"{100 * share:.1f}" for share in (mfu, of_floor, *shares.values(), 1 - sum(shares.values()))]
-    cells = [f"{speed:,.0f}", *percent, f"{peak.get('gpu', peak['host']):.2f}"]
+    cells = [f"{speed:,.0f}", *percent, f"{peak.get('gpu', peak['host']):.2f}", padded(rows_passed)]
     if alone_seconds:
         of_bare = median(one / other for one, other in zip(alone_seconds[1:], seconds))
         cells += [f"{settings.block_tokens / median(alone_seconds[1:]):,.0f}", f"{100 * of_bare:.1f}",
@@ -461,20 +509,32 @@ def row(settings: experiment.Settings, lm, source, machine: tuple[float, float])
 
 def profile(args, lm, source) -> None:
     """The operations of a block that take most of the device's own time, for one SAE of each width."""
-    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if args.device == "cuda" else [ProfilerActivity.CPU]
     for width in numbers(args.widths):
-        watcher = torch.profiler.profile(activities=kinds)
-
-        def between(b: int, rows: int, watcher=watcher) -> None:
-            if b:
-                watcher.stop()
-            else:
-                watcher.start()
-
-        train(settings_of(args, width), lm, source, 1, between)
+        watcher = profiled(settings_of(args, width), lm, source)
         by = f"self_{args.device}_time_total"
         print(f"width {width:,}\n{watcher.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)}",
               flush=True)
+
+
+def profiled(settings: experiment.Settings, lm, source, parts: Parts | None = None) -> torch.profiler.profile:
+    """A profiler that watched one block, after a warm-up."""
+    watcher = torch.profiler.profile(activities=activities(settings.device))
+
+    def between(b: int, rows: int) -> None:
+        if b:
+            watcher.stop()
+        else:
+            watcher.start()
+
+    train(settings, lm, source, 1, between, parts)
+    return watcher
+
+
+def activities(device: str) -> list[ProfilerActivity]:
+    """What a profiler watches there."""
+    if device == "cuda":
+        return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    return [ProfilerActivity.CPU]
 
 
 def growth(args, lm, source) -> None:
@@ -523,7 +583,7 @@ def beside_peers(args, lm, source) -> None:
         except ImportError as error:
             print(f"{name} is left out ({error}): {install}")
     titles = [f"{name} {importlib.metadata.version(name)}" for name in peers]
-    columns = ["width", "here, tokens/s"]
+    columns = ["width", "here, tokens/s", "padded %"]
     for title in titles:
         columns += [f"{title}, tokens/s", "here / there"]
     print(f"| {' | '.join(columns)} |\n|{'--:|' * len(columns)}")
@@ -533,15 +593,15 @@ def beside_peers(args, lm, source) -> None:
         rows_RT = torch.cat([experiment.TokenStream(source, lm, settings).block(b)[0] for b in range(3)])
         with quiet():
             windows = {name: make(copied(lm), rows_RT, settings, steps) for name, make in peers.items()}
-        found = {name: [] for name in peers}
+        found, rows_passed = {name: [] for name in peers}, Counter()
 
         def between(b: int, rows: int, windows=windows, found=found) -> None:
             for name, window in windows.items():
                 with quiet():
                     found[name].append(window())
 
-        seconds = train(settings, lm, source, BLOCKS, between)
-        cells = [f"{width:,}", f"{settings.block_tokens / median(seconds):,.0f}"]
+        seconds = train(settings, lm, source, BLOCKS, between, rows_passed=rows_passed)
+        cells = [f"{width:,}", f"{settings.block_tokens / median(seconds):,.0f}", padded(rows_passed)]
         for name in peers:
             taken = found[name][1:]  # the first is the warm-up's
             cells += [f"{settings.block_tokens / median(taken):,.0f}",

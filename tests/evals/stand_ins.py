@@ -4,6 +4,8 @@ import hashlib
 import threading
 import zipfile
 
+import experiment
+from evals.model import passes
 from evals.texts import embedded
 
 
@@ -46,3 +48,9 @@ def two_at_once(work):
     for thread in threads:
         thread.join()
     return found
+
+
+def collected(settings, lm, rows_RT, index_N, layers, wanted=()) -> dict:
+    """What a block holds, as training asks for it."""
+    return passes.collect(lm, rows_RT, index_N, layers, wanted, settings.lm_batch_size, experiment.say,
+                          experiment.track, "")

@@ -1,5 +1,7 @@
 """absorption against plain references of the protocol, on fake and tiny language models and three tokenizers."""
 
+import dataclasses
+import math
 import random
 import re
 from types import SimpleNamespace
@@ -174,7 +176,7 @@ def test_what_follows_the_word_is_not_needed(tmp_path, architecture):
     shown = SimpleNamespace(bos=lm.bos, device="cpu",
                             residual=lambda tokens_BT, layer: lm.residuals(tokens_BT, [layer])[layer])
     setup = SimpleNamespace(config={"llm_batch_size": 4}, layer=2, fits={}, track=lambda items, *rest: items, lm=shown)
-    got = iter(first_letter.at_words(setup, prompted, "words"))
+    got = iter(first_letter.at_words(setup, prompted, "words", [2])[2])
     by_number = {word.head[-1]: word for word in words}
     for tokens, places in prompted:
         whole = tokens + by_number[tokens[-1]].tail
@@ -404,11 +406,36 @@ def test_a_tokenizer_that_joins_lines_is_refused(tmp_path):
 def test_the_tiny_profile_ends_without_a_score(tmp_path):
     """Fails if the random model's run raises, or claims to know letters."""
     lm = language_model.load(str(built_in.tiny_folder(tmp_path)), "tiny", torch.float32, "cpu")
-    shown = SimpleNamespace(tokenizer=lm.tokenizer, bos=lm.bos, device="cpu", digest=lm.digest,
+    shown = SimpleNamespace(tokenizer=lm.tokenizer, bos=lm.bos, device="cpu", digest=lm.digest, d_model=lm.d_model,
                             residual=lambda tokens_BT, layer: lm.residuals(tokens_BT, [layer])[layer])
     setup = make_setup(tmp_path, shown, **absorption.CONFIG["tiny"])
     result = absorption.run(setup, {"sae": AbsorbingSAE()})["sae"]
     assert "of 26 letters" in result.problems[0] and set(result.metrics["mean"].values()) == {None}
+
+
+def test_one_pass_serves_all_layers_of_a_run(tmp_path):
+    """Fails if the words of the first prompts pass again, or a layer's numbers depend on which others are measured."""
+
+    class Layered(FakeLM):
+        def residual(self, tokens_BT, layer):
+            return self.residual_of(tokens_BT, [layer])[layer]
+
+        def residual_of(self, tokens_BT, layers):
+            x_BTD = super().residual(tokens_BT, 0)
+            return {layer: x_BTD * (1 + layer) for layer in layers}
+
+    alone, rows = {}, {}
+    for layer in (3, 1):
+        setup = dataclasses.replace(make_setup(tmp_path / str(layer), Layered()), layer=layer)
+        alone[layer], rows[layer] = first_letter.measured(setup), setup.lm.rows
+    setup = dataclasses.replace(make_setup(tmp_path / "together", Layered()), layers=(1, 3))
+    for layer, expected in alone.items():
+        found = first_letter.measured(dataclasses.replace(setup, layer=layer))
+        assert all(torch.equal(found[name], expected[name]) for name in expected) and found.keys() == expected.keys()
+    of_second = {layer: math.ceil(len(of["second_x"]) / setup.config["words_per_prompt"])
+                 for layer, of in alone.items()}
+    assert min(of_second.values()) > 0
+    assert setup.lm.rows == rows[3] + of_second[1] < sum(rows.values())
 
 
 @pytest.mark.slow

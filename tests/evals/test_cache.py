@@ -2,8 +2,14 @@
 
 import errno
 import os
+import subprocess
+import sys
+import threading
+from concurrent import futures
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 
 from evals import cache
@@ -11,6 +17,8 @@ from evals.model import built_in
 from evals.model.folders import check_folder
 from evals.storage import made, network
 from evals.texts import embedded
+from runs import disk
+from tests import PROJECT
 from tests.evals.stand_ins import index_wheel, two_at_once
 
 
@@ -203,3 +211,204 @@ def test_kept_texts_that_are_damaged_are_made_again(tmp_path, capsys):
     assert len(calls) == 3 and capsys.readouterr().out.count("what is kept of k is damaged") == 2
     with pytest.raises(ZeroDivisionError):  # what goes wrong in the making is no damage
         network.kept(tmp_path, "k", {"n": 2}, lambda: 1 / 0)
+
+
+# ------------------------------------------------------------------------------------------------ how much is kept
+
+
+@pytest.mark.parametrize("free, holds, bound",
+                         [(480, 0, 48.0), (440, 40, 48.0), (12, 0, 2.0), (2, 0, 1.8), (0, 1, 0.9)])
+def test_the_bound_follows_the_disk(tmp_path, free, holds, bound, monkeypatch):
+    """Fails if auto is no tenth of the disk, shrinks as the store fills, is below 2 GB where they fit, or fills up."""
+    if holds:
+        (tmp_path / "a.safetensors").write_bytes(b"")
+    monkeypatch.setattr(cache, "bytes_of", lambda path: holds * 10**9)
+    monkeypatch.setattr(disk, "room", lambda folder: (folder, free * 10**9, None))
+    assert disk.store_bounds(tmp_path, "auto")[0] == pytest.approx(bound)
+    assert disk.store_bounds(tmp_path, "0.5") == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("memory, bound", [(128, 8.0), (16, 4.0), (3, 2.0)])
+def test_no_entry_is_too_large_for_the_host(tmp_path, memory, bound, monkeypatch):
+    """Fails if a large disk lets the store hold more in memory than a small host has, or less than it always did."""
+    monkeypatch.setattr(disk, "room", lambda folder: (folder, 10**13, None))
+    monkeypatch.setattr(disk.environment, "memory_bound", lambda device: (memory * 1e9, ""))
+    store = cache.Cache(tmp_path, *disk.store_bounds(tmp_path, "auto"))
+    assert store.fits(int(bound * 1e9)) and not store.fits(int(bound * 1e9) + 1)
+
+
+# ------------------------------------------------------------------------------------------------ a GPU's entries
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+class Card:
+    """A GPU that takes `making` seconds, a disk that takes `moving`, by a clock of their own."""
+
+    def __init__(self, monkeypatch, folder):
+        self.now, self.making, self.moving, self.folder = 0.0, 2.0, 1.0, folder
+        checksum = cache.checksum
+
+        def moved(tensors):
+            self.now += self.moving
+            return checksum(tensors)
+
+        for name, fake in dict(LARGE=1, gpu=lambda: "card", perf_counter=lambda: self.now, checksum=moved,
+                               copied=lambda t: ({k: v.as_subclass(torch.Tensor).clone() for k, v in t.items()},
+                                                 lambda: None)).items():
+            monkeypatch.setattr(cache, name, fake)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def make(self, n):
+        self.now += self.making
+        return {"a": torch.full((1000,), float(n)).as_subclass(OnCard)}
+
+    def ask(self, store, *numbers, training=0.0):
+        """Entries one after the other, each announced by the one before; "hit" or "miss" of each."""
+        found = []
+        for n in numbers:
+            hits = len(store.hits)
+            assert (store.get("x", {"n": n}, lambda n=n: self.make(n), {"n": n + 1})["a"] == n).all()
+            found.append("hit" if len(store.hits) > hits else "miss")
+            self.now += training
+        return found
+
+    def filled(self, *numbers):
+        """Stores that a process left and another finds."""
+        store = cache.Cache(self.folder, 1)
+        for n in numbers:
+            self.ask(store, n)
+            store.size()  # when it is written
+        return cache.Cache(self.folder, 1)
+
+
+class AtOnce:
+    """A background in which everything is done when it is asked for."""
+
+    def submit(self, call, *given):
+        done = futures.Future()
+        done.set_result(call(*given))
+        return done
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    return Card(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("reading, found", [(1.0, ["hit"] * 4), (5.0, ["hit", "miss", "miss", "miss"])])
+def test_what_is_faster_made_than_read_is_made(card, reading, found, capsys):
+    """Fails if a slow disk is read on, a fast one is not, it is not said once, or what is stored is touched."""
+    store = card.filled(0, 1, 2, 3)
+    files = {store.path("x", {"n": n}): store.path("x", {"n": n}).stat().st_ino for n in range(4)}
+    card.moving = reading
+    assert card.ask(store, 0, 1, 2, 3) == found
+    assert capsys.readouterr().out.count("are made again, as reading them takes longer") == ("miss" in found)
+    store.size()
+    assert {file: file.stat().st_ino for file in card.folder.iterdir()} == files
+
+
+@pytest.mark.parametrize("of", ["another card", "an earlier version"])
+def test_an_entry_whose_making_took_who_knows_how_long_is_read(card, of, monkeypatch):
+    """Fails if another card's seconds are taken for this one's, or an entry without them is not read."""
+    store = card.filled(0, 1)
+    if of == "another card":
+        monkeypatch.setattr(cache, "gpu", lambda: "a slower card")
+    else:
+        for n in range(2):
+            tensors = {"a": torch.full((1000,), float(n))}
+            safetensors.torch.save_file(tensors, store.path("x", {"n": n}), {"checksum": cache.checksum(tensors)})
+    card.moving = 50.0
+    assert card.ask(store, 0, 1) == ["hit", "hit"]
+
+
+def test_reading_ahead_counts_what_training_hides(card):
+    """Fails if entries that training gives the time to read are made again, or none is read while it goes on."""
+    store = card.filled(0, 1, 2, 3)
+    store.reader = AtOnce()  # two threads would both move the clock
+    card.moving = 3.0  # longer than making; not where 1.5 s of it are hidden, which is known from the second on
+    assert card.ask(store, 0, 1, 2, 3, training=1.5) == ["hit", "miss", "hit", "hit"]
+
+
+def test_damage_read_ahead_is_made_again(card, capsys):
+    """Fails if a damaged entry is believed, or ends the run, because another thread found it."""
+    store = card.filled(0, 1, 2)
+    flipped(store.path("x", {"n": 1}))
+    assert card.ask(store, 0, 1, 2) == ["hit", "miss", "hit"]
+    assert "its bytes are not those that were written" in capsys.readouterr().out
+    store.size()
+    assert card.ask(cache.Cache(card.folder, 1), 1) == ["hit"]
+
+
+@pytest.mark.parametrize("writing, kept", [(5.0, 3), (7.0, 1)])
+def test_a_disk_that_is_too_slow_is_not_written_to(card, writing, kept, capsys):
+    """Fails if entries are written that nobody would read, or those of a usable disk are not."""
+    card.moving = writing
+    store = card.filled(0, 1, 2)
+    assert len(list(card.folder.glob("*.safetensors"))) == kept and not store.hits
+    assert capsys.readouterr().out.count("are not stored, as this disk") == (kept == 1)
+
+
+def test_nobody_waits_for_the_disk(card, monkeypatch, capsys):
+    """Fails if the next entry waits for the writing of the one before, piles up behind it, or is lost for ever."""
+    may_end, save = threading.Event(), safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *given: may_end.wait(60) and save(*given))
+    store = cache.Cache(card.folder, 1)
+    assert card.ask(store, 0, 1, 2) == ["miss"] * 3 and not list(card.folder.glob("*.safetensors"))
+    assert not store.fits(store.limit - 3999) and store.fits(store.limit - 4000)  # 1,000 numbers are in flight
+    may_end.set()
+    assert card.ask(store, 0, 1) == ["hit", "miss"]  # what is in flight is waited for by who asks for it
+    store.size()
+    assert len(list(card.folder.glob("*.safetensors"))) == 2
+    assert capsys.readouterr().out.count("come faster than they are written") == 1
+
+
+@pytest.mark.parametrize("error", ["disk", "memory"])
+def test_what_fails_in_the_background_costs_speed_alone(card, error, monkeypatch, capsys):
+    """Fails if a full disk, or no memory for the copy, ends the run or leaves a half entry."""
+    if error == "disk":
+        full = raising(OSError(errno.ENOSPC, "full"), lambda tensors: True, None)
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+    else:
+        monkeypatch.setattr(cache, "copied", raising(RuntimeError("out of memory"), lambda tensors: True, None))
+    store = cache.Cache(card.folder, 1)
+    for n in range(2):
+        assert card.ask(store, n) == ["miss"] and store.size() == 0
+    assert capsys.readouterr().out.count("not stored") == 2 and not list(card.folder.iterdir())
+
+
+def test_an_entry_of_a_cpu_is_stored_as_ever(tmp_path):
+    """Fails if a time gets into an entry of a CPU, whose bytes it would change, or writing goes on after `get`."""
+    store = cache.Cache(tmp_path, 1)
+    store.get("x", {}, lambda: {"a": torch.ones(2 * 10**7)})
+    with safetensors.safe_open(store.path("x", {}), "pt") as file:
+        assert set(file.metadata()) == {"checksum"}
+    assert not store.writing
+
+
+ENDS = """
+import sys, time
+import safetensors.torch, torch
+from pathlib import Path
+from evals import cache
+save = safetensors.torch.save_file
+safetensors.torch.save_file = lambda *given: time.sleep(1) or save(*given)
+torch.cuda.synchronize = lambda: None
+cache.LARGE, cache.copied = 1, lambda tensors: ({k: v.as_subclass(torch.Tensor) for k, v in tensors.items()}, int)
+class OnCard(torch.Tensor):
+    is_cuda = True
+cache.Cache(Path(sys.argv[1]), 1).get("x", {}, lambda: {"a": torch.ones(9).as_subclass(OnCard)})
+assert not list(Path(sys.argv[1]).glob("*.safetensors"))
+raise SystemExit(7)
+"""
+
+
+def test_a_process_ends_when_its_entry_is_whole(tmp_path):
+    """Fails if the end of a process cuts off what it writes in the background."""
+    assert subprocess.run([sys.executable, "-c", ENDS, tmp_path], cwd=PROJECT).returncode == 7
+    (whole,) = tmp_path.iterdir()
+    assert whole.suffix == ".safetensors" and safetensors.torch.load_file(whole)["a"].sum() == 9

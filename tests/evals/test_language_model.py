@@ -14,10 +14,11 @@ from transformers.models.gemma2 import modeling_gemma2
 import evals.cache
 import experiment
 import variants
-from evals.model import built_in
+from evals.model import attention, built_in
 from evals.model.checks import ROUNDING, assert_soft_capping
 from evals.model.language_model import compile_cache, run_block
 from evals.texts.source import Listed
+from tests.evals.stand_ins import collected
 from variants.kit import contexts
 
 # TransformerLens puts its own in the place of this one, for the rest of the process
@@ -145,7 +146,8 @@ def no_compiler(graph, inputs):
 @pytest.mark.slow
 def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, capsys):
     """Fails if broken compiling or flex attention ends a run, changes residuals, or goes unsaid."""
-    tokens_BT, flex = torch.randint(5, 60, (3, 24)), AttentionInterface._global_mapping["flex_attention"]
+    attention.register()
+    tokens_BT, flex = torch.randint(5, 60, (3, 24)), AttentionInterface._global_mapping[attention.NAME]
     lm, _ = compiled_model(cache, monkeypatch, "gemma2", backend=no_compiler)
     assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
     assert "no C compiler found" in capsys.readouterr().out
@@ -154,7 +156,7 @@ def test_what_does_not_compile_or_agree_is_done_without(cache, monkeypatch, caps
     assert differences(lm, tokens_BT, [1], 3) == {1: 0} and lm.compiled is None
     assert "block 1 differ from the plain pass's by 0.0" in capsys.readouterr().out
     lm, graphs = compiled_model(cache, monkeypatch, "gemma2", flex_from=0)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", without_cap(flex))
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, without_cap(flex))
     assert differences(lm, tokens_BT, [1], 3)[1] < 1e-5
     assert lm.flex_from == math.inf and len(graphs) == 1  # compiled, with eager attention
     assert "drops Gemma-2's soft-capping" in capsys.readouterr().out
@@ -228,6 +230,9 @@ class Words:
     def documents(self, split, state=None):
         return Listed(self.texts, state)
 
+    def digest(self, split):
+        return "words"
+
 
 def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cache):
     """Fails if tokens are lost or repeated between rows or blocks, BOS is trained on, or a cursor goes elsewhere."""
@@ -236,7 +241,7 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
     stream = experiment.TokenStream(source, lm, settings)
     blocks = [stream.block(b) for b in range(3)]
     flat = []
-    for (rows_RT, index_N), wanted in zip(blocks, experiment.block_plan(settings)):
+    for (rows_RT, index_N, _), wanted in zip(blocks, experiment.block_plan(settings)):
         assert (rows_RT[:, 0] == lm.bos).all() and len(index_N) == wanted
         assert (rows_RT.flatten()[index_N] != lm.bos).all()
         flat += rows_RT[:, 1:].flatten().tolist()
@@ -248,15 +253,15 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
     again.block(0)
     continued = experiment.TokenStream(source, lm, settings, again.cursors[1])
     for b in (1, 2):
-        assert all(torch.equal(x, y) for x, y in zip(continued.block(b), blocks[b]))
+        assert all(torch.equal(x, y) for x, y in zip(continued.block(b)[:2], blocks[b]))
 
 
 def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
     """Fails if an activation is paired with another position in a block that the model sees in uneven batches."""
     settings, lm = small_blocks(cache, "--lm_batch_size=7")
     stream = experiment.TokenStream(Words(2000), lm, settings)
-    rows_RT, index_N = stream.block(0)
-    got = experiment.collect(settings, lm, rows_RT, index_N, [1, 2], [], "")
+    rows_RT, index_N, _ = stream.block(0)
+    got = collected(settings, lm, rows_RT, index_N, [1, 2], [])
     for layer in (1, 2):
         expected = lm.residuals(rows_RT.long(), [layer])[layer].flatten(0, 1)[index_N]
         assert torch.allclose(got[f"x_{layer}"], expected, atol=1e-5)
@@ -267,8 +272,8 @@ def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
 def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, capsys):
     """Fails if the rows of the failed batch are skipped or computed twice."""
     settings, lm = small_blocks(cache)
-    rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
-    expected = experiment.collect(settings, lm, rows_RT, index_N, [1], [], "")
+    rows_RT, index_N, _ = experiment.TokenStream(Words(2000), lm, settings).block(0)
+    expected = collected(settings, lm, rows_RT, index_N, [1], [])
     whole = lm.residuals
 
     def small_card(tokens_BT, layers):
@@ -277,7 +282,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, ca
         return whole(tokens_BT, layers)
 
     monkeypatch.setattr(lm, "residuals", small_card)
-    got = experiment.collect(settings, lm, rows_RT, index_N, [1], [], "")
+    got = collected(settings, lm, rows_RT, index_N, [1], [])
     assert torch.allclose(got["x_1"], expected["x_1"], atol=1e-5) and "4 rows" in capsys.readouterr().out
 
 
@@ -301,11 +306,11 @@ def test_batches_pass_over_the_block_as_often_as_asked_and_resume_in_the_middle(
 def test_attention_of_a_block_belongs_to_its_tokens(cache):
     """Fails if patterns come from another layer, row or position on the way to the batch that a variant receives."""
     settings, lm = small_blocks(cache, "--lm_batch_size=7")
-    rows_RT, index_N = experiment.TokenStream(Words(2000), lm, settings).block(0)
+    rows_RT, index_N, _ = experiment.TokenStream(Words(2000), lm, settings).block(0)
     sae = variants.build(variants.load("topk"), lm.d_model, 8, dict(k=2))
     sae.attention_layers, sae.attention_threshold = (-1, 1), 0.1
     job = experiment.Job("layer_1", 1, {}, sae, None, 2.0)
-    block = experiment.collect(settings, lm, rows_RT, index_N, [1], [job.attention], "")
+    block = collected(settings, lm, rows_RT, index_N, [1], [job.attention])
     x, pattern = lm.residuals_and_attention(rows_RT.long(), [1], [0, 2])
     seen = 0
     for _, given in experiment.batches(settings, [job], contexts.placed(block, "cpu"), 0, 0, 0):

@@ -1,5 +1,6 @@
 """sae_probes against plain references of the protocol, on a fake language model with the documented interface."""
 
+import dataclasses
 import math
 import warnings
 from importlib.metadata import version
@@ -123,6 +124,35 @@ def test_a_prompt_is_its_last_tokens_and_passes_the_model_once(tmp_path, monkeyp
             assert stored == label
     data_sets.last_tokens(setup, *data_sets.prompts(setup)[2:])
     assert lm.rows == 4, "the second call took something from the LM"
+
+
+class Layered(FakeLM):
+    """Its residuals grow with the layer."""
+
+    def residual(self, tokens_BT, layer):
+        return super().residual(tokens_BT, layer) * (1 + layer)
+
+    def residual_of(self, tokens_BT, layers):
+        x_BTD = super().residual(tokens_BT, 0)
+        return {layer: x_BTD * (1 + layer) for layer in layers}
+
+
+@pytest.mark.parametrize("limit_gb, passes", [(1.0, [1, 1, 1]), (0.0, [1, 2, 3])])
+def test_one_pass_serves_all_layers_of_a_run(tmp_path, monkeypatch, limit_gb, passes):
+    """Fails if a layer passes again, gets another's residuals, or others are made where they cannot be kept."""
+    lm, sets = Layered(), {"a": marked(130)}
+    alone = []
+    for layer in (3, 1, 5):
+        setup = make_setup(tmp_path / f"alone {layer}", monkeypatch, sets, Layered())
+        setup = dataclasses.replace(setup, layer=layer)
+        alone.append(data_sets.last_tokens(setup, *data_sets.prompts(setup)[2:]))
+    setup = make_setup(tmp_path / "together", monkeypatch, sets, lm)
+    setup = dataclasses.replace(setup, cache=Cache(tmp_path / "together", limit_gb), layers=(1, 3, 5))
+    for layer, expected_UD, number in zip((3, 1, 5), alone, passes):
+        setup = dataclasses.replace(setup, layer=layer)
+        assert torch.equal(data_sets.last_tokens(setup, *data_sets.prompts(setup)[2:]), expected_UD)
+        assert lm.rows == number * len(expected_UD)
+    assert not torch.equal(alone[0], alone[1])
 
 
 def test_reduced_rows_are_balanced_and_fixed():

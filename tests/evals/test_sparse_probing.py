@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from evals import Setup, declared, sparse_probing
 from evals.cache import Cache, digest
 from evals.common import pooling, probes
+from evals.model import memory
 from tests.evals import scarce
 
 BOS, EOS, PAD, MARK = 0, 1, 2, 3  # MARK stands in texts of the class "marked" only
@@ -233,6 +235,19 @@ def test_full_probe_repeats_the_reference():
         torch.testing.assert_close(probe.weight_1F, weight_1F, atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_are_those_of_autograd():
+    """Fails for another loss: another mean, positives weighted wrongly, or a gradient of another sign or shape."""
+    rng = torch.Generator().manual_seed(0)
+    x_MF, W_LF, b_L = torch.randn(9, 5, generator=rng), torch.randn(3, 5, generator=rng), torch.randn(3, generator=rng)
+    target_ML, weight_L = torch.rand(9, 3, generator=rng).round(), torch.tensor([1.0, 4.0, 9.0])
+    for weight in (None, weight_L):
+        parameters = [t.clone().requires_grad_() for t in (W_LF, b_L)]
+        logit_ML = torch.nn.functional.linear(x_MF, *parameters)
+        torch.nn.functional.binary_cross_entropy_with_logits(logit_ML, target_ML, pos_weight=weight).backward()
+        found = probes.gradients(x_MF, target_ML, W_LF, b_L, weight)
+        torch.testing.assert_close(list(found), [t.grad for t in parameters])
+
+
 def test_validation_selected_probe_uses_no_test_label():
     """Fails if test labels choose the epoch: other test labels must leave it, and give the complementary accuracy."""
     train, test = hard_problem()
@@ -240,6 +255,44 @@ def test_validation_selected_probe_uses_no_test_label():
     flipped, same_epoch = probes.validation_selected(train, (test[0], 1 - test[1]), torch.Generator().manual_seed(4))
     assert epoch == same_epoch and flipped == pytest.approx(1 - accuracy)
     assert accuracy < probes.leaky_accuracy(train, test, torch.Generator().manual_seed(4))
+
+
+# ------------------------------------------------------------------------------------------ several batches a pass
+
+
+@pytest.mark.parametrize("limit_gb", [0, 1])
+def test_batches_that_pass_together_are_those_that_pass_alone(tmp_path, monkeypatch, limit_gb):
+    """Fails if a batch gets another's rows or padding, if one that is kept passes again, or none pass together."""
+    tokens_NT, length_N = pooling.tokenise([" ".join(["7"] * n) for n in range(2, 13)], tokenizer, 16, BOS)
+    tokens_UT, length_U, _ = pooling.distinct(tokens_NT, length_N)
+    passes = []
+
+    class Watched(FakeLM):
+        def residual(self, tokens_BT, layer):
+            passes.append(len(tokens_BT))
+            return super().residual(tokens_BT, layer)
+
+    def batches(folder, at_once):
+        passes.clear()
+        monkeypatch.setattr(memory, "batches_at_once", lambda setup, tokens: at_once)
+        return list(pooling.activation_batches(make_setup(folder, lm=Watched(), limit_gb=limit_gb), tokens_UT,
+                                               length_U, 2))
+
+    def check(batches):
+        for (rows, x_bTD), (same_rows, same_bTD) in zip(alone, batches, strict=True):
+            assert rows == same_rows
+            torch.testing.assert_close(x_bTD, same_bTD)
+
+    alone = batches(tmp_path / "alone", 1)
+    assert passes == [2, 2, 2, 2, 2, 1]
+    check(batches(tmp_path / "together", 3))
+    assert passes == [6, 5]
+    if limit_gb:
+        for file in list((tmp_path / "together").iterdir()):
+            if load_file(file)["x"].shape[1] in (13, 9):  # the first and the third batch of a pass are lost
+                file.unlink()
+        check(batches(tmp_path / "together", 3))
+        assert passes == [2, 2]
 
 
 # ------------------------------------------------------------------------------------------------ the eval

@@ -6,6 +6,7 @@
 import sys
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -15,10 +16,12 @@ from evals.model import language_model
 from evals.model.checks import ROUNDING
 from tests import OWN_VARIANTS
 from variants import base
-from variants.kit import contexts
+from variants.kit import compiled, contexts, copies, gpu
+from variants.kit import update as updating
 from variants.kit.hyper import hyperparameters
 from variants.kit.sparse import taken
 from variants.kit.steps import gradients
+from variants.kit.update import update
 
 try:
     import pytest
@@ -105,6 +108,73 @@ def test_wide_saes_have_the_gradients_of_dense_products():
             found[sparse] = [loss, *(p.grad.float() for p in sae.parameters())]
         for a, b in zip(found[True], found[False]):
             assert (a - b).norm() < 0.02 * b.norm(), (name, a.shape, float((a - b).norm() / b.norm()))
+
+
+def test_kernels_do_what_pytorch_does():
+    """Fails if top_k chooses others than the largest, or an optimiser's step differs from project, clip, Adam, norm."""
+    kernels = gpu.kernels()
+    assert kernels, "the line printed above says why"
+    for columns, k in ((1000, 7), (16384, 80), (2**16, 20), (2**18, 5)):
+        normal_RC = torch.randn(40, columns, device=DEVICE)
+        for values_RC in (normal_RC, normal_RC.relu().round()):
+            assert kernels.takes(values_RC, k)
+            index_RK = kernels.top_k(values_RC, k)
+            found = values_RC.gather(1, index_RK).sort(1).values
+            assert torch.equal(found, values_RC.topk(k).values.sort(1).values), (columns, k)
+            assert (index_RK.sort(1).values.diff(dim=1) > 0).all(), "one feature was chosen twice"
+    for name in OWN_VARIANTS:
+        if variants.load(name).SAE.data_parallel:
+            one, two, optimizers = *(stepped(name, DEVICE, 4)[0] for _ in range(2)), []
+            begun = [p.detach().clone() for p in one.parameters()]
+            for sae, used in ((one, kernels), (two, None)):
+                optimizer = experiment.make_optimizer(sae, 1e-3)
+                with mock.patch.object(gpu, "kernels", lambda used=used: used), \
+                        mock.patch.object(updating, "LARGE", 2**12):
+                    for step in range(3):
+                        generator = torch.Generator(DEVICE).manual_seed(step)
+                        for p in sae.parameters():
+                            p.grad = torch.randn(p.shape, generator=generator, device=DEVICE) * 10.0**step
+                        update(sae, optimizer)
+                optimizers.append(optimizer.state_dict()["state"])
+            for a, b, start in zip(one.parameters(), two.parameters(), begun):
+                assert (b - start).norm() > 0 and (a - b).norm() <= 1e-3 * (b - start).norm(), name
+            for number, state in optimizers[0].items():
+                for key, value in state.items():
+                    other = optimizers[1][number][key]
+                    assert (value - other).norm() <= 1e-4 * other.norm(), (name, key)  # 1 - .999 is rounded there
+
+
+def test_copies_of_the_weights_change_nothing():
+    """Fails if a kept bf16 copy is not the weight's rounding, or outlives a change of the weight between two steps."""
+    batch = base.Batch(torch.randn(B, D, generator=torch.Generator().manual_seed(0)).to(DEVICE) / D**0.5)
+    sae, losses = stepped("topk", DEVICE, 4)[0], []
+    for change in (lambda: None, lambda: sae.W_dec.mul_(0.5)):
+        with torch.no_grad():
+            change()
+        for allowed in (True, False):
+            if not allowed:
+                copies.forget(sae)
+            losses.append(gradients(sae, batch, base.Progress(8, 99, 0, 10**9), print)[0])
+        assert losses[-1] == losses[-2]
+    assert losses[0] != losses[2]
+
+
+def test_a_compiled_loss_is_the_loss():
+    """Fails if a variant's loss does not compile here, has another value or gradient, or a step of it waits."""
+    batch = base.Batch(torch.randn(B, D, generator=torch.Generator().manual_seed(0)).to(DEVICE) / D**0.5)
+    for name in OWN_VARIANTS:
+        if not variants.load(name).SAE.compiled_loss:
+            continue
+        found, sae = [], stepped(name, DEVICE, 8)[0]
+        for total in (compiled.PAYS_FROM - 1, compiled.PAYS_FROM):
+            said = []
+            for step in (3, 500, 501):
+                with no_wait() if step == 501 else nullcontext():
+                    loss, _ = gradients(sae, batch, base.Progress(step, total, step * B, total * B), said.append)
+            assert not said, said
+            found.append([loss, *(p.grad.clone() for p in sae.parameters())])
+        for a, b in zip(*found):
+            assert (a - b).norm() <= 1e-3 * b.norm(), (name, a.shape, float((a - b).norm() / b.norm()))
 
 
 def random_gemma(dtype: torch.dtype) -> language_model.LanguageModel:

@@ -120,6 +120,29 @@ sparse.main()
 
 
 @pytest.mark.slow
+def test_activations_are_kept_in_the_background_on_a_gpu(tmp_path):
+    """Fails if what is written and read beside the training is not what was made, or is not there for a second run."""
+    script = tmp_path / "kept.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, ".")
+import experiment
+from evals import cache
+cache.LARGE = 1
+for name in ("first", "second"):
+    given = ["--profile=tiny", f"--out_dir={tmp_path}/{{name}}", "--cache_dir={tmp_path}/cache", "--evals=none"]
+    assert experiment.main(given) == 0
+""")
+    ended(on_gpu(script))
+    runs = [json.loads((tmp_path / name / "run_info.json").read_text())["cache"] for name in ("first", "second")]
+    assert runs[0]["misses"].count("train") == 4 and "train" in runs[1]["hits"]
+    stored = sorted((tmp_path / "cache/activations").glob("train-*"))
+    assert stored and all(b'"device":"imitated GPU"' in entry.read_bytes()[:4000] for entry in stored)
+    for name in ("final_info.json", "sae/layer_2/sae_weights.safetensors"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+@pytest.mark.slow
 def test_evals_give_the_same_on_a_gpu(tmp_path, reference):
     """Fails if an eval mixes devices, draws from a generator of the device, or takes a path of another result there."""
     evaluate = [f"--init_from={reference}", "--num_tokens=0", f"--evals={','.join(EVALS)}", "--activation_cache_gb=0"]

@@ -41,6 +41,7 @@ WRONG = [
     (["--checkpoint_seconds=nan"], "--checkpoint_seconds=nan is no number"),
     (["--checkpoint_seconds=-1"], "--checkpoint_seconds=-1.0 is below 0"),
     (["--activation_cache_gb=nan"], "--activation_cache_gb=nan is no number"),
+    (["--activation_cache_gb=lots"], "--activation_cache_gb=lots is no number of GB"),
     (["--activation_cache_gb=inf"], "--activation_cache_gb=inf is above"),
     (["--lm_batch_size=99999999"], "--lm_batch_size=99999999 is above 1,048,576"),
     (["--lm_batch_size=²"], "--lm_batch_size=² is no number of rows"),

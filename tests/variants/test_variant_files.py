@@ -12,6 +12,7 @@ from runs import compare, reading
 from tests import FIXTURES
 
 TOPK = variants.path("topk").read_text(encoding="utf-8")
+LINE_OF_INIT = TOPK[:TOPK.index("def __init__")].count("\n") + 1
 REPORT = '''
     def report(self, context):
         return {"width": FIRST}, {"note.txt": "text"}
@@ -42,7 +43,7 @@ def info(folder: Path) -> dict:
 
 @pytest.mark.parametrize("content, words", [
     (TOPK.replace("def __init__(self", "def __init__((self").encode(),
-     ["mine.py:22: invalid syntax", "correct that line"]),
+     [f"mine.py:{LINE_OF_INIT}: invalid syntax", "correct that line"]),
     ('"""café"""\nfrom variants import topk\n'.encode("latin-1"), ["mine.py:1: ", "utf-8", "save the file as UTF-8"]),
     (b"x = 1\nyy\0\n", ["mine.py:2: the file holds a NUL byte", "save the file as UTF-8"]),
     (b"import sys\n\nsys.exit()\n", ["mine.py:3: the file ends the whole program", '__name__ == "__main__"']),

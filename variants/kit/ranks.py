@@ -194,10 +194,15 @@ def average_gradients(sae: torch.nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------ a block's tokens
 
 
-def shares(rows_RT: Tensor, index_N: Tensor) -> tuple[list[int], Tensor]:
-    """Where each rank's share of a block's rows, and of its tokens at flat positions index_N, begins; then the end."""
+def shares(rows_RT: Tensor, index_N: Tensor) -> tuple[slice, slice, Tensor]:
+    """This rank's share of a block's rows, and of its tokens at flat positions index_N; where each rank's begins.
+
+    The last, [W + 1], counts tokens and ends with all of them.
+    """
     rows = [-(-len(rows_RT) * rank // count()) for rank in range(count() + 1)]  # the first rank has some, if any
-    return rows, torch.searchsorted(index_N, torch.tensor(rows) * rows_RT.shape[1])
+    starts_W = torch.searchsorted(index_N, torch.tensor(rows) * rows_RT.shape[1])
+    mine = number()
+    return slice(*rows[mine:mine + 2]), slice(*starts_W[mine:mine + 2].tolist()), starts_W
 
 
 def in_order(x_nD: Tensor, starts: list[int], order_N: Tensor, batch: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from variants.base import SAE, Batch, Progress
-from variants.kit import ranks
+from variants.kit import compiled, copies, ranks
 
 
 def gradients(sae: SAE, batch: Batch, progress: Progress,
@@ -29,6 +29,11 @@ def gradients(sae: SAE, batch: Batch, progress: Progress,
         except torch.OutOfMemoryError:
             if not sae.data_parallel or ranks.sharing() > 1 or 2 * sae.batch_parts > len(batch.x):
                 raise
+        except Exception as error:
+            if not compiled.gave_up(sae, error, say):
+                raise
+            sae._fired_F = None
+            continue
         # here, where the traceback no longer holds the tensors of the attempt
         sae.batch_parts *= 2
         sae._fired_F = None
@@ -44,7 +49,7 @@ def _accumulated(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, di
         parts = [Batch(x_BD) for x_BD in batch.x.chunk(sae.batch_parts)]
     for part in parts:
         with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
-            loss, terms = sae.loss(part, progress)
+            loss, terms = compiled.loss_of(sae, part, progress)
         if sae.batch_parts > 1:
             share = len(part.x) / len(batch.x)
             loss, terms = loss * share, {name: term * share for name, term in terms.items()}
@@ -53,3 +58,9 @@ def _accumulated(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, di
     if len(found) == 1:
         return found[0]
     return sum(loss for loss, _ in found), {name: sum(terms[name] for _, terms in found) for name in found[0][1]}
+
+
+def forget(sae: SAE) -> None:
+    """Keep nothing of an SAE that only its steps needed."""
+    copies.forget(sae)
+    compiled.forget(sae)

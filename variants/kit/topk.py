@@ -1,4 +1,4 @@
-"""How many features a token keeps, the choice of the largest activations of a whole batch, and theta.
+"""How many features a token keeps, the choice of the largest activations of a token or a whole batch, and theta.
 
 theta is what a choice over a batch leaves for single tokens: the least activation that passes; < 0: none yet.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from variants.kit import ranks
+from variants.kit import gpu, ranks
 
 
 def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
@@ -24,6 +24,15 @@ def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
         raise ValueError(f"--hyper {name} = {value!r}: the features {meant} d_sae = {d_sae}\n"
                          f"give for example --hyper {name}={max(1, d_sae // 64)}{advice}")
     return int(value) if whole else value
+
+
+@torch.compiler.disable  # a compiled loss calls it as it is
+def top_k(acts_BF: Tensor, k: int) -> Tensor:
+    """The features [B, k] that are the k largest of each token, in no order; no gradient. Ranked in fp32 on a GPU."""
+    acts_BF, kernels = acts_BF.detach(), gpu.kernels() if acts_BF.is_cuda else None
+    if kernels and kernels.takes(acts_BF, k):
+        return kernels.top_k(acts_BF, k)
+    return acts_BF.topk(k, dim=-1, sorted=False).indices
 
 
 def batch_topk(acts_BF: Tensor, k: float) -> Tensor:

@@ -16,6 +16,8 @@ class SAE(base.SAE):
 
     unit_norm_decoder = True
     data_parallel = True
+    compiled_loss = True
+    copied_weights = True
     grad_clip = 1.0
     saelens = "topk"
 
@@ -36,7 +38,7 @@ class SAE(base.SAE):
 
     def loss(self, batch, progress):
         acts_BF = base.dense_activations(self, batch.x, self.k)
-        index_BK = acts_BF.detach().topk(self.k, dim=-1, sorted=False).indices
+        index_BK = base.top_k(acts_BF, self.k)
         top_BK = base.kept_activations(self, batch.x, acts_BF, index_BK)
         self.note_fired_indices(top_BK, index_BK)
         self._kept = top_BK.detach()

@@ -457,7 +457,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
         return not cache.fits(size) and 2 * size < passes.free_memory(lm.device)  # what is kept is timed as it is made
 
     with ThreadPoolExecutor(1) as background:
-        ahead = {}
+        ahead = {}  # block: its rows, in the making
 
         def prefetch(b: int) -> None:
             if b < len(plan) and not ranks.number() and not cache.holds("train", key(b)):
@@ -487,9 +487,8 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
             if work.pop(b, None) is not None:  # which another process has stored since it was begun here
                 carried.pop(b + 1, None)
             if b == 0 and not settings.keep_bos and not ranks.number():
-                share = float(given["bos_share"])
-                say(f"BOS positions are left out; with them they would hold {share:.1%} of E‖x‖²")
-            block = contexts.placed(given, settings.device)
+                say(f"BOS positions are left out; with them they would hold {float(given['bos_share']):.1%} of E‖x‖²")
+            block = contexts.placed(given, settings.device)  # the free memory that counts is that beside it
             if may_begin(b + 1):
                 work[b + 1] = making(b + 1, lambda items, *how: items)
             yield b, block, work.get(b + 1, iter(()))

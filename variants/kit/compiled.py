@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from variants.base import SAE, Batch, Progress
-from variants.kit import copies, precision
+from variants.kit import copies, graphs, precision
 
 # steps of a run from which on it pays: 3 to 6 s of compiling, .3 to 1.7 ms less a step on an H200 (RESULTS.md)
 PAYS_FROM = 10_000
@@ -38,6 +38,7 @@ def loss_of(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, dict[st
         return sae.loss(batch, progress)
     if sae not in _losses:
         precision.learn(batch.x.device, copies.DTYPE)
+        graphs.prepare()
         _losses[sae] = _compiled(sae.loss)
     if _losses[sae] is None:
         return sae.loss(batch, progress)

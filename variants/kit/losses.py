@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from variants.kit import ranks
+from variants.kit.graphs import outside_graphs
 from variants.kit.precision import affine
 from variants.kit.sparse import decode_sparse, kept_activations, sparse_pays
 
@@ -19,7 +20,7 @@ def reconstruction_loss(e_BD: Tensor) -> Tensor:
     return e_BD.to(torch.promote_types(e_BD.dtype, torch.float32)).pow(2).sum(-1).mean()
 
 
-@torch.compiler.disable  # it goes by how many features are dead, which a compiled loss would be compiled anew for
+@outside_graphs  # it goes by how many features are dead, which a compiled loss would be compiled anew for
 def auxk_loss(sae: nn.Module, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_F: Tensor) -> Tensor:
     """Auxiliary loss that revives dead features (Gao et al. 2024, appendix A.2).
 

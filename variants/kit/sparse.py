@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from variants.kit import precision
 from variants.kit.copies import low
+from variants.kit.graphs import outside_graphs
 
 _taken: bool | None = None  # the path that `taken` asks for
 
@@ -56,7 +57,7 @@ def few_positive(z_BF: Tensor) -> bool:
     return sparse_pays(z_BF.device, (3 if on_cpu else 1) * _count(z_BF) // B, n_features)
 
 
-@torch.compiler.disable  # a number on the host ends a graph
+@outside_graphs  # a number on the host ends a graph
 def _count(z_BF: Tensor) -> int:
     return int(z_BF.count_nonzero())
 

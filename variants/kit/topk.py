@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from variants.kit import gpu, ranks
+from variants.kit.graphs import outside_graphs
 
 
 def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
@@ -26,7 +27,7 @@ def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
     return int(value) if whole else value
 
 
-@torch.compiler.disable  # a compiled loss calls it as it is
+@outside_graphs
 def top_k(acts_BF: Tensor, k: int) -> Tensor:
     """The features [B, k] that are the k largest of each token, in no order; no gradient. Ranked in fp32 on a GPU."""
     acts_BF, kernels = acts_BF.detach(), gpu.kernels() if acts_BF.is_cuda else None

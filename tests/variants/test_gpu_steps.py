@@ -1,5 +1,6 @@
 """What a training step does otherwise on a GPU, held on a CPU by stand-ins for kernels and by the compiler."""
 
+import subprocess
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import experiment
 import variants
-from tests import OWN_VARIANTS
+from tests import OWN_VARIANTS, PROJECT
 from variants import base
 from variants.kit import compiled, copies, gpu, precision, sparse
 from variants.kit import update as updating
@@ -148,6 +149,7 @@ def test_a_variant_that_writes_data_gets_no_copies(where, tmp_path):
 def as_on_a_gpu(monkeypatch):
     """Losses go the way that they go on a GPU: in autocast's bf16, few features dense, nothing counted."""
     monkeypatch.setattr(precision, "lower", lambda x: torch.bfloat16)
+    monkeypatch.setattr(gpu, "kernels", lambda: None)
     for module in (sparse, base):
         monkeypatch.setattr(module, "few_positive", lambda z_BF: False)
         monkeypatch.setattr(module, "sparse_pays", lambda *sizes: False)
@@ -218,25 +220,41 @@ def test_a_loss_that_does_not_compile_runs_as_it_is(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FIELD if variants.load(name).SAE.compiled_loss])
-def test_a_loss_compiles_once_and_is_the_loss(name, monkeypatch):
-    """Fails if a long run's loss is compiled anew from step to step, or has other gradients than the plain one."""
+def test_losses_compile_once_and_are_the_losses():
+    """Fails if a long run's loss is compiled anew from step to step, or has other gradients than the plain one.
+
+    In a process of its own: inductor imports setuptools, which is particular about what was imported before.
+    """
+    done = subprocess.run([sys.executable, "-m", "tests.variants.test_gpu_steps"], cwd=PROJECT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.split() == [name for name in FIELD if variants.load(name).SAE.compiled_loss]
+
+
+def compile_loss(name: str, patch: pytest.MonkeyPatch) -> None:
+    """AssertionError for what that test is for."""
     torch.compiler.reset()
-    if sys.version_info < (3, 12):  # setuptools, which inductor imports, wants its own, and some other test has Python's
-        monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
-    as_on_a_gpu(monkeypatch)
+    as_on_a_gpu(patch)
     sae, _ = trained(name, 4)
     sae.dead_on_host, found = 0, []
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(2)) / D**0.5
     assert not compiled._pays(base.Batch(x_BD), base.Progress(0, 10**6, 0, 10**9))  # on a CPU nothing may change
     for pays in (False, True):
-        monkeypatch.setattr(compiled, "_pays", lambda *given, pays=pays: pays)
+        patch.setattr(compiled, "_pays", lambda *given, pays=pays: pays)
         for step in (0, 1, 70, 71):
             sae.dead_on_host = step  # features die
             gradients_of(sae, x_BD, step)
         torch._dynamo.utils.counters.clear()
         found.append(gradients_of(sae, x_BD))
-        assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiled._losses[sae] is not None  # it did not give up
+        assert not torch._dynamo.utils.counters["stats"]["unique_graphs"], "compiled anew"
+    assert compiled._losses[sae] is not None, "it gave up"
     for key, value in found[0].items():
-        assert (value - found[1][key]).norm() <= 1e-5 * value.norm() + 1e-9, key
+        assert (value - found[1][key]).norm() <= 1e-5 * value.norm() + 1e-9, (name, key)
+
+
+if __name__ == "__main__":
+    for field_variant in FIELD:
+        if variants.load(field_variant).SAE.compiled_loss:
+            with pytest.MonkeyPatch.context() as patched:
+                compile_loss(field_variant, patched)
+            print(field_variant, flush=True)

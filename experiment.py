@@ -45,7 +45,7 @@ import variants
 from evals.common import dashboards, stored
 from evals.common import settings as eval_settings
 from evals.model import checks as model_checks
-from evals.model import language_model, passes, places
+from evals.model import language_model, memory, passes, places
 from evals.model.language_model import LanguageModel
 from evals.storage import network
 from evals.storage.identity import files_digest
@@ -454,7 +454,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
         if stream.pass_rows == 1 or wanted or b == len(plan) or cache.holds("train", key(b)):
             return False
         size = plan[b] * len(layers) * lm.d_model * lm.dtype.itemsize
-        return not cache.fits(size) and 2 * size < passes.free_memory(lm.device)  # what is kept is timed as it is made
+        return not cache.fits(size) and 2 * size < memory.free_memory(lm.device)  # what is kept is timed as it is made
 
     with ThreadPoolExecutor(1) as background:
         ahead = {}  # block: its rows, in the making

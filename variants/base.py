@@ -167,7 +167,7 @@ class SAE(nn.Module):
     # -- used by the program, which sets them
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory
     dead_on_host: int | None = None  # dead features as last counted by `look`; None: not counted
-    many_dead = False  # whether these were more than a quarter
+    many_dead = False  # whether these were more than a quarter; a compiled loss reads this: it has two values
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -5,6 +5,7 @@ GPU waiting for its next launch pass the language model together.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,9 +57,15 @@ def has_room(x: Tensor, n_bytes: int = 0) -> bool:
     """Whether half of the GPU that x lies on stays free beside so many bytes more; always on the CPU."""
     if not x.is_cuda:
         return True
-    free, total = torch.cuda.mem_get_info(x.device)
-    unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-    return free + unused - n_bytes > total / 2
+    return free_memory(x.device) - n_bytes > torch.cuda.mem_get_info(x.device)[1] / 2
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that nothing holds, what torch keeps for itself included; a CPU's are not counted."""
+    if device.type == "cpu":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def undivided(setup, what: str, work: Callable, *lower: str):

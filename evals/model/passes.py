@@ -5,7 +5,6 @@ Shapes: R rows, T tokens in a row, N tokens that are wanted, D = d_model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -145,14 +144,6 @@ def kind(lm, run_on: bool) -> dict:
     if run_on:  # the place of a row in its pass, by which sums may be rounded
         found["counted_from"] = "first row of the run"
     return found
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes of a GPU that nothing holds, what torch keeps for itself included; a CPU's are not counted."""
-    if device.type == "cpu":
-        return math.inf
-    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return torch.cuda.mem_get_info()[0] + held
 
 
 def _square(x_ND: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 import experiment
 from evals.cache import Cache
-from evals.model import passes
+from evals.model import memory
 from evals.model.language_model import run_block
 from tests.evals.stand_ins import collected
 from tests.evals.test_language_model import Words, small_blocks
@@ -138,7 +138,7 @@ def test_passes_of_the_next_block_are_driven_in_between(run, tmp_path, monkeypat
     assert most_driven(Cache(tmp_path / "none", 0)) > 0
     assert asked == rows and len(shapes) == math.ceil(len(rows) / settings.lm_batch_size)
     assert most_driven(Cache(tmp_path / "keeps", 1)) == 0
-    monkeypatch.setattr(passes, "free_memory", lambda device: 0.0)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0.0)
     assert most_driven(Cache(tmp_path / "none", 0)) == 0
 
 

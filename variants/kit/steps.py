@@ -48,7 +48,7 @@ def _accumulated(sae: SAE, batch: Batch, progress: Progress) -> tuple[Tensor, di
     if sae.batch_parts > 1:
         parts = [Batch(x_BD) for x_BD in batch.x.chunk(sae.batch_parts)]
     for part in parts:
-        with torch.autocast("cuda", torch.bfloat16, enabled=batch.x.is_cuda):
+        with torch.autocast("cuda", copies.DTYPE, enabled=batch.x.is_cuda):
             loss, terms = compiled.loss_of(sae, part, progress)
         if sae.batch_parts > 1:
             share = len(part.x) / len(batch.x)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import sys
@@ -45,13 +44,14 @@ import variants
 from evals.common import dashboards, stored
 from evals.common import settings as eval_settings
 from evals.model import checks as model_checks
-from evals.model import language_model, memory, passes, places
+from evals.model import language_model, memory, passes, places, synthetic
 from evals.model.language_model import LanguageModel
 from evals.storage import network
 from evals.storage.identity import files_digest
 from evals.texts import inputs, packing
 from evals.texts.reader import Reader, Rows
 from runs import checkpoint, compare, disk, environment, failure, identity, reading, report, training, training_log
+from runs import results as run_results
 from runs import settings as checks
 from runs.clock import phase
 from runs.interrupts import Interrupts
@@ -76,8 +76,10 @@ class Settings:
     init_from: str = ""  # a trained SAE: folder of SAELens, dictionary_learning or a run, or SAELens' release:id
     hyper: str = ""  # the variant's own hyper-parameters: k=64,auxk_alpha=0
     sweep: str = ""  # one SAE per value, from one stream: k=20,40,80; or combination: k=20,40,auxk_alpha=0,0.03
-    profile: Literal["auto", "gemma", "embedded", "tiny"] = "auto"  # fills what is unset; auto: gemma where it can run
-    preset: Literal["", "saebench"] = ""  # saebench: 500 M tokens at context 1024 (as SAEBench's released SAEs)
+    # fills what is unset; auto: gemma where it can run; synthetic: samples of known features, no language model
+    profile: Literal["auto", "gemma", "embedded", "tiny", "synthetic"] = "auto"
+    # saebench: 500 M tokens at context 1024, as its released SAEs; synth16k: SynthSAEBench-16k, 200 M samples
+    preset: Literal["", "saebench", "synth16k"] = ""
     model: Optional[str] = None  # Hugging Face name or local folder of any causal language model
     layers: Optional[str] = None  # residual stream after these blocks, comma-separated: 5,12,19
     dataset: Optional[str] = None  # training text: embedded, tiny, hub data set owner/name:config:split, file, folder
@@ -121,9 +123,14 @@ PROFILES = {
     "tiny": dict(model=places.TINY, layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384,
                  passes=1, block_tokens=4096, d_sae=128, batch_size=256, lr=3e-3, lm_batch_size=32,
                  evals="core,sparse_probing", dtype="float32"),
+    # a row is BOS, the 1,024 numbers of a draw (evals/texts/numbers.py) and BOS
+    "synthetic": dict(model="synthetic", layers="0", dataset="synthetic", core_dataset="synthetic", context=1026,
+                      num_tokens=1_048_576, passes=1, block_tokens=2**18, d_sae=128, batch_size=1024, lr=3e-3,
+                      lm_batch_size=8, evals="ground_truth", dtype="float32"),
 }
-PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16)}
-BUILT_IN = {places.EMBEDDED, places.TINY, "embedded", "tiny"}
+PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16),
+           "synth16k": dict(model="synth16k", num_tokens=200_000_000, block_tokens=2**20, d_sae=4096, lr=3e-4)}
+BUILT_IN = {*PROFILES, *places.SHAPES}
 # ~ is the home folder in these
 PATHS = ("out_dir", "variant", "against", "init_from", "model", "dataset", "core_dataset", "cache_dir", "data_dir")
 NEVER_EMPTY = {*PATHS, "layers", "evals", "text_field"}  # given an empty value, a script's variable was not set
@@ -148,9 +155,7 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
     given = {name: getattr(settings, name) or "" for name in PATHS}
     at_home = {name: os.path.expanduser(path) for name, path in given.items() if path.startswith("~")}
     settings = dataclasses.replace(settings, **at_home)
-    profile, why = settings.profile, "asked for"
-    if profile == "auto":
-        profile, why = choose_profile(settings)
+    profile, why = choose_profile(settings)
     defaults = PROFILES[profile] | PRESETS.get(settings.preset, {}) | dict(variant="topk")
     if settings.init_from:
         found = network.patiently(settings.init_from,
@@ -178,7 +183,17 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
 
 
 def choose_profile(settings: Settings) -> tuple[str, str]:
-    """`gemma` where a GPU and the gated weights are there, else `embedded`, and why. A silent hub is an error."""
+    """The profile asked for; else `gemma` where a GPU and the gated weights are there, or `embedded`; and why.
+
+    A silent hub is an error. ValueError for a preset of another profile.
+    """
+    of_preset = {"synth16k": "synthetic"}.get(settings.preset)
+    if of_preset and settings.profile in ("auto", of_preset):
+        return of_preset, f"of --preset {settings.preset}"
+    if of_preset or (settings.preset and settings.profile == "synthetic"):
+        raise ValueError(f"--preset={settings.preset} is none of the profile {settings.profile}\nleave one of them out")
+    if settings.profile != "auto":
+        return settings.profile, "asked for"
     if settings.device == "cpu" or not torch.cuda.is_available():
         return "embedded", "no CUDA GPU here, so the built-in SmolLM2-135M (--profile gemma asks for Gemma-2-2B)"
     name = settings.model or PROFILES["gemma"]["model"]
@@ -310,6 +325,7 @@ def check_model(settings: Settings) -> dict:
     if not 0 <= layers[0] <= layers[-1] < shape["n_layers"]:
         raise ValueError(f"--layers={settings.layers}: {settings.model} has blocks 0 to {shape['n_layers'] - 1}\n"
                          "choose among those")
+    inputs.check_kind(settings, shape.get("synthetic", False))
     inputs.check_positions(settings.model, shape["positions"], settings.context, evals_of(settings))
     if settings.init_from:
         interchange.check_width(settings.init_from, shape["d_model"])
@@ -391,6 +407,9 @@ def tried_report(settings: Settings, sae: base.SAE, hyper: dict) -> tuple[dict, 
 def load_language_model(settings: Settings) -> LanguageModel:
     """The profile's model, or any causal LM of transformers by hub name or folder; tried before it is built on."""
     where = places.location(settings.model, settings.cache_dir, settings.data_dir)
+    if synthetic.is_synthetic(where):
+        digest = places.known_identity(settings.model, settings.cache_dir, settings.data_dir)
+        return synthetic.load(where, settings.model, digest, getattr(torch, settings.dtype), settings.device)
     lm = language_model.load(where, settings.model, getattr(torch, settings.dtype), settings.device)
     model_checks.trial(lm, layers_of(settings))
     return lm
@@ -486,7 +505,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
             carried.pop(b, None)  # not wanted where the cache had the block
             if work.pop(b, None) is not None:  # which another process has stored since it was begun here
                 carried.pop(b + 1, None)
-            if b == 0 and not settings.keep_bos and not ranks.number():
+            if b == 0 and lm.reads_text and not settings.keep_bos and not ranks.number():
                 say(f"BOS positions are left out; with them they would hold {float(given['bos_share']):.1%} of E‖x‖²")
             block = contexts.placed(given, settings.device)  # the free memory that counts is that beside it
             if may_begin(b + 1):
@@ -799,41 +818,15 @@ def hook_name(layer: int) -> str:
 def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict,
             unreported: dict, dense: dict[str, float]) -> dict:
     """final_info.json: a section per SAE, made for `diff`. `dense`: by suffix, the share of features always active."""
-    sections, defaults = {}, hyperparameters(variants.load(settings.variant))
+    chosen, defaults = evals_of(settings), hyperparameters(variants.load(settings.variant))
+    sections = {}
     for job in jobs:
-        numbers = json.loads((out / "variant_report" / job.name / "numbers.json").read_bytes())
-        of_training = training_log.last_means(log, job.name) | {f"variant.{k}": v for k, v in numbers.items()}
-        measured, stderrs, problems = stored.collected(out, evals_of(settings), job.name, crashed)
-        problems += [reading.DOUBT + note for note in job.notes]
-        if job.name in unreported:
-            error = unreported[job.name]
-            problems.append(f"the variant's own report failed: {type(error).__name__}: {error}")
-        config = config_of(settings, lm, job, defaults | job.hyper, dense.get(interchange.suffix(job.name), 0.0))
-        sections[job.name] = dict(means=dict(sorted(of_training.items())) | dict(sorted(measured.items())),
-                                  stderrs=dict(sorted(stderrs.items())), config=config, problems=problems)
+        place = dict(hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model)
+        config = run_results.config(settings, job.sae, defaults | job.hyper, place, count_steps(settings), chosen,
+                                    dense.get(interchange.suffix(job.name), 0.0))
+        sections[job.name] = run_results.section(out, job.name, log, chosen, crashed, unreported.get(job.name),
+                                                 job.notes, config)
     return sections
-
-
-def config_of(settings: Settings, lm: LanguageModel, job: Job, hyper: dict, dense: float) -> dict:
-    """What a section of final_info.json says of how its SAE came about; of what is the rule only the exceptions."""
-    config = dict(
-        variant=variants.title(settings.variant), hyper=hyper, model=environment.public_name(settings.model),
-        hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model, d_sae=len(job.sae.decoder),
-        context=settings.context, num_tokens=settings.num_tokens, passes=settings.passes,
-        batch_size=settings.batch_size, steps=count_steps(settings), lr=settings.lr or job.sae.default_lr,
-        keep_bos=settings.keep_bos, seed=settings.seed, dtype=settings.dtype,
-        dataset=environment.public_name(settings.dataset),
-        core_dataset=environment.public_name(settings.core_dataset), profile=settings.profile, evals={})
-    for name, own in evals_of(settings).items():
-        outside = evals.outside(name)
-        config["evals"][name] = own | ({"outside": outside} if outside else {})
-    if settings.init_from:
-        config["init_from"] = environment.public_name(settings.init_from)
-    if network.pinned():
-        config["revisions"] = network.pinned()
-    if dense:
-        config["dense"] = round(dense, 3)
-    return config
 
 
 # ================================================================================================================ main
@@ -857,8 +850,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         language_model.compile_cache(Path(settings.cache_dir) / "kernels")
         lm = load_language_model(settings)
         info["model_digest"] = lm.digest
-        say(f"language model: {lm.name}, {lm.n_layers} blocks, d_model {lm.d_model}, {settings.dtype} on "
-            f"{settings.device}")
+        say(f"{lm.title}, d_model {lm.d_model}, {settings.dtype} on {settings.device}")
     with phase("training", info, out):
         jobs = make_jobs(settings, lm)
         log = train(settings, lm, jobs, source, cache, out, interrupts)

@@ -18,7 +18,8 @@ FEATURES, CONTEXTS, WINDOW, LOGITS = 12, 4, 10, 6
 def boards(looked_at: dict[str, tuple[Setup, object]], say: Callable[[str], None]) -> list[dict]:
     """The dashboards of several SAEs {name: (setup, TrainedSAE)}, each with its `sae`; none, said, without text."""
     try:
-        return [dict(board, sae=name) for name, asked in looked_at.items() for board in dashboards(*asked)]
+        return [dict(board, sae=name) for name, asked in looked_at.items() if asked[0].lm.reads_text
+                for board in dashboards(*asked)]
     except (packing.TooLittleText, OSError) as error:
         say(f"report: no feature dashboards: {network.first_line(error)}")
         return []

@@ -21,7 +21,9 @@ EXAMPLE = """write for example --eval_config '{"core": {"batch_size_prompts": 8}
 def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
     """{eval: its settings} for a comma-separated list, "all" or "none"; `overrides`: JSON, {eval: {setting: value}}."""
     known = evals.names()
-    picked = known if chosen.strip() == "all" else [name.strip() for name in chosen.split(",")]
+    picked = [name.strip() for name in chosen.split(",")]
+    if chosen.strip() == "all":
+        picked = [name for name in known if profile in evals.declared(name, "CONFIG")]
     picked = [] if picked == ["none"] else picked
     for name in picked:
         if name not in known:
@@ -37,11 +39,22 @@ def choose(chosen: str, profile: str, overrides: str) -> dict[str, dict]:
         defaults, own = evals.declared(name, "CONFIG"), given.get(name, {})
         ranges, recorded = evals.declared(name, "RANGES") or {}, evals.declared(name, "RECORDED") or ()
         if profile not in defaults:
-            raise ValueError(f"{evals.place(name, 'CONFIG')}: CONFIG has no profile {profile!r}\n"
-                             f"add it, or leave {name} out of --evals")
+            raise ValueError(_not_there(name, profile, defaults))
         check(name, own, profile, defaults, ranges, recorded)
         configs[name] = defaults[profile] | own
     return configs
+
+
+def _not_there(name: str, profile: str, defaults: dict) -> str:
+    """Why an eval has no settings for a profile, and what to do."""
+    if profile == "synthetic":
+        return (f"the eval {name} needs a language model, and the profile synthetic has none\n"
+                f"leave {name} out of --evals")
+    if list(defaults) == ["synthetic"]:
+        return (f"the eval {name} needs known features, which the profile {profile} has not\n"
+                f"leave {name} out of --evals, or take --profile synthetic")
+    return (f"{evals.place(name, 'CONFIG')}: CONFIG has no profile {profile!r}\n"
+            f"add it, or leave {name} out of --evals")
 
 
 def parsed(text: str, known: list[str]) -> dict[str, dict]:

@@ -40,6 +40,8 @@ class LanguageModel:
     residuals, through the plain model too.
     """
 
+    reads_text = True
+
     def __init__(self, hf, tokenizer, name: str, digest: str):
         self.hf, self.tokenizer, self.name, self.digest = hf.eval().requires_grad_(False), tokenizer, name, digest
         self.device, self.dtype = hf.device, hf.dtype
@@ -53,6 +55,11 @@ class LanguageModel:
         self.compiled = torch.compile(run_block, dynamic=False) if self.device.type == "cuda" else None
         self.flex_from = FLEX_FROM if getattr(config, "attn_logit_softcapping", None) else math.inf
         self.beside = {}  # (T, attention): what each block is given beside the residual stream
+
+    @property
+    def title(self) -> str:
+        """What it is, for a run's log."""
+        return f"language model: {self.name}, {self.n_layers} blocks"
 
     def to(self, device: str) -> None:
         """Move the weights, in place: a model waits in host memory while another one has the GPU."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evals.model import built_in
+from evals.model import built_in, synthetic
 from evals.model.architecture import check_vocabulary, configuration, open_tokenizer, sizes
-from evals.model.built_in import EMBEDDED, SHAPES, TINY
+from evals.model.built_in import EMBEDDED, TINY
 from evals.model.folders import SINGLE, check_folder, index_of, shards
 from evals.storage import network
 from evals.storage.identity import files_digest
+from evals.texts.numbers import Numbers
 from evals.texts.text_files import is_path
 
+SHAPES = built_in.SHAPES | synthetic.SHAPES  # of the models that need no hub, by the names that --model takes
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and tokenizer
 UNREAD = ("*/*", "generation_config.json")  # other files of those names
 
@@ -25,9 +27,13 @@ def location(name: str, cache_dir: str, data_dir: str, weights: bool = True) -> 
         return built_in.embedded_folder(Path(cache_dir), Path(data_dir) if data_dir else None)
     if name == TINY:
         return built_in.tiny_folder(Path(cache_dir))
+    if name in synthetic.WORLDS:
+        return synthetic.world_folder(Path(cache_dir), name)
     if Path(name).exists():
         return Path(name)
     folder = network.snapshot("model", name, SMALL, UNREAD)
+    if weights and synthetic.is_synthetic(folder):
+        return network.snapshot("model", name, ["*.safetensors"], ["*/*"])
     if weights:
         wanted = shards(folder)
         if not any((folder / file).exists() for file in (*wanted, *SINGLE)):
@@ -53,12 +59,15 @@ def identity(where: str | Path, name: str = "") -> str:
 
 def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
     """As `identity`, of a model by its name, without its weights where they would have to be fetched."""
+    if name in synthetic.WORLDS:
+        return synthetic.identity(name)
     if name in SHAPES:
         return built_in.identity(name)
     if not Path(name).exists() and is_path(name):
         raise FileNotFoundError(f"no folder {name}\ngive the folder of a model, or its name on the hub: owner/name")
     if Path(name).exists():
-        check_folder(Path(name), name)
+        if not synthetic.is_synthetic(Path(name)):
+            check_folder(Path(name), name)
         return identity(name)
     return identity(network.snapshot("model", name, SMALL, UNREAD), name)
 
@@ -66,11 +75,13 @@ def known_identity(name: str, cache_dir: str, data_dir: str) -> str:
 def shape(name: str, itemsize: int, cache_dir: str = "", data_dir: str = "") -> dict:
     """d_model, n_layers, block_parameters (of one block), bytes, positions (most of a row; None: any number).
 
-    `bytes` are those of all parameters of `itemsize` bytes each.
+    `bytes` are those of all parameters of `itemsize` bytes each. A synthetic model says so: synthetic=True.
     """
     if name in SHAPES:
         return SHAPES[name]
     folder, whole = location(name, cache_dir, data_dir, weights=False), Path(name).exists()
+    if synthetic.is_synthetic(folder):
+        return synthetic.shape(folder)
     check_folder(folder, name, whole)
     found = sizes(configuration(folder, name), name, itemsize)
     check_vocabulary(open_tokenizer(folder, name), found["vocabulary"], name)
@@ -79,7 +90,8 @@ def shape(name: str, itemsize: int, cache_dir: str = "", data_dir: str = "") -> 
 
 def tokenizer(name: str, cache_dir: str, data_dir: str):
     """The model's tokenizer alone. ValueError if it has neither a BOS nor an EOS token."""
-    return open_tokenizer(location(name, cache_dir, data_dir, weights=False), name)
+    folder = location(name, cache_dir, data_dir, weights=False)
+    return Numbers() if synthetic.is_synthetic(folder) else open_tokenizer(folder, name)
 
 
 def disk_needed(name: str) -> int:

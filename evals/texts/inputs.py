@@ -23,6 +23,23 @@ def identities(source, chosen: dict[str, dict]) -> dict[str, str]:
     return found
 
 
+def check_kind(settings, synthetic: bool) -> None:
+    """ValueError where a synthetic model is to read text, or a language model is given the numbers of samples."""
+    wanted = settings.profile == "synthetic"
+    if wanted and not synthetic:
+        raise ValueError(f"--model={settings.model} is no synthetic model, and the profile synthetic has no text for "
+                         "others\ntake another profile, or a model that SAELens' SyntheticModel.save has written")
+    if synthetic and not wanted:
+        raise ValueError(f"--model={settings.model} is a synthetic model, which reads no text\n"
+                         "add --profile synthetic")
+    given = [f"--{name}={getattr(settings, name)}" for name in ("dataset", "core_dataset")
+             if getattr(settings, name) != "synthetic"]
+    if wanted and given:
+        raise ValueError(f"{given[0]}: the profile synthetic draws its samples from the model alone\nleave it out")
+    if wanted and settings.keep_bos:
+        raise ValueError("--keep_bos: the profile synthetic has no BOS to train on\nleave it out")
+
+
 def check_positions(model: str, most: int | None, context: int, chosen: dict[str, dict]) -> None:
     """ValueError if a row of training or of an eval is longer than the model has positions for (None: any number)."""
     asked = {f"--context={context}": context}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evals.cache import digest as hashed
-from evals.texts import embedded, hub, streams, text_files, tiny
+from evals.texts import embedded, hub, numbers, streams, text_files, tiny
 from evals.texts.packing import ids_of
 from evals.texts.splits import HELD_OUT, held_out
 
@@ -19,7 +19,7 @@ BYTES_A_TOKEN = 32  # of a file, that surely hold a token: a text has about 4 to
 class Listed:
     """An iterator over a list of texts; one made with the `state()` of another goes on where that was taken."""
 
-    def __init__(self, texts: Sequence[str], state: dict | None = None):
+    def __init__(self, texts: Sequence[str | list[int]], state: dict | None = None):
         self.texts, self.index = texts, state["index"] if state else 0
 
     def __iter__(self) -> Listed:
@@ -44,7 +44,7 @@ class Source:
     read, by what is wrong with them. ValueError for an unknown kind, or the hub without a `dataset`.
     """
 
-    kind: str  # embedded, tiny, hub
+    kind: str  # embedded, tiny, synthetic, hub
     dataset: str | None = None
     core_dataset: str | None = None
     text_field: str = "text"
@@ -53,7 +53,7 @@ class Source:
     _opened: list = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        _known("kind of text source", self.kind, ("embedded", "tiny", "hub"))
+        _known("kind of text source", self.kind, ("embedded", "tiny", "synthetic", "hub"))
         if self.kind == "hub" and not self.dataset:
             raise ValueError("texts from the hub need the name of a data set\n"
                              "give --dataset, for example monology/pile-uncopyrighted")
@@ -71,6 +71,8 @@ class Source:
             return stream
         if self.kind == "tiny":
             return Listed(tiny.documents(split), state)
+        if self.kind == "synthetic":
+            return Listed(numbers.Documents(split), state)
         return Listed(embedded.documents(split, self.cache_dir, self.data_dir), state)
 
     def digest(self, split: str) -> str:
@@ -154,9 +156,11 @@ class Source:
         return held_out if split == "heldout" else lambda text: not held_out(text)
 
     def _own(self):
-        """What the texts of the embedded and the tiny kind are made from."""
+        """What the texts of a kind's own are made from."""
         if self.kind == "tiny":
             return [tiny.VERSION, tiny.SEED]
+        if self.kind == "synthetic":
+            return [numbers.VERSION, numbers.DRAW]
         return [embedded.SELECTION, embedded.SEED, {key: embedded.WHEELS[key].sha256 for key in embedded.TEXTS}]
 
 

@@ -125,7 +125,7 @@ PROFILES = {
                  evals="core,sparse_probing", dtype="float32"),
     # a row is BOS, the 1,024 numbers of a draw (evals/texts/numbers.py) and BOS
     "synthetic": dict(model="synthetic", layers="0", dataset="synthetic", core_dataset="synthetic", context=1026,
-                      num_tokens=1_048_576, passes=1, block_tokens=2**18, d_sae=128, batch_size=1024, lr=3e-3,
+                      num_tokens=1_048_576, passes=1, block_tokens=2**18, d_sae=256, batch_size=1024, lr=3e-3,
                       lm_batch_size=8, evals="ground_truth", dtype="float32"),
 }
 PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16),
@@ -226,7 +226,7 @@ def evals_of(settings: Settings) -> dict[str, dict]:
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
     """Hyper-parameters per SAE of a layer, by its name's suffix: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
-    fixed = parse_hyper(module, settings.hyper)
+    fixed = synthetic.sparsity(settings.model, hyperparameters(module)) | parse_hyper(module, settings.hyper)
     if settings.init_from and not settings.sweep:
         return interchange.hypers_of(settings.init_from, hyperparameters(module), fixed)
     return {suffix: fixed | hyper for suffix, hyper in parse_sweep(module, settings.sweep).items()}
@@ -322,10 +322,10 @@ def check_model(settings: Settings) -> dict:
     layers = layers_of(settings)
     itemsize = getattr(torch, settings.dtype).itemsize
     shape = places.shape(settings.model, itemsize, settings.cache_dir, settings.data_dir)
+    inputs.check_kind(settings, shape.get("synthetic", False))
     if not 0 <= layers[0] <= layers[-1] < shape["n_layers"]:
         raise ValueError(f"--layers={settings.layers}: {settings.model} has blocks 0 to {shape['n_layers'] - 1}\n"
                          "choose among those")
-    inputs.check_kind(settings, shape.get("synthetic", False))
     inputs.check_positions(settings.model, shape["positions"], settings.context, evals_of(settings))
     if settings.init_from:
         interchange.check_width(settings.init_from, shape["d_model"])

@@ -72,7 +72,7 @@ def canonical(metric: str) -> str:
 DOUBT = "doubtful: "  # begins a problem of a run that concerns all its figures
 # metrics that depend on the language model and the texts alone, and so are equal in every run
 LM_ONLY = re.compile(r"\.llm_|with_ablation$|ce_loss_without_sae$|l2_norm_in$|total_tokens|mean_probe_f1$|num_letters$|"
-                     r"duplicated_test_share$|^training\.(steps?|tokens)$")
+                     r"duplicated_test_share$|true_l0$|^training\.(steps?|tokens)$")
 FORMER = {"context": ("context_size", "context_length"), "num_tokens": ("tokens",)}  # {setting: its former names}
 
 

@@ -26,11 +26,13 @@ CONFIG = "synthetic_model_config.json"  # by this file a folder or a repository 
 # The names that --model takes. The large one is the benchmark's, whose configuration SAELens publishes (docs,
 # "SynthSAEBench"); the small one has the same structure and is as much in superposition, at a size for two cores.
 WORLDS = {
-    "synthetic": dict(num_features=512, hidden_dim=64, max_prob=0.4, min_prob=5e-3, total_root_nodes=16, max_depth=2,
-                      rank=8),
+    "synthetic": dict(num_features=1024, hidden_dim=128, max_prob=0.4, min_prob=5e-3, total_root_nodes=32, max_depth=3,
+                      rank=16, l0=8),
     "synth16k": dict(num_features=16_384, hidden_dim=768, max_prob=0.4, min_prob=5e-4, total_root_nodes=128,
-                     max_depth=3, rank=25),
+                     max_depth=3, rank=25, l0=25),
 }
+# l0: how many features a sample has of the most frequent quarter, for which an SAE of the default width has room
+TARGETS = ("k", "target_l0")  # hyper-parameters that are a mean L0
 VERSION = 1  # goes into the folder's name: raise it when WORLDS changes
 
 
@@ -46,6 +48,16 @@ SHAPES = {name: shape_of(world["hidden_dim"], world["num_features"]) for name, w
 def identity(name: str) -> str:
     """Of one of WORLDS, made or not: from what it is made."""
     return f"{name}-{VERSION}"
+
+
+def sparsity(name: str, known: dict) -> dict[str, int]:
+    """What of a variant's hyper-parameters `known` is an L0, at that of the model `name` if it is one of WORLDS.
+
+    A variant's own default is made for language models: at several times the true L0 no latent is a true feature.
+    """
+    if name not in WORLDS:
+        return {}
+    return {target: WORLDS[name]["l0"] for target in TARGETS if target in known}
 
 
 def is_synthetic(folder: Path) -> bool:

@@ -17,7 +17,6 @@ import itertools
 import math
 import os
 import sys
-import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,10 +48,12 @@ from evals.model.language_model import LanguageModel
 from evals.storage import network
 from evals.storage.identity import files_digest
 from evals.texts import inputs, packing
+from evals.texts.blocks import FIRST, TokenStream
 from evals.texts.reader import Reader, Rows
 from runs import checkpoint, compare, disk, environment, failure, identity, reading, report, training, training_log
 from runs import results as run_results
 from runs import settings as checks
+from runs import snapshots as run_snapshots
 from runs.clock import phase
 from runs.interrupts import Interrupts
 from variants import base
@@ -95,6 +96,8 @@ class Settings:
     lr: Optional[float] = None  # learning rate; unset: the variant's own
     lm_batch_size: Optional[str] = None  # rows per language-model pass; auto: as many as pay and fit
     evals: Optional[str] = None  # comma-separated names of evals/, or "none"
+    snapshots: int = 0  # points of training, evenly apart, at which snapshot_evals measure the SAEs as they are
+    snapshot_evals: Optional[str] = None  # of evals, comma-separated; unset: core, or ground_truth
     eval_config: str = ""  # overrides of the evals' settings, as JSON: {"core": {"batch_size_prompts": 8}}
     seed: int = 0  # of initialisation, shuffling and evals
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where model and SAEs live
@@ -126,7 +129,7 @@ PROFILES = {
     # a row is BOS, the 1,024 numbers of a draw (evals/texts/numbers.py) and BOS
     "synthetic": dict(model="synthetic", layers="0", dataset="synthetic", core_dataset="synthetic", context=1026,
                       num_tokens=1_048_576, passes=1, block_tokens=2**18, d_sae=256, batch_size=1024, lr=3e-3,
-                      lm_batch_size=8, evals="ground_truth", dtype="float32"),
+                      lm_batch_size=8, evals="ground_truth", snapshot_evals="ground_truth", dtype="float32"),
 }
 PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16),
            "synth16k": dict(model="synth16k", num_tokens=200_000_000, block_tokens=2**20, d_sae=4096, lr=3e-4)}
@@ -139,7 +142,7 @@ NEVER_EMPTY = {*PATHS, "layers", "evals", "text_field"}  # given an empty value,
 NOT_IN_FINGERPRINT = {"out_dir", "checkpoint_seconds", "activation_cache_gb", "cache_dir", "data_dir",
                       "allow_identical", "allow_dense", "against", "shard", "trust_code"}
 # And those that decide only what is measured of the trained SAEs, not how they are trained.
-NOT_IN_TRAINING = {"variant", "evals", "eval_config"}
+NOT_IN_TRAINING = {"variant", "evals", "eval_config", "snapshots", "snapshot_evals"}
 
 
 def parse_settings(argv: list[str]) -> Settings:
@@ -156,7 +159,7 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
     at_home = {name: os.path.expanduser(path) for name, path in given.items() if path.startswith("~")}
     settings = dataclasses.replace(settings, **at_home)
     profile, why = choose_profile(settings)
-    defaults = PROFILES[profile] | PRESETS.get(settings.preset, {}) | dict(variant="topk")
+    defaults = dict(variant="topk", snapshot_evals="core") | PROFILES[profile] | PRESETS.get(settings.preset, {})
     if settings.init_from:
         found = network.patiently(settings.init_from,
                                   lambda: interchange.settings_of(settings.init_from, settings.trust_code))
@@ -222,6 +225,11 @@ def layers_of(settings: Settings) -> list[int]:
 def evals_of(settings: Settings) -> dict[str, dict]:
     """The chosen evals and their resolved settings."""
     return eval_settings.choose(settings.evals, settings.profile, settings.eval_config)
+
+
+def snapshots_of(settings: Settings) -> dict[str, dict]:
+    """The evals of --snapshots, of those chosen, and their resolved settings; none without."""
+    return run_snapshots.choose(settings.snapshots, settings.snapshot_evals, evals_of(settings), count_steps(settings))
 
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
@@ -306,6 +314,7 @@ def preflight(settings: Settings, source) -> dict:
     facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > learning.ALWAYS_ON}
     for note in eval_settings.check_requirements(evals_of(settings), settings.eval_config, facts):
         say(f"note: {note}")
+    snapshots_of(settings)
     facts |= forecast(settings, shape, list(findings.values()), sharing)
     check_room(settings, facts["forecast_bytes"]["saes"])
     inputs.fetch(source, evals_of(settings))  # only now: nothing of the run's own is wrong
@@ -418,34 +427,14 @@ def load_language_model(settings: Settings) -> LanguageModel:
 # ======================================================================================================== token stream
 
 
-class TokenStream:
-    """Training text as blocks of packed rows: BOS, then T − 1 tokens of documents joined by BOS.
-
-    Block b holds as many rows as give `plan[b]` trainable tokens, so its content depends on the text and on b alone.
-    `cursors[b]` is all that is needed to continue from block b.
-    """
-
-    def __init__(self, source, lm: LanguageModel, settings: Settings, cursor: Optional[dict] = None):
-        self.source, self.plan = source, block_plan(settings)
-        # compiled passes have a fixed shape and run on over the ends of blocks; several ranks each fill up their last
-        self.pass_rows = settings.lm_batch_size if lm.compiled and ranks.count() == 1 else 1
-        cursor = cursor or {"block": 0, "documents": None, "leftover": [], "before": []}
-        self.next, self.cursors = cursor["block"], {cursor["block"]: cursor}
-        reader = Reader(source, lm.tokenizer, lm.bos, lm.vocab_size, cursor["documents"], say)
-        self.rows = Rows(reader, settings.context, settings.keep_bos, cursor["leftover"], cursor["before"])
-        self.lock = threading.Lock()
-
-    def block(self, b: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Rows [R, T] (int32), flat positions [plan[b]] to train on, (before, after): rows in a pass with its ends."""
-        with self.lock:  # the background thread and a late caller must not both advance
-            while True:
-                found = self.rows.take(self.plan[self.next:], self.pass_rows)
-                # the current block's cursor stays: while one is trained on, the next is passed, a third is tokenised
-                self.cursors = {b: cursor for b, cursor in self.cursors.items() if b >= self.next - 2}
-                self.next += 1
-                self.cursors[self.next] = dict(block=self.next, **self.rows.place)
-                if self.next > b:
-                    return found
+def token_stream(source, lm: LanguageModel, settings: Settings, cursor: Optional[dict] = None) -> TokenStream:
+    """The run's training text as blocks of packed rows, from the beginning or where `cursor` says."""
+    # compiled passes have a fixed shape and run on over the ends of blocks; several ranks each fill up their last
+    pass_rows = settings.lm_batch_size if lm.compiled and ranks.count() == 1 else 1
+    cursor = cursor or FIRST
+    reader = Reader(source, lm.tokenizer, lm.bos, lm.vocab_size, cursor["documents"], say)
+    rows = Rows(reader, settings.context, settings.keep_bos, cursor["leftover"], cursor["before"])
+    return TokenStream(rows, block_plan(settings), pass_rows, cursor)
 
 
 # =================================================================================================== activation buffer
@@ -465,7 +454,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
     work, made = {}, {}  # block: what makes it, pass by pass; itself
 
     def key(b: int) -> dict:
-        return dict(model=lm.digest, layers=layers, data=stream.source.digest("train"), context=settings.context,
+        return dict(model=lm.digest, layers=layers, data=stream.digest, context=settings.context,
                     plan=plan[:b + 1], keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size,
                     attention=sorted(map(str, wanted)), **passes.kind(lm, stream.pass_rows > 1 and not wanted))
 
@@ -584,9 +573,10 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     now = begun(settings, out, jobs)
     if now.step == total:  # trained, or from elsewhere and only to be evaluated
         return now.log
-    stream = TokenStream(source, lm, settings, now.cursor)
+    stream = token_stream(source, lm, settings, now.cursor)
     ends = list(itertools.accumulate(steps_by_block(settings)))  # the step after each block
     log_every = max(1, total // settings.log_lines)
+    measured = run_snapshots.steps(total, settings.snapshots)
 
     def stop_if_asked(here: bool = True) -> None:
         # ranks stop at the same step: none may leave others waiting in the middle
@@ -614,6 +604,8 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                     next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
                 last = now.step == total
+                if now.step in measured:
+                    snapshot(settings, lm, jobs, source, cache, out, now)
                 if now.step % log_every == 0 or last:
                     training.note(out, jobs, batch_of_job, progress, now)
                     if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or last:
@@ -628,6 +620,14 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
         raise
     say(f"training: {now.clock.activations:.1f} s for texts and activations, {now.clock.sae:.1f} s for SAE steps")
     return now.log
+
+
+def snapshot(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, now) -> None:
+    """Measure copies of the SAEs as they are, into snapshots/step_<n>; an eval that crashes there costs that alone."""
+    copies = [dataclasses.replace(job, sae=duplicate(job.sae), optimizer=None) for job in jobs]
+    asked = dataclasses.replace(settings, evals=settings.snapshot_evals)
+    evaluate(asked, lm, copies, source, cache, run_snapshots.folder(out, now.step))
+    now.clock.count_rate(now.step)  # no time of training
 
 
 def step_all(jobs: list[Job], batch_of_job: dict[str, base.Batch], progress: base.Progress, now) -> None:
@@ -826,6 +826,9 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
                                     dense.get(interchange.suffix(job.name), 0.0))
         sections[job.name] = run_results.section(out, job.name, log, chosen, crashed, unreported.get(job.name),
                                                  job.notes, config)
+        if settings.snapshots:
+            sections[job.name]["snapshots"] = run_snapshots.rows(
+                out, job.name, snapshots_of(settings), settings.batch_size, sections[job.name])
     return sections
 
 

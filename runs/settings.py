@@ -19,6 +19,7 @@ RANGES = {
     "lm_batch_size": (1, 2**20),
     "seed": (0, 2**32 - 1),  # what NumPy's and scikit-learn's generators take
     "log_lines": (1, 10**6),
+    "snapshots": (0, 10**4),
     "checkpoint_seconds": (0.0, math.inf),  # inf: at the end alone
     "activation_cache_gb": (0.0, 1e9),
 }

@@ -590,7 +590,7 @@ def beside_peers(args, lm, source) -> None:
     for width in numbers(args.widths):
         settings = settings_of(args, width, keep_bos=True, num_tokens=500_000_000)
         steps = settings.block_tokens // settings.batch_size
-        rows_RT = torch.cat([experiment.TokenStream(source, lm, settings).block(b)[0] for b in range(3)])
+        rows_RT = torch.cat([experiment.token_stream(source, lm, settings).block(b)[0] for b in range(3)])
         with quiet():
             windows = {name: make(copied(lm), rows_RT, settings, steps) for name, make in peers.items()}
         found, rows_passed = {name: [] for name in peers}, Counter()

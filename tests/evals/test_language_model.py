@@ -238,7 +238,7 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
     """Fails if tokens are lost or repeated between rows or blocks, BOS is trained on, or a cursor goes elsewhere."""
     settings, lm = small_blocks(cache)
     source = Words(2000)
-    stream = experiment.TokenStream(source, lm, settings)
+    stream = experiment.token_stream(source, lm, settings)
     blocks = [stream.block(b) for b in range(3)]
     flat = []
     for (rows_RT, index_N, _), wanted in zip(blocks, experiment.block_plan(settings)):
@@ -249,9 +249,9 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
     for text in source.texts:
         expected += [*lm.tokenizer(text, add_special_tokens=False)["input_ids"], lm.bos]
     assert flat == expected[:len(flat)]
-    again = experiment.TokenStream(source, lm, settings, experiment.TokenStream(source, lm, settings).cursors[0])
+    again = experiment.token_stream(source, lm, settings, experiment.token_stream(source, lm, settings).cursors[0])
     again.block(0)
-    continued = experiment.TokenStream(source, lm, settings, again.cursors[1])
+    continued = experiment.token_stream(source, lm, settings, again.cursors[1])
     for b in (1, 2):
         assert all(torch.equal(x, y) for x, y in zip(continued.block(b)[:2], blocks[b]))
 
@@ -259,7 +259,7 @@ def test_rows_are_packed_with_bos_first_and_blocks_do_not_depend_on_history(cach
 def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
     """Fails if an activation is paired with another position in a block that the model sees in uneven batches."""
     settings, lm = small_blocks(cache, "--lm_batch_size=7")
-    stream = experiment.TokenStream(Words(2000), lm, settings)
+    stream = experiment.token_stream(Words(2000), lm, settings)
     rows_RT, index_N, _ = stream.block(0)
     got = collected(settings, lm, rows_RT, index_N, [1, 2], [])
     for layer in (1, 2):
@@ -272,7 +272,7 @@ def test_the_buffer_holds_the_residuals_of_its_tokens(cache):
 def test_out_of_memory_halves_the_batch_and_loses_nothing(cache, monkeypatch, capsys):
     """Fails if the rows of the failed batch are skipped or computed twice."""
     settings, lm = small_blocks(cache)
-    rows_RT, index_N, _ = experiment.TokenStream(Words(2000), lm, settings).block(0)
+    rows_RT, index_N, _ = experiment.token_stream(Words(2000), lm, settings).block(0)
     expected = collected(settings, lm, rows_RT, index_N, [1], [])
     whole = lm.residuals
 
@@ -306,7 +306,7 @@ def test_batches_pass_over_the_block_as_often_as_asked_and_resume_in_the_middle(
 def test_attention_of_a_block_belongs_to_its_tokens(cache):
     """Fails if patterns come from another layer, row or position on the way to the batch that a variant receives."""
     settings, lm = small_blocks(cache, "--lm_batch_size=7")
-    rows_RT, index_N, _ = experiment.TokenStream(Words(2000), lm, settings).block(0)
+    rows_RT, index_N, _ = experiment.token_stream(Words(2000), lm, settings).block(0)
     sae = variants.build(variants.load("topk"), lm.d_model, 8, dict(k=2))
     sae.attention_layers, sae.attention_threshold = (-1, 1), 0.1
     job = experiment.Job("layer_1", 1, {}, sae, None, 2.0)

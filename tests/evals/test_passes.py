@@ -51,7 +51,7 @@ def blocks_of(settings, lm, store, stream=None, first=0, wanted=(), driven=0):
 
     While one is there, so many passes of the next are driven, as training does, and the one after that is tokenised.
     """
-    stream = stream or experiment.TokenStream(Words(2000), lm, settings)
+    stream = stream or experiment.token_stream(Words(2000), lm, settings)
     found, cursors = [], []
     for b, block, ahead in experiment.activation_blocks(settings, lm, stream, store, first, list(wanted)):
         passed = list(itertools.islice(ahead, driven))
@@ -86,14 +86,14 @@ def watch(lm, monkeypatch):
 
 def rows_of(settings, lm):
     """Every row of the run, in order."""
-    stream = experiment.TokenStream(Words(2000), lm, settings)
+    stream = experiment.token_stream(Words(2000), lm, settings)
     return [row for b in range(len(stream.plan)) for row in stream.block(b)[0].tolist()]
 
 
 def plain_blocks(settings, lm):
     """The run's blocks by passes that end with each block, of the model as it is."""
     lm.compiled, compiled = None, lm.compiled
-    stream = experiment.TokenStream(Words(2000), lm, settings)
+    stream = experiment.token_stream(Words(2000), lm, settings)
     found = [collected(settings, lm, *stream.block(b)[:2], LAYERS, []) for b in range(len(stream.plan))]
     lm.compiled = compiled
     return found
@@ -130,7 +130,7 @@ def test_passes_of_the_next_block_are_driven_in_between(run, tmp_path, monkeypat
     shapes, asked = watch(lm, monkeypatch)
 
     def most_driven(store):
-        stream, most = experiment.TokenStream(Words(2000), lm, settings), 0
+        stream, most = experiment.token_stream(Words(2000), lm, settings), 0
         for _, _, ahead in experiment.activation_blocks(settings, lm, stream, store, 0, []):
             most = max(most, sum(1 for _ in ahead))
         return most
@@ -161,7 +161,7 @@ def test_a_resume_at_each_block_changes_no_bit(run, tmp_path, driven):
     assert len(whole) > 2
     assert_equal(whole, blocks_of(settings, lm, Cache(tmp_path, 0))[0])
     for b, cursor in enumerate(cursors):
-        stream = experiment.TokenStream(Words(2000), lm, settings, cursor)
+        stream = experiment.token_stream(Words(2000), lm, settings, cursor)
         again, later = blocks_of(settings, lm, Cache(tmp_path, 0), stream, b)
         assert_equal(again, whole[b:])
         assert later[1:] == cursors[b + 1:]
@@ -224,9 +224,9 @@ def test_a_compiled_pass_given_up_on_the_way(run, tmp_path, monkeypatch, capsys,
 def test_the_stream_gives_the_same_text_whatever_a_pass_holds(run):
     """Fails if looking ahead moves, repeats or drops a row, or reads on behind the run's end."""
     settings, lm = run
-    carrying = experiment.TokenStream(Words(2000), lm, settings)
+    carrying = experiment.token_stream(Words(2000), lm, settings)
     lm.compiled = None
-    plain, rows = experiment.TokenStream(Words(2000), lm, settings), rows_of(settings, lm)
+    plain, rows = experiment.token_stream(Words(2000), lm, settings), rows_of(settings, lm)
     taken, P = 0, settings.lm_batch_size
     for b in range(len(plain.plan)):
         rows_RT, index_N, (before, after) = carrying.block(b)
@@ -245,7 +245,7 @@ def test_passes_that_give_attention_end_with_the_block(cache, tmp_path):
     """Fails if rows of other blocks come into a block's attention patterns, or a compiled pass is asked for them."""
     settings, lm = run_of(cache)
     wanted = [Attention(1, (0,), None)]
-    stream = experiment.TokenStream(Words(2000), lm, settings)
+    stream = experiment.token_stream(Words(2000), lm, settings)
     found, _ = blocks_of(settings, lm, Cache(tmp_path, 0), wanted=wanted)
     for b, block in enumerate(found):
         rows_RT, index_N, _ = stream.block(b)
@@ -261,7 +261,7 @@ def test_entries_are_kept_apart_where_bits_may_differ(cache, tmp_path):
     for wanted, here, marks in (([], by_place, compiled | {"counted_from": "first row of the run"}), ([], None, {}),
                                 ([Attention(1, (0,), None)], by_place, compiled)):
         store, lm.compiled = Cache(tmp_path, 1), here
-        stream = experiment.TokenStream(Words(2000), lm, settings)
+        stream = experiment.token_stream(Words(2000), lm, settings)
         blocks_of(settings, lm, store, stream, wanted=wanted)
         of_all = dict(model=lm.digest, layers=LAYERS, data="words", context=16, keep_bos=False, lm_batch_size=7,
                       attention=[str(w) for w in wanted])

@@ -8,7 +8,8 @@ An eval defines
 
     EVAL_TYPE_ID    SAEBench's eval_type_id (the folder under eval_results/ and the prefix of its metrics)
     METRICS         {"metric": "higher" | "lower" | ""}: every metric it can return and which way is better
-    CONFIG          {profile: {setting: value}} for gemma, embedded, tiny; SAEBench's names where it has them
+    CONFIG          {profile: {setting: value}} for gemma, embedded, tiny, or for synthetic where it needs no language
+                    model; SAEBench's names where it has them
     requirements    (config, facts) -> list of problems, each "what\\nwhat to do"; empty if the eval can run
     run             (setup, saes) -> {sae name: Result}; `saes` {name: TrainedSAE}, all on setup.hook_name
 and, where it applies,

@@ -21,7 +21,10 @@ from tests.small_run import command
 
 PROFILES = {"gemma": ("google/gemma-2-2b", "google/gemma-2-2b-it", "hub"),
             "tiny": ("tiny-gemma2", "tiny-gemma2", "tiny"),
-            "embedded": ("smollm2-135m-instruct", "smollm2-135m-instruct", "embedded")}
+            "embedded": ("smollm2-135m-instruct", "smollm2-135m-instruct", "embedded"),
+            "synthetic": ("synthetic", None, "synthetic")}
+TEXT = {"gemma", "tiny", "embedded"}  # the profiles with a language model
+OF_TEXT = {name for name in evals.names() if set(evals.declared(name, "CONFIG")) >= TEXT}
 
 
 @pytest.fixture
@@ -34,13 +37,17 @@ def no_judge(monkeypatch):
 def test_declarations(name, no_judge):
     """Fails if an eval lacks a profile, a direction or a hub data set's name, or refuses its own default settings."""
     assert set(evals.declared(name, "METRICS").values()) <= {"higher", "lower", ""}
+    profiles = evals.declared(name, "CONFIG")
+    assert set(profiles) in (TEXT, {"synthetic"})  # what needs a language model, and what needs known features
     for profile, (model, sibling, source) in PROFILES.items():
+        if profile not in profiles:
+            continue
         config = choose(name, profile, "")[name]
         facts = dict(model=model, instruct_model=sibling, profile=profile, device="cpu", source=source)
         assert evals.load(name).requirements(config, facts) == []
         assert set(evals.wheels(name, source)) <= set(embedded.WHEELS)
         json.dumps([config, evals.outside(name)])
-    config = evals.declared(name, "CONFIG")["gemma"]
+    config = profiles.get("gemma") or profiles["synthetic"]
     assert all("/" in repository for repository in evals.repositories(name, config, Source("hub", "o/n")))
     least, wanted = evals.held_out(name, config)
     assert evals.repositories(name, config, Source("tiny")) == [] and least <= wanted
@@ -93,7 +100,7 @@ def test_an_eval_goes_by_deleting_it(name, tmp_path, cache, no_judge):
     ran = python("experiment.py", *command(tmp_path / "run", cache, "--evals=all"))
     assert ran.returncode == 0, ran.stderr
     means = json.loads((tmp_path / "run" / "final_info.json").read_text())["layer_2"]["means"]
-    assert {metric.split(".")[0] for metric in means} & {*evals.names()} == {*evals.names()} - {name}
+    assert {metric.split(".")[0] for metric in means} & {*evals.names()} == OF_TEXT - {name}
     collected = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "tests")
     assert collected.returncode == 0, collected.stdout
     assert f"test_{name}.py" not in collected.stdout and "test_core.py" in collected.stdout
@@ -107,7 +114,7 @@ def test_all_evals_in_one_run(tmp_path, cache, no_judge):
     assert experiment.main(command(tmp_path / "run", cache, "--evals=all")) == 0
     section = json.loads((tmp_path / "run" / "final_info.json").read_text())["layer_2"]
     ours = {metric for metric in section["means"] if metric.split(".")[0] in evals.names()}
-    assert {metric.split(".")[0] for metric in ours} == set(evals.names())
+    assert {metric.split(".")[0] for metric in ours} == OF_TEXT
     assert ours <= set(compare.directions())
     assert set(section["stderrs"]) <= ours
     for metric in ours:

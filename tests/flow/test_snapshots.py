@@ -1,0 +1,52 @@
+"""--snapshots: the SAE measured along training, which changes nothing of it."""
+
+import json
+
+import pytest
+
+import experiment
+from runs import folder, snapshots
+from tests import small_run
+
+SAE = "layer_2"
+
+
+def section(out):
+    return json.loads((out / "final_info.json").read_text())[SAE]
+
+
+def test_measuring_changes_nothing(reference, cache, tmp_path, monkeypatch):
+    """Fails if a run measured at four points has other weights or results than one that is not, or a row is wrong; or
+    if one that was interrupted between two points has other rows."""
+    out, broken = tmp_path / "run_1", tmp_path / "run_2"
+    assert experiment.main(small_run.command(out, cache, "--snapshots=4")) == 0
+    found, plain = section(out), section(reference)
+    assert (out / "sae" / SAE / "sae_weights.safetensors").read_bytes() == (
+        reference / "sae" / SAE / "sae_weights.safetensors").read_bytes()
+    assert {k: v for k, v in found["means"].items() if "tokens_per_s" not in k} == plain["means"]
+    rows, total = found["snapshots"], found["config"]["steps"]
+    assert [row["step"] for row in rows] == [round(total * i / 4) for i in (1, 2, 3, 4)]
+    assert [row["tokens"] for row in rows] == [row["step"] * 256 for row in rows]
+    assert rows[-1]["means"] == {k: v for k, v in found["means"].items() if k.startswith("core.")}
+    assert len({row["means"]["core.r2"] for row in rows}) == 4
+    assert any(name.startswith("snapshots/step_") for name in folder.digests(out))
+
+    small_run.fail_at_checkpoint(2, [*small_run.command(broken, cache, "--snapshots=4"), "--checkpoint_seconds=0"],
+                                 monkeypatch)
+    assert experiment.main([*small_run.command(broken, cache, "--snapshots=4"), "--checkpoint_seconds=0"]) == 0
+    assert section(broken)["snapshots"] == rows
+
+
+@pytest.mark.parametrize("flags, said", [(["--snapshots=1000"], "more than the run's 38 steps"),
+                                         (["--snapshots=2", "--snapshot_evals=scr"], "scr, which is not among --evals"),
+                                         (["--snapshots=2", "--evals=none"], "core, which is not among --evals")])
+def test_what_cannot_be_measured_is_refused(cache, tmp_path, capsys, flags, said):
+    """Fails if points or evals that there are not end later than in preflight, or in other words."""
+    assert experiment.main(small_run.command(tmp_path / "run_1", cache, *flags)) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_points():
+    """Fails if points are not evenly apart, double, or the end is measured twice."""
+    assert snapshots.steps(100, 4) == {25, 50, 75} and snapshots.steps(100, 0) == snapshots.steps(100, 1) == set()
+    assert snapshots.steps(3, 3) == {1, 2}

@@ -4,10 +4,23 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from evals.storage import network
+from runs.published import chosen, main
 from runs.reading import read
 from tests import PROJECT
+from tests.hub import serving
 
 HOLDER = "cross-arch-panel/gemma-2-2b/batchtopk"
+
+
+@pytest.fixture
+def small_hub(tmp_path):
+    """A hub that holds nothing yet."""
+    (tmp_path / "hub").mkdir()
+    with serving(tmp_path / "hub") as server:
+        yield server
 
 
 def results(kind, category, **metrics):
@@ -30,7 +43,7 @@ def published(environment, *arguments):
                           capture_output=True, text=True, timeout=60)
 
 
-def test_snapshots_become_stored_baselines(hub, tmp_path):
+def test_snapshots_become_stored_baselines(small_hub, tmp_path):
     """Fails if another snapshot than the one asked for is taken, evals of one are not put together, or weights come."""
     files = {"README.md": b"a card", "other/notes.json": b"{}"}
     for k in (50, 100):
@@ -39,29 +52,32 @@ def test_snapshots_become_stored_baselines(hub, tmp_path):
             files |= snapshot(place, k + 0.5, score)
     for seed in (0, 1):
         files |= snapshot(f"matryoshka-panel/gemma-2-2b/n-2/seed-{seed}/snapshots/step-7-tokens-300000000", 60.0, 0.9)
-    hub.push("model", "decoderesearch/sae-snapshot-panels", files)
-    environment = hub.environment(home=tmp_path / "home")
-    for asked, score in (([], 0.97), (["--tokens", 450_000_000], 0.95)):
-        done = published(environment, "--out", tmp_path / "out", *asked)
-        assert done.returncode == 0, done.stderr
-        saes = read(tmp_path / "out/gemma-2-2b/cross-arch-panel_batch_topk")
-        assert list(saes) == ["layer_12.k_100.seed_0", "layer_12.k_50.seed_0"]
-        run = saes["layer_12.k_50.seed_0"]
-        assert run.means["core.l0"] == 50.5 and run.means["core.ce_loss_score"] == score
-        assert run.means["sae_probes.sae_top_1_test_auc"] == score - 0.1
+    small_hub.push("model", "decoderesearch/sae-snapshot-panels", files)
+    for tokens, found in ((None, 1500), (450_000_000, 500), (10, 100)):
+        assert {place.rpartition("-")[2] for place in chosen(files, tokens) if "k-" in place} == {f"{found}000000"}
+    environment = small_hub.environment(home=tmp_path / "home")
+    done = published(environment, "--out", tmp_path / "out", "--tokens", 450_000_000)
+    assert done.returncode == 0, done.stderr
+    saes = read(tmp_path / "out/gemma-2-2b/cross-arch-panel_batch_topk")
+    assert list(saes) == ["layer_12.k_100.seed_0", "layer_12.k_50.seed_0"]
+    run = saes["layer_12.k_50.seed_0"]
+    assert run.means["core.l0"] == 50.5 and run.means["core.ce_loss_score"] == 0.95
+    assert run.means["sae_probes.sae_top_1_test_auc"] == 0.95 - 0.1
     config = run.config
     assert (config["variant"], config["num_tokens"], config["context"]) == ("batch_topk", 500_000_000, 1024)
     assert (config["published"], config["steps"], config["d_sae"]) == ("published, 500 M tokens", 5000, 32768)
     assert len(read(tmp_path / "out/gemma-2-2b/matryoshka-panel_matryoshka-panel")) == 2
-    assert not any("safetensors" in path for _, path, _ in hub.requests if "resolve" in path)
+    assert not any("safetensors" in path for _, path, _ in small_hub.requests if "resolve" in path)
 
 
-def test_without_a_hub_it_says_so_in_one_line(hub, tmp_path):
+def test_without_a_hub_it_says_so_in_one_line(small_hub, tmp_path, monkeypatch, capsys):
     """Fails if a machine without a network, or a repository of another layout, gives a traceback or silence."""
-    offline = hub.environment(home=tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
+    offline = small_hub.environment(home=tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
     done = published(offline, "--out", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("nothing fetched: HF_HUB_OFFLINE is set") and done.stderr.count("\n") == 1
-    hub.push("model", "decoderesearch/sae-snapshot-panels", {"other/core.json": results("core", "sparsity", l0=1.0)})
-    done = published(hub.environment(home=tmp_path / "home"), "--out", tmp_path)
-    assert done.returncode == 1 and "layout" in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setattr(network, "commit", lambda kind, name: "0" * 40)
+    monkeypatch.setattr(network, "listing", lambda kind, name, revision: {"snapshots/core.json": 5})
+    assert main(["--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "holds no snapshots in the layout that its card describes" in said and said.count("\n") == 1

@@ -14,12 +14,12 @@ from runs.wording import listing, number
 ACCURACY = re.compile(r"\.sae_(top_\d+_|val_selected_)?test_accuracy")
 # counts over counts, which two SAEs can share by chance
 COUNTED = re.compile(r"frac_alive$|freq_over_|dead_share$")
+R2 = ("core.r2", "ground_truth.r2")
 # what no SAE's figure can be: {metric: (least, most)}; the CE loss score alone can, and says then that ablation is no
 # worse
 BOUNDS = {"core.r2": (-math.inf, 1), "core.explained_variance": (-math.inf, 1), "core.cossim": (-1, 1),
           "core.frac_alive": (0, 1), "ground_truth.r2": (-math.inf, 1), "ground_truth.frac_alive": (0, 1),
           **{f"ground_truth.{share}": (0, 1) for share in ("f1", "precision", "recall", "mcc", "uniqueness")}}
-R2 = ("core.r2", "ground_truth.r2")
 TOP_K = ("topk", "batch_topk", "matryoshka_batch_topk")  # variants whose k is the L0 that is asked for
 
 

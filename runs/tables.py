@@ -308,7 +308,7 @@ def _stand_in(comparison: Comparison) -> list[str]:
         return []
     model = comparison.identity[0] or "this model"
     return [f"no stored baseline for {model}: {file_label(first[0].run.path)} stands for it",
-            *(f"warning: {one.run.name}: {line}" for one in first for line in one.warnings)]
+            *(f"warning: {one.run.name}: {line}" for one in first for line in _noted_alone(one))]
 
 
 def _about(names: list[str], saes: list[Compared], reasons: list[list[str]]) -> list[str]:

@@ -122,10 +122,10 @@ PROFILES = {
                   dtype="bfloat16"),
     "embedded": dict(model=places.EMBEDDED, layers="9", dataset="embedded", core_dataset="embedded", context=128,
                      num_tokens=160_000, passes=1, block_tokens=2**18, d_sae=2304, batch_size=1024, lr=3e-3,
-                     lm_batch_size=8, evals="core,sparse_probing", dtype="float32"),
+                     lm_batch_size=8, evals="core,sparse_probing,sae_probes", dtype="float32"),
     "tiny": dict(model=places.TINY, layers="2", dataset="tiny", core_dataset="tiny", context=32, num_tokens=16_384,
                  passes=1, block_tokens=4096, d_sae=128, batch_size=256, lr=3e-3, lm_batch_size=32,
-                 evals="core,sparse_probing", dtype="float32"),
+                 evals="core,sparse_probing,sae_probes", dtype="float32"),
     # a row is BOS, the 1,024 numbers of a draw (evals/texts/numbers.py) and BOS
     "synthetic": dict(model="synthetic", layers="0", dataset="synthetic", core_dataset="synthetic", context=1026,
                       num_tokens=1_048_576, passes=1, block_tokens=2**18, d_sae=256, batch_size=1024, lr=3e-3,

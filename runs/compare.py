@@ -4,7 +4,8 @@ A difference counts where it exceeds twice the combined standard error âˆš(se_aÂ
 an eval states no standard error from fewer than five sampling units (evals/common/errors.py), so nothing counts as
 beyond it there. Where the baseline has SAEs on both sides of a run's L0, the run is compared with what lies between
 them at its own L0. Runs of another model, layer or hook are shown but not compared, nor are evals that ran with other
-settings.
+settings. Where a frozen random decoder is stored for a run's model, the headline metrics in which the run is not
+surely better than it are named.
 
 This file judges and returns data (runs/comparison.py); runs/tables.py makes text and tables of it, runs/doubts.py
 knows what makes a run's figures doubtful, runs/frontier.py what lies between two SAEs.
@@ -26,9 +27,9 @@ from pathlib import Path
 
 import evals
 from runs import doubts, exports, frontier, tables
-from runs.comparison import NOT_COMPARED, SETTINGS, UNKNOWN, Compared, Comparison, Judged, differing
+from runs.comparison import NOT_COMPARED, SETTINGS, UNKNOWN, Compared, Comparison, Floor, Judged, differing
 from runs.frontier import Interpolated, l0_of
-from runs.reading import Run, canonical, read, setting, slug
+from runs.reading import RECORDS, Run, canonical, read, setting, slug
 
 # ------------------------------------------------------------------------------------------------ verdicts
 
@@ -96,30 +97,34 @@ def judged(runs: Iterable[Run] | dict, baseline: Iterable[Run] | dict | None,
             references = stand_ins = [run for run in members if run.path == members[0].path]
             members = [run for run in members if run.path != members[0].path]
         saes = frontier_for(members, references)
+        random = stored_random(key, members[0].config)
+        add = partial(_compared, references=references, saes=saes, directions=directions, decoders=random.get(FROZEN))
         same = doubts.twins(members) if len(members) > 1 else [None]
         found.append(Comparison(
-            identity=key, references=references, frontier=saes, directions=directions,
-            saes=[_compared(run, references, saes, directions, twin) for run, twin in zip(members, same)],
-            stand_ins=[_compared(run, references, saes, directions) for run in stand_ins]))
+            identity=key, references=references, frontier=saes, directions=directions, random=random,
+            saes=[add(run, twin=twin) for run, twin in zip(members, same)],
+            stand_ins=[add(run) for run in stand_ins]))
     return found
 
 
 def _compared(run: Run, references: list[Run], saes: list[Run], directions: dict[str, str],
-              twin: int | None = None) -> Compared:
+              decoders: list[Run] | None = None, twin: int | None = None) -> Compared:
     """A run beside the nearest of the references and what their frontier `saes` reaches at its own L0."""
     l0 = l0_of(run)
     nearest = min(references, key=lambda reference: abs((l0_of(reference) or 0) - (l0 or 0)), default=None)
     at_l0 = frontier.at(l0, saes)
     partner = _completed(at_l0, nearest)
+    floor = beside_random(run, decoders or [], directions)
     if partner is None:
         return Compared(run=run, nearest=None, at_l0=None, partner=None, equal_l0=None, obstacles=[], other_settings={},
-                        differs={}, warnings=doubts.warnings(run), twin=twin, judged=lambda metric: UNKNOWN)
+                        differs={}, warnings=doubts.warnings(run), twin=twin, floor=floor,
+                        judged=lambda metric: UNKNOWN)
     why, settings = obstacles(run, partner)
     not_compared = {metric.partition(".")[0] for metric in run.means} if why else settings
     equal_l0 = _equal_l0(l0, l0_of(partner), frontier.SAME if saes else NEAR)
     return Compared(run=run, nearest=nearest, at_l0=at_l0, partner=partner, equal_l0=equal_l0, obstacles=why,
                     other_settings=settings, differs=differing(run, partner), warnings=doubts.warnings(run, nearest),
-                    twin=twin, judged=partial(verdict, run, partner, directions, not_compared))
+                    twin=twin, floor=floor, judged=partial(verdict, run, partner, directions, not_compared))
 
 
 def _equal_l0(ours: float | None, theirs: float | None, share: float) -> bool | None:
@@ -128,6 +133,49 @@ def _equal_l0(ours: float | None, theirs: float | None, share: float) -> bool | 
     if not ours or not theirs:
         return ours == theirs
     return max(ours / theirs, theirs / ours) < 1 + share
+
+
+# ------------------------------------------------------------------------------------------------ the random line
+
+FROZEN = "frozen_decoder"  # decoders that stay as they were drawn (arXiv 2602.14111)
+# {name under runs/baseline/<model>/: in words}
+RANDOM = {FROZEN: "frozen random decoder", "untrained": "untrained SAE"}
+# what each eval is asked first: a run is held against the frozen decoder in these
+HEADLINES = ("core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1_test_accuracy",
+             "sae_probes.sae_top_1_test_auc", "absorption.mean_absorption_fraction_score",
+             "scr.scr_metric_threshold_10", "tpp.tpp_threshold_10_total_metric", "autointerp.autointerp_score",
+             "unlearning.unlearning_score", "ravel.disentanglement_score", "ground_truth.f1", "ground_truth.mcc",
+             "ground_truth.r2", "ground_truth.uniqueness")
+
+
+def beside_random(run: Run, decoders: list[Run], directions: dict[str, str]) -> Floor | None:
+    """What the frozen decoders of the run's width reach at its L0, and in which headline metrics it is not better.
+
+    Not better: the other way, equal, or within two standard errors. A difference for the better whose standard error
+    is not known is no evidence either way, and not listed. A frozen decoder is not held against itself.
+    """
+    fitting = [one for one in decoders if one.config.get("d_sae") == run.config.get("d_sae") and l0_of(one)]
+    found = frontier.near(l0_of(run), frontier_for([run], fitting) or fitting[:1])
+    if found is None or run.config.get("variant") == FROZEN:
+        return None
+    why, settings = obstacles(run, found)
+    if why:
+        return None
+    means = {metric: value for metric, value in found.means.items() if metric.partition(".")[0] not in settings}
+    floor = replace(found, means=means)
+    against = {metric: verdict(run, floor, directions, (), metric) for metric in HEADLINES if directions.get(metric)}
+    not_better = {metric: judged for metric, judged in against.items()
+                  if judged.difference is not None and (judged.verdict != "better" or judged.beyond is False)}
+    own = isinstance(found, Interpolated) or abs(math.log(l0_of(found) / l0_of(run))) < frontier.SAME
+    return Floor(floor, own, not_better)
+
+
+def stored_random(key: tuple, config: dict) -> dict[str, list[Run]]:
+    """{name of RANDOM: its stored SAEs} of a model, layer and hook."""
+    folders = {name: BASELINES / slug(config.get("model", "")) / name for name in RANDOM if config.get("model")}
+    found = {name: [one for one in _with_frontier(folder) if identity(one.config) == key]
+             for name, folder in folders.items() if _files(folder)}
+    return {name: saes for name, saes in found.items() if saes}
 
 
 # ------------------------------------------------------------------------------------------------ what with
@@ -213,32 +261,46 @@ def _listed(runs: Iterable[Run] | dict | None) -> list[Run]:
 # ------------------------------------------------------------------------------------------------ stored baselines
 
 BASELINES = Path(__file__).resolve().parent / "baseline"
+# {model: {width: what its runs are compared with by default, of the nearest width}}; `standard` of every other model
+DEFAULTS = {"gemma-2-2b": {16_384: "published_500M_batch_topk_16k", 65_536: "published_500M_batch_topk_65k"},
+            "synth16k": {4_096: "published_batch_topk"}}
 
 
-def baseline_for(config: dict, name: str = "standard") -> Path | None:
-    """The stored baseline of that name for the model of a run's config, or None."""
-    path = BASELINES / slug(config.get("model", "")) / name / "final_info.json"
-    return path if config.get("model") and path.is_file() else None
+def baseline_for(config: dict, name: str | None = None) -> Path | None:
+    """The folder of the stored baseline of that name, or the default one, for the model of a run's config, or None."""
+    if not config.get("model"):
+        return None
+    model = slug(config["model"])
+    folder = BASELINES / model / (name or _default(model, config.get("d_sae")))
+    return folder if _files(folder) else None
+
+
+def _default(model: str, width: int | None) -> str:
+    """What runs of a model are compared with unless another baseline is asked for; of several the nearest in width."""
+    by_width = DEFAULTS.get(model)
+    if by_width is None:
+        return "standard"
+    return by_width[min(by_width, key=lambda known: abs(math.log(known / (width or known))))]
 
 
 def stored_baselines(runs: Iterable[Run] | dict, asked: str | None = None) -> list[Run]:
-    """The baseline asked for by path or name, else the standard one of each model among the runs. FileNotFoundError."""
+    """The baseline asked for by path or name, else the default one of each model among the runs. FileNotFoundError."""
     runs = _listed(runs)
     if asked and Path(asked).exists():
         return _with_frontier(Path(asked))
     if asked and "/" in asked:
-        paths = {BASELINES / asked / "final_info.json"}
+        folders = {BASELINES / asked}
     else:
-        paths = {baseline_for(run.config, asked or "standard") for run in runs} - {None}
-    paths = sorted(path for path in paths if path.is_file())
-    if asked and not paths:
+        folders = {baseline_for(run.config, asked) for run in runs} - {None}
+    folders = sorted(folder for folder in folders if _files(folder))
+    if asked and not folders:
         raise FileNotFoundError(f"no baseline named {asked!r}{_nearest(asked, _baseline_names(asked, runs))}")
-    return [run for path in paths for run in _with_frontier(path.parent)]
+    return [run for folder in folders for run in _with_frontier(folder)]
 
 
 def _baseline_names(asked: str, runs: list[Run]) -> list[str]:
     """What can be asked for: names among the runs' own models, else, and for a name with a model, all with theirs."""
-    stored = sorted(path.parent for path in BASELINES.glob("*/*/final_info.json"))
+    stored = sorted(folder for folder in BASELINES.glob("*/*") if _files(folder))
     models = {slug(run.config.get("model", "")) for run in runs}
     own = [path.name for path in stored if path.parent.name in models]
     if own and "/" not in asked:
@@ -247,10 +309,13 @@ def _baseline_names(asked: str, runs: list[Run]) -> list[str]:
 
 
 def _with_frontier(path: Path) -> list[Run]:
-    """The runs of a file, or of a folder's final_info.json and, where a baseline has one, its frontier.json."""
-    beside = path / "frontier.json"
-    files = [path, beside] if beside.is_file() else [path]
-    return [run for file in files for run in read(file).values()]
+    """The runs of a file, or of a folder's final_info.json and frontier.json, of which a baseline may lack one."""
+    return [run for file in _files(path) or [path] for run in read(file).values()]
+
+
+def _files(folder: Path) -> list[Path]:
+    """What a stored baseline's folder holds of runs."""
+    return [folder / name for name in RECORDS if (folder / name).is_file()]
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -267,7 +332,7 @@ def _laid_out(comparisons: list[Comparison], everything: bool, form: Callable[[t
 
 
 def summary(path: str | Path) -> str:
-    """What a run prints at its end: the run of that folder against the stored standard baseline of its model."""
+    """What a run prints at its end: the run of that folder against the stored default baseline of its model."""
     sections = read(path)
     return compare(sections, stored_baselines(sections), directions())
 
@@ -297,7 +362,7 @@ def _main(argv: list[str]) -> int:
     parser = _Parser(prog="python -m runs.compare", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="run", help="run folder, or any JSON file that records runs")
     parser.add_argument("--baseline", help="a stored baseline's name (standard, gemma-2-2b/topk) or a path; "
-                                           "default: standard, of the runs' own model")
+                                           "default: that of the runs' own model, see runs/baseline/README.md")
     parser.add_argument("--all", action="store_true", help="every metric")
     parser.add_argument("--csv", action="store_true", help="one line per run and metric, in full precision")
     parser.add_argument("--json", action="store_true", help="all that is known, in full precision, for programs")

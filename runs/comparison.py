@@ -29,6 +29,14 @@ class Judged(NamedTuple):
 UNKNOWN, NOT_COMPARED = Judged(), Judged(verdict="not compared")
 
 
+class Floor(NamedTuple):
+    """What a frozen random decoder reaches beside a run."""
+
+    run: Run  # at the run's own L0, or of the nearest one within a factor; evals of other settings are left out
+    at_own_l0: bool
+    not_better: dict[str, Judged]  # {headline metric in which the run is not surely better: run − decoder}
+
+
 @dataclass(frozen=True)
 class Compared:
     """One run and what it is compared with."""
@@ -43,6 +51,7 @@ class Compared:
     differs: dict[str, tuple]  # {one of SETTINGS: (run's, partner's)}
     warnings: list[str]  # what makes the run's figures doubtful
     twin: int | None  # runs with the same number are one and the same SAE
+    floor: Floor | None  # None where no frozen decoder of the run's model, layer, width and L0 is stored
     judged: Callable[[str], Judged]  # of any metric, when it is asked for: a table shows a few of a hundred
 
     def source(self, metric: str) -> Run | None:
@@ -68,6 +77,7 @@ class Comparison:
     frontier: list[Run]  # of the references those of one variant and several L0 around the runs' own; or []
     stand_ins: list[Compared]  # for want of a stored baseline the references are the first runs: those, by themselves
     directions: dict[str, str]  # {metric: higher, lower or ""}: which way is better
+    random: dict[str, list[Run]]  # {kind of random dictionary, see compare.RANDOM: its SAEs}, stored for this identity
 
 
 def differing(run: Run, other: Run) -> dict[str, tuple]:

@@ -7,17 +7,19 @@ import math
 import re
 from collections import defaultdict
 
-from runs.frontier import l0_of
+from runs.frontier import alive_of, l0_of
 from runs.reading import DOUBT, LM_ONLY, Run, setting
 from runs.wording import listing, number
 
 ACCURACY = re.compile(r"\.sae_(top_\d+_|val_selected_)?test_accuracy")
 # counts over counts, which two SAEs can share by chance
 COUNTED = re.compile(r"frac_alive$|freq_over_|dead_share$")
+R2 = ("core.r2", "ground_truth.r2")
 # what no SAE's figure can be: {metric: (least, most)}; the CE loss score alone can, and says then that ablation is no
 # worse
 BOUNDS = {"core.r2": (-math.inf, 1), "core.explained_variance": (-math.inf, 1), "core.cossim": (-1, 1),
-          "core.frac_alive": (0, 1)}
+          "core.frac_alive": (0, 1), "ground_truth.r2": (-math.inf, 1), "ground_truth.frac_alive": (0, 1),
+          **{f"ground_truth.{share}": (0, 1) for share in ("f1", "precision", "recall", "mcc", "uniqueness")}}
 TOP_K = ("topk", "batch_topk", "matryoshka_batch_topk")  # variants whose k is the L0 that is asked for
 
 
@@ -46,7 +48,7 @@ def twins(runs: list[Run]) -> list[int | None]:
 
 def _activity(run: Run) -> list[str]:
     """Too few features that fire, or too many."""
-    found, l0, alive, width = [], l0_of(run), run.means.get("core.frac_alive"), run.config.get("d_sae")
+    found, l0, alive, width = [], l0_of(run), alive_of(run), run.config.get("d_sae")
     if l0 == 0:
         found.append("dead SAE: L0 = 0, no feature ever fires")
     elif alive == 0:
@@ -63,9 +65,11 @@ def _activity(run: Run) -> list[str]:
 
 def _poor(run: Run) -> list[str]:
     """What says that the SAE reconstructs worse than no SAE would, and figures that cannot be."""
-    found, r2, score = [], run.means.get("core.r2"), run.means.get("core.ce_loss_score")
-    if r2 is not None and r2 < 0:
-        found.append(f"R² = {number(r2)} is below 0: the mean activation reconstructs better than the SAE")
+    found, score = [], run.means.get("core.ce_loss_score")
+    for metric in R2:
+        r2 = run.means.get(metric)
+        if r2 is not None and r2 < 0:
+            found.append(f"R² = {number(r2)} is below 0: the mean activation reconstructs better than the SAE")
     if score is not None and score < 0:
         found.append(f"CE loss score = {number(score)} is below 0: the model predicts worse with the SAE than with "
                      "zeros in its place")

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 
-from runs.comparison import UNKNOWN, Compared, Comparison
+from runs.comparison import UNKNOWN, Compared, Comparison, Floor
 from runs.frontier import Interpolated, is_between, l0_of
 from runs.reading import Run, finite
 from runs.wording import beyond, words
@@ -20,9 +20,12 @@ def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) ->
     of a stored one), frontier, same_sae (names of runs that are one and the same), saes.
     Of each of the saes: name, path, variant, l0, baseline (name, path, variant, l0, and `between` which SAEs it lies),
     equal_l0, not_compared (why nothing is, a line each), other_settings (evals that are not compared for them),
-    differs, dense, problems, warnings, metrics; see `Compared`.
-    Of each metric: value, stderr, baseline, baseline_stderr, baseline_l0, interpolated, difference, difference_stderr,
-    direction, verdict (better, worse, equal, not compared or null), beyond_two_stderr (null: not known); see `Judged`.
+    differs, dense, problems, warnings, random (a frozen random decoder: name, path, variant, l0, at_own_l0, and
+    not_better: {headline metric in which the run is not surely better: difference, its stderr}; null where none is
+    stored for the run's model, layer, width and L0), metrics; see `Compared`.
+    Of each metric: value, stderr, random, baseline, baseline_stderr, baseline_l0, interpolated, difference,
+    difference_stderr, direction, verdict (better, worse, equal, not compared or null), beyond_two_stderr (null: not
+    known); see `Judged`.
     """
     return json.dumps({"comparisons": [_comparison(c) for c in comparisons], "left_out": left_out or []},
                       allow_nan=False)
@@ -55,13 +58,23 @@ def _compared(one: Compared, directions: dict[str, str]) -> dict:
         "baseline": partner, "equal_l0": one.equal_l0, "not_compared": one.obstacles,
         "other_settings": finite(one.other_settings), "differs": finite(one.differs),
         "dense": finite(one.run.config.get("dense")), "problems": one.run.problems, "warnings": one.warnings,
+        "random": _floor(one.floor),
         "metrics": {metric: _metric(one, metric, directions.get(metric)) for metric in one.run.means}}
+
+
+def _floor(floor: Floor | None) -> dict | None:
+    if floor is None:
+        return None
+    not_better = {metric: {"difference": judged.difference, "difference_stderr": finite(judged.stderr)}
+                  for metric, judged in floor.not_better.items()}
+    return _named(floor.run) | {"at_own_l0": floor.at_own_l0, "not_better": not_better}
 
 
 def _metric(one: Compared, metric: str, direction: str | None) -> dict:
     judged, source = one.judged(metric), one.source(metric)
     theirs = source.means.get(metric) if source else None
     return {"value": one.run.means[metric], "stderr": one.run.stderrs.get(metric),
+            "random": one.floor.run.means.get(metric) if one.floor else None,
             "baseline": theirs,
             "baseline_stderr": source.stderrs.get(metric) if source else None,
             "baseline_l0": l0_of(source) if theirs is not None else None,

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from runs.reading import Run
 
 SAME = 0.01  # L0 that differ by less than this share count as equal
+L0 = ("core.l0", "ground_truth.l0")  # the L0 of a run is the first of these that was measured
+NEAR_END = 1.5  # an L0 outside a frontier that is within this factor of its end
+ALIVE = ("core.frac_alive", "ground_truth.frac_alive")  # and the share of its features that ever fire
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,17 @@ def at(l0: float | None, saes: list[Run]) -> Run | None:
     means = {m: _mix(v, b.means[m], share) for m, v in a.means.items() if v is not None and b.means.get(m) is not None}
     stderrs = {m: _mix(e, b.stderrs[m], share) for m, e in a.stderrs.items() if m in means and m in b.stderrs}
     config = {k: v for k, v in a.config.items() if k == "evals" or b.config.get(k) == v}
-    return Interpolated(f"{a.config.get('variant')} at L0 {l0:.4g}", means | {"core.l0": l0}, stderrs, config, [],
+    return Interpolated(f"{a.config.get('variant')} at L0 {l0:.4g}", means | {l0_metric(a): l0}, stderrs, config, [],
                         a.path, (a, b))
+
+
+def near(l0: float | None, saes: list[Run]) -> Run | None:
+    """What `at` finds, or outside the range of `saes` the nearest of them if its L0 is within a factor NEAR_END."""
+    found = at(l0, saes)
+    if found is not None or not l0 or not saes:
+        return found
+    nearest = min(saes, key=lambda sae: abs(math.log(l0_of(sae) / l0)))
+    return nearest if abs(math.log(l0_of(nearest) / l0)) < math.log(NEAR_END) else None
 
 
 def spans(l0: float | None, saes: list[Run]) -> bool:
@@ -58,7 +70,20 @@ def is_between(run: Run | None, metric: str) -> bool:
 
 
 def l0_of(run: Run) -> float | None:
-    return run.means.get("core.l0")
+    return run.means.get(l0_metric(run))
+
+
+def l0_metric(run: Run) -> str:
+    return _first_measured(run, L0)
+
+
+def alive_of(run: Run) -> float | None:
+    return run.means.get(_first_measured(run, ALIVE))
+
+
+def _first_measured(run: Run, metrics: tuple[str, ...]) -> str:
+    """The first of the metrics that the run has; the first of all where it has none."""
+    return next((metric for metric in metrics if run.means.get(metric) is not None), metrics[0])
 
 
 def ends(saes: list[Run]) -> tuple[float, float]:

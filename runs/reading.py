@@ -52,9 +52,12 @@ def read(path: str | Path) -> dict[str, Run]:
             for key, (name, means, stderrs, config, problems) in sections.items()}
 
 
+RECORDS = ("final_info.json", "frontier.json")  # what holds a folder's runs; the second in stored baselines alone
+
+
 def file_label(file: Path) -> str:
     """What a file's runs are called: run_1/final_info.json is run_1."""
-    return file.parent.name if file.name == "final_info.json" else file.stem
+    return file.parent.name if file.name in RECORDS else file.stem
 
 
 def slug(model: str) -> str:
@@ -99,8 +102,8 @@ ALIASES = {"absorption_first_letter": "absorption", "RAVEL": "ravel", "sparse_pr
 def _file(path: Path) -> Path:
     if path.is_file():
         return path
-    file = path / "final_info.json"
-    if file.is_file():
+    file = next((path / name for name in RECORDS if (path / name).is_file()), None)
+    if file is not None:
         return file
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}\ngive a run folder or its final_info.json")

@@ -9,9 +9,10 @@ from html import escape
 from pathlib import Path
 
 import evals
-from runs.compare import directions, families, identity, judged
+from runs.compare import RANDOM, directions, families, identity, judged
 from runs.comparison import Comparison
 from runs.folder import write_text
+from runs.frontier import l0_of
 from runs.reading import Run
 from runs.tables import Cell, Table, laid_out, lefts, plain, warned
 
@@ -27,7 +28,12 @@ AXES = {"l0": ("L0", "features per token"),
 # (metric, title, unit) of the charts by L0
 FRONTIER = (("core.ce_loss_score", "CE loss score", "share of the loss recovered"),
             ("core.r2", "R²", "share of variance"),
-            ("sparse_probing.sae_top_1_test_accuracy", "Sparse probing, top 1", "test accuracy"))
+            ("sparse_probing.sae_top_1_test_accuracy", "Sparse probing, top 1", "test accuracy"),
+            ("sae_probes.sae_top_1_test_auc", "sae-probes, top 1", "test AUC"),
+            ("ground_truth.f1", "F1 of the features", "mean over SAE features"),
+            ("ground_truth.mcc", "MCC of the features", "mean cosine of matched directions"),
+            ("ground_truth.r2", "R²", "share of variance"),
+            ("ground_truth.uniqueness", "Uniqueness", "share of distinct true features"))
 
 CSS = """
 :root{color-scheme:light dark;--fg:#1c1f24;--mut:#5d6673;--bg:#fff;--card:#f5f6f8;--line:#d5d9df;\
@@ -74,7 +80,7 @@ def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run]
     runs, name = list(sections.values()), Path(out_dir).resolve().name
     stored = list(baseline.values() if isinstance(baseline, dict) else baseline or ())
     comparisons = judged(runs, stored, directions())
-    parts = [_head(name, runs), _comparison(comparisons, runs), _frontier(runs, stored), _curves(log_rows),
+    parts = [_head(name, runs), _comparison(comparisons, runs), _frontier(runs, stored, comparisons), _curves(log_rows),
              _own_pictures(Path(out_dir) / "variant_report"), _problems(runs), _settings(runs)]
     parts.insert(6, _dashboards(dashboards, SIZE - sum(map(len, parts))))
     head = ('<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
@@ -195,22 +201,26 @@ def _curves(log_rows: list[dict]) -> str:
     return f"<h2>Training</h2>{_legend(names)}<div class=charts>{''.join(filter(None, charts))}</div>"
 
 
-def _frontier(runs: list[Run], stored: list[Run]) -> str:
-    """Reconstruction against L0 where the run or the baseline has SAEs of several L0 in a layer."""
+def _frontier(runs: list[Run], stored: list[Run], comparisons: list[Comparison]) -> str:
+    """Quality against L0 where the run, the baseline or a random dictionary has SAEs of several L0 in a layer."""
+    random = {comparison.identity: comparison.random for comparison in comparisons}
     by_layer: dict[tuple, list[Run]] = {}
     for run in runs:
         by_layer.setdefault(identity(run.config), []).append(run)
     html = []
     for key, members in by_layer.items():
         sides = [("this run", members), ("baseline", [b for b in stored if identity(b.config) == key])]
-        if not any(len({sae.means.get("core.l0") for sae in side} - {None}) > 1 for _, side in sides):
+        floors = [(RANDOM[name], family) for name, saes in random.get(key, {}).items() for family in families(saes)]
+        if not any(len({l0_of(sae) for sae in side} - {None}) > 1 for _, side in sides + floors):
             continue
         lines = [(f"{name} ({family[0].config.get('variant') or family[0].name})", family)
-                 for name, side in sides for family in families(side)]
+                 for name, side in sides for family in families(side)] + floors
         charts = []
         for metric, title, unit in FRONTIER:
             series = [(name, _by_l0(family, metric)) for name, family in lines]
             loose = {name for name, family in lines if not _one_line(family)}
+            if not any(_by_l0(members, metric)):  # nothing of this run's
+                continue
             charts.append(chart(f"{title}, layer {key[1]}", series, "L0, features per token (log)", unit,
                                 dots=True, log_x=True, loose=loose))
         if any(charts):
@@ -220,8 +230,8 @@ def _frontier(runs: list[Run], stored: list[Run]) -> str:
 
 def _by_l0(saes: list[Run], metric: str) -> list[tuple[float, float, float]]:
     """(L0, value, standard error or 0) of the SAEs that have both, by L0; L0 = 0 has no place on a log axis."""
-    return sorted((sae.means["core.l0"], sae.means[metric], sae.stderrs.get(metric, 0.0)) for sae in saes
-                  if (sae.means.get("core.l0") or 0) > 0 and sae.means.get(metric) is not None)
+    return sorted((l0_of(sae), sae.means[metric], sae.stderrs.get(metric, 0.0)) for sae in saes
+                  if (l0_of(sae) or 0) > 0 and sae.means.get(metric) is not None)
 
 
 def _one_line(saes: list[Run]) -> bool:

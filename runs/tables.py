@@ -14,18 +14,20 @@ from runs import frontier
 from runs.comparison import NOT_COMPARED, UNKNOWN, Compared, Comparison, Judged, differing
 from runs.frontier import Interpolated, l0_of
 from runs.reading import LM_ONLY, Run, canonical, file_label
-from runs.wording import beyond, listing, number, short, signed, words
+from runs.wording import beyond, listing, number, random_line, short, signed, words
 
 PROJECT = Path(__file__).resolve().parent.parent
-HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "frac_alive", "sae_top_1_test_accuracy",
+HEADLINE = ("ce_loss_score", "kl_div_score", "f1", "mcc", "r2", "uniqueness", "explained_variance", "l0", "frac_alive",
+            "sae_top_1_test_auc", "sae_top_1_test_accuracy",
             "sae_top_2_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy", "sae_top_1_minus_llm_top_1",
             "mean_absorption_fraction_score", "mean_absorption_score", "scr_metric_threshold_10",
             "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "text_unlearning_precision",
             "disentanglement_score")
 HEADLINE_LINES = 13
-BY_RUN = ("core.l0", "core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1", "core.frac_alive",
-          "core.explained_variance")
+BY_RUN = (*frontier.L0, "core.ce_loss_score", "core.r2", "ground_truth.f1", "ground_truth.mcc", "ground_truth.r2",
+          "ground_truth.uniqueness", "sparse_probing.sae_top_1", *frontier.ALIVE, "core.explained_variance")
 WIDTH = 100  # columns of printed text
+RANDOM = "random: a frozen random decoder, – where it was not measured"
 MARKS = "* by more than 2 standard errors, ? standard error unknown"
 # of the table by L0: metrics and rows at most, characters of an SAE's name
 BY_L0_METRICS, BY_L0_ROWS, BY_L0_NAME = 6, 36, 30
@@ -71,7 +73,7 @@ def laid_out(comparisons: Iterable[Comparison], everything: bool = False) -> lis
 def warned(comparisons: list[Comparison]) -> list[str]:
     """The warnings about all runs, with the run's name where there are several."""
     alone = sum(len(c.saes) + len(c.stand_ins) for c in comparisons) == 1
-    return [line for c in comparisons for line in (c.saes[0].warnings if alone else _noted(c.saes))]
+    return [line for c in comparisons for line in (_noted_alone(c.saes[0]) if alone else _noted(c.saes))]
 
 
 # ------------------------------------------------------------------------------------------------ a row per metric
@@ -83,7 +85,7 @@ def _by_metric(comparison: Comparison, everything: bool) -> Table:
     above = _stand_in(comparison) + [f"baseline: {_described(partner)}" for partner in distinct]
     for one in saes:
         above += _about_one(one, f"{one.run.name}: " if several else "", comparison.frontier)
-    noted = _noted(saes) if several else saes[0].warnings
+    noted = _noted(saes) if several else _noted_alone(saes[0])
     above += [f"warning: {line}" for line in noted]
 
     header = ["metric", *(["baseline"] if len(distinct) == 1 else [partner.name for partner in distinct])]
@@ -91,6 +93,9 @@ def _by_metric(comparison: Comparison, everything: bool) -> Table:
         header.append(one.run.name)
         if _is_judged(one):
             header += ["difference", "verdict"] if several else ["difference", "verdict", "> 2 SE"]
+    floor = None if several else saes[0].floor
+    if floor:
+        header.append("random")
     names = _ordered({m for run in (*(one.run for one in saes), *distinct) for m, v in run.means.items()
                       if v is not None})
     shown = names
@@ -105,8 +110,11 @@ def _by_metric(comparison: Comparison, everything: bool) -> Table:
                 judged = one.judged(metric)
                 row.append(Cell(_difference(one, judged, metric)))
                 row += [_marked(one, judged)] if several else [_verdict(one, judged), Cell(beyond(judged))]
+        if floor:
+            row.append(Cell(_theirs(floor.run, metric)))
         rows.append(row)
     below = [MARKS] if several and any(map(_is_judged, saes)) else []
+    below += [RANDOM] if floor else []
     if len(names) > len(shown):
         below.append(f"{len(names) - len(shown)} more metrics with --all")
     return Table(above, header, rows, below)
@@ -154,7 +162,7 @@ def _headlines(ordered: list[str]) -> list[str]:
 
 def _described(partner: Run) -> str:
     """What a run is compared with: the SAE, or the two that its L0 lies between."""
-    place = f"{partner.name} ({_where(partner.path)})"
+    place = f"{partner.name} ({_source(partner)})"
     if not isinstance(partner, Interpolated):
         return place
     a, b = (f"{_section(sae)} (L0 {number(l0_of(sae))})" for sae in partner.between)
@@ -179,6 +187,7 @@ def _by_l0(comparison: Comparison, everything: bool) -> Table:
         headline = [m for m in _headline([one.run for one in ours]) if known.get(m)
                     and any(one.at_l0 and one.at_l0.means.get(m) is not None for one in ours)]
         shown = headline[: min(BY_L0_METRICS, BY_L0_ROWS // len(ours))]
+    floors = any(one.floor for one in ours)
     rows = []
     for metric in shown:
         title = metric if everything else _leaf(metric)
@@ -187,9 +196,11 @@ def _by_l0(comparison: Comparison, everything: bool) -> Table:
             figures = [number(l0_of(one.run)), _theirs(one.at_l0, metric), number(one.run.means.get(metric))]
             rows.append([*plain([title, _cut(name), *figures, _difference(one, judged, metric)]),
                          _marked(one, judged)])
+            if floors:
+                rows[-1].append(Cell(_theirs(one.floor.run if one.floor else None, metric)))
             title = ""
     above = [*_stand_in(comparison),
-             f"baseline: {saes[0].config['variant']}, {len(saes)} SAEs of {_range(saes)} ({_where(saes[0].path)})",
+             f"baseline: {saes[0].config['variant']}, {len(saes)} SAEs of {_range(saes)} ({_source(saes[0])})",
              f"the frontier of layer {ours[0].run.config.get('layer')}, the baseline at each SAE's own L0",
              *_about(names, ours, [_reasons_at_own_l0(one) + _differences(one.run, saes[0]) for one in ours])]
     below = []
@@ -198,9 +209,11 @@ def _by_l0(comparison: Comparison, everything: bool) -> Table:
     if not all(one.at_l0 for one in ours):
         below.append(f"– outside the baseline's {_range(saes)}")
     below.append(MARKS)
+    below += [RANDOM] if floors else []
     if len(directed) > len(shown):
         below.append(f"{len(directed) - len(shown)} more metrics with --all")
-    return Table(above, ["metric", "SAE", "L0", "baseline", "run", "difference", "verdict"], rows, below, 2)
+    header = ["metric", "SAE", "L0", "baseline", "run", "difference", "verdict", *(["random"] if floors else [])]
+    return Table(above, header, rows, below, 2)
 
 
 def _reasons_at_own_l0(one: Compared) -> list[str]:
@@ -252,7 +265,8 @@ def _by_run(comparison: Comparison) -> Table:
         if comparison.frontier and one.at_l0 is None:
             reasons[-1].append(f"not compared: outside the baseline's {_range(comparison.frontier)}")
     above = _stand_in(comparison)
-    above += [f"baseline: {_where(path)}" for path in dict.fromkeys(run.path for run in references)]
+    sources = {run.path: _source(run) for run in references}
+    above += [f"baseline: {source}" for source in sources.values()]
     above += ["the frontier, by L0"] if sweep else []
     above += _about(names, saes, reasons)
     below = []
@@ -294,7 +308,7 @@ def _stand_in(comparison: Comparison) -> list[str]:
         return []
     model = comparison.identity[0] or "this model"
     return [f"no stored baseline for {model}: {file_label(first[0].run.path)} stands for it",
-            *(f"warning: {one.run.name}: {line}" for one in first for line in one.warnings)]
+            *(f"warning: {one.run.name}: {line}" for one in first for line in _noted_alone(one))]
 
 
 def _about(names: list[str], saes: list[Compared], reasons: list[list[str]]) -> list[str]:
@@ -314,6 +328,10 @@ def _settings(different: dict[str, tuple]) -> str:
     return ", ".join(f"{key} {short(ours)} / {short(theirs)}" for key, (ours, theirs) in different.items())
 
 
+def _noted_alone(one: Compared) -> list[str]:
+    return one.warnings + random_line(one)
+
+
 def _noted(saes: list[Compared]) -> list[str]:
     """The warnings about several runs, with their names, and those about runs that are one and the same SAE."""
     names, same = _names(saes), defaultdict(list)
@@ -322,7 +340,7 @@ def _noted(saes: list[Compared]) -> list[str]:
             same[one.twin].append(name)
     twins = [f"all SAE metrics of {listing(found, 6)} are equal to the last digit: the same SAE"
              for found in same.values()]
-    return twins + _collected(names, [one.warnings for one in saes])
+    return twins + _collected(names, [one.warnings + random_line(one, figures=False) for one in saes])
 
 
 def _collected(names: list[str], lines: list[list[str]]) -> list[str]:
@@ -333,6 +351,12 @@ def _collected(names: list[str], lines: list[list[str]]) -> list[str]:
             about[line].append(name)
     return [f"{line} — {f'all {len(names)}' if len(found) == len(names) > 3 else listing(found)}"
             for line, found in about.items()]
+
+
+def _source(run: Run) -> str:
+    """Where a baseline's figures stand, after what marks figures that were measured by others."""
+    marked = run.config.get("published")
+    return f"{marked}; {_where(run.path)}" if marked else _where(run.path)
 
 
 def _where(path: Path) -> str:

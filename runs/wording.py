@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from runs.comparison import Compared, Judged
+from runs.frontier import l0_of
 
 
 def number(value: float | None) -> str:
@@ -37,6 +38,24 @@ def words(one: Compared, judged: Judged) -> str:
     """The verdict; one on a dense code is marked."""
     dense = judged.verdict in ("better", "worse") and one.run.config.get("dense")
     return f"{judged.verdict} (dense)" if dense else judged.verdict
+
+
+def random_line(one: Compared, figures: bool = True) -> list[str]:
+    """In which headline metrics a run is not surely better than a frozen random decoder: one line, or none.
+
+    `figures`: with the run's value, the decoder's and the standard error of their difference.
+    """
+    if one.floor is None or not one.floor.not_better:
+        return []
+    said = []
+    for metric, judged in one.floor.not_better.items():
+        text = metric.replace("_test_accuracy", "").replace("_test_auc", " AUC")
+        if figures:
+            error = f" ± {judged.stderr:.1g}" if judged.stderr else ""
+            text += f" ({one.run.means[metric]:.3g} vs {one.floor.run.means[metric]:.3g}{error})"
+        said.append(text)
+    where = "" if one.floor.at_own_l0 else f" (of L0 {number(l0_of(one.floor.run))}, the nearest stored)"
+    return [f"not better than a frozen random decoder{where}: {', '.join(said)}"]
 
 
 def beyond(judged: Judged) -> str:

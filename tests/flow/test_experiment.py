@@ -22,7 +22,7 @@ def test_a_run_writes_its_files(reference):
     for name in ("run_info.json", "training_log.csv", "variant.py", "report.html", "log.txt", "sae/layer_2/cfg.json",
                  "sae/layer_2/sae_weights.safetensors"):
         assert (reference / name).exists(), name
-    assert len(list((reference / "eval_results").glob("*/*_eval_results.json"))) == 2
+    assert len(list((reference / "eval_results").glob("*/*_eval_results.json"))) == 3
     assert not (reference / "checkpoint.pt").exists()
     assert not (reference / "error.json").exists()
 

@@ -92,8 +92,8 @@ def test_ranks_deal_out_the_evals(tmp_path, cache):
               "shared": ["--variant=standard"]}
 
     def commands(kind):
-        return {name: small_run.command(tmp_path / kind / name, cache, *more, "--layers=1,2")
-                for name, more in chosen.items()}
+        return {name: small_run.command(tmp_path / kind / name, cache, *more, "--layers=1,2",
+                                        "--evals=core,sparse_probing") for name, more in chosen.items()}
 
     for command in commands("one").values():
         assert experiment.main(command) == 0

@@ -14,6 +14,9 @@ from runs.reading import read
 from tests import PROJECT
 from tests.runs.records import CE, DIRECTIONS, GEMMA, R2, TWO_ENDS, cells, command, entry, record, run, saes_of
 
+ON_GEMMA = {"model": "google/gemma-2-2b", "layer": 12, "hook_name": "blocks.12.hook_resid_post", "variant": "mine",
+            "context": 128, "num_tokens": 5_000_000, "keep_bos": False, "d_sae": 16_384}
+
 
 @pytest.mark.parametrize("difference, error, their_error, beyond", [
     (0.011, 0.003, 0.004, True),  # combined .005; adding the errors would ask for .014
@@ -111,13 +114,32 @@ def test_what_is_no_frontier_is_not_interpolated():
     below = compare.compare([run("r", {"core.l0": 10.0, CE: 0.7}, variant="mine")], [low, high], DIRECTIONS)
     assert "not at equal L0: 10.00 / 20.00, a factor of 2, outside the baseline's L0 20.00 to 100.0" in below
 
-    published = [sae for name in ("jumprelu", "standard", "topk") for sae in read(GEMMA / name).values()]
-    assert [round(sae.means.get("core.l0") or 0) for sae in published] == [4459, 8896, 0]
-    config = {"model": "google/gemma-2-2b", "layer": 12, "hook_name": "blocks.12.hook_resid_post", "variant": "mine"}
-    text = compare.compare([run("r", {"core.l0": 6000.0, CE: 0.9}, **config)], published, DIRECTIONS)
-    assert "~" not in text and "not at equal L0: 6,000 / 4,459" in text
-    text = compare.compare([run("r", {"core.l0": 40.0, CE: 0.9}, **config)], published[2:], DIRECTIONS)
+    (published,) = read(GEMMA / "topk").values()
+    text = compare.compare([run("r", {"core.l0": 40.0, CE: 0.9}, **ON_GEMMA)], [published], DIRECTIONS)
     assert "not at equal L0: the baseline's is not known" in text
+
+
+@pytest.mark.parametrize("width, variant, l0, expected", [
+    (16_384, None, 40.0, 1 - 0.184 / 9.560),  # extra nats of batch_topk, the default
+    (65_536, None, 80.0, 1 - 0.084 / 9.560),
+    (40_000, None, 80.0, 1 - 0.084 / 9.560),  # nearer to 65,536 than to 16,384, by their ratios
+    (None, None, 320.0, 1 - 0.041 / 9.560),
+    (16_384, "published_500M_gated_16k", 80.0, 1 - 0.127 / 9.560),
+    # halfway between 160 and 320 on a log axis
+    (16_384, "published_500M_topk_16k", 160 * 2**0.5, 1 - (0.073 + 0.044) / 2 / 9.560),
+])
+def test_gemma_runs_are_compared_with_what_was_published(width, variant, l0, expected):
+    """Fails if a default run meets the curve of another width, a figure was mistyped, or budget and mark go unsaid."""
+    ours = run("r", {"core.l0": l0, CE: 0.9}, {CE: 0.001}, **ON_GEMMA | {"d_sae": width})
+    stored = compare.stored_baselines([ours], variant)
+    (comparison,) = compare.judged([ours], stored, DIRECTIONS)
+    (one,) = comparison.saes
+    assert one.partner.means[CE] == pytest.approx(expected, abs=6e-6) and one.equal_l0
+    assert one.judged(CE).verdict == "worse" and one.judged(CE).beyond is None  # no standard errors were published
+    assert one.differs["num_tokens"] == (5_000_000, 500_000_000) and one.differs["context"] == (128, 1024)
+    text = " ".join(compare.compare([ours], stored, DIRECTIONS).split())
+    assert "(published, 500 M tokens; runs/baseline/gemma-2-2b/published_500M_" in text
+    assert "context 128 / 1024" in text and "num_tokens 5000000 / 500000000" in text
 
 
 @pytest.mark.parametrize("files", [{"final_info.json": (0, 1)}, {"final_info.json": (0,), "frontier.json": (1,)}])
@@ -147,7 +169,7 @@ def test_a_sweep_stands_in_for_a_missing_baseline(tmp_path):
 def test_command_names_the_nearest(tmp_path):
     """Fails if a wrong run, baseline or flag gives more than one line or no valid name."""
     record(tmp_path / "run_12", {"layer_3": entry({"core.l0": 5.0})})
-    wrong = {"'run_12'": [f"{tmp_path}/run_21"], "'jumprelu'": [f"{GEMMA}/topk", "--baseline", "jmprelu"],
+    wrong = {"'run_12'": [f"{tmp_path}/run_21"], "'topk'": [f"{GEMMA}/topk", "--baseline", "tpk"],
              "--markdown": [f"{GEMMA}/topk", "--markdwn"], "'gemma-2-2b/": [f"{tmp_path}/run_12", "--baseline=a/b"]}
     for said, arguments in wrong.items():
         done = command("-m", "runs.compare", *arguments)

@@ -9,8 +9,8 @@ import pytest
 from runs import compare, frontier, tables
 from runs.reading import Run, read
 from runs.wording import number, signed
-from tests import FIXTURES
-from tests.runs.records import CE, DIRECTIONS, GEMMA, R2, TWO_ENDS, entry, record, run, saes_of
+from tests import FIXTURES, PROJECT
+from tests.runs.records import CE, DIRECTIONS, R2, TWO_ENDS, entry, record, run, saes_of
 
 PROBING = "sparse_probing.sae_top_1_test_accuracy"
 COMPARISONS = ("run_1", "run_1 run_2", "run_1 run_2 run_3 run_4", "sweep", "run_5", "none_1 none_2")  # not of a layout
@@ -108,11 +108,9 @@ def test_json_says_at_which_l0_and_how_sure(tmp_path, monkeypatch, capsys):
 
 def test_the_printed_table_fits(tmp_path):
     """Fails if a real run's end does not fit in 100 columns and 25 lines, or if columns are not aligned."""
-    (stored,) = read(GEMMA / "standard").values()
+    (stored,) = read(PROJECT / "runs/baseline/smollm2-135m-instruct/topk").values()
     means = {m: v * 0.99 if v else v for m, v in stored.means.items()}
-    config = {"model": "google/gemma-2-2b", "layer": 12, "hook_name": "blocks.12.hook_resid_post", "d_sae": 16384,
-              "variant": "topk"}
-    text = compare.summary(record(tmp_path / "run_1", {"layer_12": entry(means, **config)}))
+    text = compare.summary(record(tmp_path / "run_1", {"layer_9": entry(means, **stored.config)}))
     lines = text.splitlines()
     assert len(lines) <= 25 and max(map(len, lines)) <= 100
     start = next(i for i, line in enumerate(lines) if line.startswith("metric"))

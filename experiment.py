@@ -50,7 +50,19 @@ from evals.storage.identity import files_digest
 from evals.texts import inputs, packing
 from evals.texts.blocks import FIRST, TokenStream
 from evals.texts.reader import Reader, Rows
-from runs import checkpoint, compare, disk, environment, failure, identity, reading, report, training, training_log
+from runs import (
+    checkpoint,
+    compare,
+    disk,
+    environment,
+    failure,
+    identity,
+    needs,
+    reading,
+    report,
+    training,
+    training_log,
+)
 from runs import results as run_results
 from runs import settings as checks
 from runs import snapshots as run_snapshots
@@ -315,14 +327,15 @@ def preflight(settings: Settings, source) -> dict:
     for note in eval_settings.check_requirements(evals_of(settings), settings.eval_config, facts):
         say(f"note: {note}")
     snapshots_of(settings)
-    facts |= forecast(settings, shape, list(findings.values()), sharing)
-    check_room(settings, facts["forecast_bytes"]["saes"])
+    facts |= needs.forecast(settings, layers_of(settings), count_steps(settings), shape, list(findings.values()),
+                            bool(evals_of(settings)), sharing)
+    needs.check_room(settings, models_of(settings), facts["forecast_bytes"]["saes"])
     inputs.fetch(source, evals_of(settings))  # only now: nothing of the run's own is wrong
     if settings.num_tokens:
         hyper = next(iter(hypers.values()))
         check_report(settings.variant, hyper, 32, settings.d_sae, lambda sae: tried_report(settings, sae, hyper),
                      seed=settings.seed, train_step=train_step, make_optimizer=make_optimizer)
-    check_texts(settings, source, shape)
+    needs.check_texts(settings, source, shape, evals_of(settings))
     return facts
 
 
@@ -356,41 +369,6 @@ def check_variant(settings: Settings, hyper: dict, shape: dict, sharing: int):
         allow_identical=settings.allow_identical, allow_dense=settings.allow_dense,
         accelerator=settings.device != "cpu", context=settings.context,
         room=(layers[0], shape["n_layers"] - 1 - layers[-1]), told=dict(layer=layers[0], lm_name=settings.model))
-
-
-def forecast(settings: Settings, shape: dict, findings: list, sharing: int) -> dict:
-    """Memory and training time, said; MemoryError with what to change for a run that does not fit."""
-    from variants.preflight import budget
-
-    available, limit = environment.memory_bound(settings.device)
-    rate = environment.matmul_rate(settings.device, getattr(torch, settings.dtype))
-    line, plan, problem = budget.plan(settings, layers_of(settings), count_steps(settings), shape, findings,
-                                      bool(evals_of(settings)), sharing, available, rate, limit)
-    say(f"forecast: {line}, about {duration(plan['forecast_training_seconds'])} of training")
-    if problem:
-        raise MemoryError(problem)
-    return plan
-
-
-def check_room(settings: Settings, sae_bytes: float) -> None:
-    """OSError for a folder without room for what the run writes there, bytes."""
-    fetched = sum(map(places.disk_needed, models_of(settings).values()))
-    disk.check_room(settings.cache_dir, 2e9 if settings.profile == "embedded" else 5e7, "--cache_dir")
-    disk.check_room(settings.out_dir, 4 * sae_bytes, "--out_dir")
-    disk.check_room(network.cache_folder(), 1.02 * fetched, "HF_HOME")
-
-
-def check_texts(settings: Settings, source, shape: dict) -> None:
-    """A look at texts and tokenizer, where they are not built in, and at what evals read from the hub."""
-    own_model = settings.model not in places.SHAPES
-    if own_model or source.dataset or source.core_dataset:
-        tokenizer = places.tokenizer(settings.model, settings.cache_dir, settings.data_dir)
-        vocabulary = shape["vocabulary"] if own_model else None
-        for note in inputs.check(source, tokenizer, settings.model, vocabulary, evals_of(settings)):
-            say(f"note: {note}")
-    if source.kind == "hub":
-        for name, config in evals_of(settings).items():
-            evals.read_ahead(name, config, source, settings.seed)
 
 
 def tried_report(settings: Settings, sae: base.SAE, hyper: dict) -> tuple[dict, dict]:

@@ -200,13 +200,11 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
 def choose_profile(settings: Settings) -> tuple[str, str]:
     """The profile asked for; else `gemma` where a GPU and the gated weights are there, or `embedded`; and why.
 
-    A silent hub is an error. ValueError for a preset of another profile.
+    A silent hub is an error, and so is a preset of another profile.
     """
-    of_preset = {"synth16k": "synthetic"}.get(settings.preset)
-    if of_preset and settings.profile in ("auto", of_preset):
-        return of_preset, f"of --preset {settings.preset}"
-    if of_preset or (settings.preset and settings.profile == "synthetic"):
-        raise ValueError(f"--preset={settings.preset} is none of the profile {settings.profile}\nleave one of them out")
+    profile = checks.of_preset(settings.preset, settings.profile)
+    if profile != settings.profile:
+        return profile, f"of --preset {settings.preset}"
     if settings.profile != "auto":
         return settings.profile, "asked for"
     if settings.device == "cpu" or not torch.cuda.is_available():

@@ -53,6 +53,16 @@ def check_sizes(settings) -> None:
                          f"{batch} tokens: the run would train 0 steps\ngive more tokens, or a smaller --batch_size")
 
 
+def of_preset(preset: str, profile: str) -> str:
+    """The profile of a preset where there is none but "auto", else that given; ValueError where the two do not go
+    together.
+    """
+    wanted = {"synth16k": "synthetic"}.get(preset, profile)
+    if profile not in ("auto", wanted) or (preset == "saebench" and profile == "synthetic"):
+        raise ValueError(f"--preset={preset} is none of the profile {profile}\nleave one of them out")
+    return wanted
+
+
 def rows_per_pass(text: str) -> int | str:
     """What --lm_batch_size says: a whole number above 0, or "auto"."""
     if text != "auto" and not re.fullmatch(r"0*[1-9][0-9]{0,18}", text):

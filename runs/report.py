@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 import evals
+from runs import snapshots
 from runs.compare import RANDOM, directions, families, identity, judged
 from runs.comparison import Comparison
 from runs.folder import write_text
@@ -80,9 +81,10 @@ def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run]
     runs, name = list(sections.values()), Path(out_dir).resolve().name
     stored = list(baseline.values() if isinstance(baseline, dict) else baseline or ())
     comparisons = judged(runs, stored, directions())
-    parts = [_head(name, runs), _comparison(comparisons, runs), _frontier(runs, stored, comparisons), _curves(log_rows),
-             _own_pictures(Path(out_dir) / "variant_report"), _problems(runs), _settings(runs)]
-    parts.insert(6, _dashboards(dashboards, SIZE - sum(map(len, parts))))
+    parts = [_head(name, runs), _comparison(comparisons, runs), _frontier(runs, stored, comparisons),
+             _along_training(runs), _curves(log_rows), _own_pictures(Path(out_dir) / "variant_report"),
+             _problems(runs), _settings(runs)]
+    parts.insert(7, _dashboards(dashboards, SIZE - sum(map(len, parts))))
     head = ('<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
             f"<title>{escape(name)}</title><style>{CSS}</style>")
     path = Path(out_dir) / "report.html"
@@ -199,6 +201,20 @@ def _curves(log_rows: list[dict]) -> str:
         title, unit = AXES.get(column, (column.replace("_", " "), "mean of the term"))
         charts.append(chart(title, series, "training tokens", unit))
     return f"<h2>Training</h2>{_legend(names)}<div class=charts>{''.join(filter(None, charts))}</div>"
+
+
+def _along_training(runs: list[Run]) -> str:
+    """Quality by tokens, where the run was measured along training (--snapshots)."""
+    measured = {sae: rows for path in dict.fromkeys(run.path for run in runs)
+                for sae, rows in snapshots.read(path).items()}
+    charts = []
+    for metric, title, unit in FRONTIER:
+        series = [(sae, [(row["tokens"], row["means"][metric], row["stderrs"].get(metric, 0.0)) for row in rows
+                         if row["means"].get(metric) is not None]) for sae, rows in measured.items()]
+        charts.append(chart(title, series, "training tokens", unit, dots=True))
+    if not any(charts):
+        return ""
+    return f"<h2>Along training</h2>{_legend(list(measured))}<div class=charts>{''.join(filter(None, charts))}</div>"
 
 
 def _frontier(runs: list[Run], stored: list[Run], comparisons: list[Comparison]) -> str:

@@ -30,6 +30,8 @@ def test_measuring_changes_nothing(reference, cache, tmp_path, monkeypatch):
     assert rows[-1]["means"] == {k: v for k, v in found["means"].items() if k.startswith("core.")}
     assert len({row["means"]["core.r2"] for row in rows}) == 4
     assert any(name.startswith("snapshots/step_") for name in folder.digests(out))
+    page = (out / "report.html").read_text()
+    assert "Along training" in page and "Along training" not in (reference / "report.html").read_text()
 
     small_run.fail_at_checkpoint(2, [*small_run.command(broken, cache, "--snapshots=4"), "--checkpoint_seconds=0"],
                                  monkeypatch)

@@ -59,7 +59,7 @@ __all__ = [
     "above_theta",  # (acts, theta, k) -> (..., F): z·1[z > theta], the k largest of a token while theta < 0
     "saelens_of",  # (theta, k) -> "jumprelu", "topk" or None: what SAELens calls above_theta
     "update_theta",  # (theta, kept, progress, decay=None): theta follows the smallest positive entry of kept, in place
-    "theta_decay",  # (progress) -> float: update_theta's decay where none is given
+    "theta_decay",  # (progress, steps=1000) -> float: a moving average's decay, update_theta's where none is given
     "geometric_median",  # (x_ND) -> [D]: the point with the smallest mean distance to the rows
     "normalise_decoder",  # (W_dec_FD): gives each row unit norm, in place
     "project_decoder_gradient",  # (W_dec_FD): removes from each row's gradient its part along the row, in place

@@ -89,7 +89,8 @@ class SAE(base.SAE):
     def after_step(self, batch, progress):
         if self.by_frequency:
             fired_F = (self._kept_BF > 0).to(self.frequency_F.dtype).mean(0)
-            # one order on all ranks, so the same to the last bit
-            self.frequency_F.lerp_(ranks.gathered(fired_F[None]).mean(0), 1 - base.theta_decay(progress, 100))
+            if ranks.sharing() > 1:  # the same on all to the last bit: it decides the order
+                fired_F = ranks.gathered(fired_F[None]).mean(0)
+            self.frequency_F.lerp_(fired_F, 1 - base.theta_decay(progress, 100))
         if k_now(self, progress) == self.k:
             base.update_theta(self.theta, self._kept_BF, progress)

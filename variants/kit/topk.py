@@ -15,15 +15,18 @@ from variants.kit import gpu, ranks
 from variants.kit.graphs import outside_graphs
 
 
-def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
-    """A count of the features kept of each token, or a mean of them, which may be a fraction; else ValueError."""
+def feature_count(name: str, value, d_sae: int, mean: bool = False, most: str = "d_sae") -> float:
+    """A count of the features kept of each token, or a mean of them, which may be a fraction; else ValueError.
+
+    `most` says what the number d_sae is where it is another than the SAE's width.
+    """
     whole = type(value) in (int, float) and 0 < value <= d_sae and value == int(value)
     fraction = type(value) is float and 0 < value <= d_sae
     if not (whole or (mean and fraction)):
         each = "kept of each token must be a whole number from 1 to"
         meant = "kept on average must be a number above 0, at most" if mean else each
         advice = "" if mean else "; batch_topk takes a fraction, as a mean over tokens"
-        raise ValueError(f"--hyper {name} = {value!r}: the features {meant} d_sae = {d_sae}\n"
+        raise ValueError(f"--hyper {name} = {value!r}: the features {meant} {most} = {d_sae}\n"
                          f"give for example --hyper {name}={max(1, d_sae // 64)}{advice}")
     return int(value) if whole else value
 

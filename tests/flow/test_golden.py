@@ -20,7 +20,7 @@ D, F, B, STEPS = 24, 384, 63, 60  # contexts of 7 tokens fill the batch
 # rounding (another processor or order of summation) grows in 60 steps of Adam, most where rank chooses a feature
 RELATIVE = {"loss": 2e-3, "l0": 0.01, "decoder": 2e-3, "moved": 5e-3}
 # what a keyword turns on: the variant and its hyper-parameters, by the name under which it is stored
-RECIPES = {f"{variant} {key}={value}": (variant, {key: value}) for variant, key, value in [
+RECIPES = {f"{variant} {key}={value}": (variant, {"k": 8, key: value}) for variant, key, value in [
     ("topk", "k_start", 24), ("batch_topk", "k_start", 24), ("matryoshka_batch_topk", "k_start", 24),
     ("matryoshka_batch_topk", "detach", True), ("matryoshka_batch_topk", "by_frequency", True)]}
 

@@ -139,7 +139,7 @@ def test_frequency_by_hand():
     for kept_BF, wanted in [([[1, 1, 0], [0, 2, 0]], [0.005, 0.01, 0]),
                             ([[0, 0, 3], [0, 0, 1]], [0.00495, 0.0099, 0.01])]:
         sae._kept_BF = torch.nn.functional.pad(torch.tensor(kept_BF, dtype=torch.float32), (0, 37))
-        sae.after_step(None, base.Progress(500, 2000, 0, 1))  # a window of 100 steps: .99
+        sae.after_step(None, base.Progress(500, 10**6, 0, 1))  # a window of 100 steps: .99
         assert sae.frequency_F[:3].tolist() == pytest.approx(wanted, rel=1e-4)
     assert base.theta_decay(base.Progress(0, 40, 0, 1), 100) == 0.5  # a twentieth of a shorter run
 

@@ -58,8 +58,8 @@ def from_dictionary_learning(dict_class: str, state: dict[str, Tensor],
                              "add \"k\": … to the trainer's part of config.json")
         k = float(k)
         if variant == "topk" and not k.is_integer():
-            raise ValueError(f"an SAE of class {dict_class} with k = {k}: it keeps a whole number of features of each token\n"
-                             "correct \"k\" in the trainer's part of config.json")
+            raise ValueError(f"an SAE of class {dict_class} with k = {k}: it keeps a whole number of features of each "
+                             "token\ncorrect \"k\" in the trainer's part of config.json")
         hyper["k"] = int(k) if k.is_integer() else k
     if variant == "jumprelu":
         hyper["target_l0"] = config.get("target_l0") or min(32, state["W_enc"].shape[1])

@@ -13,6 +13,7 @@ that of the first; all features have the whole reconstruction's.
 by_frequency: the groups are those of the most frequent features, by an average of their firing over 100 steps (.99)
 or a twentieth of a shorter run. Ranked anew in each step; no weight moves, so that the saved features are in no order.
 Theirs ranks by the batch at hand too, here it counts from the next step on, and the first step has the index's order.
+It costs a copy of z and of W_dec in each step.
 """
 
 import torch

@@ -13,6 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import experiment  # noqa: E402
 import variants  # noqa: E402
 from tests import OWN_VARIANTS  # noqa: E402
+from tests.flow.test_golden import RECIPES  # noqa: E402
 from variants import base  # noqa: E402
 from variants.kit import ranks, steps  # noqa: E402
 from variants.kit.hyper import hyperparameters  # noqa: E402
@@ -26,7 +27,8 @@ def gradients(file: str) -> int:
     ranks.join("cpu")
     x_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(1)).double() / D**0.5
     found = {}
-    for name in OWN_VARIANTS:
+    for way in [*OWN_VARIANTS, *RECIPES]:
+        name, given = RECIPES.get(way, (way, {}))
         if not variants.load(name).SAE.data_parallel:
             continue
         for together in (False, True):
@@ -34,7 +36,8 @@ def gradients(file: str) -> int:
             mine_BD = x_BD.chunk(ranks.sharing())[ranks.number() % ranks.sharing()]
             torch.manual_seed(0)
             module = variants.load(name)  # few features a token: the sparse path of a CPU, with its transposed gradient
-            sae = variants.build(module, D, F, {"k": 4} if "k" in hyperparameters(module) else {}).double()
+            few = {"k": 4} if "k" in hyperparameters(module) else {}
+            sae = variants.build(module, D, F, few | given).double()
             sae.initialise(x_BD)
             with torch.no_grad():
                 sae.W_dec += 0.1 * torch.randn(F, D)  # else residuals hardly differ between tokens
@@ -46,7 +49,7 @@ def gradients(file: str) -> int:
             with torch.no_grad():
                 sae.after_step(base.Batch(mine_BD), progress)
             result = {key: p.grad for key, p in sae.named_parameters() if p.grad is not None}
-            found[name, together] = result | dict(sae.named_buffers()) | dict(loss=ranks.mean(loss))
+            found[way, together] = result | dict(sae.named_buffers()) | dict(loss=ranks.mean(loss))
     if not ranks.number():
         torch.save([[name, together, result] for (name, together), result in found.items()], file)
     ranks.leave()

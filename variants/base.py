@@ -53,13 +53,13 @@ __all__ = [
     "relu_product",  # (z_BF, W_FN) -> z·W [B, N] for z = ReLU(…): cheap where few are positive
     "few_positive",  # (z_BF) -> bool: whether so few of z are positive that relu_product reads these alone
     "sparse_pays",  # (device, k, d_sae) -> bool: whether k features of d_sae are better handled row by row
-    "feature_count",  # (name, value, d_sae, mean=False) -> k: whole, 1 to d_sae, a mean any fraction; else ValueError
+    "feature_count",  # (name, value, d_sae, mean=False, most="d_sae") -> k: whole, or a mean's fraction; or ValueError
     "top_k",  # (acts_BF, k) -> index_BK: the k largest of each token, in no order, without gradient
     "batch_topk",  # (acts_BF, k) -> mask [B, F] of the k·B largest of the batch, rounded
     "above_theta",  # (acts, theta, k) -> (..., F): z·1[z > theta], the k largest of a token while theta < 0
     "saelens_of",  # (theta, k) -> "jumprelu", "topk" or None: what SAELens calls above_theta
     "update_theta",  # (theta, kept, progress, decay=None): theta follows the smallest positive entry of kept, in place
-    "theta_decay",  # (progress) -> float: update_theta's decay where none is given
+    "theta_decay",  # (progress, steps=1000) -> float: a moving average's decay, update_theta's where none is given
     "geometric_median",  # (x_ND) -> [D]: the point with the smallest mean distance to the rows
     "normalise_decoder",  # (W_dec_FD): gives each row unit norm, in place
     "project_decoder_gradient",  # (W_dec_FD): removes from each row's gradient its part along the row, in place

@@ -48,10 +48,10 @@ class SAE(base.SAE):
         chosen = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
         n_1 = round(0.8 * d_sae)
         n_2 = d_sae - n_1
-        k = chosen["k"] if chosen["k"] >= 1 else max(1, round(chosen["k"] * n_2))
-        if not 1 <= k <= n_2:
-            raise ValueError(f"cosine_concepts: k = {k} must lie between 1 and the {n_2} concepts of d_sae = {d_sae}\n"
-                             "change --hyper k=… or --d_sae")
+        k = chosen["k"]
+        if type(k) is float and 0 < k < 1:
+            k = max(1, round(k * n_2))
+        k = base.feature_count("k", k, n_2, most="the number of concepts")
         super().__init__(d_in, n_1)
         nn.init.xavier_normal_(self.W_enc)
         self.W_concept = nn.Parameter(chosen["concept_std"] * torch.randn(n_2, n_1))  # [P, C]: read row by row on a CPU
@@ -63,7 +63,7 @@ class SAE(base.SAE):
         self.W_dec2.register_post_accumulate_grad_hook(base.project_decoder_gradient)
         self.register_buffer("mean_z1_C", torch.zeros(n_1))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
-        self.d_sae, self.n_1, self.k = d_sae, n_1, int(k)
+        self.d_sae, self.n_1, self.k = d_sae, n_1, k
         self.l1_base, self.l1_concept, self.w1_penalty = l1_base, chosen["l1_concept"], w1_penalty
         self.w2_start, self.w2_peak = w2_start, chosen["w2_peak"]
         self.adaptive_topk, self.restarts, self.weight_decay = adaptive_topk, int(restarts), weight_decay

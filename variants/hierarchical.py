@@ -31,9 +31,8 @@ class SAE(base.SAE):
     def __init__(self, d_in, d_sae, k1=32, k2=16, lambda_comp=0.1, alpha_comp=1e-3, lambda_skip=0.1, curriculum=True):
         n_1 = round(0.8 * d_sae)
         n_2 = d_sae - n_1
-        if not (1 <= k1 <= n_1 and 1 <= k2 <= n_2):
-            raise ValueError(f"hierarchical: k1 = {k1} and k2 = {k2} must lie between 1 and the layers' widths, {n_1} "
-                             f"and {n_2}\nchange --hyper k1=…,k2=… or --d_sae")
+        k1 = base.feature_count("k1", k1, n_1, most="layer 1's width")
+        k2 = base.feature_count("k2", k2, n_2, most="layer 2's width")
         super().__init__(d_in, n_1)  # W_enc, b_enc, W_dec, b_dec are layer 1's
         layer_2 = base.SAE(d_in, n_2)
         self.W_enc2, self.b_enc2, self.W_dec2 = layer_2.W_enc, layer_2.b_enc, layer_2.W_dec
@@ -42,7 +41,7 @@ class SAE(base.SAE):
         self.W_comp = nn.Parameter(torch.zeros(n_1, n_2))
         self.d_sae, self.n_1 = d_sae, n_1
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
-        self.k1, self.k2, self.curriculum = int(k1), int(k2), curriculum
+        self.k1, self.k2, self.curriculum = k1, k2, curriculum
         self.lambda_comp, self.alpha_comp, self.lambda_skip = lambda_comp, alpha_comp, lambda_skip
         self.default_lr = 2e-4 / (d_sae / 2**14) ** 0.5
         for W_dec in (self.W_dec, self.W_dec2):

@@ -3,16 +3,20 @@
 loss = ‖x − x_hat‖² + auxk_alpha·auxk,   z = the k largest of ReLU((x − b_dec)·W_enc + b_enc) per token
 Tied unit-norm initialisation, b_dec = geometric median of the first batch; Adam with lr 2e-4/√(F/2¹⁴); each step:
 project the decoder's gradient, clip to norm 1, step, renormalise. auxk reconstructs the residual with dead features.
+With k_start, k falls linearly from there in the first k_share of the run (He et al. 2024, "Llama Scope"). Theta then
+begins where k has arrived, and evals on the way see the k of the end.
 """
 
 import torch
 from torch.nn import functional as F
 
 from variants import base
+from variants.kit.topk import k_now, set_annealing
 
 
 class SAE(base.SAE):
-    """TopK SAE. k: features kept per token; auxk_alpha: weight of the loss that revives dead features."""
+    """TopK SAE. k: features kept per token; auxk_alpha: weight of the loss that revives dead features;
+    k_start: k of the first step, 0 for the same throughout; k_share: share of the run in which it falls to k."""
 
     unit_norm_decoder = True
     data_parallel = True
@@ -21,10 +25,11 @@ class SAE(base.SAE):
     grad_clip = 1.0
     saelens = "topk"
 
-    def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32):
+    def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32, k_start=0, k_share=0.8):
         k = base.feature_count("k", k, d_sae)
         super().__init__(d_in, d_sae)
         self.k, self.auxk_alpha = k, auxk_alpha
+        set_annealing(self, k_start, k_share)
         self.default_lr = 2e-4 / (d_sae / 2**14) ** 0.5
         self.register_buffer("theta", torch.tensor(-1.0))  # smallest kept activation, moving average; < 0: none yet
 
@@ -37,8 +42,9 @@ class SAE(base.SAE):
         return torch.zeros_like(acts).scatter(-1, index, top)
 
     def loss(self, batch, progress):
-        acts_BF = base.dense_activations(self, batch.x, self.k)
-        index_BK = base.top_k(acts_BF, self.k)
+        k = round(k_now(self, progress))
+        acts_BF = base.dense_activations(self, batch.x, k)
+        index_BK = base.top_k(acts_BF, k)
         top_BK = base.kept_activations(self, batch.x, acts_BF, index_BK)
         self.note_fired_indices(top_BK, index_BK)
         self._kept = top_BK.detach()
@@ -48,4 +54,5 @@ class SAE(base.SAE):
         return reconstruction + self.auxk_alpha * auxk, {"reconstruction": reconstruction, "auxk": auxk}
 
     def after_step(self, batch, progress):
-        base.update_theta(self.theta, self._kept, progress)
+        if k_now(self, progress) == self.k:
+            base.update_theta(self.theta, self._kept, progress)

@@ -107,7 +107,7 @@ def test_unknown_preset_and_k_say_what_to_do():
     """Fails if a wrong preset or too many concepts per token end in a KeyError or in top-k's own words."""
     with pytest.raises(ValueError, match="no preset 'new'\nchange --hyper preset=… to one of alive, precise, previous"):
         cosine_concepts.SAE(4, 100, preset="new")
-    with pytest.raises(ValueError, match="k = 21 must lie between 1 and the 20 concepts"):
+    with pytest.raises(ValueError, match="k = 21: .* whole number from 1 to the number of concepts = 20"):
         cosine_concepts.SAE(4, 100, k=21)
 
 

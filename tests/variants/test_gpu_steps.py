@@ -9,6 +9,7 @@ import torch
 import experiment
 import variants
 from tests import OWN_VARIANTS, PROJECT
+from tests.flow.test_golden import RECIPES
 from variants import base
 from variants.kit import compiled, copies, gpu, precision, sparse
 from variants.kit import update as updating
@@ -16,6 +17,7 @@ from variants.kit.steps import gradients
 
 D, F, B, STEPS = 16, 96, 64, 12
 FIELD = [name for name in OWN_VARIANTS if variants.load(name).SAE.data_parallel]
+WAYS = [*FIELD, *(way for way, (name, _) in RECIPES.items() if name in FIELD)]  # with what their keywords turn on
 
 
 class Kernels:
@@ -40,8 +42,9 @@ class Kernels:
 
 def trained(name: str, steps: int = STEPS):
     """A variant after some steps of which gradients grow large enough to be clipped, and its optimiser's state."""
+    name, given = RECIPES.get(name, (name, {}))
     torch.manual_seed(0)
-    sae = variants.load(name).SAE(D, F)
+    sae = variants.load(name).SAE(D, F, **given)
     x_ND = torch.randn(steps * B, D, generator=torch.Generator().manual_seed(1)) / D**0.5
     sae.initialise(x_ND)
     optimizer = experiment.make_optimizer(sae, 1e-2)
@@ -164,7 +167,7 @@ def gradients_of(sae, x_BD, step: int = 900) -> dict[str, torch.Tensor]:
     return {key: p.grad.clone() for key, p in sae.named_parameters()} | terms
 
 
-@pytest.mark.parametrize("name", FIELD)
+@pytest.mark.parametrize("name", WAYS)
 def test_a_gpus_products_have_the_losses_gradients(name, monkeypatch):
     """Fails if gradients by the products that a GPU takes (listed, kept, low) are others than autograd's in fp64."""
     sae, _ = trained(name, 4)
@@ -228,7 +231,7 @@ def test_losses_compile_once_and_are_the_losses():
     done = subprocess.run([sys.executable, "-m", "tests.variants.test_gpu_steps"], cwd=PROJECT, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.split() == [name for name in FIELD if variants.load(name).SAE.compiled_loss]
+    assert done.stdout.splitlines() == [name for name in WAYS if trained(name, 1)[0].compiled_loss]
 
 
 def compile_loss(name: str, patch: pytest.MonkeyPatch) -> None:
@@ -253,8 +256,8 @@ def compile_loss(name: str, patch: pytest.MonkeyPatch) -> None:
 
 
 if __name__ == "__main__":
-    for field_variant in FIELD:
-        if variants.load(field_variant).SAE.compiled_loss:
+    for way in WAYS:
+        if trained(way, 1)[0].compiled_loss:
             with pytest.MonkeyPatch.context() as patched:
-                compile_loss(field_variant, patched)
-            print(field_variant, flush=True)
+                compile_loss(way, patched)
+            print(way, flush=True)

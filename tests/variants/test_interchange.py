@@ -98,6 +98,17 @@ def test_dictionaries_keep_their_features(tmp_path, dict_class, shapes, given, c
     torch.testing.assert_close(sae.decode(expected), expected @ W_dec + b_dec, rtol=1e-5, atol=1e-4)
 
 
+def test_a_fraction_is_a_mean_or_refused(tmp_path):
+    """Fails if a k that is said in the configuration alone is cut to a whole number, for a count or for a mean."""
+    state = {name: torch.zeros(shape) for name, shape in (LINEAR | {"b_dec": (D,)}).items()}
+    for dict_class in ("BatchTopKSAE", "AutoEncoderTopK"):
+        write_dictionary(tmp_path / dict_class, dict_class, state, {"k": 1.5})
+    assert interchange.find(str(tmp_path / "BatchTopKSAE"))["BatchTopKSAE"].hyper == {"k": 1.5}
+    with pytest.raises(ValueError, match="AutoEncoderTopK with k = 1.5: .* whole number of .*\ncorrect"):
+        interchange.find(str(tmp_path / "AutoEncoderTopK"))
+    assert interchange.build(interchange.find(str(tmp_path / "BatchTopKSAE"))["BatchTopKSAE"]).k == 1.5
+
+
 def test_a_folder_of_dictionaries_gives_one_entry_each_in_order(tmp_path):
     """Fails if only the first is read, trainer_10 comes before trainer_2, or the file itself is no valid place."""
     torch.manual_seed(0)
@@ -303,6 +314,7 @@ V6 = dict(architecture="standard", d_in=D, d_sae=N_FEATURES, normalize_activatio
     (V6 | dict(architecture="skip_transcoder"), "'skip_transcoder'\nknown: standard, topk, gated, jumprelu"),
     (V6 | dict(architecture="batchtopk"), "'batchtopk'\n.*save_inference_model"),
     (V6 | dict(architecture="topk"), "says no k\n"),
+    (V6 | dict(architecture="topk", k=1.5), "k = 1.5: .* whole number"),
     (OLD | dict(activation_fn_str="tanh-relu"), "'tanh-relu'\n"),
     (V6 | dict(architecture="gated"),
      "do not fit the variant gated: missing: b_gate, b_mag, r_mag; unexpected: b_enc\n"),

@@ -114,7 +114,8 @@ REFUSED = [0, -1, 41, 1e9, float("nan"), float("inf"), "abc", True, False, None,
 
 @pytest.mark.parametrize("name, key, value", [(name, key, value) for name, key in [
     ("topk", "k"), ("batch_topk", "k"), ("matryoshka_batch_topk", "k"), ("jumprelu", "target_l0")] for value in REFUSED]
-    + [("topk", "k", 1.5), ("topk", "k", 0.5)])
+    + [("topk", "k", 1.5), ("topk", "k", 0.5), ("hierarchical", "k1", 1.5), ("hierarchical", "k2", 2.5),
+       ("cosine_concepts", "k", 1.5), ("cosine_concepts", "k", -0.5)])
 def test_a_count_of_features_that_cannot_be_is_refused(name, key, value):
     """Fails if such a k is trained as another one, or ends in an error that does not name it."""
     with pytest.raises(ValueError, match=f"--hyper {key} = ") as refused:

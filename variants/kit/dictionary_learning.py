@@ -56,7 +56,11 @@ def from_dictionary_learning(dict_class: str, state: dict[str, Tensor],
         if k is None:
             raise ValueError(f"a {dict_class} without k, neither among its tensors nor in its configuration\n"
                              "add \"k\": … to the trainer's part of config.json")
-        hyper["k"] = int(k)
+        k = float(k)
+        if variant == "topk" and not k.is_integer():
+            raise ValueError(f"an SAE of class {dict_class} with k = {k}: it keeps a whole number of features of each "
+                             "token\ncorrect \"k\" in the trainer's part of config.json")
+        hyper["k"] = int(k) if k.is_integer() else k
     if variant == "jumprelu":
         hyper["target_l0"] = config.get("target_l0") or min(32, state["W_enc"].shape[1])
     if variant == "matryoshka_batch_topk" and len(config.get("group_weights") or ()) == 5:

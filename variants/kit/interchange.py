@@ -177,7 +177,7 @@ def published(variant: str, hyper: dict, state: dict[str, Tensor], x_ND: Tensor)
         return z_NF * (z_NF > state["theta"])
     if "k" not in hyper:
         return z_NF
-    top_NK, index_NK = z_NF.topk(int(hyper["k"]), dim=1)
+    top_NK, index_NK = z_NF.topk(max(1, round(hyper["k"])), dim=1)
     return torch.zeros_like(z_NF).scatter(1, index_NK, top_NK)
 
 
@@ -269,6 +269,18 @@ def fold_norms(sae: base.SAE, place: str) -> None:
     sae.requires_grad_(True).train()  # TrainedSAE freezes what it wraps
 
 
+def shared_state(sae: base.SAE, like: base.SAE) -> dict[str, Tensor]:
+    """The state of `like` for `sae`, of one variant; a buffer that hyper-parameters give one of them alone stays sae's.
+
+    A parameter that one of them lacks is for load_state_dict to refuse.
+    """
+    mine, theirs = sae.state_dict(), like.state_dict()
+    absent = {name: mine[name] for name, _ in sae.named_buffers() if name not in theirs}
+    left_over = {name for name, _ in like.named_buffers() if name not in mine}
+    return {name: tensor for name, tensor in theirs.items() if name not in left_over} | absent
+
+
+@torch.no_grad()
 def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> float | None:
     """Give a fresh SAE the weights found for `name` (layer_12.k_40); returns their scale, None for raw activations.
 
@@ -286,7 +298,7 @@ def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> flo
     if sae.unit_norm_decoder:
         fold_norms(like, one.place)
     if type(sae).__module__ == type(like).__module__:
-        sae.load_state_dict(like.state_dict())
+        sae.load_state_dict(shared_state(sae, like))
         return one.scale
     state, mine = recentred(like.state_dict(), like.centred, sae.centred), sae.state_dict()
     taken = {k: t for k, t in state.items() if k in mine and t.shape == mine[k].shape}

@@ -107,6 +107,9 @@ def refused(cfg: dict, place: str) -> tuple[str, int | None]:
                          "choose an SAE with relu or topk")
     if architecture == "topk" and not k:
         raise ValueError(f"{place}: a topk SAE whose cfg.json says no k\nadd \"k\": … to {Path(place) / 'cfg.json'}")
+    if architecture == "topk" and k != int(k):
+        raise ValueError(f"{place}: a topk SAE with k = {k}: it keeps a whole number of features of each token\n"
+                         f"correct \"k\" in {Path(place) / 'cfg.json'}")
     normalise = cfg.get("normalize_activations") or "none"
     if normalise is True:  # True and False were once its two values
         normalise = "expected_average_only_in"

@@ -1,4 +1,5 @@
-"""How many features a token keeps, the choice of the largest activations of a token or a whole batch, and theta.
+"""How many features a token keeps, also when that falls in the course of training, the choice of the largest
+activations of a token or a whole batch, and theta.
 
 theta is what a choice over a batch leaves for single tokens: the least activation that passes; < 0: none yet.
 
@@ -14,17 +15,50 @@ from variants.kit import gpu, ranks
 from variants.kit.graphs import outside_graphs
 
 
-def feature_count(name: str, value, d_sae: int, mean: bool = False) -> float:
-    """A count of the features kept of each token, or a mean of them, which may be a fraction; else ValueError."""
+def feature_count(name: str, value, d_sae: int, mean: bool = False, most: str = "d_sae") -> float:
+    """A count of the features kept of each token, or a mean of them, which may be a fraction; else ValueError.
+
+    `most` says what the number d_sae is where it is another than the SAE's width.
+    """
     whole = type(value) in (int, float) and 0 < value <= d_sae and value == int(value)
     fraction = type(value) is float and 0 < value <= d_sae
     if not (whole or (mean and fraction)):
         each = "kept of each token must be a whole number from 1 to"
         meant = "kept on average must be a number above 0, at most" if mean else each
         advice = "" if mean else "; batch_topk takes a fraction, as a mean over tokens"
-        raise ValueError(f"--hyper {name} = {value!r}: the features {meant} d_sae = {d_sae}\n"
+        raise ValueError(f"--hyper {name} = {value!r}: the features {meant} {most} = {d_sae}\n"
                          f"give for example --hyper {name}={max(1, d_sae // 64)}{advice}")
     return int(value) if whole else value
+
+
+def set_annealing(sae, k_start: float, k_share: float, mean: bool = False) -> None:
+    """Give an SAE what `k_now` goes by: k_start, 0 for none, else from k to d_sae (a fraction if `mean`); k_share > 0.
+
+    ValueError for what these cannot be.
+    """
+    if k_start != 0:
+        k_start = feature_count("k_start", k_start, sae.d_sae, mean)
+        if k_start < sae.k:
+            raise ValueError(f"--hyper k_start = {k_start}: k falls from there to k = {sae.k} and cannot rise\n"
+                             f"give k_start above {sae.k}, or leave it out")
+        if not 0 < k_share <= 1:
+            raise ValueError(f"--hyper k_share = {k_share}: the share of the run in which k falls must lie in (0, 1]\n"
+                             "give for example --hyper k_share=0.8")
+        sae.compiled_loss = False  # a k that changes from step to step would have it compiled anew in each
+    sae.k_start, sae.k_share = k_start, k_share
+
+
+def k_now(sae, progress) -> float:
+    """Features kept of each token in a step: from sae.k_start linearly to sae.k in the first sae.k_share of the run.
+
+    In the last step it is sae.k, however short the run; always, where k_start is 0.
+    """
+    if sae.k_start == 0:
+        return sae.k
+    end = int(sae.k_share * (progress.total_steps - 1))
+    if progress.step >= end:
+        return sae.k
+    return sae.k_start + (sae.k - sae.k_start) * progress.step / end
 
 
 @outside_graphs
@@ -90,6 +124,6 @@ def update_theta(theta: Tensor, kept: Tensor, progress, decay: float | None = No
         theta.copy_(torch.where(smallest.isfinite(), new, theta))
 
 
-def theta_decay(progress) -> float:
-    """Decay of theta's moving average: .999, or a window of a twentieth of a run shorter than 20,000 steps."""
-    return 1 - 1 / max(1.0, min(1000, 0.05 * progress.total_steps))
+def theta_decay(progress, steps: int = 1000) -> float:
+    """Decay of a moving average over 1000 steps, as theta's (.999), or `steps`, at most a twentieth of the run."""
+    return 1 - 1 / max(1.0, min(steps, 0.05 * progress.total_steps))

@@ -29,6 +29,18 @@ class Judged(NamedTuple):
 UNKNOWN, NOT_COMPARED = Judged(), Judged(verdict="not compared")
 
 
+class New(NamedTuple):
+    """The features of a run beside those of one SAE of its baseline."""
+
+    baseline: Run
+    cosine: list[float]  # of every feature with its nearest in the baseline
+    nearest: list[int]  # the index of that one
+    index: list[int]  # the new ones
+    of: int  # features that were looked at: those that fire, or all
+    fire: bool  # whether it is known which fire
+    problem: str = ""  # why nothing could be counted
+
+
 @dataclass(frozen=True)
 class Compared:
     """One run and what it is compared with."""
@@ -44,6 +56,7 @@ class Compared:
     warnings: list[str]  # what makes the run's figures doubtful
     twin: int | None  # runs with the same number are one and the same SAE
     judged: Callable[[str], Judged]  # of any metric, when it is asked for: a table shows a few of a hundred
+    new: Callable[[], New | None]  # its features beside the baseline's; reads both decoders when it is asked for
 
     def source(self, metric: str) -> Run | None:
         """The run that a metric's figure of the baseline is of: at_l0, or the nearest in what at_l0 lacks."""

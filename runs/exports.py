@@ -6,10 +6,13 @@ import csv
 import io
 import json
 
+from runs import stability
 from runs.comparison import UNKNOWN, Compared, Comparison
 from runs.frontier import Interpolated, is_between, l0_of
 from runs.reading import Run, finite
 from runs.wording import beyond, words
+
+DECODERS = 24  # SAEs whose decoders are read: seconds each at a width of 16k
 
 
 def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) -> str:
@@ -20,15 +23,17 @@ def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) ->
     of a stored one), frontier, same_sae (names of runs that are one and the same), saes.
     Of each of the saes: name, path, variant, l0, baseline (name, path, variant, l0, and `between` which SAEs it lies),
     equal_l0, not_compared (why nothing is, a line each), other_settings (evals that are not compared for them),
-    differs, dense, problems, warnings, metrics; see `Compared`.
+    differs, dense, problems, warnings, metrics; see `Compared`. Of up to `DECODERS` SAEs new_features: baseline,
+    baseline_path, baseline_l0, threshold, count, of, only_firing, new (their numbers), problem; null without decoders.
     Of each metric: value, stderr, baseline, baseline_stderr, baseline_l0, interpolated, difference, difference_stderr,
     direction, verdict (better, worse, equal, not compared or null), beyond_two_stderr (null: not known); see `Judged`.
     """
-    return json.dumps({"comparisons": [_comparison(c) for c in comparisons], "left_out": left_out or []},
+    decoders = sum(len(c.saes) for c in comparisons) <= DECODERS
+    return json.dumps({"comparisons": [_comparison(c, decoders) for c in comparisons], "left_out": left_out or []},
                       allow_nan=False)
 
 
-def _comparison(comparison: Comparison) -> dict:
+def _comparison(comparison: Comparison, decoders: bool) -> dict:
     model, layer, hook = comparison.identity
     twins: dict[int, list[str]] = {}
     for one in comparison.saes:
@@ -39,14 +44,16 @@ def _comparison(comparison: Comparison) -> dict:
             "stand_in": bool(comparison.stand_ins),
             "frontier": [_named(run) for run in comparison.frontier],
             "same_sae": list(twins.values()),
-            "saes": [_compared(one, comparison.directions) for one in (*comparison.stand_ins, *comparison.saes)]}
+            "saes": [_compared(one, comparison.directions, decoders)
+                     for one in (*comparison.stand_ins, *comparison.saes)]}
 
 
 def _named(run: Run) -> dict:
     return {"name": run.name, "path": str(run.path), "variant": run.config.get("variant"), "l0": l0_of(run)}
 
 
-def _compared(one: Compared, directions: dict[str, str]) -> dict:
+def _compared(one: Compared, directions: dict[str, str], decoders: bool) -> dict:
+    new = one.new() if decoders else None
     partner = None
     if one.partner is not None:
         between = one.partner.between if isinstance(one.partner, Interpolated) else ()
@@ -55,6 +62,7 @@ def _compared(one: Compared, directions: dict[str, str]) -> dict:
         "baseline": partner, "equal_l0": one.equal_l0, "not_compared": one.obstacles,
         "other_settings": finite(one.other_settings), "differs": finite(one.differs),
         "dense": finite(one.run.config.get("dense")), "problems": one.run.problems, "warnings": one.warnings,
+        "new_features": None if new is None else stability.as_data(new),
         "metrics": {metric: _metric(one, metric, directions.get(metric)) for metric in one.run.means}}
 
 

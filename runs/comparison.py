@@ -37,6 +37,7 @@ class New(NamedTuple):
     nearest: list[int]  # the index of that one
     index: list[int]  # the new ones
     of: int  # features that were looked at: those that fire, or all
+    mean: float  # cosine with the nearest, over those
     fire: bool  # whether it is known which fire
     problem: str = ""  # why nothing could be counted
 

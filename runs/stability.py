@@ -176,11 +176,12 @@ def new_features(run: Run, references: list[Run]) -> New | None:
         cosine, nearest = _nearest(*places, _signless(run) or _signless(other))
     # whatever a decoder is damaged by, or its variant's code does: a run's own figures are not lost for it
     except Exception as error:  # noqa: BLE001
-        return New(other, [], [], [], 0, False, str(error).split("\n")[0] or type(error).__name__)
+        return New(other, [], [], [], 0, 0.0, False, str(error).split("\n")[0] or type(error).__name__)
     fire = firing(run)
     known = fire is not None and len(fire) == len(cosine)
     looked_at = [i for i in range(len(cosine)) if not known or fire[i]]
-    return New(other, cosine, nearest, [i for i in looked_at if cosine[i] < NEW], len(looked_at), known)
+    mean = fmean(cosine[i] for i in looked_at) if looked_at else 0.0
+    return New(other, cosine, nearest, [i for i in looked_at if cosine[i] < NEW], len(looked_at), mean, known)
 
 
 def _changes(folder: Path) -> tuple:
@@ -209,14 +210,14 @@ def in_words(new: New) -> str:
     at = f" at L0 {number(l0)}" if l0 is not None else ""
     those = " that fire" if new.fire else ""
     return (f"{len(new.index):,} of {new.of:,} features{those} are new (nearest cosine < {NEW} in "
-            f"{new.baseline.name}{at})")
+            f"{new.baseline.name}{at}, {new.mean:.2f} on average)")
 
 
 def as_data(new: New, every: bool = False) -> dict:
     """What programs get: the count and the new ones; `every`: of all features the nearest one and its cosine."""
     found = {"baseline": new.baseline.name, "baseline_path": str(new.baseline.path), "baseline_l0": l0_of(new.baseline),
-             "threshold": NEW, "count": len(new.index), "of": new.of, "only_firing": new.fire, "new": new.index,
-             "problem": new.problem or None}
+             "threshold": NEW, "count": len(new.index), "of": new.of, "mean_cosine": new.mean, "only_firing": new.fire,
+             "new": new.index, "problem": new.problem or None}
     return found | ({"nearest": new.nearest, "cosine": [round(c, 4) for c in new.cosine]} if every else {})
 
 

@@ -88,7 +88,8 @@ def test_new_features_are_counted_and_named(tmp_path, capsys):
     ours = saved(tmp_path / "ours", TURNED, [0.1, 0.2, 0.3, 0.0])
     assert compare.main([ours, "--baseline", base]) == 0
     # the first and the last are at right angles to all of the baseline's, and the last does not fire
-    assert "1 of 3 features that fire are new (nearest cosine < 0.7 in base at L0 30.00)" in capsys.readouterr().out
+    line = "1 of 3 features that fire are new (nearest cosine < 0.7 in base at L0 30.00, 0.60 on average)"
+    assert line in capsys.readouterr().out
     assert compare.main([ours, "--baseline", base, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["comparisons"][0]["saes"][0]["new_features"]
     assert (found["count"], found["of"], found["new"], found["baseline"]) == (1, 3, [0], "base")

@@ -142,7 +142,8 @@ def _best(a_FD: Tensor, b_GD: Tensor, k: int, absolute: bool) -> tuple[Tensor, T
 def figures(cosine_P: np.ndarray, pairs: int) -> dict[str, float]:
     """Mean cosine of matched pairs, and the shares above .7 and .9 of the `pairs` there could be."""
     shares = {f"share_above_{least}": float((cosine_P > least).sum() / pairs) for least in ABOVE}
-    return {"mean_cosine": float(cosine_P.mean()), **shares}
+    mean = float(cosine_P.mean()) if len(cosine_P) else 0.0  # among ties none need be mutual
+    return {"mean_cosine": mean, **shares}
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from runs.wording import number
 
 SETTING = ("model", "layer", "hook_name", "variant", "hyper", "d_sae", "num_tokens", "passes", "batch_size", "lr",
            "init_from")
+WIDE = 2**15  # features above which matching decoders takes minutes
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -80,7 +81,11 @@ def table(runs: Iterable[Run], metrics: list[str] | None = None) -> Table:
 
 def stabilities(groups: dict[str, list[Run]]) -> dict[str, dict]:
     """{setting: how far its features come back under another seed}, of those whose decoders are at hand."""
-    found = {name: stability.between_seeds(members) for name, members in groups.items()}
+    found = {}
+    for name, members in groups.items():
+        if len(members) > 1 and (members[0].config.get("d_sae") or 0) > WIDE:
+            print(f"matching the decoders of {name}: minutes at this width, or --no_decoders", file=sys.stderr)
+        found[name] = stability.between_seeds(members)
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -125,12 +130,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", help="run folders; the first one's setting is the reference")
     parser.add_argument("--metrics", default="", help="full names, comma-separated")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--no_decoders", action="store_true", help="do not match the features of different seeds")
     parser.add_argument("--json", action="store_true", help="all figures in full precision, for programs")
     options = parser.parse_args(argv)
     try:
         runs = [run for path in options.runs for run in read(Path(path)).values()]
         groups = grouped(runs)
-        found = stabilities(groups)
+        found = {} if options.no_decoders else stabilities(groups)
     except (ValueError, OSError) as error:
         print(str(error).split("\n")[0], file=sys.stderr)
         return 1

@@ -50,6 +50,13 @@ def folder_of(run: Run) -> Path | None:
 
 def decoder(folder: Path):
     """The decoder [F, D] in an SAE's folder, a tensor. ValueError, OSError: damaged, or of code that is not ours."""
+    W_dec_FD = _stored(folder)
+    if not bool(W_dec_FD.isfinite().all()):
+        raise ValueError(f"{folder}: the decoder holds NaN or infinity\nthat training diverged: leave the run out")
+    return W_dec_FD
+
+
+def _stored(folder: Path):
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -167,7 +174,7 @@ def new_features(run: Run, references: list[Run]) -> New | None:
     `references` are of the run's own model, layer and hook.
     """
     mine = folder_of(run)
-    others = [other for other in references if folder_of(other) not in (None, mine)]
+    others = [other for other in references if folder_of(other) and other.path != run.path]
     if mine is None or not others:
         return None
     other = min(others, key=lambda reference: abs((l0_of(reference) or 0) - (l0_of(run) or 0)))

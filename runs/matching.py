@@ -5,10 +5,11 @@ pairs with the largest sum of cosines (Hungarian). Signs count, as in its author
 xiangchensong/sae-feature-consistency): a feature that fires with positive values alone has a direction, and the
 opposite one is another. `absolute` is for features that fire with either sign, and for what sae_lens.synthetic gives.
 
-Up to `EVERY_PAIR` pairs all are candidates, and the matching is the exact one. Else the `BEST` best partners of every
-feature on either side are; where both could be had (random rows and half-shared ones, widths 2,304 to 16,384) the means
-agreed to 1e-5. Above `HUNGARIAN` features mutual nearest neighbours are the pairs: the mean is over those that were
-found, and so too favourable. Cosines exist `BLOCK` at a time, at any width.
+Up to `EVERY_PAIR` pairs (width 4,096) all are candidates, and the matching is the exact one. Else the best partners of
+every feature on either side are, `CANDIDATES` a side in all: 128 each at 16,384. The mean can only be too small by it:
+with 128, 64, 32 by 2e-6, 1e-5, 7e-5 between two seeds of one setting at width 2,304, by 4e-5 to 5e-4 between two
+variants, by 1e-6 for random rows at 16,384. Above `HUNGARIAN` features mutual nearest neighbours are the pairs: the mean
+is over those that were found, and so too favourable. Cosines exist `BLOCK` at a time, at any width.
 
 Shapes: F and G features of the two dictionaries, D = d_in, C rows at a time, K candidates, P pairs, E edges.
 """
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-EVERY_PAIR = 2**23
-BEST = 32
+EVERY_PAIR = 2**24
+CANDIDATES = 2**21
 HUNGARIAN = 2**17
 BLOCK = 2**26  # cosines in memory at once: 256 MiB
 ABOVE = (0.7, 0.9)
@@ -75,8 +76,10 @@ def _exact(cosine_FG: Tensor) -> np.ndarray:
 
 def _edges(a_FD: Tensor, b_GD: Tensor, absolute: bool) -> Edges:
     """The candidates: every feature's best partners; above `HUNGARIAN` features those that are each other's nearest."""
-    mutual = max(len(a_FD), len(b_GD)) > HUNGARIAN
-    value_FK, index_FK, value_GK, index_GK = _best(a_FD, b_GD, 1 if mutual else BEST, absolute)
+    widest = max(len(a_FD), len(b_GD))
+    mutual = widest > HUNGARIAN
+    best = 1 if mutual else max(1, CANDIDATES // widest)
+    value_FK, index_FK, value_GK, index_GK = _best(a_FD, b_GD, best, absolute)
     of_rows, of_columns = _listed(value_FK, index_FK), _listed(value_GK, index_GK)
     row_E = np.concatenate([of_rows.row_E, of_columns.column_E])
     column_E = np.concatenate([of_rows.column_E, of_columns.row_E])

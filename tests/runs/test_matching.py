@@ -43,6 +43,7 @@ def test_candidates_lose_nothing_and_memory_is_bounded(monkeypatch, f, g):
         return product(*rows)
 
     monkeypatch.setattr(matching, "EVERY_PAIR", 0)
+    monkeypatch.setattr(matching, "CANDIDATES", 40 * 500)
     monkeypatch.setattr(matching, "BLOCK", 7_001)
     monkeypatch.setattr(matching, "_cosines", counted)
     for absolute in (False, True):
@@ -62,7 +63,7 @@ def test_candidates_lose_nothing_and_memory_is_bounded(monkeypatch, f, g):
 def test_a_matching_exists_whatever_the_candidates_are(monkeypatch):
     """Fails if features that all have the same few best partners cannot be matched."""
     monkeypatch.setattr(matching, "EVERY_PAIR", 0)
-    monkeypatch.setattr(matching, "BEST", 2)
+    monkeypatch.setattr(matching, "CANDIDATES", 2 * 9)
     a_FD, b_FD = torch.eye(3)[:1].repeat(9, 1), torch.eye(3)[1:2].repeat(9, 1)
     b_FD[4:6] = a_FD[:2]
     cosine_P, _ = matching.matched(a_FD, b_FD)

@@ -8,8 +8,8 @@ opposite one is another. `absolute` is for features that fire with either sign, 
 Up to `EVERY_PAIR` pairs (width 4,096) all are candidates, and the matching is the exact one. Else the best partners of
 every feature on either side are, `CANDIDATES` a side in all: 128 each at 16,384. The mean can only be too small by it:
 with 128, 64, 32 by 2e-6, 1e-5, 7e-5 between two seeds of one setting at width 2,304, by 4e-5 to 5e-4 between two
-variants, by 1e-6 for random rows at 16,384. Above `HUNGARIAN` features mutual nearest neighbours are the pairs: the mean
-is over those that were found, and so too favourable. Cosines exist `BLOCK` at a time, at any width.
+variants, by 1e-6 for random rows at 16,384. Above `HUNGARIAN` features mutual nearest neighbours are the pairs: the
+mean is over those that were found, and so too favourable. Cosines exist `BLOCK` at a time, at any width.
 
 Shapes: F and G features of the two dictionaries, D = d_in, C rows at a time, K candidates, P pairs, E edges.
 """

@@ -24,8 +24,7 @@ def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) ->
     Of each of the saes: name, path, variant, l0, baseline (name, path, variant, l0, and `between` which SAEs it lies),
     equal_l0, not_compared (why nothing is, a line each), other_settings (evals that are not compared for them),
     differs, dense, problems, warnings, metrics; see `Compared`. Of up to `DECODERS` SAEs new_features: baseline,
-    baseline_path, baseline_l0, threshold, count, of, mean_cosine, only_firing, new (their numbers), problem; null
-    without decoders.
+    baseline_l0, threshold, count, of, mean_cosine, only_firing, new (their numbers), problem; null without decoders.
     Of each metric: value, stderr, baseline, baseline_stderr, baseline_l0, interpolated, difference, difference_stderr,
     direction, verdict (better, worse, equal, not compared or null), beyond_two_stderr (null: not known); see `Judged`.
     """

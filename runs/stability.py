@@ -222,9 +222,9 @@ def in_words(new: New) -> str:
 
 def as_data(new: New, every: bool = False) -> dict:
     """What programs get: the count and the new ones; `every`: of all features the nearest one and its cosine."""
-    found = {"baseline": new.baseline.name, "baseline_path": str(new.baseline.path), "baseline_l0": l0_of(new.baseline),
-             "threshold": NEW, "count": len(new.index), "of": new.of, "mean_cosine": new.mean, "only_firing": new.fire,
-             "new": new.index, "problem": new.problem or None}
+    found = {"baseline": new.baseline.name, "baseline_l0": l0_of(new.baseline), "threshold": NEW,
+             "count": len(new.index), "of": new.of, "mean_cosine": new.mean, "only_firing": new.fire, "new": new.index,
+             "problem": new.problem or None}
     return found | ({"nearest": new.nearest, "cosine": [round(c, 4) for c in new.cosine]} if every else {})
 
 

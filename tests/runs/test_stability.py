@@ -62,6 +62,16 @@ def test_features_come_back_under_another_seed(tmp_path, capsys):
     assert row.split() == ["topk", "3", "0.9333", "±", "0.067", "0.8333", "±", "0.17", "0.8333", "±", "0.17"]
 
 
+def test_a_direction_and_its_opposite(tmp_path, capsys):
+    """Fails if −d counts as d where features fire with one sign, or as another where they fire with either."""
+    for variant, expected in (("topk", 0), ("abs_topk", 1)):
+        paths = [saved(tmp_path / f"{variant}{seed}", (1 - 2 * seed) * EYE, variant=variant, seed=seed)
+                 for seed in (0, 1)]
+        assert seeds.main([*paths, "--json"]) == 0
+        (setting,) = json.loads(capsys.readouterr().out)["settings"]
+        assert setting["stability"]["all"]["mean_cosine"]["mean"] == expected
+
+
 def test_decoders_are_read_for_several_seeds_alone(tmp_path, monkeypatch, capsys):
     """Fails if a decoder is read where nothing is asked of it: one seed of each setting, a table of many runs."""
     paths = [saved(tmp_path / f"r{i}", EYE, hyper={"k": i}) for i in range(30)]

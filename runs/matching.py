@@ -27,7 +27,7 @@ from torch.nn import functional
 EVERY_PAIR = 2**24
 CANDIDATES = 2**21
 HUNGARIAN = 2**17
-BLOCK = 2**26  # cosines in memory at once: 256 MiB
+BLOCK = 2**26  # cosines in memory at once: 256 MiB, and as much again for their transpose
 ABOVE = (0.7, 0.9)
 
 

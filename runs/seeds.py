@@ -85,7 +85,12 @@ def stabilities(groups: dict[str, list[Run]]) -> dict[str, dict]:
     for name, members in groups.items():
         if len(members) > 1 and (members[0].config.get("d_sae") or 0) > WIDE:
             print(f"matching the decoders of {name}: minutes at this width, or --no_decoders", file=sys.stderr)
-        found[name] = stability.between_seeds(members)
+        try:
+            found[name] = stability.between_seeds(members)
+        # a damaged decoder, or one of code that is not in variants/: the runs' other figures stand
+        except (ValueError, OSError) as error:
+            print(f"decoders of {name} not matched: {str(error).splitlines()[0]}", file=sys.stderr)
+            found[name] = None
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -135,11 +140,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         runs = [run for path in options.runs for run in read(Path(path)).values()]
-        groups = grouped(runs)
-        found = {} if options.no_decoders else stabilities(groups)
     except (ValueError, OSError) as error:
         print(str(error).split("\n")[0], file=sys.stderr)
         return 1
+    groups = grouped(runs)
+    found = {} if options.no_decoders else stabilities(groups)
     metrics = [m for m in options.metrics.split(",") if m]
     if options.json:
         print(as_json(groups, found, metrics))

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import evals
-from runs import doubts, exports, frontier, tables
+from runs import doubts, exports, frontier, stability, tables
 from runs.comparison import NOT_COMPARED, SETTINGS, UNKNOWN, Compared, Comparison, Floor, Judged, differing
 from runs.frontier import Interpolated, l0_of
 from runs.reading import RECORDS, Run, canonical, read, setting, slug
@@ -118,13 +118,19 @@ def _compared(run: Run, references: list[Run], saes: list[Run], directions: dict
     if partner is None:
         return Compared(run=run, nearest=None, at_l0=None, partner=None, equal_l0=None, obstacles=[], other_settings={},
                         differs={}, warnings=doubts.warnings(run), twin=twin, floor=floor,
-                        judged=lambda metric: UNKNOWN)
+                        judged=lambda metric: UNKNOWN, new=lambda: None)
     why, settings = obstacles(run, partner)
     not_compared = {metric.partition(".")[0] for metric in run.means} if why else settings
     equal_l0 = _equal_l0(l0, l0_of(partner), frontier.SAME if saes else NEAR)
     return Compared(run=run, nearest=nearest, at_l0=at_l0, partner=partner, equal_l0=equal_l0, obstacles=why,
                     other_settings=settings, differs=differing(run, partner), warnings=doubts.warnings(run, nearest),
-                    twin=twin, floor=floor, judged=partial(verdict, run, partner, directions, not_compared))
+                    twin=twin, floor=floor, judged=partial(verdict, run, partner, directions, not_compared),
+                    new=partial(_new_features, run, references))
+
+
+def _new_features(run: Run, references: list[Run]) -> stability.New | None:
+    same = [reference for reference in references if identity(reference.config) == identity(run.config)]
+    return stability.new_features(run, same)
 
 
 def _equal_l0(ours: float | None, theirs: float | None, share: float) -> bool | None:

@@ -37,6 +37,19 @@ class Floor(NamedTuple):
     not_better: dict[str, Judged]  # {headline metric in which the run is not surely better: run − decoder}
 
 
+class New(NamedTuple):
+    """The features of a run beside those of one SAE of its baseline."""
+
+    baseline: Run
+    cosine: list[float]  # of every feature with its nearest in the baseline
+    nearest: list[int]  # the index of that one
+    index: list[int]  # the new ones
+    of: int  # features that were looked at: those that fire, or all
+    mean: float  # cosine with the nearest, over those
+    fire: bool  # whether it is known which fire
+    problem: str = ""  # why nothing could be counted
+
+
 @dataclass(frozen=True)
 class Compared:
     """One run and what it is compared with."""
@@ -53,6 +66,7 @@ class Compared:
     twin: int | None  # runs with the same number are one and the same SAE
     floor: Floor | None  # None where no frozen decoder of the run's model, layer, width and L0 is stored
     judged: Callable[[str], Judged]  # of any metric, when it is asked for: a table shows a few of a hundred
+    new: Callable[[], New | None]  # its features beside the baseline's; reads both decoders when it is asked for
 
     def source(self, metric: str) -> Run | None:
         """The run that a metric's figure of the baseline is of: at_l0, or the nearest in what at_l0 lacks."""

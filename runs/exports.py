@@ -6,10 +6,13 @@ import csv
 import io
 import json
 
+from runs import stability
 from runs.comparison import UNKNOWN, Compared, Comparison, Floor
 from runs.frontier import Interpolated, is_between, l0_of
 from runs.reading import Run, finite
 from runs.wording import beyond, words
+
+DECODERS = 24  # SAEs whose decoders are read: seconds each at a width of 16k
 
 
 def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) -> str:
@@ -23,15 +26,18 @@ def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) ->
     differs, dense, problems, warnings, random (a frozen random decoder: name, path, variant, l0, at_own_l0, and
     not_better: {headline metric in which the run is not surely better: difference, its stderr}; null where none is
     stored for the run's model, layer, width and L0), metrics; see `Compared`.
+    Of up to `DECODERS` SAEs new_features: baseline, baseline_l0, threshold, count, of, mean_cosine, only_firing, new
+    (their numbers), problem; null without decoders.
     Of each metric: value, stderr, random, baseline, baseline_stderr, baseline_l0, interpolated, difference,
     difference_stderr, direction, verdict (better, worse, equal, not compared or null), beyond_two_stderr (null: not
     known); see `Judged`.
     """
-    return json.dumps({"comparisons": [_comparison(c) for c in comparisons], "left_out": left_out or []},
+    decoders = sum(len(c.saes) for c in comparisons) <= DECODERS
+    return json.dumps({"comparisons": [_comparison(c, decoders) for c in comparisons], "left_out": left_out or []},
                       allow_nan=False)
 
 
-def _comparison(comparison: Comparison) -> dict:
+def _comparison(comparison: Comparison, decoders: bool) -> dict:
     model, layer, hook = comparison.identity
     twins: dict[int, list[str]] = {}
     for one in comparison.saes:
@@ -42,14 +48,16 @@ def _comparison(comparison: Comparison) -> dict:
             "stand_in": bool(comparison.stand_ins),
             "frontier": [_named(run) for run in comparison.frontier],
             "same_sae": list(twins.values()),
-            "saes": [_compared(one, comparison.directions) for one in (*comparison.stand_ins, *comparison.saes)]}
+            "saes": [_compared(one, comparison.directions, decoders)
+                     for one in (*comparison.stand_ins, *comparison.saes)]}
 
 
 def _named(run: Run) -> dict:
     return {"name": run.name, "path": str(run.path), "variant": run.config.get("variant"), "l0": l0_of(run)}
 
 
-def _compared(one: Compared, directions: dict[str, str]) -> dict:
+def _compared(one: Compared, directions: dict[str, str], decoders: bool) -> dict:
+    new = one.new() if decoders else None
     partner = None
     if one.partner is not None:
         between = one.partner.between if isinstance(one.partner, Interpolated) else ()
@@ -59,6 +67,7 @@ def _compared(one: Compared, directions: dict[str, str]) -> dict:
         "other_settings": finite(one.other_settings), "differs": finite(one.differs),
         "dense": finite(one.run.config.get("dense")), "problems": one.run.problems, "warnings": one.warnings,
         "random": _floor(one.floor),
+        "new_features": None if new is None else stability.as_data(new),
         "metrics": {metric: _metric(one, metric, directions.get(metric)) for metric in one.run.means}}
 
 

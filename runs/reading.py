@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -34,6 +34,7 @@ class Run:
     config: dict
     problems: list[str]
     path: Path
+    section: str = field(default="", kw_only=True)  # its key in the file: what its folder in sae/ is called
 
 
 def read(path: str | Path) -> dict[str, Run]:
@@ -48,7 +49,8 @@ def read(path: str | Path) -> dict[str, Run]:
         raise ValueError(f"{file} records no run: it has neither \"means\" nor SAEBench's results\n"
                          "give a run folder, its final_info.json, or a file SAEBench wrote")
     label = file_label(file)
-    return {key: Run(label if len(sections) == 1 else f"{label} {name}", means, stderrs, config, problems, file)
+    return {key: Run(label if len(sections) == 1 else f"{label} {name}", means, stderrs, config, problems, file,
+                     section=key)
             for key, (name, means, stderrs, config, problems) in sections.items()}
 
 

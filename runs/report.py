@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from base64 import b64encode
 from collections.abc import Collection, Iterable
@@ -15,6 +16,7 @@ from runs.comparison import Comparison
 from runs.folder import write_text
 from runs.frontier import l0_of
 from runs.reading import Run
+from runs.stability import as_data
 from runs.tables import Cell, Table, laid_out, lefts, plain, warned
 
 SIZE = 700_000  # characters that dashboards may fill the page up to
@@ -72,7 +74,7 @@ padding:3px 0}.context span{border-radius:3px}details{margin:8px 0}summary{curso
 
 def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run] | dict | None, log_rows: list[dict],
           dashboards: Iterable[dict] = ()) -> Path:
-    """Write out_dir/report.html (under 1 MB) and return its path.
+    """Write out_dir/report.html (under 1 MB) and return its path; beside it new_features.json where there is any.
 
     `sections` as `read` returns them. log_rows: rows of training_log.csv (sae, step, tokens, loss, its terms, l0, …).
     dashboards: {"sae" (optional), "feature", "density", "max_activation", "contexts": [[(token, activation), …], …],
@@ -87,9 +89,18 @@ def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run]
     parts.insert(7, _dashboards(dashboards, SIZE - sum(map(len, parts))))
     head = ('<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
             f"<title>{escape(name)}</title><style>{CSS}</style>")
+    _write_new_features(Path(out_dir), comparisons)
     path = Path(out_dir) / "report.html"
     write_text(path, "\n".join([head, *filter(None, parts), "</html>\n"]))
     return path
+
+
+def _write_new_features(out: Path, comparisons: list[Comparison]) -> None:
+    """new_features.json: of every SAE whose baseline's decoder is at hand the nearest feature there, for dashboards."""
+    asked = {one.run.section: one.new() for c in comparisons for one in c.saes if one.run.path.parent == out.resolve()}
+    found = {section: as_data(new, every=True) for section, new in asked.items() if new is not None}
+    if found:
+        write_text(out / "new_features.json", json.dumps(found, allow_nan=False) + "\n")
 
 
 def _own_pictures(folder: Path) -> str:

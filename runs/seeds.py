@@ -2,7 +2,8 @@
 
 Runs that differ in nothing but the seed are put together: mean ± standard error over them (n − 1 in the variance), the
 single value where there is only one. The difference to the first row's runs counts (*) where it exceeds twice the two
-standard errors together. Standard library only.
+standard errors together. Where the decoders of several seeds are at hand a second table says how far their features
+come back (runs/stability.py). --json: all of it in full precision.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
+from runs import stability
 from runs.reading import Run, read
 from runs.tables import BY_RUN, Table, as_markdown, as_text, plain
 from runs.wording import number
 
-SETTING = ("model", "layer", "variant", "hyper", "d_sae", "num_tokens", "passes", "batch_size", "lr", "init_from")
+SETTING = ("model", "layer", "hook_name", "variant", "hyper", "d_sae", "num_tokens", "passes", "batch_size", "lr",
+           "init_from")
+WIDE = 2**15  # features above which matching decoders takes minutes
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -75,19 +79,80 @@ def table(runs: Iterable[Run], metrics: list[str] | None = None) -> Table:
     return Table([], ["setting", "runs", *names], rows, below)
 
 
+def stabilities(groups: dict[str, list[Run]]) -> dict[str, dict]:
+    """{setting: how far its features come back under another seed}, of those whose decoders are at hand."""
+    found = {}
+    for name, members in groups.items():
+        if len(members) > 1 and (members[0].config.get("d_sae") or 0) > WIDE:
+            print(f"matching the decoders of {name}: minutes at this width, or --no_decoders", file=sys.stderr)
+        try:
+            found[name] = stability.between_seeds(members)
+        # a damaged decoder, or one of code that is not in variants/: the runs' other figures stand
+        except (ValueError, OSError) as error:
+            print(f"decoders of {name} not matched: {str(error).splitlines()[0]}", file=sys.stderr)
+            found[name] = None
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def stability_table(found: dict[str, dict]) -> Table:
+    """Three rows per setting: all features, those that fire, and as many random directions."""
+    rows = []
+    for name, one in found.items():
+        kinds = {name: "all", "  those that fire": "firing", "  random directions": "random"}
+        for title, kind in kinds.items():
+            if one[kind] is None:
+                continue
+            cells = [title, f"{len(one['seeds'])}" if kind == "all" else ""]
+            for estimated in one[kind].values():
+                error = f" ± {estimated['stderr']:.2g}" if estimated["stderr"] and kind != "random" else ""
+                cells.append(number(estimated["mean"]) + error)
+            rows.append(plain(cells))
+    below = ["features matched one to one between each two seeds (PW-MCC); ± jackknife over seeds, from three on"]
+    if any(pair["matching"] != "one to one" for one in found.values() for pair in one["pairs"]):
+        below.append("too wide for that: mutual nearest features are the pairs, the mean is over those alone")
+    shares = [f"cosine {name.removeprefix('share_above_').replace('0.', '> .')}"
+              for name in next(iter(found.values()))["all"] if name.startswith("share")]
+    return Table([], ["decoders of", "seeds", "mean cosine", *shares], rows, below)
+
+
+def as_json(groups: dict[str, list[Run]], found: dict[str, dict], metrics: list[str]) -> str:
+    """Every setting's runs, {metric: {"mean", "stderr", "runs"}} of all metrics or those asked for, and stability."""
+    settings = []
+    for name, members in groups.items():
+        estimates = {}
+        for metric in metrics or dict.fromkeys(m for run in members for m in run.means):
+            known = estimate(members, metric)
+            if known is not None:
+                estimates[metric] = dict(zip(("mean", "stderr", "runs"), known))
+        settings.append({"setting": name, "seeds": [run.config.get("seed") for run in members],
+                         "runs": [{"name": run.name, "path": str(run.path)} for run in members],
+                         "metrics": estimates, "stability": found.get(name)})
+    return json.dumps({"settings": settings}, allow_nan=False)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runs.seeds", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", help="run folders; the first one's setting is the reference")
     parser.add_argument("--metrics", default="", help="full names, comma-separated")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--no_decoders", action="store_true", help="do not match the features of different seeds")
+    parser.add_argument("--json", action="store_true", help="all figures in full precision, for programs")
     options = parser.parse_args(argv)
     try:
         runs = [run for path in options.runs for run in read(Path(path)).values()]
     except (ValueError, OSError) as error:
         print(str(error).split("\n")[0], file=sys.stderr)
         return 1
-    found = table(runs, [m for m in options.metrics.split(",") if m])
-    print(as_markdown(found) if options.markdown else as_text(found))
+    groups = grouped(runs)
+    found = {} if options.no_decoders else stabilities(groups)
+    metrics = [m for m in options.metrics.split(",") if m]
+    if options.json:
+        print(as_json(groups, found, metrics))
+        return 0
+    shown = [table(runs, metrics)]
+    if found:
+        shown.append(stability_table(found))
+    print("\n\n".join(as_markdown(one) if options.markdown else as_text(one) for one in shown))
     return 0
 
 

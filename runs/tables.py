@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import frontier
+from runs import frontier, stability
 from runs.comparison import NOT_COMPARED, UNKNOWN, Compared, Comparison, Judged, differing
 from runs.frontier import Interpolated, l0_of
 from runs.reading import LM_ONLY, Run, canonical, file_label
@@ -135,6 +135,9 @@ def _about_one(one: Compared, of: str, saes: list[Run]) -> list[str]:
               for eval_name, different in sorted(one.other_settings.items())]
     if one.differs:
         lines.append(f"differs: {of}{_settings(one.differs)}")
+    new = one.new()
+    if new is not None:
+        lines.append(of + stability.in_words(new))
     return lines
 
 

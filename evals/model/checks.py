@@ -314,9 +314,10 @@ def outliers(x_ND: Tensor, tokens_N: Tensor, tokenizer, bos: int) -> str | None:
                       for i in order)
     more = f" and {len(kinds) - 3} others" if len(kinds) > 3 else ""
     advice = "leave --keep_bos out" if int(kinds[order[0]]) == bos else _bound_between(x_ND, outlier_N)
-    return (f"{_percent(float(outlier_N.double().mean()))} of tokens, over {OUTLIER:g} times as far from the mean as the "
-            f"median token, hold {share:.1%} of the variance: {named}{more}; r2 and explained variance measure these, "
-            f"r2_median, cossim and frac_alive the rest, which the SAE hardly learns: {advice}")
+    few = _percent(float(outlier_N.double().mean()))
+    return (f"{few} of tokens, over {OUTLIER:g} times as far from the mean as the median token, hold {share:.1%} of "
+            f"the variance: {named}{more}; r2 and explained variance measure these, r2_median, cossim and frac_alive "
+            f"the rest, which the SAE hardly learns: {advice}")
 
 
 def centre(x_ND: Tensor, used_N: Tensor | None = None) -> Tensor:

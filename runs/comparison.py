@@ -13,8 +13,8 @@ from typing import NamedTuple
 from runs.reading import Run, setting
 
 # settings in which two runs may differ and still be compared, and which are then said
-SETTINGS = ("variant", "hyper", "d_sae", "context", "dataset", "keep_bos", "dtype", "num_tokens", "passes",
-            "batch_size", "lr", "seed")
+SETTINGS = ("variant", "hyper", "d_sae", "context", "dataset", "keep_bos", "max_norm_ratio", "dtype", "num_tokens",
+            "passes", "batch_size", "lr", "seed")
 
 
 class Judged(NamedTuple):

@@ -641,7 +641,7 @@ def begin(settings: Settings, lm: LanguageModel, jobs: list[Job], block: dict[st
         shard(settings, job)
     for layer in layers_of(settings):
         # the tokens that hold most of E‖x‖², where a few do: an SAE is then judged on those
-        line = model_checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer, lm.bos)
+        line = model_checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm)
         if line:
             say(f"note: layer {layer}: {line}")
             for job in (job for job in jobs if job.layer == layer):

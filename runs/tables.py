@@ -17,7 +17,7 @@ from runs.reading import LM_ONLY, Run, canonical, file_label
 from runs.wording import beyond, listing, number, short, signed, words
 
 PROJECT = Path(__file__).resolve().parent.parent
-HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "frac_alive", "sae_top_1_test_accuracy",
+HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "frac_alive", "r2_median", "sae_top_1_test_accuracy",
             "sae_top_2_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy", "sae_top_1_minus_llm_top_1",
             "mean_absorption_fraction_score", "mean_absorption_score", "scr_metric_threshold_10",
             "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "text_unlearning_precision",

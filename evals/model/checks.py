@@ -289,15 +289,16 @@ def _not_finite(lm, layer: int, row: list[int], context: str) -> ValueError:
                       f"{CHECK_WEIGHTS}; the training of the SAE is not the cause")
 
 
-def outliers(x_ND: Tensor, tokens_N: Tensor, tokenizer, bos: int) -> str | None:
+def outliers(x_ND: Tensor, tokens_N: Tensor, lm) -> str | None:
     """The warning that few tokens hold most of the variance, with their names, shares and the setting that helps; None
     where they do not.
 
     x_ND: residuals of tokens_N, on any device. An outlier is more than 10 times as far from the `centre` as the median
     token. Where all of them together hold over half of Σ‖x − centre‖², an SAE is paid more for these than for all other
-    tokens, and r² and explained variance say how well it does on them. (Ordinary tokens of SmolLM2-135M's layer 9 stay
-    below 4 times the median; massive activations, 100 times and more, take over with 1 token in 10,000: Sun et al.
-    2024, https://arxiv.org/abs/2402.17762. 10 is also the bound that dictionary_learning recommends.)
+    tokens, and r² and explained variance say how well it does on them, unless they are special ones, which evals leave
+    out. (Ordinary tokens of SmolLM2-135M's layer 9 stay below 4 times the median; massive activations, 100 times and
+    more, take over with 1 token in 10,000: Sun et al. 2024, https://arxiv.org/abs/2402.17762. 10 is also the bound that
+    dictionary_learning recommends.)
     """
     some_ND = x_ND[::-(-len(x_ND) // CENTRE_FROM)]  # spread over the block: a rough centre will do
     square_N = distances(x_ND, centre(some_ND)).square()
@@ -309,15 +310,17 @@ def outliers(x_ND: Tensor, tokens_N: Tensor, tokenizer, bos: int) -> str | None:
     of_kind = torch.zeros(len(kinds), dtype=torch.float64, device=x_ND.device).index_add_(0, which, square_N[outlier_N])
     number = which.bincount()
     order = of_kind.argsort(descending=True)[:3].tolist()
-    named = "; ".join(f"{tokenizer.decode([int(kinds[i])])!r} (id {int(kinds[i])}): "
+    named = "; ".join(f"{lm.tokenizer.decode([int(kinds[i])])!r} (id {int(kinds[i])}): "
                       f"{_percent(float(number[i]) / len(tokens_N))} of tokens, {float(of_kind[i] / total):.1%}"
                       for i in order)
     more = f" and {len(kinds) - 3} others" if len(kinds) > 3 else ""
-    advice = "leave --keep_bos out" if int(kinds[order[0]]) == bos else _bound_between(x_ND, outlier_N)
-    few = _percent(float(outlier_N.double().mean()))
+    first, few = int(kinds[order[0]]), _percent(float(outlier_N.double().mean()))
+    advice = "leave --keep_bos out" if first == lm.bos else _bound_between(x_ND, outlier_N)
+    by_whom = "r2 and explained variance measure these, r2_median, cossim and frac_alive"
+    if first in lm.special_ids:
+        by_whom = "training is about these, and evals measure"
     return (f"{few} of tokens, over {OUTLIER:g} times as far from the mean as the median token, hold {share:.1%} of "
-            f"the variance: {named}{more}; r2 and explained variance measure these, r2_median, cossim and frac_alive "
-            f"the rest, which the SAE hardly learns: {advice}")
+            f"the variance: {named}{more}; {by_whom} the rest, which the SAE hardly learns: {advice}")
 
 
 def centre(x_ND: Tensor, used_N: Tensor | None = None) -> Tensor:

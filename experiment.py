@@ -88,7 +88,7 @@ class Settings:
     passes: Optional[int] = None  # times each block of activations is passed over
     block_tokens: Optional[int] = None  # tokens shuffled together
     keep_bos: bool = False  # train on BOS positions too (as SAEBench's released SAEs did)
-    max_norm_ratio: Optional[float] = None  # leave tokens above so many median norms out of training and evals; 10
+    max_norm_ratio: Optional[float] = None  # leave tokens of so many median norms out, in evals too; 10 is usual
     d_sae: Optional[int] = None  # features
     batch_size: Optional[int] = None  # tokens per SAE step
     lr: Optional[float] = None  # learning rate; unset: the variant's own

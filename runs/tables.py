@@ -17,11 +17,11 @@ from runs.reading import LM_ONLY, Run, canonical, file_label
 from runs.wording import beyond, listing, number, short, signed, words
 
 PROJECT = Path(__file__).resolve().parent.parent
-HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "frac_alive", "r2_median", "sae_top_1_test_accuracy",
-            "sae_top_2_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy", "sae_top_1_minus_llm_top_1",
-            "mean_absorption_fraction_score", "mean_absorption_score", "scr_metric_threshold_10",
-            "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "text_unlearning_precision",
-            "disentanglement_score")
+HEADLINE = ("ce_loss_score", "kl_div_score", "r2", "explained_variance", "l0", "frac_alive", "r2_median",
+            "sae_top_1_test_accuracy", "sae_top_2_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy",
+            "sae_top_1_minus_llm_top_1", "mean_absorption_fraction_score", "mean_absorption_score",
+            "scr_metric_threshold_10", "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score",
+            "text_unlearning_precision", "disentanglement_score")
 HEADLINE_LINES = 13
 BY_RUN = ("core.l0", "core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1", "core.frac_alive",
           "core.explained_variance")

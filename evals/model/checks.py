@@ -296,8 +296,9 @@ def outliers(x_ND: Tensor, tokens_N: Tensor, lm) -> str | None:
     x_ND: residuals of tokens_N, on any device. An outlier is more than 10 times as far from the `centre` as the median
     token. Where all of them together hold over half of Σ‖x − centre‖², an SAE is paid more for these than for all other
     tokens, and r² and explained variance say how well it does on them, unless they are special ones, which evals leave
-    out. (Ordinary tokens of SmolLM2-135M's layer 9 stay below 4 times the median; massive activations, 100 times and
-    more, take over with 1 token in 10,000: Sun et al. 2024, https://arxiv.org/abs/2402.17762. 10 is also the bound that
+    out. (Ordinary tokens of SmolLM2-135M's layer 9 stay below 4 times the median norm; massive activations, 100 times
+    and more, take over with 1 token in 10,000: Sun et al. 2024, https://arxiv.org/abs/2402.17762. In its layers 15 to
+    25 a line break after BOS is one, 1 token in 2,000 with 75 to 96 % of the variance. 10 is also the bound that
     dictionary_learning recommends.)
     """
     some_ND = x_ND[::-(-len(x_ND) // CENTRE_FROM)]  # spread over the block: a rough centre will do

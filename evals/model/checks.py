@@ -301,7 +301,7 @@ def outliers(x_ND: Tensor, tokens_N: Tensor, lm) -> str | None:
     25 a line break after BOS is one, 1 token in 2,000 with 75 to 96 % of the variance. 10 is also the bound that
     dictionary_learning recommends.)
     """
-    some_ND = x_ND[::-(-len(x_ND) // CENTRE_FROM)]  # spread over the block: a rough centre will do
+    some_ND = x_ND[::max(1, -(-len(x_ND) // CENTRE_FROM))]  # spread over the block: a rough centre will do
     square_N = distances(x_ND, centre(some_ND)).square()
     total, outlier_N = square_N.sum(), square_N > OUTLIER**2 * square_N.median()
     share = float(square_N[outlier_N].sum() / total)

@@ -275,6 +275,8 @@ def test_few_tokens_that_hold_most_of_the_norm_are_named(folder):
     x_ND, tokens_N = torch.ones(1000, 4), torch.arange(1000) % 100 + 10
     x_ND[torch.arange(1000) // 100 % 2 == 1] *= -1  # every token as often as its opposite: a mean of 0
     assert checks.outliers(x_ND * torch.linspace(0.5, 4, 1000)[:, None], tokens_N, lm) is None
+    for nothing in (torch.zeros(0, 4), torch.zeros(9, 4)):  # a rank without tokens; a dead stream
+        assert checks.outliers(nothing, tokens_N[:len(nothing)], lm) is None
     x_ND[tokens_N == 20] *= 30  # 10 of 1,000 tokens, each 900 times a common one's square: 9000 / 9990
     x_ND[5] *= 20  # the token 15: 400 / 10389
     said = checks.outliers(x_ND.bfloat16(), tokens_N, lm)

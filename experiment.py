@@ -663,7 +663,7 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
     B, W = settings.batch_size, ranks.sharing()
     rows = int(block["place_N"][-1:].sum()) // settings.context + 1  # of a rank without tokens: 1
     n = int(block["starts_W"][-1]) if W > 1 else len(block["place_N"])
-    steps = block_plan(settings)[b] // B  # of each pass, however many tokens are left out
+    steps = (n + int(block.get("left_out", 0))) // B  # of each pass: as many as planned
     whole = any(job.sae.needs_contexts or job.sae.attention_layers for job in jobs)
     place_of = {job.name: (job.layer, job.attention) for job in jobs}  # SAEs of one place share what is gathered
     shuffled = block
@@ -790,7 +790,7 @@ def results_of(settings: Settings, lm: LanguageModel, name: str, layer: int, sae
 
 
 def make_setup(settings: Settings, lm: LanguageModel, layer: int, config: dict, source, cache,
-               max_norm: Optional[float]) -> evals.Setup:
+               max_norm: Optional[float] = None) -> evals.Setup:
     """What an eval is given besides the SAEs."""
     return evals.Setup(lm, layer, hook_name(layer), config, lambda: source.documents("heldout"),
                        source.digest("heldout"), cache, source, settings.seed, say, track,

@@ -39,9 +39,9 @@ def told(ratio: float | None, bound: float | None) -> dict[str, float]:
 
 def leave_out(block: dict[str, Tensor], most: dict[int, float | None]) -> int:
     """Take the tokens whose norm exceeds most[layer] at any of these layers out of a block (variants/kit/contexts.py),
-    in place; returns how many: none where there is no bound (all None). Waits for the device.
+    in place; returns how many, which the block notes as `left_out`: none where there is no bound (all None).
 
-    ValueError where none is left.
+    Waits for the device. ValueError where none is left.
     """
     if None in most.values():
         return 0
@@ -53,6 +53,7 @@ def leave_out(block: dict[str, Tensor], most: dict[int, float | None]) -> int:
                          f"{max(most.values()):.3g}\nthe text changes from block to block: give a larger ratio")
     if not left_out:
         return 0
+    block["left_out"] = torch.tensor(left_out)
     kept_n = within_N.nonzero().squeeze(1)
     place_N = within_N.cumsum(0).int() - 1  # of a kept token among the kept
     for name in [name for name in block if name in ("tokens_N", "place_N") or name.startswith("x_")]:

@@ -321,7 +321,7 @@ def outliers(x_ND: Tensor, tokens_N: Tensor, lm) -> str | None:
     if first in lm.special_ids:
         by_whom = "training is about these, and evals measure"
     return (f"{few} of tokens, over {OUTLIER:g} times as far from the mean as the median token, hold {share:.1%} of "
-            f"the variance: {named}{more}; {by_whom} the rest, which the SAE hardly learns: {advice}")
+            f"the variance: {named}{more}; {by_whom} the rest, which it may hardly learn: {advice}")
 
 
 def centre(x_ND: Tensor, used_N: Tensor | None = None) -> Tensor:

@@ -69,10 +69,10 @@ from runs import snapshots as run_snapshots
 from runs.clock import phase
 from runs.interrupts import Interrupts
 from variants import base
-from variants.kit import contexts, imperative, interchange, ranks, saving, trainer_state
+from variants.kit import contexts, imperative, interchange, norms, ranks, saving, trainer_state
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
-from variants.kit.scale import DOMINANT, stream_scale
+from variants.kit.scale import dominant_mean, stream_scale
 from variants.kit.steps import forget, gradients
 from variants.kit.trained import TrainedSAE
 from variants.kit.update import update
@@ -103,6 +103,7 @@ class Settings:
     passes: Optional[int] = None  # times each block of activations is passed over
     block_tokens: Optional[int] = None  # tokens shuffled together
     keep_bos: bool = False  # train on BOS positions too (as SAEBench's released SAEs did)
+    max_norm_ratio: Optional[float] = None  # leave tokens of so many median norms out, in evals too; 10 is usual
     d_sae: Optional[int] = None  # features
     batch_size: Optional[int] = None  # tokens per SAE step
     lr: Optional[float] = None  # learning rate; unset: the variant's own
@@ -308,6 +309,7 @@ def preflight(settings: Settings, source) -> dict:
     from variants.preflight.report import check_report
 
     module = trial.imported(settings.variant).module  # a mistake in the user's own file is told first
+    norms.check(settings.max_norm_ratio, ranks.count())
     hypers = hypers_of(settings, module)
     sharing = ranks.count() if module.SAE.data_parallel else 1
     if settings.batch_size % sharing:
@@ -492,6 +494,8 @@ class Job:
     optimizer: torch.optim.Optimizer
     scale: float = 0.0  # √E‖x‖² of the raw activations; 0: not measured yet
     notes: list[str] = dataclasses.field(default_factory=list)  # what makes its result doubtful, found in training
+    max_norm: Optional[float] = None  # norm above which tokens are left out; None: none is, or it is not measured yet
+    left_out: dict[int, float] = dataclasses.field(default_factory=dict)  # share of the tokens of each block
 
     @property
     def attention(self) -> Optional[contexts.Attention]:
@@ -570,6 +574,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             stop_if_asked()
             if not block:  # the first rank has it, and trains
                 continue
+            training.leave_out(settings.max_norm_ratio, jobs, block, b)
             now.clock.begin_steps(now.step)
             if now.step == 0:
                 begin(settings, lm, jobs, block)
@@ -621,9 +626,8 @@ def begin(settings: Settings, lm: LanguageModel, jobs: list[Job], block: dict[st
         x_ND = block[f"x_{job.layer}"]
         if not job.scale:
             job.scale, share = stream_scale(x_ND)
-            if share > DOMINANT:
-                say(f"note: {job.name}: the mean of the activations holds {share:.1%} of E‖x‖²: they are divided by "
-                    "the spread around it")
+            if dominant_mean(share):
+                say(f"note: {job.name}: {dominant_mean(share)}")
             if settings.init_from:  # its weights took raw activations
                 interchange.rescale(job.sae, job.scale)
         if not settings.init_from:
@@ -632,7 +636,7 @@ def begin(settings: Settings, lm: LanguageModel, jobs: list[Job], block: dict[st
         shard(settings, job)
     for layer in layers_of(settings):
         # the tokens that hold most of E‖x‖², where a few do: an SAE is then judged on those
-        line = model_checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm.tokenizer)
+        line = model_checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm)
         if line:
             say(f"note: layer {layer}: {line}")
             for job in (job for job in jobs if job.layer == layer):
@@ -654,6 +658,7 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
     B, W = settings.batch_size, ranks.sharing()
     rows = int(block["place_N"][-1:].sum()) // settings.context + 1  # of a rank without tokens: 1
     n = int(block["starts_W"][-1]) if W > 1 else len(block["place_N"])
+    steps = (n + int(block.get("left_out", 0))) // B  # of each pass: as many as planned
     whole = any(job.sae.needs_contexts or job.sae.attention_layers for job in jobs)
     place_of = {job.name: (job.layer, job.attention) for job in jobs}  # SAEs of one place share what is gathered
     shuffled = block
@@ -672,11 +677,11 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
                         for layer in layers_of(settings)}
             order = torch.arange(n // B * B // W)
         if whole:
-            order = contexts.rows_of_step(rows, n // B, order)
+            order = contexts.rows_of_step(rows, steps, order)
         else:
-            order = order.to(settings.device).split(B // W)
-        for i in range(n // B):
-            step = begins + p * (n // B) + i
+            order = norms.repeated(order, steps * B // W).to(settings.device).split(B // W)
+        for i in range(steps):
+            step = begins + p * steps + i
             if step >= first:
                 given = {place: gathered(*place, order[i]) for place in set(place_of.values())}
                 yield step, {job.name: base.Batch.of(given[place_of[job.name]], job.scale) for job in jobs}
@@ -705,6 +710,7 @@ def held_out_batch(settings: Settings, lm: LanguageModel, job: Job, source, n_to
     wanted = [job.attention] if job.attention else []
     block = passes.collect(lm, rows_RT, index_N, [job.layer], wanted, settings.lm_batch_size, say, track,
                            "held-out text")
+    norms.leave_out(block, {job.layer: job.max_norm})
     fields = contexts.gather(contexts.placed(block, settings.device), torch.arange(len(rows_RT)), settings.context,
                              job.layer, job.attention, settings.device)
     return base.Batch.of(fields, job.scale)
@@ -743,14 +749,15 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     crashed = {}
     for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
         trained = {job.name: TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
-        common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name)]
+        max_norm = next(job.max_norm for job in jobs if job.layer == layer)
+        common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name), max_norm]
         depends = {sae: evals.cache.digest([*common, stored.weights_digest(t)]) for sae, t in trained.items()}
         pending = {sae: t for sae, t in trained.items() if not stored.is_done(out, name, sae, depends[sae])}
         if not pending:
             continue
         say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' if len(pending) > 1 else ''}")
         try:
-            found = results_of(settings, lm, name, layer, pending, source, cache)
+            found = results_of(settings, lm, name, layer, pending, source, cache, max_norm)
         except Exception as error:  # noqa: BLE001  one eval's crash must not cost the others' results
             crashed[name] = error
             traceback.clear_frames(error.__traceback__)  # they hold what lies in the GPU's memory
@@ -765,22 +772,24 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     return crashed
 
 
-def results_of(settings: Settings, lm: LanguageModel, name: str, layer: int, saes: dict, source, cache) -> dict:
+def results_of(settings: Settings, lm: LanguageModel, name: str, layer: int, saes: dict, source, cache,
+               max_norm: Optional[float]) -> dict:
     """{SAE: evals.Result} of one eval, on the model that it asks."""
     def load(model: str) -> LanguageModel:
         return load_language_model(dataclasses.replace(settings, model=model))
 
     wanted = language_model.instruct_sibling(lm.name) if evals.declared(name, "INSTRUCT") else lm.name
     with language_model.standing_in(lm, wanted, load) as asked:
-        setup = make_setup(settings, asked, layer, evals_of(settings)[name], source, cache)
+        setup = make_setup(settings, asked, layer, evals_of(settings)[name], source, cache, max_norm)
         return evals.load(name).run(setup, saes)
 
 
-def make_setup(settings: Settings, lm: LanguageModel, layer: int, config: dict, source, cache) -> evals.Setup:
+def make_setup(settings: Settings, lm: LanguageModel, layer: int, config: dict, source, cache,
+               max_norm: Optional[float] = None) -> evals.Setup:
     """What an eval is given besides the SAEs."""
     return evals.Setup(lm, layer, hook_name(layer), config, lambda: source.documents("heldout"),
                        source.digest("heldout"), cache, source, settings.seed, say, track,
-                       layers=tuple(layers_of(settings)) if ranks.count() == 1 else ())
+                       layers=tuple(layers_of(settings)) if ranks.count() == 1 else (), max_norm=max_norm)
 
 
 def hook_name(layer: int) -> str:
@@ -800,7 +809,9 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         place = dict(hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model)
         config = run_results.config(settings, job.sae, defaults | job.hyper, place, count_steps(settings), chosen,
                                     dense.get(interchange.suffix(job.name), 0.0))
-        sections[job.name] = run_results.section(out, job.name, log, chosen, crashed, unreported.get(job.name),
+        config |= norms.told(settings.max_norm_ratio, job.max_norm)
+        means = training.means(log, job, block_plan(settings))
+        sections[job.name] = run_results.section(out, job.name, means, chosen, crashed, unreported.get(job.name),
                                                  job.notes, config)
         if settings.snapshots:
             sections[job.name]["snapshots"] = run_snapshots.rows(
@@ -847,7 +858,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         sections = results(settings, lm, jobs, log, out, crashed, unreported, info["facts"]["dense"])
         runs.folder.write_json(out / "final_info.json", sections)
         mine = reading.read(out)
-        looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache),
+        looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache, job.max_norm),
                                 TrainedSAE(job.sae, job.scale)) for job in jobs}
         report.write(out, mine, compare.stored_baselines(mine), log, dashboards.boards(looked_at, say))
         for reason, n in source.skipped.items():
@@ -876,7 +887,7 @@ def save_sae(settings: Settings, job: Job, out: Path) -> None:
     """Save a trained SAE as sae/<SAE>, for SAELens where it has the architecture, and for this project."""
     model, dataset = environment.public_name(settings.model), environment.public_name(settings.dataset)
     metadata = dict(model_name=model, hook_name=hook_name(job.layer), context_size=settings.context, prepend_bos=True,
-                    dataset_path=dataset)
+                    dataset_path=dataset, **norms.told(settings.max_norm_ratio, job.max_norm))
     saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
 
 

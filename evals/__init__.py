@@ -81,6 +81,8 @@ class Setup:
     # {what: how much of it the GPU held at once}, kept by evals.model.memory
     fits: dict[str, int] = field(default_factory=dict)
     layers: tuple[int, ...] = ()  # the run's, where this process measures them all: see evals.common.layers
+    # norm above which a residual is left out of training and evals (evals.common.positions); None: none is
+    max_norm: float | None = None
 
 
 @dataclass

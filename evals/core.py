@@ -3,7 +3,10 @@
 Protocol and metric names: SAEBench 0.6.0. Two passes over packed held-out text: *reconstruction* (cross-entropy and KL
 of the clean model, the model with the SAE and the zero-ablated model) and *sparsity* (everything else). Ours, beside
 SAEBench's: `r2`, the coefficient of determination (its `explained_variance` squares the mean of x² in place of the mean
-of x), and `mse_per_token` (its `mse` is divided by the number of tokens in a batch once more).
+of x), `mse_per_token` (its `mse` is divided by the number of tokens in a batch once more), and `r2_median`, which a
+few huge tokens do not move: 1 − median ‖x − x_hat‖² / median ‖x − c‖², medians over tokens (the lower of two middle
+values), c the mean of a batch without its far tokens (`checks.centre`). `cossim` is the mean over tokens of the cosine
+of x and x_hat: a token counts once, however large, but a mean that dominates x brings it near 1 for any SAE.
 
 The language model's part does not depend on the SAE: tokens, residuals and final hidden states are cached or, where
 they are too large, streamed; both ways give the same batches. Clean and SAE runs share the blocks up to the layer.
@@ -14,7 +17,7 @@ therefore kept by document, and each metric, a ratio of two sums, gets the error
 (evals/common/errors.py). Runs of rows that share a document would not do: nearly all rows hang together. Some
 dependence is left out: tokens see the end of the document before them in their row, and `explained_variance_legacy` and
 `mse` divide by a batch's own variance and size. `explained_variance` and `relative_reconstruction_bias`, means over
-batches, have no error; `r2` has one.
+batches, have no error; `r2` has one. That of `r2_median` is linearised in both medians (evals/common/errors.py).
 
 Shapes: R rows of tokens (S of them in the reconstruction pass), B rows in a batch, T tokens in a row, D = d_model,
 C documents (in a batch or in all), F features of an SAE, V the vocabulary, N any number of tokens.
@@ -35,8 +38,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals import Result, Setup
-from evals.common import errors
-from evals.model import memory
+from evals.common import errors, positions
+from evals.model import checks, memory
 from evals.storage.identity import code_digest
 from evals.texts import packing
 
@@ -78,6 +81,7 @@ METRICS = {
     "frac_alive": "higher",
     # corrected
     "r2": "higher",
+    "r2_median": "higher",
     "mse_per_token": "lower",
 }
 
@@ -166,14 +170,17 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
     rows_at_once = {name: _rows_at_once(sae, plan, lm.device) for name, sae in saes.items()}
     # Σ_t x in the sparsity pass, of each row [B, D] and of each document in a batch [C, D]
     x_sums, x_sums_of_documents = [], []
+    from_centre = []  # ‖x − c‖² of each token of that pass, [B, T]; NaN where it does not count
     batches = _reported(setup, _clean_batches(setup, plan), plan, f"core: {len(saes)} SAE(s)")
     for i, (tokens_BT, x_BTD, h_BTD) in batches:
-        used_BT = ~torch.isin(tokens_BT, special_ids)
+        used_BT = positions.within(setup, x_BTD, ~torch.isin(tokens_BT, special_ids))
         document_C, member_CN = _documents(plan, i, tokens_BT.device)
         if i in plan.sparsity:
             used_x_BTD = x_BTD.double() * used_BT[..., None]
             x_sums.append(used_x_BTD.sum(1).float())
             x_sums_of_documents.append((member_CN @ used_x_BTD.flatten(0, 1)).float())
+            centre_D = checks.centre(x_BTD.flatten(0, 1), used_BT.flatten()).float()
+            from_centre.append(torch.where(used_BT, (x_BTD.float() - centre_D).square().sum(-1), math.nan))
         h_saes = {}
         for name, sae in saes.items():
             x_hat_BTD, *features = _apply(setup, sae, x_BTD, used_BT, rows_at_once[name])
@@ -189,7 +196,9 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
                 tallies[name].losses.documents.append(document_C)
                 tallies[name].add_losses(losses, used_BT, member_CN)
     x_sum_RD, x_sum_CD = (torch.cat(sums).cpu().double() for sums in (x_sums, x_sums_of_documents))
-    return {name: _result(setup, tallies[name], x_sum_RD, x_sum_CD, plan, sae) for name, sae in saes.items()}
+    from_centre_RT = torch.cat(from_centre).cpu()
+    return {name: _result(setup, tallies[name], x_sum_RD, x_sum_CD, from_centre_RT, plan, sae)
+            for name, sae in saes.items()}
 
 
 # -------------------------------------------------------------------------------------------- the language model's part
@@ -419,6 +428,7 @@ class Tally:
     batches: list[Tensor] = field(default_factory=list)  # of the sparsity pass: its rows' batch, [B]
     fired_F: Tensor | int = 0  # tokens at which a feature fired
     rows_fired_F: Tensor | int = 0  # rows in which it did
+    r_sq: list[Tensor] = field(default_factory=list)  # of the sparsity pass: ‖x − x_hat‖² of its tokens, [B, T]
     broken: Tensor | int = 0  # tokens whose reconstruction is not finite
 
     def add_losses(self, losses: dict[str, Tensor], used_BT: Tensor, member_CN: Tensor) -> None:
@@ -454,6 +464,7 @@ class Tally:
             "tokens": used_BT,
         }
         self.sparsity.add({name: (value_BT, used_BT) for name, value_BT in values.items()}, member_CN)
+        self.r_sq.append(r_sq_BT)
         self.batches.append(torch.full_like(used_BT[:, 0], batch, dtype=torch.int64))
         self.fired_F = self.fired_F + fired_BF.sum(0)
         self.rows_fired_F = self.rows_fired_F + (fired_BF > 0).sum(0)
@@ -462,7 +473,8 @@ class Tally:
 # ------------------------------------------------------------------------------------------------ from sums to metrics
 
 
-def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, x_sum_CD: Tensor, plan: Plan, sae) -> Result:
+def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, x_sum_CD: Tensor, from_centre_RT: Tensor, plan: Plan,
+            sae) -> Result:
     # on the CPU: a GPU adds up by index in no fixed order
     losses, sparsity = tally.losses.by_row(), tally.sparsity.by_row()
     ratios = _loss_ratios(losses) | _sparsity_ratios(sparsity, x_sum_RD)
@@ -471,6 +483,7 @@ def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, x_sum_CD: Tensor, plan
     columns, problems = _features(setup, tally, sparsity["tokens"].sum(), sae)
     values = {name: float(above_R.sum() / below_R.sum()) for name, (above_R, below_R) in ratios.items()}
     values |= _batch_metrics(sparsity, torch.cat(tally.batches).cpu(), x_sum_RD.shape[1]) | _misc_metrics(columns)
+    values["r2_median"], median_stderr = _r2_median(torch.cat(tally.r_sq).cpu(), from_centre_RT, plan)
     details = _details(columns)
     broken = int(tally.broken)
     if broken:
@@ -485,11 +498,11 @@ def _result(setup: Setup, tally: Tally, x_sum_RD: Tensor, x_sum_CD: Tensor, plan
     context = plan.tokens_RT.shape[1]
     values["total_tokens_eval_reconstruction"] = plan.suffix_rows * context
     values["total_tokens_eval_sparsity_variance"] = len(sparsity["tokens"]) * context
-    stderrs = {name: errors.of_ratio(*of_documents[name]) for name in of_documents if values[name] is not None}
+    stderrs = {name: errors.of_ratio(*parts) for name, parts in of_documents.items()} | {"r2_median": median_stderr}
     return Result(
         metrics={category: {name: values[name] for name in names} for category, names in CATEGORIES.items()},
-        corrected={name: values[name] for name in ("r2", "mse_per_token")},
-        stderrs={name: error for name, error in stderrs.items() if error is not None},
+        corrected={name: values[name] for name in ("r2", "r2_median", "mse_per_token")},
+        stderrs={name: error for name, error in stderrs.items() if error is not None and values[name] is not None},
         details=details,
         problems=plan.problems + problems,
     )
@@ -517,6 +530,17 @@ def _sparsity_ratios(sums: dict[str, Tensor], x_sum_RD: Tensor) -> dict[str, tup
     variance_R = sums["x_sq"] - 2 * x_sum_RD @ mean_D + sums["tokens"] * mean_D.square().sum()  # Σ_t ‖x − mean‖²
     ratios = {name: (sums[name], sums["tokens"]) for name in means}
     return ratios | {"r2": (variance_R - sums["mse_per_token"], variance_R)}
+
+
+def _r2_median(r_sq_RT: Tensor, from_centre_RT: Tensor, plan: Plan) -> tuple[float, float | None]:
+    """1 − median ‖r‖² / median ‖x − c‖² over the tokens of the sparsity pass that count, and its standard error."""
+    used_RT = ~from_centre_RT.isnan()
+    if not used_RT.any():
+        return math.nan, None
+    first = plan.sparsity.start * plan.batch
+    document_RT = plan.document_RT[first:first + len(used_RT)]
+    unexplained, stderr = errors.of_medians(r_sq_RT[used_RT], from_centre_RT[used_RT], document_RT[used_RT])
+    return 1 - unexplained, stderr
 
 
 def _batch_metrics(sums: dict[str, Tensor], batch_R: Tensor, d_model: int) -> dict[str, float]:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from runs.reading import Run, setting
 
 # settings in which two runs may differ and still be compared, and which are then said
-SETTINGS = ("variant", "hyper", "d_sae", "context", "dataset", "keep_bos", "dtype", "num_tokens", "passes",
-            "batch_size", "lr", "seed")
+SETTINGS = ("variant", "hyper", "d_sae", "context", "dataset", "keep_bos", "max_norm_ratio", "dtype", "num_tokens",
+            "passes", "batch_size", "lr", "seed")
+UNSTATED = {"max_norm_ratio": "off"}  # what a record means that does not name a setting, where that is known
 
 
 class Judged(NamedTuple):
@@ -96,5 +97,9 @@ class Comparison:
 
 def differing(run: Run, other: Run) -> dict[str, tuple]:
     """{setting: (run's, the other's)} of SETTINGS that both state and that differ."""
-    pairs = ((key, setting(run.config, key), setting(other.config, key)) for key in SETTINGS)
+    def stated(config: dict, key: str):
+        value = setting(config, key)
+        return UNSTATED.get(key) if value is None else value
+
+    pairs = ((key, stated(run.config, key), stated(other.config, key)) for key in SETTINGS)
     return {key: (a, b) for key, a, b in pairs if a is not None and b is not None and a != b}

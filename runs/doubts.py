@@ -20,6 +20,8 @@ R2 = ("core.r2", "ground_truth.r2")
 BOUNDS = {"core.r2": (-math.inf, 1), "core.explained_variance": (-math.inf, 1), "core.cossim": (-1, 1),
           "core.frac_alive": (0, 1), "ground_truth.r2": (-math.inf, 1), "ground_truth.frac_alive": (0, 1),
           **{f"ground_truth.{share}": (0, 1) for share in ("f1", "precision", "recall", "mcc", "uniqueness")}}
+# R² above that by medians: on ordinary tokens it lies below, as a few of them are reconstructed worst
+FAR = 0.2
 TOP_K = ("topk", "batch_topk", "matryoshka_batch_topk")  # variants whose k is the L0 that is asked for
 
 
@@ -75,6 +77,9 @@ def _poor(run: Run) -> list[str]:
                      "zeros in its place")
     if score is not None and score > 1 + 2 * run.stderrs.get("core.ce_loss_score", 0.0):
         found.append(f"CE loss score = {number(score)} is above 1: the model predicts better with the SAE than without")
+    by_medians = run.means.get("core.r2_median")
+    if r2 is not None and by_medians is not None and r2 > by_medians + FAR:
+        found.append(f"R² = {number(r2)} is that of a few large tokens; by medians over all it is {number(by_medians)}")
     for metric, value in run.means.items():
         bounds = _bounds(metric)
         if bounds and value is not None and not bounds[0] - 1e-6 <= value <= bounds[1] + 1e-6:

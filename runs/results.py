@@ -10,18 +10,18 @@ import evals
 import variants
 from evals.common import stored
 from evals.storage import network
-from runs import environment, reading, training_log
+from runs import environment, reading
 
 
-def section(out: Path, sae: str, log: list[dict], chosen: Iterable[str], crashed: dict[str, BaseException],
+def section(out: Path, sae: str, trained: dict[str, float], chosen: Iterable[str], crashed: dict[str, BaseException],
             unreported: BaseException | None, notes: list[str], config: dict) -> dict:
     """The section of one SAE of the run in `out`: means, stderrs, config and problems.
 
-    `crashed`: the evals that did; `unreported`: why the variant's own report is not there; `notes`: what training found
-    that makes the result doubtful.
+    `trained`: the means of its training; `crashed`: the evals that did; `unreported`: why the variant's own report is
+    not there; `notes`: what training found that makes the result doubtful.
     """
     numbers = json.loads((out / "variant_report" / sae / "numbers.json").read_bytes())
-    of_training = training_log.last_means(log, sae) | {f"variant.{k}": v for k, v in numbers.items()}
+    of_training = trained | {f"variant.{k}": v for k, v in numbers.items()}
     measured, stderrs, problems = stored.collected(out, chosen, sae, crashed)
     problems += [reading.DOUBT + note for note in notes]
     if unreported:

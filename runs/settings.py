@@ -16,6 +16,7 @@ RANGES = {
     "d_sae": (1, 2**26),
     "batch_size": (1, 2**26),
     "lr": (1e-12, 100.0),
+    "max_norm_ratio": (1.01, 1e9),  # below 1 half of the tokens would go
     "lm_batch_size": (1, 2**20),
     "seed": (0, 2**32 - 1),  # what NumPy's and scikit-learn's generators take
     "log_lines": (1, 10**6),
@@ -45,6 +46,9 @@ def check_sizes(settings) -> None:
     tokens, block, batch = settings.num_tokens, settings.block_tokens, settings.batch_size
     if tokens == 0 and not settings.init_from:
         raise ValueError("--num_tokens=0 is below 1\ngive a larger number, or name an SAE to evaluate: --init_from")
+    if tokens == 0 and settings.max_norm_ratio:
+        raise ValueError(f"--max_norm_ratio={settings.max_norm_ratio:g} is measured on what is trained on, and "
+                         "--num_tokens=0 trains on nothing\nleave --max_norm_ratio out")
     if tokens > MOST_BLOCKS * block:
         raise ValueError(f"--num_tokens={tokens} in blocks of --block_tokens={block} are more than {MOST_BLOCKS:,} "
                          "blocks\ngive larger blocks, or fewer tokens")

@@ -18,7 +18,7 @@ from runs.wording import beyond, listing, number, random_line, short, signed, wo
 
 PROJECT = Path(__file__).resolve().parent.parent
 HEADLINE = ("ce_loss_score", "kl_div_score", "f1", "mcc", "r2", "uniqueness", "explained_variance", "l0", "frac_alive",
-            "sae_top_1_test_auc", "sae_top_1_test_accuracy",
+            "r2_median", "sae_top_1_test_auc", "sae_top_1_test_accuracy",
             "sae_top_2_test_accuracy", "sae_top_5_test_accuracy", "sae_test_accuracy", "sae_top_1_minus_llm_top_1",
             "mean_absorption_fraction_score", "mean_absorption_score", "scr_metric_threshold_10",
             "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "text_unlearning_precision",

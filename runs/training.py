@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from runs import checkpoint, environment, training_log
 from runs.clock import Clock
 from runs.voice import say
 from variants.base import Batch, Progress
-from variants.kit import ranks
+from variants.kit import norms, ranks
 from variants.kit.imperative import Imperative
 
 
@@ -38,6 +40,31 @@ def note(out: Path, jobs: list, batch_of_job: dict[str, Batch], progress: Progre
         training_log.say_rows(now.log[-len(jobs):], progress.total_tokens)
 
 
+def leave_out(ratio: float | None, jobs: list, block: dict[str, Tensor], b: int) -> None:
+    """Take the tokens above `ratio` times the median norm of the first block, if there is one, out of block b, said of
+    the first. A token that is above at one of the run's layers is left out at all: its SAEs share the batches."""
+    if not ratio:
+        return
+    for job in jobs:
+        job.max_norm = job.max_norm or norms.bound(block[f"x_{job.layer}"], ratio)
+    n = len(block["tokens_N"])
+    left_out = norms.leave_out(block, {job.layer: job.max_norm for job in jobs})
+    for job in jobs:
+        job.left_out = job.left_out | {b: left_out / n}  # by block: a resume passes one again
+    if not b:
+        say(f"tokens above {ratio:g} times the median norm are left out of training and evals: {left_out:,} of "
+            f"{n:,} in the first block")
+
+
+def means(log: list[dict], job, plan: list[int]) -> dict[str, float]:
+    """What final_info.json says of a job's training; `plan`: the tokens of each block, left-out ones with them."""
+    found = training_log.last_means(log, job.name)
+    if job.left_out:
+        left_out = sum(share * plan[b] for b, share in job.left_out.items())
+        found["training.left_out_share"] = left_out / sum(plan[b] for b in job.left_out)
+    return found
+
+
 def save(out: Path, jobs: list, now: Training, cursors: dict[int, dict], b: int) -> None:
     """All that a resume in block b needs, in one file, by the first rank. `cursors`: the token stream's, by block."""
     begun = time.monotonic()
@@ -45,8 +72,8 @@ def save(out: Path, jobs: list, now: Training, cursors: dict[int, dict], b: int)
     cursor = cursors[max(block for block in cursors if block <= b)]
     recent = {name: [(ranks.mean(x), {k: ranks.mean(v) for k, v in terms.items()}) for x, terms in rows]
               for name, rows in now.recent.items()}
-    saes = {job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale))
-            for job in jobs}
+    saes = {job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale,
+                                       max_norm=job.max_norm, left_out=job.left_out)) for job in jobs}
     state = dict(step=now.step, cursor=cursor, log=now.log, recent=recent, rng=environment.random_state(),
                  notes={job.name: job.notes for job in jobs}, saes=saes)
     if not ranks.number():
@@ -73,6 +100,7 @@ def begun(out: Path, jobs: list, total_steps: int, view: bool, spread: Callable)
         if not ended or isinstance(job.sae, Imperative):  # whose trainer lies there
             ranks.load_optimizer(job.optimizer, saved["optimizer"])
         job.scale, job.notes = saved["scale"], state["notes"][job.name]
+        job.max_norm, job.left_out = saved["max_norm"], saved["left_out"]
     environment.set_random_state(state["rng"])
     say(f"continuing from step {state['step']:,}")
     return Training(state["step"], state["log"], state["recent"], state["cursor"])

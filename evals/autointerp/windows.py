@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evals.common import pooling, probes
+from evals.common import pooling, positions, probes
 from evals.model import memory
 from evals.storage.identity import code_digest
 
@@ -167,7 +167,7 @@ def look(setup, tokens_RT: Tensor, saes: dict, candidates: dict[str, list[int]])
     batches = pooling.activation_batches(setup, tokens_RT, torch.full((len(tokens_RT),), T), config["llm_batch_size"])
     n_batches = math.ceil(len(tokens_RT) / config["llm_batch_size"])
     for rows, x_bTD in setup.track(batches, "autointerp: activations", n_batches, "batches"):
-        mask_bT = mask_RT[rows].to(device)
+        mask_bT = positions.within(setup, x_bTD, mask_RT[rows].to(device))
         for name, sae in saes.items():
             of_row, seen_in = T * len(sae.W_dec), partial(_seen, sae.encode, index_C[name])
             bad_p, fired_pF, z_bTC = memory.by_rows(setup, "the features of text", seen_in, x_bTD, mask_bT,

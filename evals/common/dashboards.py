@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from evals import Setup
+from evals.common import positions
 from evals.model import memory
 from evals.storage import network
 from evals.texts import packing
@@ -40,7 +41,7 @@ def dashboards(setup: Setup, sae) -> list[dict]:
     depends_on = dict(model=setup.lm.digest, layer=setup.layer, texts=setup.texts_digest, rows=ROWS, context=CONTEXT)
     kept = setup.cache.get("dashboards", depends_on, make)
     tokens_RT = kept["tokens"]
-    body_RT = ~torch.isin(tokens_RT, torch.tensor(sorted(setup.lm.special_ids)))
+    body_RT = positions.within(setup, kept["x"], ~torch.isin(tokens_RT, torch.tensor(sorted(setup.lm.special_ids))))
 
     def by_rows(work):
         """work(z_rTF, body_rT1) of a few rows of features after the other."""

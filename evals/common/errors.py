@@ -44,6 +44,35 @@ def of_ratio(above_C: Tensor, below_C: Tensor) -> float | None:
     return error if math.isfinite(error) else None
 
 
+def of_medians(above_N: Tensor, below_N: Tensor, cluster_N: Tensor) -> tuple[float, float | None]:
+    """The ratio of two medians over the same observations, median(above) / median(below), and its standard error with
+    the clusters as the sample, None from too few. The medians are the lower of two middle values.
+
+    Each observation moves the logarithm of a median by (1/2 − [it lies below])/(density · median). The density is that
+    between the quantiles one standard error of the share below on either side of the middle (Woodruff 1952).
+    """
+    _, cluster_N = cluster_N.unique(return_inverse=True)
+    size_C = cluster_N.bincount().double()
+
+    def by_cluster(value_N: Tensor) -> Tensor:
+        return torch.zeros_like(size_C).index_add(0, cluster_N, value_N.double())
+
+    medians, influences = [], []
+    for value_N in (above_N.double(), below_N.double()):
+        sorted_N = value_N.sort().values
+        last = len(sorted_N) - 1
+        median = sorted_N[last // 2]
+        below_middle_N = (value_N <= median).double()
+        step = min(max(of_ratio(by_cluster(below_middle_N), size_C) or 0.0, 1 / len(sorted_N)), 0.4)
+        low, high = round((0.5 - step) * last), round((0.5 + step) * last)
+        slope = (sorted_N[high] - sorted_N[low]) / max((high - low) / len(sorted_N), 1e-300)  # 1 / density
+        medians.append(median)
+        influences.append(slope / median * (0.5 - below_middle_N))
+    ratio = float(medians[0] / medians[1])
+    moved_N = ratio * (influences[0] - influences[1])
+    return ratio, of_ratio(by_cluster(ratio + moved_N), size_C)
+
+
 def of_sum(influence_N: Tensor, *labels: Sequence) -> float | None:
     """Standard error of a statistic from what each observation adds to its deviation, clustered by one label or by two
     at once.

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from evals.common import positions
 from evals.model import memory
 from evals.storage.identity import code_digest
 
@@ -140,7 +141,7 @@ def pooled(setup, tokens_NT: Tensor, length_N: Tensor, encoders: dict[Hashable, 
     features_UF: dict[Hashable, Tensor] = {}
     batches = activation_batches(setup, tokens_UT, length_U, config["llm_batch_size"])
     for rows, x_bTD in setup.track(batches, "pooled texts", len(tokens_UT), "texts", lambda batch: len(batch[1])):
-        mask_bT = mask_UT[rows, : x_bTD.shape[1]].to(x_bTD.device)
+        mask_bT = positions.within(setup, x_bTD, mask_UT[rows, : x_bTD.shape[1]].to(x_bTD.device))
         for name, encode in encoders.items():
             if name not in features_UF:
                 shape = len(tokens_UT), encode(x_bTD[:1, :1]).shape[-1]

@@ -27,8 +27,9 @@ ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 # in a residual stream: real ones reach 1e5, and squares of 3e14 overflow when those of 1e6 tokens × 4096 are summed
 # in fp32
 LARGEST = 1e14
-OUTLIER = 10.0  # times the median norm
-LOOKED_AT = 2**16  # tokens among which outliers are looked for
+OUTLIER = 10.0  # times the median distance from the centre
+CENTRE_FROM = 2**14  # tokens, at most
+PART = 2**13  # tokens that are in fp64 at once
 ALONE = 4096  # tokens after the first that has NaN, among which its cause is looked for: more than a row
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -288,17 +289,20 @@ def _not_finite(lm, layer: int, row: list[int], context: str) -> ValueError:
                       f"{CHECK_WEIGHTS}; the training of the SAE is not the cause")
 
 
-def outliers(x_ND: Tensor, tokens_N: Tensor, tokenizer) -> str | None:
-    """The warning that few tokens hold most of E‖x‖², with their names and shares; None where they do not.
+def outliers(x_ND: Tensor, tokens_N: Tensor, lm) -> str | None:
+    """The warning that few tokens hold most of the variance, with their names, shares and the setting that helps; None
+    where they do not.
 
-    x_ND: residuals of tokens_N, on any device. An outlier has more than 10 times the median norm. Where all of them
-    together hold over half of E‖x‖², the unit in which training measures its error, an SAE is paid more for these than
-    for all other tokens, and r² and explained variance say how well it does on them. (Ordinary tokens of SmolLM2-135M's
-    layer 9 stay below 4 times the median; massive activations, 100 times and more, take over with 1 token in 10,000:
-    Sun et al. 2024, https://arxiv.org/abs/2402.17762.)
+    x_ND: residuals of tokens_N, on any device. An outlier is more than 10 times as far from the `centre` as the median
+    token. Where all of them together hold over half of Σ‖x − centre‖², an SAE is paid more for these than for all other
+    tokens, and r² and explained variance say how well it does on them, unless they are special ones, which evals leave
+    out. (Ordinary tokens of SmolLM2-135M's layer 9 stay below 4 times the median norm; massive activations, 100 times
+    and more, take over with 1 token in 10,000: Sun et al. 2024, https://arxiv.org/abs/2402.17762. In its layers 15 to
+    25 a line break after BOS is one, 1 token in 2,000 with 75 to 96 % of the variance. 10 is also the bound that
+    dictionary_learning recommends.)
     """
-    x_ND, tokens_N = x_ND[:LOOKED_AT], tokens_N[:LOOKED_AT]
-    square_N = torch.cat([part.double().pow(2).sum(-1) for part in x_ND.split(2**13)])  # fp32 may overflow
+    some_ND = x_ND[::max(1, -(-len(x_ND) // CENTRE_FROM))]  # spread over the block: a rough centre will do
+    square_N = distances(x_ND, centre(some_ND)).square()
     total, outlier_N = square_N.sum(), square_N > OUTLIER**2 * square_N.median()
     share = float(square_N[outlier_N].sum() / total)
     if not share > 0.5:
@@ -307,13 +311,57 @@ def outliers(x_ND: Tensor, tokens_N: Tensor, tokenizer) -> str | None:
     of_kind = torch.zeros(len(kinds), dtype=torch.float64, device=x_ND.device).index_add_(0, which, square_N[outlier_N])
     number = which.bincount()
     order = of_kind.argsort(descending=True)[:3].tolist()
-    named = "; ".join(f"{tokenizer.decode([int(kinds[i])])!r} (id {int(kinds[i])}): "
-                      f"{float(number[i]) / len(tokens_N):.2%} of tokens, {float(of_kind[i] / total):.1%}"
+    named = "; ".join(f"{lm.tokenizer.decode([int(kinds[i])])!r} (id {int(kinds[i])}): "
+                      f"{_percent(float(number[i]) / len(tokens_N))} of tokens, {float(of_kind[i] / total):.1%}"
                       for i in order)
     more = f" and {len(kinds) - 3} others" if len(kinds) > 3 else ""
-    return (f"{float(outlier_N.double().mean()):.2%} of tokens, of norms over {OUTLIER:g} times the median, hold "
-            f"{share:.1%} of E‖x‖²: {named}{more}; r2 and explained variance measure these, cossim and frac_alive the "
-            "rest, which the SAE hardly learns: another layer may have none")
+    first, few = int(kinds[order[0]]), _percent(float(outlier_N.double().mean()))
+    advice = "leave --keep_bos out" if first == lm.bos else _bound_between(x_ND, outlier_N)
+    by_whom = "r2 and explained variance measure these, r2_median, cossim and frac_alive"
+    if first in lm.special_ids:
+        by_whom = "training is about these, and evals measure"
+    return (f"{few} of tokens, over {OUTLIER:g} times as far from the mean as the median token, hold {share:.1%} of "
+            f"the variance: {named}{more}; {by_whom} the rest, which it may hardly learn: {advice}")
+
+
+def centre(x_ND: Tensor, used_N: Tensor | None = None) -> Tensor:
+    """Where most tokens lie, [D] in fp64: the mean of those (of the `used` ones) at most 10 times the median distance
+    away, first from 0, then, as a large mean hides who is far from it, from the mean found so.
+
+    Zeros where none is used. Nothing waits for the device.
+    """
+    centre_D = x_ND.new_zeros(x_ND.shape[1], dtype=torch.float64)
+    for _ in range(2):
+        distance_N = distances(x_ND, centre_D)
+        if used_N is not None:
+            distance_N = torch.where(used_N, distance_N, math.nan)
+        near_N = (distance_N <= OUTLIER * distance_N.nanmedian()).double()
+        sum_D = sum(near_n @ part.double() for near_n, part in zip(near_N.split(PART), x_ND.split(PART)))
+        centre_D = sum_D / near_N.sum().clamp_min(1)
+    return centre_D
+
+
+def distances(x_ND: Tensor, from_D: Tensor | float = 0.0) -> Tensor:
+    """‖x − from‖ of each token, [N] in fp64: fp32 may overflow. In parts, as a whole copy would be the run's peak."""
+    return torch.cat([(part.double() - from_D).norm(dim=1) for part in x_ND.split(PART)])
+
+
+def _percent(share: float) -> str:
+    """Two digits at least, however small."""
+    return f"{share:.2%}" if share >= 1e-3 else f"{100 * share:.2g}%"
+
+
+def _bound_between(x_ND: Tensor, outlier_N: Tensor) -> str:
+    """The --max_norm_ratio that parts the outliers from all other tokens, if one does: it is one of norms alone."""
+    norm_N = distances(x_ND)
+    ratio_N = norm_N / norm_N.median()
+    below, above = float(ratio_N[~outlier_N].max()), float(ratio_N[outlier_N].min())
+    bound = OUTLIER
+    if not below < bound < above:
+        bound = float(f"{math.sqrt(below * above):.2g}")
+    if not max(below, 1.01) < bound < above:
+        return "another layer may have none"
+    return f"--max_norm_ratio={bound:g} leaves them out of training and evals; another layer may have none"
 
 
 def difference(x_BTD: Tensor, plain_BTD: Tensor) -> float:

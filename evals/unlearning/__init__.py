@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from evals import Result
-from evals.common import errors, pooling, probes
+from evals.common import errors, pooling, positions, probes
 from evals.model import memory
 from evals.unlearning import questions
 
@@ -251,14 +251,16 @@ def _densities(setup, tokens: dict[str, Tensor], saes: dict) -> dict[str, list[n
         length_R = torch.full((len(tokens[side]),), tokens[side].shape[1])
         mask_RT = pooling.content_mask(tokens[side], length_R, setup.lm.special_ids)
         fired: dict[str, Tensor | int] = dict.fromkeys(saes, 0)
+        ordinary = torch.zeros((), dtype=torch.int64)
         batches = pooling.activation_batches(setup, tokens[side], length_R, size)
         number = math.ceil(len(length_R) / size)
         for rows, x_bTD in setup.track(batches, f"unlearning: densities on {side} text", number, "batches"):
-            mask_bT = mask_RT[rows].to(x_bTD.device)
+            mask_bT = positions.within(setup, x_bTD, mask_RT[rows].to(x_bTD.device))
+            ordinary = ordinary + mask_bT.sum()
             for name, sae in saes.items():
                 fired[name] = fired[name] + _by_rows(setup, sae, _fired, x_bTD, mask_bT).sum(0)
         for name in saes:
-            density_F = fired[name].float() / mask_RT.sum().item()
+            density_F = fired[name].float() / ordinary.item()
             found[name].append(np.array([float(f"{share:.6f}") for share in density_F.tolist()]))
     return found
 

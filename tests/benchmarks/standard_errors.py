@@ -107,7 +107,7 @@ def core(setup, sae) -> tuple:
     from evals import core
 
     results, calls = captured(core, "_result", lambda: core.run(setup, {"sae": sae}))
-    ((_, tally, _, x_sum_CD, *_),) = calls
+    ((_, tally, _, x_sum_CD, from_centre_RT, plan, _),) = calls
     rng, drawn = np.random.default_rng(0), {}
     losses, sums = (of.by_document(of.rows) for of in (tally.losses, tally.sparsity))
     times_of = {}
@@ -126,7 +126,23 @@ def core(setup, sae) -> tuple:
     drawn |= {name: (n, value / total["tokens"]) for name, value in total.items()}
     mean_sq = ((times_of["sums"] @ tally.sparsity.joined(x_sum_CD).numpy()) ** 2).sum(1) / total["tokens"]
     drawn["r2"] = n, 1 - total["mse_per_token"] / (total["x_sq"] - mean_sq)
+    used_RT = ~from_centre_RT.isnan()
+    document_RT = plan.document_RT[plan.sparsity.start * plan.batch:][:len(used_RT)]
+    document_N = np.unique(torch.cat(tally.sparsity.documents).numpy()).searchsorted(document_RT[used_RT].numpy())
+    below, above = (medians(value_RT[used_RT].numpy(), times_of["sums"], document_N)
+                    for value_RT in (from_centre_RT, torch.cat(tally.r_sq).cpu()))
+    drawn["r2_median"] = n, 1 - above / below
     return results["sae"].stderrs, "document", drawn
+
+
+def medians(value_N: np.ndarray, times_RC: np.ndarray, document_N: np.ndarray) -> np.ndarray:
+    """The median over tokens in each draw of documents, [R]."""
+    order = value_N.argsort()
+    found = []
+    for times_C in times_RC:
+        up_to_N = times_C[document_N[order]].cumsum()
+        found.append(value_N[order][up_to_N.searchsorted(up_to_N[-1] / 2)])
+    return np.array(found)
 
 
 def of_classes(name: str) -> Callable:

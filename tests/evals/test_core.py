@@ -11,7 +11,7 @@ import torch
 
 from evals import Result, Setup, core
 from evals.cache import Cache
-from evals.common import saebench
+from evals.common import errors, saebench
 from evals.texts import packing
 from tests.evals import scarce
 from variants import base, topk
@@ -156,7 +156,7 @@ def reference(lm, sae, tokens_RT, config):
     out["ce_loss_score"] = (mean(ce["abl"]) - mean(ce["sae"])) / (mean(ce["abl"]) - mean(ce["clean"]))
     out["kl_div_score"] = (mean(kl["abl"]) - mean(kl["sae"])) / mean(kl["abl"])
 
-    values, all_x, all_r, bias, S, R = {}, [], [], [], [], []
+    values, all_x, all_r, bias, S, R, from_centre = {}, [], [], [], [], [], []
     fired, prompts, tokens = [0] * N_FEATURES, [0] * N_FEATURES, 0
     for start in range(0, len(rows), batch):
         xs, x_hats = [], []
@@ -188,6 +188,8 @@ def reference(lm, sae, tokens_RT, config):
         S.append(mean([float(x @ x) for x in xs]))
         R.append(mean([float((x - v) @ (x - v)) for x, v in zip(xs, x_hats)]))
         all_x, all_r = all_x + xs, all_r + [x - v for x, v in zip(xs, x_hats)]
+        from_centre += [x - usual(xs) for x in xs]
+    out["r2_median"] = 1 - median_square(all_r) / median_square(from_centre)
     out |= {name: mean(column) for name, column in values.items()}
     out["relative_reconstruction_bias"] = mean(bias)
     out["explained_variance"] = 1 - mean(R) / (mean(S) - (mean(S) / D) ** 2)
@@ -221,6 +223,20 @@ def r2(x, r):
     """1 − E‖r‖² / (E‖x‖² − ‖E x‖²)"""
     x_ND, r_ND = torch.stack(list(x)), torch.stack(list(r))
     return float(1 - r_ND.square().sum(1).mean() / (x_ND.square().sum(1).mean() - x_ND.mean(0).square().sum()))
+
+
+def usual(xs):
+    """The mean of tokens at most ten times the median distance away: from 0, then from that mean."""
+    centre = 0 * xs[0]
+    for _ in range(2):
+        reach = 10 * statistics.median_low(float((x - centre).norm()) for x in xs)
+        near = [x for x in xs if float((x - centre).norm()) <= reach]
+        centre = sum(near) / len(near)
+    return centre
+
+
+def median_square(vectors):
+    return statistics.median_low(float(v @ v) for v in vectors)
 
 
 # ------------------------------------------------------------------------------------------------ tests
@@ -403,6 +419,60 @@ def test_standard_errors_agree_with_the_jackknife_over_documents(tmp_path):
     assert stated["mse_per_token"] == pytest.approx(jackknife(mse), rel=0.05)
 
 
+ALL_ROWS = {"reuse_reconstruction_rows": True, "n_eval_sparsity_variance_batches": 20}
+
+
+class Outliers(FakeLM):
+    """One token of the vocabulary has `times` the norm."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.E_VD[7] *= times
+        self.digest = str(times)
+
+    def block(self, x_BTD, W_DD):
+        return super().block(x_BTD, W_DD) if W_DD is self.W2_DD else x_BTD
+
+
+def test_a_huge_token_does_not_move_the_median_based_r2(tmp_path):
+    """Fails if r2_median, as r2 does, says how well one token in forty is reconstructed, or the others'."""
+    sae = trained(TopK)
+    plain, huge = (means(core.run(setup(tmp_path, Outliers(times), n_texts=200, **ALL_ROWS), {"a": sae})["a"])
+                   for times in (1, 1e3))
+    assert huge["r2_median"] == pytest.approx(plain["r2_median"], rel=0.02)
+    assert huge["r2"] != pytest.approx(plain["r2"], rel=0.5)
+
+
+def test_tokens_above_the_bound_count_nowhere(tmp_path):
+    """Fails if a token that training left out is reconstructed, or moves a metric: then it is as good as special."""
+    sae, bounded, told = trained(TopK), Outliers(1e3), Outliers(1e3)
+    told.special_ids = {BOS, EOS, 7}
+    usual_norm = float(told.E_VD.norm(dim=1).median())
+    everything = setup(tmp_path, bounded, n_texts=200, **ALL_ROWS)
+    within = core.run(replace(everything, max_norm=10 * usual_norm), {"a": sae})
+    assert within == core.run(setup(tmp_path, told, n_texts=200, **ALL_ROWS), {"a": sae})
+    assert within != core.run(everything, {"a": sae})
+
+
+def test_the_error_of_a_ratio_of_medians_is_its_spread_in_a_bootstrap_of_documents():
+    """Fails if tokens of a document are taken for independent, or the two medians for unrelated."""
+    generator = torch.Generator().manual_seed(0)
+    topic_C = torch.randn(80, generator=generator)
+    document_N = torch.randint(80, (4000,), generator=generator)
+    shared_N = (0.3 * topic_C[document_N] + 0.3 * torch.randn(4000, generator=generator)).exp()
+    above_N = shared_N * (0.2 * torch.randn(4000, generator=generator) + topic_C[document_N] / 9).exp()
+    ratio, stated = errors.of_medians(above_N, shared_N, document_N)
+    assert ratio == pytest.approx(float(above_N.median() / shared_N.median()), rel=1e-6)
+    members = [(document_N == c).nonzero().squeeze(1) for c in range(80)]
+    drawn = []
+    for _ in range(400):
+        index = torch.cat([members[c] for c in torch.randint(80, (80,), generator=generator).tolist()])
+        drawn.append(float(above_N[index].median() / shared_N[index].median()))
+    assert stated == pytest.approx(statistics.stdev(drawn), rel=0.2)
+    naive = errors.of_medians(above_N, shared_N, torch.arange(4000))[1]
+    assert naive < 0.6 * stated
+
+
 def topical(seed, documents=60):
     """Documents of 10 to 70 words, each of three words of its own: about four rows, of tokens much alike."""
     rng = random.Random(seed)
@@ -425,7 +495,7 @@ def test_standard_errors_are_the_spread_over_new_texts(tmp_path, monkeypatch):
     results = [measured(seed) for seed in range(60)]
     spread = {name: statistics.stdev(means(r)[name] for r in results) for name in results[0].stderrs}
     del spread["ce_loss_with_ablation"], spread["l0"]  # ln V and k at every token
-    assert len(spread) == 15
+    assert len(spread) == 16
     for name, value in spread.items():
         assert statistics.fmean(r.stderrs[name] for r in results) == pytest.approx(value, rel=0.3), name
 

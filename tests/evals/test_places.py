@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,14 +271,45 @@ def test_the_token_that_gives_nan_is_named_and_not_its_neighbours(lm):
 def test_few_tokens_that_hold_most_of_the_norm_are_named(folder):
     """Fails if outliers are not named with their shares, worked out by hand, or ordinary spread is taken for them."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lm = SimpleNamespace(tokenizer=tokenizer, bos=0, special_ids={0})
     x_ND, tokens_N = torch.ones(1000, 4), torch.arange(1000) % 100 + 10
-    assert checks.outliers(x_ND * torch.linspace(0.5, 4, 1000)[:, None], tokens_N, tokenizer) is None
+    x_ND[torch.arange(1000) // 100 % 2 == 1] *= -1  # every token as often as its opposite: a mean of 0
+    assert checks.outliers(x_ND * torch.linspace(0.5, 4, 1000)[:, None], tokens_N, lm) is None
+    for nothing in (torch.zeros(0, 4), torch.zeros(9, 4)):  # a rank without tokens; a dead stream
+        assert checks.outliers(nothing, tokens_N[:len(nothing)], lm) is None
     x_ND[tokens_N == 20] *= 30  # 10 of 1,000 tokens, each 900 times a common one's square: 9000 / 9990
     x_ND[5] *= 20  # the token 15: 400 / 10389
-    said = checks.outliers(x_ND.bfloat16(), tokens_N, tokenizer)
-    assert said.startswith("1.10% of tokens, of norms over 10 times the median, hold 90.5% of E‖x‖²: ")
+    said = checks.outliers(x_ND.bfloat16(), tokens_N, lm)
+    assert said.startswith("1.10% of tokens, over 10 times as far from the mean as the median token, hold 90.5% of the "
+                           "variance: ")
     assert f"{tokenizer.decode([20])!r} (id 20): 1.00% of tokens, 86.6%; " in said
     assert f"{tokenizer.decode([15])!r} (id 15): 0.10% of tokens, 3.9%;" in said
+    assert "--max_norm_ratio=10 leaves them out" in said
+    # 1 in 50,000: a tail that the first tokens of a block do not hold
+    x_ND, tokens_N = x_ND[:500].repeat(100, 1).clamp(-1, 1), tokens_N.repeat(50)
+    x_ND[-1] *= 1000
+    assert checks.outliers(x_ND, tokens_N, lm).startswith("0.002% of tokens, ")
+    lm.bos = int(tokens_N[-1])
+    lm.special_ids = {lm.bos}
+    said = checks.outliers(x_ND, tokens_N, lm)
+    assert "training is about these, and evals measure the rest" in said and said.endswith(": leave --keep_bos out")
+
+
+@pytest.mark.parametrize("shift, advice", [(0, "--max_norm_ratio=10"), (3, "--max_norm_ratio=10"),
+                                           (10, "--max_norm_ratio=2.5"), (1000, "another layer")])
+def test_outliers_are_found_beside_a_mean(folder, shift, advice):
+    """Fails if the spread is taken for part of the norm, or a bound is named that leaves the outliers in.
+
+    Spread 1, a mean of `shift` in another direction, 1 token in 100 at 60: 36 of 37 parts of the variance.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lm = SimpleNamespace(tokenizer=tokenizer, bos=0, special_ids={0})
+    x_ND, tokens_N = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)) / 8, torch.arange(5000) % 100
+    x_ND[:, 0] += shift
+    assert checks.outliers(x_ND, tokens_N, lm) is None
+    x_ND[tokens_N == 7, 1] += 60
+    said = checks.outliers(x_ND, tokens_N, lm)
+    assert said.startswith("1.00% of tokens, ") and "hold 97." in said and advice in said, said
 
 
 @pytest.mark.parametrize("name", ["./no/such", "a/b/c", "~/nope"])

@@ -1,5 +1,6 @@
 """sparse_probing against plain references of the protocol, on a fake language model with the documented interface."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -83,7 +84,8 @@ def test_pooling_skips_special_tokens_and_counts_the_rest():
     written = [f"5 {EOS} 7", "9", f"{BOS}", " ".join(str(i) for i in range(4, 30))]
     config = {"context_length": 6, "llm_batch_size": 2, "sae_batch_size": 1}
     none = SimpleNamespace(path=lambda *a: SimpleNamespace(exists=lambda: False), fits=lambda n: False)
-    setup = SimpleNamespace(lm=lm, layer=0, fits={}, config=config, track=lambda items, *about: items, cache=none)
+    setup = SimpleNamespace(lm=lm, layer=0, fits={}, config=config, track=lambda items, *about: items, cache=none,
+                            max_norm=None)
     # + 1: what stands at masked positions is not 0
     z_NF = pooling.pooled(setup, *tokenised(setup, written), {"z": lambda x: x + 1.0})["z"]
     for text, z_F in zip(written, z_NF):
@@ -95,6 +97,16 @@ def test_pooling_skips_special_tokens_and_counts_the_rest():
                 total, count = total + vector + 0.01 * before + 1.0, count + 1
             before = before + vector
         np.testing.assert_allclose(z_F, total / max(count, 1), atol=1e-5)
+
+
+def test_pooling_leaves_out_what_training_left_out(tmp_path):
+    """Fails if a position above the bound enters the mean or its count."""
+    setup, lm = make_setup(tmp_path), FakeLM()
+    x_TD = lm.residual(torch.tensor([[BOS, 5, 6, 7, 8]]), 3)[0, 1:]
+    norm_T = x_TD.norm(dim=1)
+    bounded = dataclasses.replace(setup, max_norm=float(norm_T.sort().values[2]))
+    z_NF = pooling.pooled(bounded, *tokenised(setup, ["5 6 7 8"]), {"x": lambda x: x})["x"]
+    torch.testing.assert_close(z_NF[0], x_TD[norm_T < norm_T.max()].mean(0))
 
 
 def test_an_infinite_feature_at_a_special_position_is_masked():

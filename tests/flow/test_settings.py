@@ -48,6 +48,7 @@ WRONG = [
     (["--num_tokens=99999999999999999999"], "--num_tokens=99999999999999999999 is above"),
     (["--num_tokens=9999999999", "--block_tokens=256"], "more than 1,000,000 blocks"),
     (["--d_sae=99999999999"], "--d_sae=99999999999 is above"),
+    (["--max_norm_ratio=1"], "--max_norm_ratio=1.0 is below 1.01"),
     (["--lr=inf"], "--lr=inf is above"),
     (["--lr=nan"], "--lr=nan is no number"),
     (["--lr=0"], "--lr=0.0 is below"),

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from runs import compare, exports, folder, frontier, report
+from runs.comparison import differing
 from runs.reading import read
 from tests import PROJECT
 from tests.runs.records import CE, DIRECTIONS, GEMMA, R2, TWO_ENDS, cells, command, entry, record, run, saes_of
@@ -232,3 +233,11 @@ def test_work_grows_with_the_number_of_runs_alone(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     assert all(calls[1000, flags] < 10 * calls[100, flags] for flags in ((), ("--csv",)))
     assert ends[1000] == ends[100]
+
+
+def test_tokens_that_one_side_left_out_are_said():
+    """Fails if figures over other tokens pass for those over all: older records do not name the setting."""
+    bounded, usual = run("a", {CE: 0.9}, max_norm_ratio=10.0), run("b", {CE: 0.8})
+    assert differing(bounded, usual) == {"max_norm_ratio": (10.0, "off")}
+    assert differing(usual, run("c", {CE: 0.7})) == {}
+    assert "max_norm_ratio 10.0 / off" in compare.compare([bounded], [usual], DIRECTIONS)

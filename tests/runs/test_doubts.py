@@ -27,6 +27,8 @@ def test_equal_to_the_last_digit():
     ({"core.frac_alive": 0.05}, {}, "nearly dead"),
     ({"core.l0": 101.0}, {}, "more than a tenth"),
     ({"core.l0": 99.0}, {}, None),
+    ({"core.r2": 0.9995, "core.r2_median": 0.1345}, {}, "by medians over all it is 0.1345"),
+    ({"core.r2": 0.75, "core.r2_median": 0.6}, {}, None),
     ({"sparse_probing.sae_top_1_test_accuracy": 0.503}, {}, "chance"),
     ({"sparse_probing.sae_top_1_test_accuracy": 0.52}, {}, None),
     ({"sparse_probing.llm_top_1_test_accuracy": 0.5}, {}, None),

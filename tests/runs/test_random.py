@@ -122,6 +122,7 @@ def test_the_published_table_of_synthetic_features():
               {"ground_truth.f1": 0.002}, **config | {"hook_name": None})
     (comparison,) = compare.judged([one], compare.stored_baselines([one]), KNOWN | {"ground_truth.f1": "higher"})
     (judged,) = comparison.saes
-    assert judged.nearest.means == {"ground_truth.l0": 25.0, "ground_truth.f1": 0.7316, "ground_truth.mcc": 0.7574}
+    assert judged.nearest.means == {"ground_truth.l0": 25.0, "ground_truth.f1": 0.7316, "ground_truth.mcc": 0.7574,
+                                    "ground_truth.uniqueness": 0.9837, "ground_truth.r2": 0.7923}
     assert judged.judged("ground_truth.f1").verdict == "worse"
     assert judged.judged("ground_truth.f1").beyond  # .0116 beyond 2 · √(.002² + .001²) = .0045

@@ -28,6 +28,20 @@ def stream_scale(x_ND: Tensor) -> tuple[float, float]:
     return square**0.5, mean_square / max(square, 1e-300)
 
 
+def dominant_mean(share: float) -> str:
+    """The note on a mean that holds this share of E‖x‖²; "" where it does not dominate.
+
+    From DOMINANT, a mean of 1.7 times the spread, on: ordinary streams lie below (SmolLM2-135M, layers 1 to 29: .05 to
+    .61), and nothing is done otherwise there.
+    """
+    if share <= DOMINANT:
+        return ""
+    times = (share / max(1 - share, 1e-12)) ** 0.5
+    return (f"the mean of the activations is {times:.3g} times their spread and holds {share:.1%} of E‖x‖²: they are "
+            f"divided by the spread, and SAEs with a b_dec begin at the mean. The mean alone gives a cossim of "
+            f"{share**0.5:.3f}: go by r2 and r2_median")
+
+
 @torch.no_grad()
 def begin_at_dominant_mean(sae: nn.Module, x_ND: Tensor) -> None:
     """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec."""

@@ -12,7 +12,7 @@ import variants
 import variants.kit.saving
 from tests import OWN_VARIANTS, PROJECT
 from tests.variants.common import raw_activations, read_by_both
-from variants import base, standard, topk
+from variants import base, frozen_decoder, standard, topk
 from variants.kit import losses
 from variants.kit.scale import stream_scale
 from variants.kit.trained import TrainedSAE
@@ -288,3 +288,23 @@ def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_pa
                                cwd=beside, text=True, capture_output=True, timeout=300)
     said = collected.stdout
     assert collected.returncode == 0 and "mine]" not in said and "broken]" not in said, said[-2000:]
+
+
+@pytest.mark.parametrize("frozen, learning", [("decoder", {"W_enc", "b_enc", "b_dec"}), ("all", {"b_dec"})])
+def test_what_is_frozen_stays_as_it_began(frozen, learning, tmp_path):
+    """Fails if a frozen weight moves, a free one does not, Adam holds moments of the former, or a saved one is none."""
+    torch.manual_seed(0)
+    sae = frozen_decoder.SAE(8, 40, k=4, frozen=frozen)
+    sae.initialise(torch.randn(100, 8) / 8**0.5)
+    optimizer = experiment.make_optimizer(sae, 3e-3)
+    start = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    sae.tokens_since_fired[::3] = 10**9  # auxk has what to revive
+    for step in range(3):
+        batch = base.Batch(torch.randn(64, 8) / 8**0.5 + 0.2)
+        experiment.train_step(sae, optimizer, batch, base.Progress(step, 3, 64 * step, 192))
+    assert {name for name, p in sae.named_parameters() if not torch.equal(p, start[name])} == learning
+    assert len(optimizer.state) == len(learning)
+    assert torch.equal(start["W_enc"], start["W_dec"].T) and torch.allclose(start["W_dec"].norm(dim=1), torch.ones(40))
+    _, theirs, ours = read_by_both(tmp_path / "sae", "frozen_decoder", sae, {"k": 4, "frozen": frozen})
+    x_ND = 37 * torch.randn(32, 8)
+    assert theirs.cfg.architecture() == "topk" and torch.allclose(ours.encode(x_ND), theirs.encode(x_ND), rtol=1e-4)

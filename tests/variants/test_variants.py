@@ -294,17 +294,27 @@ def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_pa
 def test_what_is_frozen_stays_as_it_began(frozen, learning, tmp_path):
     """Fails if a frozen weight moves, a free one does not, Adam holds moments of the former, or a saved one is none."""
     torch.manual_seed(0)
-    sae = frozen_decoder.SAE(8, 40, k=4, frozen=frozen)
-    sae.initialise(torch.randn(100, 8) / 8**0.5)
+    sae, x_ND = frozen_decoder.SAE(8, 40, k=4, frozen=frozen), torch.randn(100, 8) / 8**0.5 + 0.2
+    sae.initialise(x_ND)
     optimizer = experiment.make_optimizer(sae, 3e-3)
     start = {name: p.detach().clone() for name, p in sae.named_parameters()}
     sae.tokens_since_fired[::3] = 10**9  # auxk has what to revive
     for step in range(3):
-        batch = base.Batch(torch.randn(64, 8) / 8**0.5 + 0.2)
-        experiment.train_step(sae, optimizer, batch, base.Progress(step, 3, 64 * step, 192))
+        experiment.train_step(sae, optimizer, base.Batch(x_ND), base.Progress(step, 3, 100 * step, 300))
     assert {name for name, p in sae.named_parameters() if not torch.equal(p, start[name])} == learning
     assert len(optimizer.state) == len(learning)
-    assert torch.equal(start["W_enc"], start["W_dec"].T) and torch.allclose(start["W_dec"].norm(dim=1), torch.ones(40))
+    assert torch.allclose(start["W_dec"].norm(dim=1), torch.ones(40))
     _, theirs, ours = read_by_both(tmp_path / "sae", "frozen_decoder", sae, {"k": 4, "frozen": frozen})
-    x_ND = 37 * torch.randn(32, 8)
-    assert theirs.cfg.architecture() == "topk" and torch.allclose(ours.encode(x_ND), theirs.encode(x_ND), rtol=1e-4)
+    assert theirs.cfg.architecture() == "topk"
+    assert torch.allclose(ours.encode(37 * x_ND), theirs.encode(37 * x_ND), rtol=1e-4)
+    assert ours.sae.frozen == frozen and not ours.sae.training
+
+
+def test_an_untrained_dictionary_has_the_best_scale():
+    """Fails if any other multiple of what random features give reconstructs the first block better."""
+    torch.manual_seed(0)
+    sae, x_ND = frozen_decoder.SAE(8, 40, k=20, frozen="all"), torch.randn(100, 8) / 8**0.5 + 0.2
+    sae.initialise(x_ND)
+    found_ND = sae.encode(x_ND) @ sae.W_dec
+    errors = [float((x_ND - sae.b_dec - scale * found_ND).pow(2).sum()) for scale in (0.99, 1.0, 1.01)]
+    assert min(errors) == errors[1] and torch.allclose(sae.W_enc / sae.W_enc.norm(dim=0), sae.W_dec.T, atol=1e-6)

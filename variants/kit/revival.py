@@ -2,10 +2,11 @@
 
 Now and then a feature that has been silent for long begins anew at a token that is badly reconstructed.
 As there: silent for half of the time between two looks; tokens drawn with probability ‖e‖⁴, the square of their loss;
-the decoder row is the token's direction, the encoder column the same with .2 of the living ones' mean norm, biases are
-0, and Adam's moments of all these are 0.
+the decoder row is the token's direction, the encoder column the same with .2 of the living ones' mean norm, Adam's
+moments of all these are 0, and the bias is such that the mean token gives 0.
 Otherwise than there: tokens are those of one batch (as in dictionary_learning; theirs were 819,200), so that no more
-features than it has tokens begin anew at a time, and b_dec is taken off them, as the encoder does.
+features than it has tokens begin anew at a time; their mean is taken off, and the bias is 0 only where b_dec is that
+mean. Theirs began at the median; from x itself, with a bias of 0, hundreds of features would all be the mean.
 
 Shapes: as in variants/base.py; n features that begin anew.
 """
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from variants.kit import ranks
 
-BIASES = ("b_enc", "b_gate", "b_mag", "r_mag")  # of a feature, 0 where it begins
+BIASES = ("b_enc", "b_gate", "b_mag")  # of a feature
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -62,7 +63,7 @@ def resample(sae: nn.Module, optimizer: torch.optim.Optimizer, batch, progress, 
     index_n = dead_F.nonzero().squeeze(1)[:len(x_BD)]
     if len(index_n):
         token_n = drawn(loss_B, len(index_n), progress.step).to(x_BD.device)
-        begin_anew(sae, optimizer, index_n, x_BD[token_n] - sae.b_dec, dead_F)
+        begin_anew(sae, optimizer, index_n, x_BD[token_n], x_BD.mean(0), ~dead_F)
 
 
 def _loss(sae: nn.Module, x_BD: Tensor) -> Tensor:
@@ -76,16 +77,18 @@ def drawn(loss_B: Tensor, n: int, seed: int) -> Tensor:
     return torch.multinomial(weight_B, n, generator=torch.Generator().manual_seed(seed))
 
 
-def begin_anew(sae: nn.Module, optimizer: torch.optim.Optimizer, index_n: Tensor, x_nD: Tensor,
-               dead_F: Tensor) -> None:
-    """Weights of the features index_n from the centred tokens x_nD; Adam's moments of these weights become 0."""
+def begin_anew(sae: nn.Module, optimizer: torch.optim.Optimizer, index_n: Tensor, x_nD: Tensor, mean_D: Tensor,
+               living_F: Tensor) -> None:
+    """Weights of the features index_n from the tokens x_nD around mean_D; Adam's moments of these weights become 0."""
     norm_F = sae.W_enc.norm(dim=0)
-    living_F = ~dead_F
-    if not living_F.any():
-        living_F = dead_F
-    row_nD = F.normalize(x_nD, dim=1)
-    made = {sae.W_dec: (0, row_nD), sae.W_enc: (1, 0.2 * norm_F[living_F].mean() * row_nD.T)}
-    made |= {getattr(sae, name): (0, torch.zeros_like(index_n)) for name in BIASES if hasattr(sae, name)}
+    if living_F.any():
+        norm_F = norm_F[living_F]
+    row_nD = F.normalize(x_nD - mean_D, dim=1)
+    column_nD = 0.2 * norm_F.mean() * row_nD
+    made = {sae.W_dec: (0, row_nD), sae.W_enc: (1, column_nD.T)}
+    made |= {getattr(sae, name): (0, column_nD @ (sae.b_dec - mean_D)) for name in BIASES if hasattr(sae, name)}
+    if hasattr(sae, "r_mag"):
+        made[sae.r_mag] = (0, torch.zeros_like(norm_F[:1]).expand(len(index_n)))
     for parameter, (axis, new) in made.items():
         parameter.index_copy_(axis, index_n, new.to(parameter.dtype))
         state = optimizer.state.get(parameter, {})

@@ -526,6 +526,7 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
     sae.count_step(len(batch.x))
     with torch.no_grad():
         sae.after_step(batch, progress)
+        sae.revive(optimizer, batch, progress)
     return loss, terms
 
 

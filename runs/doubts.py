@@ -77,7 +77,7 @@ def _poor(run: Run) -> list[str]:
                      "zeros in its place")
     if score is not None and score > 1 + 2 * run.stderrs.get("core.ce_loss_score", 0.0):
         found.append(f"CE loss score = {number(score)} is above 1: the model predicts better with the SAE than without")
-    by_medians = run.means.get("core.r2_median")
+    r2, by_medians = run.means.get("core.r2"), run.means.get("core.r2_median")
     if r2 is not None and by_medians is not None and r2 > by_medians + FAR:
         found.append(f"R² = {number(r2)} is that of a few large tokens; by medians over all it is {number(by_medians)}")
     for metric, value in run.means.items():

@@ -51,7 +51,7 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
          mean_over_ranks: Callable[[Tensor], Tensor]) -> list[dict]:
     """One row per SAE: loss terms averaged since the last row, L0, explained variance, dead share, speed.
 
-    Measuring changes no SAE.
+    The dead share is None where the loss never says what fired. Measuring changes no SAE.
     """
     check_finite(jobs, recent, step, mean_over_ranks)
 
@@ -60,7 +60,9 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
 
     found, rate = [], clock.rate(step, batch_size)
     for job in jobs:
-        x_BD = x_of_job[job.name][:GLANCE]
+        x_BD, dead_share = x_of_job[job.name][:GLANCE], None
+        if job.sae.counts_fired:
+            dead_share = float(job.sae.dead_features(progress).float().mean())
         with looking(job.sae):
             z_BF = job.sae.encode(x_BD)
             error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
@@ -69,7 +71,7 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
         row = dict(sae=job.name, step=step, tokens=step * batch_size, loss=mean(loss for loss, _ in recent[job.name]))
         row |= {_column(k): mean(terms[k] for _, terms in recent[job.name]) for k in recent[job.name][0][1]}
         row |= dict(l0=float((z_BF != 0).float().sum(-1).mean()), explained_variance=1 - float(error),
-                    dead_share=float(job.sae.dead_features(progress).float().mean()), tokens_per_s=round(rate))
+                    dead_share=dead_share, tokens_per_s=round(rate))
         found.append(row)
         recent[job.name].clear()
     clock.count_rate(step)
@@ -86,7 +88,8 @@ def last_means(log: list[dict], name: str) -> dict[str, float]:
     if not log:
         return {}
     last = next(row for row in reversed(log) if row["sae"] == name)
-    means = {f"training.{column}": value for column, value in last.items() if column not in NOT_MEANS}
+    means = {f"training.{column}": value for column, value in last.items()
+             if column not in NOT_MEANS and value is not None}
     return means | {"training.final_loss": last["loss"], "training.steps": last["step"]}
 
 
@@ -95,8 +98,11 @@ def say_rows(rows: list[dict], total_tokens: int) -> None:
     for row in rows:
         left = (total_tokens - row["tokens"]) / max(row["tokens_per_s"], 1)
         name = f"  {row['sae']}" if len(rows) > 1 else ""
+        dead = "dead not counted"
+        if row["dead_share"] is not None:
+            dead = f"dead {row['dead_share']:.1%}"
         say(f"tokens {row['tokens'] / 1e6:7.3f}M  loss {row['loss']:.4f}  L0 {row['l0']:6.1f}  "
-            f"EV {row['explained_variance']:.3f}  dead {row['dead_share']:.1%}  "
+            f"EV {row['explained_variance']:.3f}  {dead}  "
             f"{row['tokens_per_s'] / 1e3:.1f}k tok/s  eta {duration(left)}{name}")
 
 

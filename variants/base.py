@@ -6,7 +6,7 @@ A variant is a file `variants/<name>.py` that defines `class SAE(base.SAE)` with
     encode(self, x)                          (..., d_in) -> (..., d_sae), any leading dimensions
     loss(self, batch, progress)              -> (scalar, {"term": scalar tensor, ...})
 
-and may override `decode`, `decoder`, `initialise`, `after_step`, `parameter_groups`, `lr_scale`, `report`,
+and may override `decode`, `decoder`, `initialise`, `after_step`, `revive`, `parameter_groups`, `lr_scale`, `report`,
 `feature_groups`. The loss calls `self.note_fired(z_BF)`, or `self.note_fired_indices(z_BK, index_BK)`, once a batch:
 without it the variant has no dead-feature counters, and no feature ever counts as dead.
 What the program does with an SAE besides lies in variants/kit/.
@@ -167,6 +167,7 @@ class SAE(nn.Module):
     # -- used by the program, which sets them
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory
     dead_on_host: int | None = None  # dead features as last counted by `look`; None: not counted
+    counts_fired = False  # whether a loss has called note_fired: else no feature counts as dead, however many are
     many_dead = False  # whether these were more than a quarter; a compiled loss reads this: it has two values
 
     def __init_subclass__(cls, **kwargs):
@@ -227,6 +228,9 @@ class SAE(nn.Module):
     def after_step(self, batch: Batch, progress: Progress) -> None:
         """Called after each optimiser step, without gradient; .grad is then maybe not yet clipped and projected."""
 
+    def revive(self, optimizer: torch.optim.Optimizer, batch: Batch, progress: Progress) -> None:
+        """Called after `after_step`, without gradient, for what also changes Adam's moments (kit/revival.py)."""
+
     def parameter_groups(self, lr: float) -> list[dict]:
         """Adam's parameter groups."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
@@ -281,7 +285,7 @@ class SAE(nn.Module):
         if self._fired_F is not None:
             self.tokens_since_fired += tokens * ranks.sharing()
             self.tokens_since_fired.masked_fill_(ranks.any_of(self._fired_F), 0)
-            self._fired_F = None
+            self._fired_F, self.counts_fired = None, True
 
     def look(self, progress: Progress) -> None:
         """Count the dead features of a GPU on the host, now and then and outside of a step: it waits for the device."""

@@ -12,7 +12,7 @@ import variants
 import variants.kit.saving
 from tests import OWN_VARIANTS, PROJECT
 from tests.variants.common import raw_activations, read_by_both
-from variants import base, standard, topk
+from variants import base, frozen_decoder, standard, topk
 from variants.kit import losses
 from variants.kit.scale import stream_scale
 from variants.kit.trained import TrainedSAE
@@ -99,20 +99,21 @@ def test_auxk_of_a_residual_without_variance_is_zero():
     assert found == (e_BD - 0.005).pow(2).sum(1).mean() / (e_BD - e_BD.mean(0)).pow(2).sum(1).mean()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.7, 0.99])
 def test_a_dominant_mean_is_where_b_dec_begins(share):
-    """Fails if a mean of ten times the spread stays in scale, b_dec or encoder, or an ordinary stream is touched."""
+    """Fails if a mean of 1.5 or ten times the spread stays in scale, b_dec or encoder, or less of one is touched."""
     torch.manual_seed(0)
     mean_D, noise_ND = torch.nn.functional.normalize(torch.randn(16), dim=0), torch.randn(20_000, 16) / 4
     raw_ND = 7 * (share**0.5 * mean_D + (1 - share) ** 0.5 * (noise_ND - noise_ND.mean(0)))
     scale, found = stream_scale(raw_ND)
     assert found == pytest.approx(share, abs=0.01)
     expected_D = mean_D * (share / (1 - share)) ** 0.5
-    assert scale == pytest.approx(0.7 if share > 0.9 else 7.0, rel=0.01)  # 7·√(1 − .99): the spread alone is made 1
+    spread = {0.7: 7 * 0.3**0.5, 0.99: 0.7}  # 7·√(1 − share): the spread alone is made 1
+    assert scale == pytest.approx(spread.get(share, 7.0), rel=0.01)
     for name in ("standard", "jumprelu", "gated"):
         sae = variants.load(name).SAE(16, 64)
         sae.initialise(raw_ND[:8192] / scale)
-        if share < 0.9:
+        if share < 0.65:
             assert not any(p.any() for name, p in sae.named_parameters() if name.startswith("b_"))
             continue
         assert (sae.b_dec - expected_D).norm() < 0.05
@@ -288,3 +289,33 @@ def test_a_users_own_file_beside_the_variants_is_no_matter_of_these_tests(tmp_pa
                                cwd=beside, text=True, capture_output=True, timeout=300)
     said = collected.stdout
     assert collected.returncode == 0 and "mine]" not in said and "broken]" not in said, said[-2000:]
+
+
+@pytest.mark.parametrize("frozen, learning", [("decoder", {"W_enc", "b_enc", "b_dec"}), ("all", {"b_dec"})])
+def test_what_is_frozen_stays_as_it_began(frozen, learning, tmp_path):
+    """Fails if a frozen weight moves, a free one does not, Adam holds moments of the former, or a saved one is none."""
+    torch.manual_seed(0)
+    sae, x_ND = frozen_decoder.SAE(8, 40, k=4, frozen=frozen), torch.randn(100, 8) / 8**0.5 + 0.2
+    sae.initialise(x_ND)
+    optimizer = experiment.make_optimizer(sae, 3e-3)
+    start = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    sae.tokens_since_fired[::3] = 10**9  # auxk has what to revive
+    for step in range(3):
+        experiment.train_step(sae, optimizer, base.Batch(x_ND), base.Progress(step, 3, 100 * step, 300))
+    assert {name for name, p in sae.named_parameters() if not torch.equal(p, start[name])} == learning
+    assert len(optimizer.state) == len(learning)
+    assert torch.allclose(start["W_dec"].norm(dim=1), torch.ones(40))
+    _, theirs, ours = read_by_both(tmp_path / "sae", "frozen_decoder", sae, {"k": 4, "frozen": frozen})
+    assert theirs.cfg.architecture() == "topk"
+    assert torch.allclose(ours.encode(37 * x_ND), theirs.encode(37 * x_ND), rtol=1e-4)
+    assert ours.sae.frozen == frozen and not ours.sae.training
+
+
+def test_an_untrained_dictionary_has_the_best_scale():
+    """Fails if any other multiple of what random features give reconstructs the first block better."""
+    torch.manual_seed(0)
+    sae, x_ND = frozen_decoder.SAE(8, 40, k=20, frozen="all"), torch.randn(100, 8) / 8**0.5 + 0.2
+    sae.initialise(x_ND)
+    found_ND = sae.encode(x_ND) @ sae.W_dec
+    errors = [(x_ND - sae.b_dec - scale * found_ND).pow(2).sum().item() for scale in (0.99, 1.0, 1.01)]
+    assert min(errors) == errors[1] and torch.allclose(sae.W_enc / sae.W_enc.norm(dim=0), sae.W_dec.T, atol=1e-6)

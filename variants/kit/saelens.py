@@ -27,7 +27,7 @@ from variants.kit.found import (
 # SAELens' name -> variants that give the same features: the first, unless the file says how it was trained
 ARCHITECTURES = {
     "standard": ("standard", "standard_april", "p_anneal"),
-    "topk": ("topk", "batch_topk", "matryoshka_batch_topk"),
+    "topk": ("topk", "batch_topk", "matryoshka_batch_topk", "frozen_decoder"),
     "gated": ("gated",),
     "jumprelu": ("jumprelu", "batch_topk", "matryoshka_batch_topk"),
 }

@@ -74,6 +74,9 @@ def check_learned(v: Variant, sae: base.SAE, plan: Plan, shown: Shown) -> list[s
     check_moved(v, sae, shown)
     check_falls(v, shown, plan)
     check_silent(v, sae, plan)
+    if not sae.counts_fired:
+        notes.append(f"{at(v, defined(v, 'loss'))}: loss never calls self.note_fired: no feature counts as dead, and "
+                     "training.dead_share is left out")
     return notes
 
 

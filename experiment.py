@@ -141,11 +141,12 @@ PROFILES = {
                  evals="core,sparse_probing,sae_probes", dtype="float32"),
     # a row is BOS, the 1,024 numbers of a draw (evals/texts/numbers.py) and BOS
     "synthetic": dict(model="synthetic", layers="0", dataset="synthetic", core_dataset="synthetic", context=1026,
-                      num_tokens=1_048_576, passes=1, block_tokens=2**18, d_sae=256, batch_size=1024, lr=3e-3,
+                      num_tokens=524_288, passes=1, block_tokens=2**18, d_sae=256, batch_size=256, lr=2e-3,
                       lm_batch_size=8, evals="ground_truth", snapshot_evals="ground_truth", dtype="float32"),
 }
 PRESETS = {"saebench": dict(num_tokens=500_000_000, context=1024, lm_batch_size=16),
-           "synth16k": dict(model="synth16k", num_tokens=200_000_000, block_tokens=2**20, d_sae=4096, lr=3e-4)}
+           "synth16k": dict(model="synth16k", num_tokens=200_000_000, block_tokens=2**20, d_sae=4096, batch_size=1024,
+                          lr=3e-4)}
 BUILT_IN = {*PROFILES, *places.SHAPES}
 # ~ is the home folder in these
 PATHS = ("out_dir", "variant", "against", "init_from", "model", "dataset", "core_dataset", "cache_dir", "data_dir")

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens in a row, S = DRAW samples, D dimensions, G true featur
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -26,14 +27,14 @@ CONFIG = "synthetic_model_config.json"  # by this file a folder or a repository 
 # The names that --model takes. The large one is the benchmark's, whose configuration SAELens publishes (docs,
 # "SynthSAEBench"); the small one has the same structure and is as much in superposition, at a size for two cores.
 WORLDS = {
-    "synthetic": dict(num_features=1024, hidden_dim=128, max_prob=0.4, min_prob=5e-3, total_root_nodes=32, max_depth=3,
+    "synthetic": dict(num_features=1024, hidden_dim=256, max_prob=0.4, min_prob=5e-3, total_root_nodes=32, max_depth=3,
                       rank=16, l0=8),
     "synth16k": dict(num_features=16_384, hidden_dim=768, max_prob=0.4, min_prob=5e-4, total_root_nodes=128,
                      max_depth=3, rank=25, l0=25),
 }
 # l0: how many features a sample has of the most frequent quarter, for which an SAE of the default width has room
 TARGETS = ("k", "target_l0")  # hyper-parameters that are a mean L0
-VERSION = 1  # goes into the folder's name: raise it when WORLDS changes
+VERSION = 1  # raise it when `_made` makes another model of the same numbers
 
 
 def shape_of(width: int, features: int) -> dict:
@@ -47,7 +48,8 @@ SHAPES = {name: shape_of(world["hidden_dim"], world["num_features"]) for name, w
 
 def identity(name: str) -> str:
     """Of one of WORLDS, made or not: from what it is made."""
-    return f"{name}-{VERSION}"
+    made_from = json.dumps([VERSION, WORLDS[name]], sort_keys=True)
+    return f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
 
 
 def sparsity(name: str, known: dict) -> dict[str, int]:
@@ -82,7 +84,7 @@ def world_folder(cache_dir: Path, name: str) -> Path:
         with contextlib.redirect_stderr(io.StringIO()):  # SAELens always shows a bar
             _made(WORLDS[name]).save(folder)
 
-    return made.folder(Path(cache_dir) / "models" / f"{name}-v{VERSION}", make, shape)
+    return made.folder(Path(cache_dir) / "models" / identity(name), make, shape)
 
 
 def _made(world: dict):

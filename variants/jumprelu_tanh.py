@@ -26,14 +26,14 @@ class SAE(base.SAE):
     saelens = "jumprelu"
     centred = False  # the encoder takes x, not x − b_dec
 
-    def __init__(self, d_in, d_sae, lambda_s=2.0, lambda_p=3e-6, c=4.0, bandwidth=2.0):
+    def __init__(self, d_in, d_sae, tanh_penalty=0.004, lambda_p=3e-6, c=4.0, bandwidth=2.0):
         if not bandwidth > 0:
             raise ValueError(f"--hyper bandwidth = {bandwidth}: the window around theta must be wider than 0\n"
                              "give for example --hyper bandwidth=2")
         super().__init__(d_in, d_sae)
         nn.init.uniform_(self.W_dec, -(d_in**-0.5), d_in**-0.5)
         self.W_enc.data.copy_(d_in / d_sae * self.W_dec.T)
-        self.lambda_s, self.lambda_p, self.c = lambda_s, lambda_p, c
+        self.tanh_penalty, self.lambda_p, self.c = tanh_penalty, lambda_p, c
         self.unit = d_in**0.5  # a feature of theirs is `unit` of ours
         self.bandwidth = bandwidth / self.unit
         self.grad_clip = 1 / d_in
@@ -58,9 +58,9 @@ class SAE(base.SAE):
         self.note_fired(z_BF)
         norm_F = self.W_dec.norm(dim=1)
         reconstruction = base.reconstruction_loss(batch.x - self.decode(z_BF))
-        tanh = torch.tanh(self.c * self.unit * z_BF * norm_F).sum(-1).mean() / self.d_in
+        tanh = torch.tanh(self.c * self.unit * z_BF * norm_F).sum(-1).mean()
         below = ((self.theta - z_pre_BF).relu() * norm_F).sum(-1).mean() / self.unit
-        loss = reconstruction + self.lambda_s * progress.fraction * tanh + self.lambda_p * below
+        loss = reconstruction + self.tanh_penalty * progress.fraction * tanh + self.lambda_p * below
         return loss, {"reconstruction": reconstruction, "tanh": tanh, "below": below}
 
     def after_step(self, batch, progress):

@@ -367,7 +367,8 @@ def _feature(feature: dict) -> str:
     of = f"{feature['sae']} · " if feature.get("sae") else ""
     facts = [f"fires on {_float(feature.get('density')) or 0.0:.3%} of tokens", f"largest activation {top:.4g}"]
     logits = ", ".join(f"{_visible(token)!r} {value:+.2f}" for token, value in feature.get("top_logits") or ())
-    contexts = "".join(f"<div class=context>{_context(c, abs(top))}</div>" for c in list(feature.get("contexts") or ())[:10])
+    shown = list(feature.get("contexts") or ())[:10]
+    contexts = "".join(f"<div class=context>{_context(c, abs(top))}</div>" for c in shown)
     if logits:
         facts.append(f"raises the logits of {logits}")
     return (f"<div class=feature><h3>{escape(of)}feature {escape(str(feature.get('feature')))}</h3>"

@@ -76,4 +76,4 @@ class _Matches:
 
     def subtract(self, z_N, index_N):
         if self.by_gram:
-            self.match_NF -= z_N[:, None] * self.gram_FF[index_N]
+            self.match_NF.addcmul_(self.gram_FF[index_N], z_N[:, None], value=-1)

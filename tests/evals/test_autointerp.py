@@ -604,7 +604,7 @@ def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, bl
 
 
 def test_a_feature_below_0_is_shown_as_one_above(tmp_path):
-    """Fails if windows or dashboards leave out, or rank by their sign, activations below 0: a turned SAE is the same."""
+    """Fails if windows or dashboards leave out, or rank by sign, activations below 0: a turned SAE is the same."""
     sae = words_sae()
     turned = SimpleNamespace(encode=lambda x: -sae.encode(x), W_dec=-sae.W_dec)
     setup = make_setup(tmp_path)
@@ -617,7 +617,7 @@ def test_a_feature_below_0_is_shown_as_one_above(tmp_path):
     setup.lm.d_final, setup.lm.dtype, setup.lm.unembed = 42, torch.float32, lambda x: x
     boards, mirrored = (dashboards.dashboards(setup, one) for one in (sae, turned))
     assert len(boards) == 12 and all(board["max_activation"] > 0 and len(board["contexts"]) == 4 for board in boards)
-    for board, other in zip(boards, mirrored):
+    for other in mirrored:
         other["max_activation"] = -other["max_activation"]
         other["contexts"] = [[(token, -value) for token, value in context] for context in other["contexts"]]
     assert mirrored == boards

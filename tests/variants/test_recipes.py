@@ -1,4 +1,4 @@
-"""Recipes of 2025 and 2026 (jumprelu_tanh, abs_topk, matching_pursuit, aligned) against SAELens and plain references."""
+"""jumprelu_tanh, abs_topk, matching_pursuit and aligned against SAELens and plain references."""
 
 import pytest
 import torch
@@ -168,9 +168,9 @@ def test_aligned_encoder_has_an_inner_product_of_1_with_its_decoder():
 
 
 def test_aligned_loss_and_gradients_equal_dense_autograd():
-    """Fails if the encoder is not the nearest one with an inner product of 1, or its gradient is not tangent to that."""
+    """Fails if the encoder is not the nearest with an inner product of 1, or its gradient is not tangent to that."""
     torch.manual_seed(0)
-    B, D, F, k = 9, 6, 40, 4
+    D, F, k = 6, 40, 4
     sae, x_BD = biased(aligned.SAE(D, F, k=k, auxk_alpha=0)), torch.randn(9, 6, dtype=torch.float64)
     base.normalise_decoder(sae.W_dec.data)  # in fp64
     sae.W_enc.data += 0.3 * torch.randn(D, F, dtype=torch.float64)

@@ -188,7 +188,7 @@ def published(variant: str, hyper: dict, state: dict[str, Tensor], x_ND: Tensor)
 
 
 def pursued(r_ND: Tensor, W_dec_FD: Tensor, k: int) -> Tensor:
-    """Features [N, F] of k steps of matching pursuit: each takes the feature off that the residual points along most."""
+    """Features [N, F] of k steps of matching pursuit: each takes off the feature that the residual r matches best."""
     z_NF = r_ND.new_zeros(len(r_ND), len(W_dec_FD))
     for _ in range(k):
         most_N, index_N = (r_ND @ W_dec_FD.T).relu().max(1)

@@ -28,6 +28,7 @@ def auxk_loss(sae: nn.Module, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_
     variance. Ranking after top-k instead, where dead features are exactly 0, leaves the term without any gradient.
     Where up to a quarter of the features are dead, only their columns are worked on. A GPU is not asked how many that
     are: as many as last counted (`look`), rounded up to a power of two; if more have died since, the longest silent.
+    Activations with a sign (abs_topk's, given with their graph) are ranked by magnitude.
     """
     k_aux = min(sae.d_in // 2, sae.d_sae)
     count = int(dead_F.sum()) if dead_F.device.type == "cpu" else sae.dead_on_host

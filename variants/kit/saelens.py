@@ -145,9 +145,9 @@ def trained_as(cfg: dict, architecture: str, threshold_F: Tensor | None) -> tupl
         variant = TRAINED_AS.get(said.get("training_architecture"))
         hyper = {k: v for k, v in details.items() if k == "k"}
     if variant not in ARCHITECTURES[architecture]:
-        return architecture, {}
+        return ARCHITECTURES[architecture][0], {}
     if architecture == "jumprelu" and variant not in PER_FEATURE and not of_one_value(threshold_F):
-        return architecture, {}
+        return ARCHITECTURES[architecture][0], {}
     return variant, hyper
 
 

@@ -5,7 +5,7 @@ z = z_pre·1[z_pre > theta],   z_pre = x·W_enc + b_enc (x not centred),   t = s
 Straight-through: dtheta = −(theta/ε)·rect((z_pre − theta)/ε)·dz; z_pre's gradient is that of the active side.
 λ_P = 3e-6, c = 4, ε = 2, theta = .1 are the publication's, for E‖x‖² = D. Here E‖x‖² = 1: features, biases, theta and
 ε are √D times smaller and the loss D times, which the factors √D make good. λ_S is that of E‖x‖² = 1, theirs over D:
-.001, .002, .004, .016 end at L0 88, 38, 18, 4 on the embedded profile; at D = 2304 .002 is 4.6 of theirs.
+.001, .002, .004, .016 end at L0 88, 38, 18, 4 on the embedded profile, .002 at 39 on tiny; at D = 2304 it is 4.6.
 W_dec uniform in ±1/√D with free norms, W_enc = (D/F)·W_decᵀ, b_enc such that a feature fires on 10,000/F of the first
 tokens (at most on half); Adam(.9, .999) at lr 2e-4, clip 1 of their loss, decay over the last fifth.
 theta itself is learned, not its logarithm as published: Adam moves a logarithm by a factor of about exp(lr) a step,

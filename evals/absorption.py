@@ -258,7 +258,7 @@ def absorbed(z_nF: Tensor, cosine_F: Tensor, along_n: Tensor, main: Tensor) -> t
     none_n = (along_n <= 0) | (own_n >= along_n) | (taken_n / along_n < SHARE)
 
     top_n, feature_n = projected_nF.max(1)
-    silent_n = (z_nF[:, main] < SILENT).all(1)
+    silent_n = (z_nF[:, main].abs() < SILENT).all(1)
     full_n = silent_n & (cosine_F[feature_n] >= FULL_COSINE) & (along_n > 0) & (top_n.double() / along_n >= SHARE)
     return fraction_n.masked_fill(none_n, 0.0), full_n
 

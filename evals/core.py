@@ -376,8 +376,8 @@ def _apply(setup: Setup, sae, x_BTD: Tensor, used_BT: Tensor, rows: int) -> tupl
     """x_hat_BTD, L0 and L1 of tokens [B, T], unmasked firings of features [B, F]; `rows` rows of features at a time."""
     def applied(x_RTD: Tensor, used_RT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z_RTF = sae.encode(x_RTD)
-        fired_RF = ((z_RTF > 0) & used_RT[..., None]).sum(1)
-        return sae.decode(z_RTF).float(), (z_RTF != 0).sum(-1), z_RTF.sum(-1), fired_RF
+        fired_RF = ((z_RTF != 0) & used_RT[..., None]).sum(1)
+        return sae.decode(z_RTF).float(), (z_RTF != 0).sum(-1), z_RTF.abs().sum(-1), fired_RF
 
     return memory.by_rows(setup, "the features", applied, x_BTD, used_BT, most=rows, each=len(sae.W_dec))
 

@@ -404,7 +404,8 @@ def _feature(feature: dict) -> str:
     of = f"{feature['sae']} · " if feature.get("sae") else ""
     facts = [f"fires on {_float(feature.get('density')) or 0.0:.3%} of tokens", f"largest activation {top:.4g}"]
     logits = ", ".join(f"{_visible(token)!r} {value:+.2f}" for token, value in feature.get("top_logits") or ())
-    contexts = "".join(f"<div class=context>{_context(c, top)}</div>" for c in list(feature.get("contexts") or ())[:10])
+    shown = list(feature.get("contexts") or ())[:10]
+    contexts = "".join(f"<div class=context>{_context(c, abs(top))}</div>" for c in shown)
     if logits:
         facts.append(f"raises the logits of {logits}")
     return (f"<div class=feature><h3>{escape(of)}feature {escape(str(feature.get('feature')))}</h3>"
@@ -412,15 +413,15 @@ def _feature(feature: dict) -> str:
 
 
 def _context(context: list[tuple[str, float]], top: float, around: int = 24) -> str:
-    """A window around the largest activation, tokens shaded by theirs; silent tokens are plain text."""
+    """A window around the largest activation of either sign, tokens shaded by theirs; silent ones are plain text."""
     values = [_float(value) or 0.0 for _, value in context]
-    peak = max(range(len(values)), key=values.__getitem__, default=0)
+    peak = max(range(len(values)), key=lambda i: abs(values[i]), default=0)
     window = range(max(0, peak - around), min(len(values), peak + around + 1))
     out = ["…"] if window and window[0] > 0 else []
     for i in window:
         text = escape(_visible(str(context[i][0])))
-        if values[i] > 0:
-            shade = 0.12 + 0.68 * min(values[i] / top, 1.0) if top > 0 else 0.12
+        if values[i] != 0:
+            shade = 0.12 + 0.68 * min(abs(values[i]) / top, 1.0) if top > 0 else 0.12
             text = f'<span style="background:rgba(var(--act),{shade:.2f})" title="{values[i]:.3g}">{text}</span>'
         out.append(text)
     return "".join(out) + ("…" if window and window[-1] + 1 < len(values) else "")

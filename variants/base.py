@@ -254,18 +254,18 @@ class SAE(nn.Module):
 
     def note_fired(self, z_BF: Tensor) -> None:
         """Remember which features this batch fired, for the counters behind `dead_features`; called by the loss."""
-        self._note((z_BF.detach() > 0).flatten(0, -2).any(0))
+        self._note((z_BF.detach() != 0).flatten(0, -2).any(0))
 
     def note_fired_indices(self, z_BK: Tensor, index_BK: Tensor) -> None:
         """The same for the sparse form: kept values and their feature numbers."""
         if z_BK.is_cuda:  # by plain stores: of maxima a GPU takes one after the other
-            place_BK = torch.where(z_BK.detach() > 0, index_BK, self.d_sae)
+            place_BK = torch.where(z_BK.detach() != 0, index_BK, self.d_sae)
             fired_F = torch.zeros(self.d_sae + 1, device=z_BK.device, dtype=torch.bool)
             self._note(fired_F.scatter_(0, place_BK.flatten(), True)[:-1])
             return
         fired_F = torch.zeros(self.d_sae, device=z_BK.device, dtype=z_BK.dtype)
         # amax over the kept values has no data-dependent shape, so nothing waits for the device
-        fired_F.scatter_reduce_(0, index_BK.flatten(), z_BK.detach().flatten(), "amax")
+        fired_F.scatter_reduce_(0, index_BK.flatten(), z_BK.detach().abs().flatten(), "amax")
         self._note(fired_F > 0)
 
     def _note(self, fired_F: Tensor) -> None:

@@ -188,11 +188,11 @@ def look(setup, tokens_RT: Tensor, saes: dict, candidates: dict[str, list[int]])
 
 
 def _seen(encode: Callable, index_C: Tensor, x_bTD: Tensor, mask_bT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How many tokens are bad [1] and how many each feature fires on [1, F], and the candidates' activations z_bTC."""
+    """How many tokens are bad [1] and how many each feature fires on [1, F], and the candidates' magnitudes z_bTC."""
     z_bTF, mask_bT1 = encode(x_bTD), mask_bT[..., None]
     bad = (~z_bTF.isfinite().all(-1) & mask_bT).sum()
-    fired_F = ((z_bTF > 0) & mask_bT1).sum((0, 1))
-    return bad[None], fired_F[None], z_bTF[..., index_C].float().masked_fill(~mask_bT1, 0.0)
+    fired_F = ((z_bTF != 0) & mask_bT1).sum((0, 1))
+    return bad[None], fired_F[None], z_bTF[..., index_C].float().abs().masked_fill(~mask_bT1, 0.0)
 
 
 def _nothing(setup, tokens_RT: Tensor, latents: list[int]) -> dict[str, dict[str, Tensor]]:

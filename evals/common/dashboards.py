@@ -50,7 +50,7 @@ def dashboards(setup: Setup, sae) -> list[dict]:
 
         return memory.by_rows(setup, "the features of dashboards", encoded, kept["x"], body_RT, most=4)
 
-    fired_F = by_rows(lambda z_rTF, body_rT1: ((z_rTF > 0) & body_rT1).sum((0, 1))[None]).sum(0)
+    fired_F = by_rows(lambda z_rTF, body_rT1: ((z_rTF != 0) & body_rT1).sum((0, 1))[None]).sum(0)
     candidates = (fired_F > 1).nonzero().squeeze(1)
     if not len(candidates):
         return []
@@ -64,17 +64,19 @@ def dashboards(setup: Setup, sae) -> list[dict]:
     found = []
     for c, feature in enumerate(chosen.tolist()):
         acts_RT = acts_RTC[..., c]
-        best_R = acts_RT.amax(1).topk(min(CONTEXTS, len(acts_RT)))
+        size_RT = acts_RT.abs()  # a feature may fire with either sign
+        best_R = size_RT.amax(1).topk(min(CONTEXTS, len(acts_RT)))
         contexts = []
         for row, peak in zip(best_R.indices.tolist(), best_R.values.tolist()):
             if peak > 0:
-                at = int(acts_RT[row].argmax())
+                at = int(size_RT[row].argmax())
                 span = range(max(at - WINDOW, 0), min(at + WINDOW + 1, acts_RT.shape[1]))
                 contexts.append([(read([int(tokens_RT[row, t])]), float(acts_RT[row, t])) for t in span])
         best_V = logits_CV[c].topk(min(LOGITS, logits_CV.shape[1]))
         top_logits = [(read([i]), float(v)) for i, v in zip(best_V.indices.tolist(), best_V.values.tolist())]
-        found.append(dict(feature=feature, density=float(fired_F[feature] / body_RT.sum()),
-                          max_activation=float(acts_RT.max()), contexts=contexts, top_logits=top_logits))
+        strongest = float(acts_RT.flatten()[size_RT.argmax()])
+        found.append(dict(feature=feature, density=float(fired_F[feature] / body_RT.sum()), max_activation=strongest,
+                          contexts=contexts, top_logits=top_logits))
     return found
 
 

@@ -277,7 +277,7 @@ def _by_rows(setup, sae, work: Callable, x_bTD: Tensor, *about: Tensor) -> Tenso
 
 def _fired(z_bTF: Tensor, mask_bT: Tensor) -> Tensor:
     """On how many tokens each feature fires, [1, F]."""
-    return ((z_bTF > 0) & mask_bT[..., None]).sum((0, 1))[None]
+    return ((z_bTF != 0) & mask_bT[..., None]).sum((0, 1))[None]
 
 
 def choose(forget_F: np.ndarray, retain_F: np.ndarray, threshold: float, n: int) -> tuple[int, ...]:
@@ -416,13 +416,13 @@ def _harms(setup, label: str, rows: Rows, saes: dict, edits: dict[str, list[Edit
             z_bTS = _by_rows(setup, sae, operator.itemgetter((..., features)), x_bTD)
             z_bTS = z_bTS.masked_fill(~editable_bT[..., None].to(z_bTS.device), 0.0)
             W_SD = sae.W_dec[features]
-            jobs = _jobs((z_bTS > 0).any(1).cpu(), features, edits[name])
+            jobs = _jobs((z_bTS != 0).any(1).cpu(), features, edits[name])
             for start in range(0, len(jobs), size):
                 row_J, clamped_JS, multiplier_J, wanted = zip(*jobs[start:start + size])
                 row_J, clamped_JS = torch.tensor(row_J), torch.tensor(clamped_JS, device=z_bTS.device)
                 value_J11 = -torch.tensor(multiplier_J, device=z_bTS.device)[:, None, None]
                 z_JTS = z_bTS[row_J]
-                change_JTS = torch.where((z_JTS > 0) & clamped_JS[:, None], value_J11 - z_JTS, 0.0)
+                change_JTS = torch.where((z_JTS != 0) & clamped_JS[:, None], value_J11 * z_JTS.sign() - z_JTS, 0.0)
                 x_JTD = (x_bTD[row_J].float() + change_JTS @ W_SD).to(x_bTD.dtype)
                 harm_J = memory.by_rows(setup, "the language model", harmed, x_JTD, index_b[row_J], each=x_bTD.shape[1])
                 for row, harm, which in zip(index_b[row_J].tolist(), harm_J, wanted):

@@ -16,7 +16,7 @@ import torch
 from evals import Setup, autointerp, declared
 from evals.autointerp import judge, windows
 from evals.cache import Cache, digest
-from evals.common import pooling
+from evals.common import dashboards, pooling
 from evals.model import built_in
 from evals.texts.source import Source
 from tests.evals import scarce
@@ -601,6 +601,26 @@ def test_windows_against_a_slow_reference(tmp_path, monkeypatch, batch, part, bl
                 r, t = divmod(place, T)
                 assert BUFFER <= t < T - BUFFER and acts == z_RT[r, t - BUFFER : t + BUFFER + 1].tolist()
         assert len(seen.windows[latent]["random"]["place"]) == 17
+
+
+def test_a_feature_below_0_is_shown_as_one_above(tmp_path):
+    """Fails if windows or dashboards leave out, or rank by sign, activations below 0: a turned SAE is the same."""
+    sae = words_sae()
+    turned = SimpleNamespace(encode=lambda x: -sae.encode(x), W_dec=-sae.W_dec)
+    setup = make_setup(tmp_path)
+    tokens_RT = windows.token_rows(setup)
+    seen = windows.look(setup, tokens_RT, {"s": sae, "t": turned}, {"s": list(range(40)), "t": list(range(40))})
+    assert torch.equal(seen["t"].fired_F, seen["s"].fired_F) and seen["s"].fired_F.all()
+    for kinds, theirs in zip(seen["s"].windows.values(), seen["t"].windows.values()):
+        for name, tensors in kinds.items():
+            assert all(torch.equal(tensors[key], theirs[name][key]) for key in tensors)
+    setup.lm.d_final, setup.lm.dtype, setup.lm.unembed = 42, torch.float32, lambda x: x
+    boards, mirrored = (dashboards.dashboards(setup, one) for one in (sae, turned))
+    assert len(boards) == 12 and all(board["max_activation"] > 0 and len(board["contexts"]) == 4 for board in boards)
+    for other in mirrored:
+        other["max_activation"] = -other["max_activation"]
+        other["contexts"] = [[(token, -value) for token, value in context] for context in other["contexts"]]
+    assert mirrored == boards
 
 
 def test_windows_are_drawn_in_proportion_to_the_squared_activation(tmp_path):

@@ -72,7 +72,7 @@ class WideEncoder(base.SAE):
 
 
 class Signed(base.SAE):
-    """Features of both signs: tells f != 0 from f > 0, and the sum from the sum of magnitudes."""
+    """Features of both signs: tells f != 0 from f > 0, and the sum of magnitudes from the sum."""
 
     def encode(self, x):
         pre = self.pre_activations(x)
@@ -167,8 +167,8 @@ def reference(lm, sae, tokens_RT, config):
                     continue
                 z = sae.encode(x_D)
                 values.setdefault("l0", []).append(sum(v != 0 for v in z.tolist()))
-                values.setdefault("l1", []).append(sum(z.tolist()))
-                in_row = [n + (v > 0) for n, v in zip(in_row, z.tolist())]
+                values.setdefault("l1", []).append(sum(abs(v) for v in z.tolist()))
+                in_row = [n + (v != 0) for n, v in zip(in_row, z.tolist())]
                 xs.append(x_D.double())
                 x_hats.append(sae.decode(z).double())
             fired = [a + b for a, b in zip(fired, in_row)]

@@ -243,14 +243,18 @@ class MixingLM(FakeLM):
         return torch.tanh(x_BTD.cumsum(1) / torch.arange(1, x_BTD.shape[1] + 1)[:, None])
 
 
-def test_edits_equal_a_slow_reference(tmp_path, monkeypatch):
-    """Fails if a clamp reaches position 0 or padding, a silent feature moves, the error is lost or passes mixed up."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_edits_equal_a_slow_reference(tmp_path, monkeypatch, sign):
+    """Fails if a clamp reaches position 0 or padding, a silent feature moves, the error is lost or passes mixed up.
+
+    A feature below 0 is clamped to the other side of 0 as one above is.
+    """
     rng = torch.Generator().manual_seed(1)
     setup, lm = make_setup(tmp_path, monkeypatch, lm=MixingLM()), MixingLM()
     lm.table_VD = setup.lm.table_VD = torch.randn(VOCABULARY, 13, generator=rng)
     W_DF, b_F = torch.randn(13, 30, generator=rng), torch.randn(30, generator=rng) - 4.5
     W_dec = torch.nn.functional.normalize(torch.randn(30, 13, generator=rng), dim=1)
-    sae = SimpleNamespace(encode=lambda x: torch.relu(x @ W_DF + b_F), W_dec=W_dec, sae=None)
+    sae = SimpleNamespace(encode=lambda x: sign * torch.relu(x @ W_DF + b_F), W_dec=W_dec, sae=None)
     tokens_NT = torch.randint(3, VOCABULARY, (10, 7), generator=rng)
     tokens_NT[:, 0] = BOS
     length_N = torch.randint(3, 8, (10,), generator=rng).sort(descending=True).values
@@ -272,8 +276,8 @@ def test_edits_equal_a_slow_reference(tmp_path, monkeypatch):
             error_TD = x_TD - z_TF @ W_dec
             for t in range(len(x_TD)):
                 for f in edit.features:
-                    if z_TF[t, f] > 0:
-                        z_TF[t, f] = -edit.multiplier
+                    if z_TF[t, f] != 0:
+                        z_TF[t, f] = -sign * edit.multiplier
             edited_TD = lm.finish((error_TD + z_TF @ W_dec)[None], 0)[0]
             assert got_N[n].item() == pytest.approx((edited_TD[-1] @ direction_D - clean_N[n]).item(), abs=1e-5)
     assert setup.lm.rows < 0.8 * 10 * len(edits) and (got_EN == 0).any() and (got_EN != 0).any()

@@ -140,6 +140,9 @@ SAELENS = [
     ({"architecture": "jumprelu"}, "jumprelu"),
     ({"architecture": "topk", "k": K}, "topk"), ({"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": True},
                                                  "topk"),
+    ({"architecture": "abstopk", "k": K}, "abs_topk"),
+    ({"architecture": "matching_pursuit", "max_iterations": K, "residual_threshold": 0.0,
+      "stop_on_duplicate_support": False}, "matching_pursuit"),
 ]
 
 
@@ -153,11 +156,12 @@ def test_saelens_folders_keep_their_features(tmp_path, cfg, variant, centred):
     theirs = random_saelens(cfg | dict(apply_b_dec_to_input=centred, metadata=metadata))
     theirs.save_model(tmp_path / "theirs")
     found = interchange.find(str(tmp_path / "theirs"))["theirs"]
-    assert (found.variant, found.hyper.get("k"), found.scale) == (variant, cfg.get("k"), None)
+    k = cfg.get("k", cfg.get("max_iterations"))
+    assert (found.variant, found.hyper.get("k"), found.scale) == (variant, k, None)
     assert found.metadata == dict(model_name="lm", hook_name="blocks.4.hook_resid_post", layer=4)
     sae, x = interchange.build(found), 2 * torch.randn(3, 50, D)
     expected = theirs.encode(x)
-    assert 0.05 < (expected > 0).float().mean() < 0.95
+    assert 0.05 < (expected != 0).float().mean() < 0.95
     torch.testing.assert_close(sae.encode(x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.decode(sae.encode(x)), theirs.decode(expected), rtol=1e-5, atol=1e-4)
 
@@ -315,6 +319,8 @@ V6 = dict(architecture="standard", d_in=D, d_sae=N_FEATURES, normalize_activatio
     (V6 | dict(architecture="batchtopk"), "'batchtopk'\n.*save_inference_model"),
     (V6 | dict(architecture="topk"), "says no k\n"),
     (V6 | dict(architecture="topk", k=1.5), "k = 1.5: .* whole number"),
+    (V6 | dict(architecture="matching_pursuit", residual_threshold=0.0), "says no max_iterations\n"),
+    (V6 | dict(architecture="matching_pursuit", max_iterations=5), "stops by residual_threshold or stop_on_dup.*\n"),
     (OLD | dict(activation_fn_str="tanh-relu"), "'tanh-relu'\n"),
     (V6 | dict(architecture="gated"),
      "do not fit the variant gated: missing: b_gate, b_mag, r_mag; unexpected: b_enc\n"),

@@ -35,7 +35,7 @@ from variants.kit.found import (
     undamaged,
 )
 from variants.kit.hyper import hyperparameters
-from variants.kit.saelens import read_release, read_saelens
+from variants.kit.saelens import PER_FEATURE, read_release, read_saelens
 from variants.kit.trained import TrainedSAE
 
 FILES = {"cfg.json", "sae_weights.safetensors", "state.safetensors", "ae.pt", "config.json"}
@@ -166,10 +166,16 @@ def unedited(sae: base.SAE, variant: str, hyper: dict, state: dict[str, Tensor])
 
 def published(variant: str, hyper: dict, state: dict[str, Tensor], x_ND: Tensor) -> Tensor:
     """Features [N, F] by the formulas of the papers, from a variant's state dict."""
-    if variant == "jumprelu":
+    if variant in PER_FEATURE:
         z_pre_NF = x_ND @ state["W_enc"] + state["b_enc"]
         return z_pre_NF * (z_pre_NF > state["theta"])
+    if variant == "matching_pursuit":
+        return pursued(x_ND - state["b_dec"], state["W_dec"], int(hyper["k"]))
     a_NF = (x_ND - state["b_dec"]) @ state["W_enc"]
+    if variant == "abs_topk":
+        a_NF = a_NF + state["b_enc"]
+        index_NK = a_NF.abs().topk(int(hyper["k"]), dim=1).indices
+        return torch.zeros_like(a_NF).scatter(1, index_NK, a_NF.gather(1, index_NK))
     if variant == "gated":
         return (a_NF + state["b_gate"] > 0) * F.relu(state["r_mag"].exp() * a_NF + state["b_mag"])
     z_NF = F.relu(a_NF + state["b_enc"])
@@ -179,6 +185,16 @@ def published(variant: str, hyper: dict, state: dict[str, Tensor], x_ND: Tensor)
         return z_NF
     top_NK, index_NK = z_NF.topk(max(1, round(hyper["k"])), dim=1)
     return torch.zeros_like(z_NF).scatter(1, index_NK, top_NK)
+
+
+def pursued(r_ND: Tensor, W_dec_FD: Tensor, k: int) -> Tensor:
+    """Features [N, F] of k steps of matching pursuit: each takes off the feature that the residual r matches best."""
+    z_NF = r_ND.new_zeros(len(r_ND), len(W_dec_FD))
+    for _ in range(k):
+        most_N, index_N = (r_ND @ W_dec_FD.T).relu().max(1)
+        z_NF = z_NF.scatter_add(1, index_N[:, None], most_N[:, None])
+        r_ND = r_ND - most_N[:, None] * W_dec_FD[index_N]
+    return z_NF
 
 
 @torch.no_grad()

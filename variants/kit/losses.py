@@ -28,6 +28,7 @@ def auxk_loss(sae: nn.Module, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_
     variance. Ranking after top-k instead, where dead features are exactly 0, leaves the term without any gradient.
     Where up to a quarter of the features are dead, only their columns are worked on. A GPU is not asked how many that
     are: as many as last counted (`look`), rounded up to a power of two; if more have died since, the longest silent.
+    Activations with a sign (abs_topk's, given with their graph) are ranked by magnitude.
     """
     k_aux = min(sae.d_in // 2, sae.d_sae)
     count = int(dead_F.sum()) if dead_F.device.type == "cpu" else sae.dead_on_host
@@ -38,7 +39,7 @@ def auxk_loss(sae: nn.Module, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_
     if 4 * count > sae.d_sae:
         if not (acts_BF.requires_grad or sparse_pays(acts_BF.device, k_aux, sae.d_sae)):
             acts_BF = F.relu(sae.pre_activations(x_BD))  # with the graph that few features went without
-        index_BK = acts_BF.detach().masked_fill(~dead_F, -1.0).topk(k_aux, dim=-1, sorted=False).indices
+        index_BK = acts_BF.detach().abs().masked_fill(~dead_F, -1.0).topk(k_aux, dim=-1, sorted=False).indices
         # fewer dead features than k_aux: the rest is 0
         z_BK = kept_activations(sae, x_BD, acts_BF, index_BK) * dead_F[index_BK]
         return _of_variance(e_BD, decode_sparse(z_BK, index_BK, sae.W_dec)) * dead_F.any()
@@ -50,7 +51,7 @@ def auxk_loss(sae: nn.Module, x_BD: Tensor, e_BD: Tensor, acts_BF: Tensor, dead_
         acts_BC = F.relu(affine(x_BD, W_DC, sae.b_enc[index_C], sae.b_dec))
     z_BC = acts_BC * dead_F[index_C]
     if count > k_aux:
-        kept_BK = z_BC.detach().topk(k_aux, sorted=False).indices
+        kept_BK = z_BC.detach().abs().topk(k_aux, sorted=False).indices
         z_BC = z_BC * torch.zeros_like(z_BC, dtype=torch.bool).scatter_(1, kept_BK, True)
     return _of_variance(e_BD, z_BC @ sae.W_dec.index_select(0, index_C).to(z_BC.dtype)) * dead_F.any()
 

@@ -27,10 +27,14 @@ from variants.kit.found import (
 # SAELens' name -> variants that give the same features: the first, unless the file says how it was trained
 ARCHITECTURES = {
     "standard": ("standard", "standard_april", "p_anneal"),
-    "topk": ("topk", "batch_topk", "matryoshka_batch_topk", "frozen_decoder"),
+    "topk": ("topk", "batch_topk", "matryoshka_batch_topk", "frozen_decoder", "aligned"),
     "gated": ("gated",),
-    "jumprelu": ("jumprelu", "batch_topk", "matryoshka_batch_topk"),
+    "jumprelu": ("jumprelu", "batch_topk", "matryoshka_batch_topk", "jumprelu_tanh"),
+    "abstopk": ("abs_topk",),
+    "matching_pursuit": ("matching_pursuit",),
 }
+K_OF = {"topk": "k", "abstopk": "k", "matching_pursuit": "max_iterations"}  # what cfg.json calls k
+PER_FEATURE = ("jumprelu", "jumprelu_tanh")  # a threshold for each feature, and an encoder of x, not of x − b_dec
 # SAELens 6 trains "standard" with free decoder norms; for inference it saves these under another name or the same
 TRAINED_AS = {"standard": "standard_april", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka_batch_topk"}
 FOLDED_BY = {  # SAELens' methods for the normalisations that weights can hold
@@ -75,7 +79,8 @@ def read_release(release: str, sae_id: str) -> Found:
                               "check the connection, and for a gated repository HF_TOKEN; or save it where the hub is "
                               "reached (SAE.from_pretrained(…).save_model(folder)) and give that folder") from error
     weights = theirs.state_dict()
-    return saelens_found(theirs.cfg.to_dict(), weights["W_enc"].shape, weights.get("threshold"), lambda: weights, place)
+    shape = weights["W_dec"].shape[::-1]
+    return saelens_found(theirs.cfg.to_dict(), shape, weights.get("threshold"), lambda: weights, place)
 
 
 def saelens_found(cfg: dict, shape, threshold_F: Tensor | None, load: Callable[[], dict[str, Tensor]],
@@ -83,7 +88,7 @@ def saelens_found(cfg: dict, shape, threshold_F: Tensor | None, load: Callable[[
     """What SAELens' configuration and weights amount to here; ValueError for what weights cannot express."""
     architecture, k = refused(cfg, place)
     variant, hyper = trained_as(cfg, architecture, threshold_F)
-    if architecture == "topk":
+    if architecture in K_OF:
         hyper = hyper | {"k": k}
     if variant == "jumprelu":
         hyper = {"target_l0": min(32, shape[1])} | hyper
@@ -95,7 +100,7 @@ def refused(cfg: dict, place: str) -> tuple[str, int | None]:
     """SAELens' architecture and k; ValueError for what changes the features and cannot be folded into weights."""
     activation = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"  # these two before version 6
     architecture = "topk" if activation == "topk" else cfg.get("architecture") or "standard"
-    k = (cfg.get("activation_fn_kwargs") or {}).get("k") or cfg.get("k")
+    k = (cfg.get("activation_fn_kwargs") or {}).get("k") or cfg.get(K_OF.get(architecture, "k"))
     if architecture not in ARCHITECTURES:
         advice = f"known: {', '.join(ARCHITECTURES)}"
         if architecture in TRAINED_AS:
@@ -105,11 +110,17 @@ def refused(cfg: dict, place: str) -> tuple[str, int | None]:
     if activation not in ("relu", "topk"):
         raise ValueError(f"{place}: no variant has the activation function {activation!r}\n"
                          "choose an SAE with relu or topk")
-    if architecture == "topk" and not k:
-        raise ValueError(f"{place}: a topk SAE whose cfg.json says no k\nadd \"k\": … to {Path(place) / 'cfg.json'}")
-    if architecture == "topk" and k != int(k):
-        raise ValueError(f"{place}: a topk SAE with k = {k}: it keeps a whole number of features of each token\n"
-                         f"correct \"k\" in {Path(place) / 'cfg.json'}")
+    if architecture in K_OF and not k:
+        raise ValueError(f"{place}: a {architecture} SAE whose cfg.json says no {K_OF[architecture]}\n"
+                         f"add \"{K_OF[architecture]}\": … to {Path(place) / 'cfg.json'}")
+    if architecture in K_OF and k != int(k):
+        raise ValueError(f"{place}: a {architecture} SAE with k = {k}: it keeps a whole number of features of each "
+                         f"token\ncorrect \"{K_OF[architecture]}\" in {Path(place) / 'cfg.json'}")
+    if architecture == "matching_pursuit" and (cfg.get("residual_threshold", 0.01) > 0
+                                               or cfg.get("stop_on_duplicate_support", True)):
+        raise ValueError(f"{place}: a pursuit that stops by residual_threshold or stop_on_duplicate_support; here it "
+                         "takes k steps\nset the first to 0 and the second to false in cfg.json, and max_iterations, "
+                         "if that is the SAE you mean")
     normalise = cfg.get("normalize_activations") or "none"
     if normalise is True:  # True and False were once its two values
         normalise = "expected_average_only_in"
@@ -137,14 +148,14 @@ def trained_as(cfg: dict, architecture: str, threshold_F: Tensor | None) -> tupl
         variant = TRAINED_AS.get(said.get("training_architecture"))
         hyper = {k: v for k, v in details.items() if k == "k"}
     if variant not in ARCHITECTURES[architecture]:
-        return architecture, {}
-    if architecture == "jumprelu" and variant != "jumprelu" and not of_one_value(threshold_F):
-        return architecture, {}
+        return ARCHITECTURES[architecture][0], {}
+    if architecture == "jumprelu" and variant not in PER_FEATURE and not of_one_value(threshold_F):
+        return ARCHITECTURES[architecture][0], {}
     return variant, hyper
 
 
 def of_one_value(threshold_F: Tensor | None) -> bool:
-    """Whether there is one threshold for all features, as every variant but jumprelu has it."""
+    """Whether there is one threshold for all features, as every variant has it that is not in PER_FEATURE."""
     if threshold_F is None:
         return False
     return bool(threshold_F.max() - threshold_F.min() <= 1e-5 * threshold_F.abs().max())
@@ -169,5 +180,8 @@ def saelens_state(weights: dict[str, Tensor], cfg: dict, variant: str, place: st
         state["threshold"] = state.pop("log_threshold").exp()
     if "threshold" in state:
         theta_F = state.pop("threshold").clamp_min(0)  # SAELens takes the ReLU as well
-        state["theta"] = theta_F if variant == "jumprelu" else theta_F.median()
-    return recentred(state, cfg.get("apply_b_dec_to_input", True), variant != "jumprelu")
+        state["theta"] = theta_F if variant in PER_FEATURE else theta_F.median()
+    centred = cfg.get("apply_b_dec_to_input", True)
+    if variant == "matching_pursuit":  # there b_dec is taken off and put on, or neither
+        return state if centred else state | {"b_dec": torch.zeros_like(state["b_dec"])}
+    return recentred(state, centred, variant not in PER_FEATURE)

@@ -118,11 +118,17 @@ def same(trained: TrainedSAE, other: TrainedSAE) -> bool:
 def folded(trained: TrainedSAE) -> tuple[dict[str, Tensor], dict]:
     """SAELens' tensors and architecture-specific configuration of a trained SAE."""
     sae = trained.sae
-    extra = dict(k=sae.k, rescale_acts_by_decoder_norm=False) if sae.saelens == "topk" else {}
-    tensors = dict(W_enc=trained.W_enc, W_dec=trained.W_dec, b_dec=sae.b_dec.detach() * trained.scale)
+    extra = {}
+    if sae.saelens in ("topk", "abstopk"):
+        extra = dict(k=sae.k, rescale_acts_by_decoder_norm=False)
+    tensors = dict(W_dec=trained.W_dec, b_dec=sae.b_dec.detach() * trained.scale)
+    if sae.saelens == "matching_pursuit":
+        extra = dict(max_iterations=sae.k, residual_threshold=0.0, stop_on_duplicate_support=False)
+    else:
+        tensors |= dict(W_enc=trained.W_enc)
     if sae.saelens == "gated":  # both paths grow with W_enc, so r_mag, the ratio of the two, stays as it is
         tensors |= dict(b_gate=sae.b_gate * trained.gain_F, b_mag=sae.b_mag * trained.gain_F, r_mag=sae.r_mag)
-    else:
+    elif sae.saelens != "matching_pursuit":
         tensors |= dict(b_enc=trained.b_enc)
     if sae.saelens == "jumprelu":  # theta: one for all features (0-d) or one for each
         tensors |= dict(threshold=sae.theta.detach() * trained.gain_F)

@@ -84,7 +84,7 @@ def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str], allow_dens
     """Some features fire, and not all of them always, unless ablated or allowed; the share that is active; notes."""
     own = v.is_trainer or v.module.SAE.encode is not base.SAE.encode
     line = defined(v, "encode" if own else "__init__")
-    if not (z_BF > 0).any():
+    if not (z_BF != 0).any():
         if zero_weights:
             fail_zero_weights(v, zero_weights, line)
         fail(v, line,

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ import variants
 from evals import Setup, ground_truth
 from evals.model import synthetic
 from evals.texts.numbers import BOS, DRAW, DRAWS
+from tests import PROJECT
 from variants import base, topk
 from variants.kit import saving
 from variants.kit.trained import TrainedSAE
@@ -151,6 +154,22 @@ def test_a_run_on_known_features(saved, tmp_path, capsys):
     assert section["means"]["ground_truth.l0"] == pytest.approx(4, abs=0.2) and not section["problems"]
     assert section["means"]["ground_truth.mcc"] > 0.6 and section["stderrs"]["ground_truth.f1"] > 0
     assert "ground_truth.f1" in capsys.readouterr().out
+
+
+def test_a_synthetic_model_of_the_hub(saved, hub, tmp_path):
+    """Fails if the benchmark's own layout on the hub does not serve, or is fetched a second time."""
+    name = "decoderesearch/synth-sae-bench-16k-v2"
+    hub.push("model", name, {file.name: file.read_bytes() for file in saved.iterdir()} | {"README.md": b"a card"})
+    for out, asked in (("run_1", True), ("run_2", False)):
+        hub.reset()
+        line = [sys.executable, "experiment.py", *command(name, tmp_path / out, tmp_path / "cache")]
+        done = subprocess.run(line, cwd=PROJECT, env=hub.environment(home=tmp_path / "home"), capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert any("synthetic_model.safetensors" in path for _, path, _ in hub.requests) == asked
+    info = json.loads((tmp_path / "run_1/run_info.json").read_text())
+    assert info["inputs"]["model"] == f"{name}@{hub.commit('model', name)}"
+    assert (tmp_path / "run_1/final_info.json").read_bytes() == (tmp_path / "run_2/final_info.json").read_bytes()
 
 
 @pytest.mark.parametrize("more, said", [

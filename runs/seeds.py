@@ -3,7 +3,8 @@
 Runs that differ in nothing but the seed are put together: mean ± standard error over them (n − 1 in the variance), the
 single value where there is only one. The difference to the first row's runs counts (*) where it exceeds twice the two
 standard errors together. Where the decoders of several seeds are at hand a second table says how far their features
-come back (runs/stability.py). --json: all of it in full precision.
+come back (runs/stability.py). --json: all of it in full precision. --store FILE: a baseline of means over seeds, whose
+errors are the spread that the seed alone gives one SAE.
 """
 
 from __future__ import annotations
@@ -130,12 +131,41 @@ def as_json(groups: dict[str, list[Run]], found: dict[str, dict], metrics: list[
     return json.dumps({"settings": settings}, allow_nan=False)
 
 
+def averaged(members: list[Run]) -> dict:
+    """A section of a stored baseline: means over runs that differ in the seed alone, with their standard deviation.
+
+    A run that is compared with it is one draw of such a seed, so that the deviation of one, not the error of the mean,
+    is what its difference must exceed. ValueError for a single run.
+    """
+    if len(members) < 2:
+        raise ValueError(f"{members[0].name}: one seed has no spread\ngive runs of several seeds")
+    common = [metric for metric, value in members[0].means.items()
+              if value is not None and all(run.means.get(metric) is not None for run in members)]
+    values = {metric: [run.means[metric] for run in members] for metric in common}
+    seeds = sorted(run.config.get("seed", 0) for run in members)
+    config = {key: value for key, value in members[0].config.items() if key != "seed"} | {"seeds": seeds}
+    return dict(means={metric: fmean(found) for metric, found in values.items()},
+                stderrs={metric: stdev(found) for metric, found in values.items() if stdev(found) > 0},
+                config=config, problems=[])
+
+
+def store(groups: dict[str, list[Run]], file: Path) -> None:
+    """Write a file that runs.compare takes for a baseline: a section for each setting, named as its first run's SAE."""
+    from runs.folder import write_json
+
+    sections = [members[0].section for members in groups.values()]
+    if "" in sections or len(set(sections)) < len(sections):  # runs without a sweep have SAEs of one name
+        sections = list(groups)
+    write_json(file, dict(zip(sections, map(averaged, groups.values()))))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runs.seeds", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", help="run folders; the first one's setting is the reference")
     parser.add_argument("--metrics", default="", help="full names, comma-separated")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--no_decoders", action="store_true", help="do not match the features of different seeds")
+    parser.add_argument("--store", type=Path, metavar="FILE", help="write means over seeds, as a baseline")
     parser.add_argument("--json", action="store_true", help="all figures in full precision, for programs")
     options = parser.parse_args(argv)
     try:
@@ -144,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         print(str(error).split("\n")[0], file=sys.stderr)
         return 1
     groups = grouped(runs)
+    if options.store:
+        return stored(groups, options.store)
     found = {} if options.no_decoders else stabilities(groups)
     metrics = [m for m in options.metrics.split(",") if m]
     if options.json:
@@ -153,6 +185,17 @@ def main(argv: list[str] | None = None) -> int:
     if found:
         shown.append(stability_table(found))
     print("\n\n".join(as_markdown(one) if options.markdown else as_text(one) for one in shown))
+    return 0
+
+
+def stored(groups: dict[str, list[Run]], file: Path) -> int:
+    """`store`, and what was stored or why nothing was, in a line; the exit status."""
+    try:
+        store(groups, file)
+    except (ValueError, OSError) as error:
+        print(str(error).replace("\n", "; "), file=sys.stderr)
+        return 1
+    print(f"{file}: {len(groups)} settings, means over {len(next(iter(groups.values())))} seeds")
     return 0
 
 

@@ -153,6 +153,15 @@ def test_evals_give_the_same_on_a_gpu(tmp_path, reference):
 
 
 @pytest.mark.slow
+def test_known_features_on_a_gpu(tmp_path):
+    """Fails if samples of a synthetic model, or what is counted of their features, are on no GPU where the SAE is."""
+    small = ["--profile=synthetic", "--device=cuda", "--num_tokens=10240", "--d_sae=64", "--hyper=k=4"]
+    config = '--eval_config={"ground_truth": {"n_samples": 5120}}'
+    ended(on_gpu("experiment.py", *small, config, f"--out_dir={tmp_path}/run", f"--cache_dir={tmp_path}/cache"))
+    found = means(tmp_path / "run")
+    assert found["ground_truth.l0"] == pytest.approx(4, abs=0.1) and 0 < found["ground_truth.f1"] < 1
+
+
 def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
     """Fails if a checkpoint does not bring everything back to the device: a bf16 model, a sweep, two layers."""
     def run(name, *more):

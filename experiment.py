@@ -246,9 +246,10 @@ def snapshots_of(settings: Settings) -> dict[str, dict]:
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
     """Hyper-parameters per SAE of a layer, by its name's suffix: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
-    fixed = synthetic.sparsity(settings.model, hyperparameters(module)) | parse_hyper(module, settings.hyper)
+    fixed = parse_hyper(module, settings.hyper)
     if settings.init_from and not settings.sweep:
         return interchange.hypers_of(settings.init_from, hyperparameters(module), fixed)
+    fixed = synthetic.sparsity(settings.model, hyperparameters(module)) | fixed
     return {suffix: fixed | hyper for suffix, hyper in parse_sweep(module, settings.sweep).items()}
 
 
@@ -568,6 +569,8 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
 
     b = first = sum(end <= now.step for end in ends)
     stop_if_asked()
+    if now.step in measured:  # interrupted there
+        snapshot(settings, lm, jobs, source, cache, out, now)
     try:
         attending = list(dict.fromkeys(job.attention for job in jobs if job.attention))
         # a pass of the next block for as many steps as it gives tokens: launched while the device is busy with it
@@ -587,12 +590,13 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                     next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
                 last = now.step == total
-                if now.step in measured:
-                    snapshot(settings, lm, jobs, source, cache, out, now)
                 if now.step % log_every == 0 or last:
                     training.note(out, jobs, batch_of_job, progress, now)
                     if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or last:
                         training.save(out, jobs, now, dict(stream.cursors), b)
+                if now.step in measured:
+                    interrupts.deferred = False  # between two steps: nothing is half done
+                    snapshot(settings, lm, jobs, source, cache, out, now)
                 stop_if_asked(not together or now.step % 8 == 0 or last)
             now.clock.lap("sae")
             block.clear()  # before the next block but one is made: no more than two at a time on the device
@@ -601,15 +605,24 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             training_log.check_finite(jobs, now.recent, now.step, ranks.mean)
             training.save(out, jobs, now, dict(stream.cursors), b)
         raise
-    say(f"training: {now.clock.activations:.1f} s for texts and activations, {now.clock.sae:.1f} s for SAE steps")
+    say(f"training: {now.clock.activations:.1f} s for texts and activations, {now.clock.sae:.1f} s for SAE steps"
+        f"{run_snapshots.told(now.clock.snapshots)}")
     return now.log
 
 
 def snapshot(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, now) -> None:
     """Measure copies of the SAEs as they are, into snapshots/step_<n>; an eval that crashes there costs that alone."""
-    copies = [dataclasses.replace(job, sae=duplicate(job.sae), optimizer=None) for job in jobs]
+    now.clock.lap("sae")
+    place = run_snapshots.begin(out, now.step, snapshots_of(settings))
     asked = dataclasses.replace(settings, evals=settings.snapshot_evals)
-    evaluate(asked, lm, copies, source, cache, run_snapshots.folder(out, now.step))
+    for layer in layers_of(settings):  # a layer at a time: copies take memory
+        own = [job for job in jobs if job.layer == layer]
+        try:
+            copies = [dataclasses.replace(job, sae=duplicate(job.sae), optimizer=None) for job in own]
+            evaluate(dataclasses.replace(asked, layers=str(layer)), lm, copies, source, cache, place)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            say(f"snapshot after step {now.step:,}, layer {layer}: no memory for it: {network.first_line(error)}")
+    now.clock.lap("snapshots")
     now.clock.count_rate(now.step)  # no time of training
 
 
@@ -816,8 +829,8 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
         sections[job.name] = run_results.section(out, job.name, means, chosen, crashed, unreported.get(job.name),
                                                  job.notes, config)
         if settings.snapshots:
-            sections[job.name]["snapshots"] = run_snapshots.rows(
-                out, job.name, snapshots_of(settings), settings.batch_size, sections[job.name])
+            sections[job.name]["snapshots"] = run_snapshots.rows(out, job.name, settings.snapshots,
+                                                                 snapshots_of(settings), sections[job.name])
     return sections
 
 

@@ -21,6 +21,7 @@ class Clock:
 
     activations: float = 0.0  # texts and the language model
     sae: float = 0.0  # SAE steps
+    snapshots: float = 0.0  # evals along training
     lap_begun: float = field(default_factory=time.monotonic)
     said: float = field(default_factory=time.monotonic)  # last line on the screen
     saved: float = field(default_factory=time.monotonic)  # last checkpoint

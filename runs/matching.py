@@ -54,12 +54,14 @@ def matched(a_FD: Tensor, b_GD: Tensor, alive: tuple[Tensor, Tensor] | None = No
     if len(a_FD) * len(b_GD) <= EVERY_PAIR:
         cosine_FG = _cosines(a_FD, b_GD, absolute).cpu()
         return _exact(cosine_FG), None if alive is None else _exact(cosine_FG[alive[0]][:, alive[1]])
-    found = _edges(a_FD, b_GD, absolute)
+    mutual = max(len(a_FD), len(b_GD)) > HUNGARIAN  # those are one to one already
+    found = _edges(a_FD, b_GD, absolute, mutual)
     among = None
     if alive is not None:
         keep_F, keep_G = alive
-        among = _sparse(_kept(found, keep_F.numpy(), keep_G.numpy()), a_FD[keep_F], b_GD[keep_G], absolute)
-    return _sparse(found, a_FD, b_GD, absolute), among
+        kept = _kept(found, keep_F.numpy(), keep_G.numpy())
+        among = kept.cosine_E if mutual else _sparse(kept, a_FD[keep_F], b_GD[keep_G], absolute)
+    return found.cosine_E if mutual else _sparse(found, a_FD, b_GD, absolute), among
 
 
 def _cosines(a_FD: Tensor, b_GD: Tensor, absolute: bool) -> Tensor:
@@ -74,10 +76,9 @@ def _exact(cosine_FG: Tensor) -> np.ndarray:
     return cosine_FG[linear_sum_assignment(cosine_FG, maximize=True)]
 
 
-def _edges(a_FD: Tensor, b_GD: Tensor, absolute: bool) -> Edges:
-    """The candidates: every feature's best partners; above `HUNGARIAN` features those that are each other's nearest."""
+def _edges(a_FD: Tensor, b_GD: Tensor, absolute: bool, mutual: bool) -> Edges:
+    """The candidates: every feature's best partners, or if `mutual` the pairs that are each other's nearest."""
     widest = max(len(a_FD), len(b_GD))
-    mutual = widest > HUNGARIAN
     best = 1 if mutual else max(1, CANDIDATES // widest)
     value_FK, index_FK, value_GK, index_GK = _best(a_FD, b_GD, best, absolute)
     of_rows, of_columns = _listed(value_FK, index_FK), _listed(value_GK, index_GK)
@@ -103,12 +104,10 @@ def _kept(found: Edges, keep_F: np.ndarray, keep_G: np.ndarray) -> Edges:
 
 
 def _sparse(found: Edges, a_FD: Tensor, b_GD: Tensor, absolute: bool) -> np.ndarray:
-    """Cosines [P] of the matching among the candidates with the largest sum; mutual nearest ones are one already."""
+    """Cosines [P] of the matching among the candidates with the largest sum."""
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-    if max(len(a_FD), len(b_GD)) > HUNGARIAN:
-        return found.cosine_E
     pairs = min(len(a_FD), len(b_GD))
     if not pairs:
         return np.empty(0)

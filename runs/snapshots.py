@@ -5,13 +5,15 @@ as rows in final_info.json and as curves in the report.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from evals.common import stored
+from runs import identity
+from runs.folder import write_json
+from runs.reading import finite
 from variants.kit import ranks
 
-FOLDER = "snapshots"
+FOLDER, NOTE = "snapshots", "measured_by.json"
 
 
 def steps(total: int, number: int) -> set[int]:
@@ -35,32 +37,52 @@ def choose(number: int, wanted: str, evals: dict[str, dict], total: int) -> dict
     names = [name.strip() for name in wanted.split(",")]
     missing = [name for name in names if name not in evals]
     if missing:
-        raise ValueError(f"--snapshots={number} measures {missing[0]}, which is not among --evals\n"
+        raise ValueError(f"--snapshots={number} measures {missing[0]!r}, which is not among --evals\n"
                          f"add it there, or choose with --snapshot_evals: {', '.join(evals) or 'none is chosen'}")
     return {name: evals[name] for name in names}
 
 
-def folder(out: Path, step: int) -> Path:
-    """Where the measurements after a step lie: eval_results/ as in a run's folder."""
-    return out / FOLDER / f"step_{step}"
+def told(seconds: float) -> str:
+    """What the line on training's time says of them."""
+    return f", {seconds:.1f} s for snapshots" if seconds else ""
 
 
-def rows(out: Path, sae: str, chosen: Iterable[str], batch_size: int, final: dict) -> list[dict]:
-    """What was measured of an SAE along training: step, tokens, means and stderrs, in order.
+def begin(out: Path, step: int, chosen: dict[str, dict]) -> Path:
+    """The folder of what is measured after a step, eval_results/ as in a run's; how it is measured is noted there."""
+    place = out / FOLDER / f"step_{step}"
+    write_json(place / NOTE, _how(chosen))
+    return place
+
+
+def rows(out: Path, sae: str, number: int, chosen: dict[str, dict], final: dict) -> list[dict]:
+    """What was measured of an SAE at the points of training: step, tokens, means, stderrs; `problems` where it was not.
 
     `final`: its section of final_info.json, whose means of these evals make the last row.
     """
-    chosen = list(chosen)
-    found = []
-    for place in sorted((out / FOLDER).glob("step_*"), key=_step):
-        means, stderrs, problems = stored.collected(place, chosen, sae, {})
-        found.append(dict(step=_step(place), tokens=_step(place) * batch_size, means=means, stderrs=stderrs)
-                     | ({"problems": problems} if problems else {}))
-    total = final["config"]["steps"]
+    total, batch_size = final["config"]["steps"], final["config"]["batch_size"]
+    found = [_row(out / FOLDER / f"step_{step}", sae, chosen) | dict(step=step, tokens=step * batch_size)
+             for step in sorted(steps(total, number))]
     own = tuple(f"{name}." for name in chosen)
-    means = {name: value for name, value in final["means"].items() if name.startswith(own)}
-    stderrs = {name: value for name, value in final["stderrs"].items() if name.startswith(own)}
-    return [*found, dict(step=total, tokens=total * batch_size, means=means, stderrs=stderrs)]
+    last = {kind: {name: value for name, value in final[kind].items() if name.startswith(own)}
+            for kind in ("means", "stderrs")}
+    found.append(last | dict(step=total, tokens=total * batch_size))
+    return [dict(step=row.pop("step"), tokens=row.pop("tokens"), **row) for row in found]
+
+
+def _row(place: Path, sae: str, chosen: dict[str, dict]) -> dict:
+    if not (place / NOTE).is_file():
+        return dict(means={}, stderrs={}, problems=["not measured: asked for when training had passed it"])
+    if json.loads((place / NOTE).read_bytes()) != _how(chosen):
+        return dict(means={}, stderrs={}, problems=["measured with other settings of the evals, or other code"])
+    means, stderrs, problems = stored.collected(place, chosen, sae, {})
+    lacking = [name for name in chosen if stored.path(place, name, sae) is None]
+    problems += [f"the eval {name} failed there: see log.txt" for name in lacking]
+    return dict(means=means, stderrs=stderrs) | ({"problems": problems} if problems else {})
+
+
+def _how(chosen: dict[str, dict]) -> dict:
+    """What a measurement depends on beside the SAE, the model and the texts, of which a run has one."""
+    return dict(evals=finite(chosen), code=identity.evals_digest())
 
 
 def read(path: Path) -> dict[str, list[dict]]:
@@ -74,6 +96,3 @@ def read(path: Path) -> dict[str, list[dict]]:
     return {name: section["snapshots"] for name, section in document.items()
             if isinstance(section, dict) and section.get("snapshots")}
 
-
-def _step(place: Path) -> int:
-    return int(place.name.removeprefix("step_"))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import experiment
+from evals import core
 from runs import folder, snapshots
 from tests import small_run
 
@@ -40,12 +41,36 @@ def test_measuring_changes_nothing(reference, cache, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, said", [(["--snapshots=1000"], "more than the run's 38 steps"),
-                                         (["--snapshots=2", "--snapshot_evals=scr"], "scr, which is not among --evals"),
-                                         (["--snapshots=2", "--evals=none"], "core, which is not among --evals")])
+                                         (["--snapshots=2", "--snapshot_evals=scr"], "'scr', which is not among --evals"),
+                                         (["--snapshots=2", "--evals=none"], "'core', which is not among --evals")])
 def test_what_cannot_be_measured_is_refused(cache, tmp_path, capsys, flags, said):
     """Fails if points or evals that there are not end later than in preflight, or in other words."""
     assert experiment.main(small_run.command(tmp_path / "run_1", cache, *flags)) == 1
     assert said in capsys.readouterr().err
+
+
+def test_what_was_not_measured_is_said(cache, tmp_path, monkeypatch):
+    """Fails if a crash along training costs the run, or a row that is not there, or of other settings, is not named."""
+    out = tmp_path / "run_1"
+    real, calls = core.run, []
+
+    def failing_once(setup, saes):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no such luck")
+        return real(setup, saes)
+
+    monkeypatch.setattr(core, "run", failing_once)
+    assert experiment.main(small_run.command(out, cache, "--snapshots=4", "--evals=core")) == 0
+    rows = section(out)["snapshots"]
+    assert "the eval core failed there" in rows[0]["problems"][0] and rows[0]["means"] == {}
+    assert all(row["means"]["core.r2"] and "problems" not in row for row in rows[1:])
+
+    chosen, final = {"core": section(out)["config"]["evals"]["core"]}, section(out)
+    more = snapshots.rows(out, SAE, 3, chosen, final)
+    assert [row["step"] for row in more] == [13, 25, 38] and "had passed it" in more[0]["problems"][0]
+    other = snapshots.rows(out, SAE, 4, {"core": chosen["core"] | {"batch_size_prompts": 99}}, final)
+    assert "other settings" in other[1]["problems"][0] and other[1]["means"] == {}
 
 
 def test_points():

@@ -15,6 +15,7 @@ An eval defines
 and, where it applies,
     NOTE            a sentence for the readers of its numbers, shown in the report
     INSTRUCT        True if it asks questions: it is given the instruction-tuned sibling of the run's model
+    MASKED          True if it leaves out the positions that --max_norm_ratio does (evals/common/positions.py)
     repositories    (config, source) -> hub data sets (or local files) it reads with texts from the hub: access is
                     checked before the run, and what they hold is part of the run's identity
     read_ahead      (source, config, seed): reads what it takes from the hub, which is then kept, so that a data set

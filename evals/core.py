@@ -44,6 +44,7 @@ from evals.storage.identity import code_digest
 from evals.texts import packing
 
 EVAL_TYPE_ID = "core"
+MASKED = True
 
 METRICS = {
     # model_behavior_preservation

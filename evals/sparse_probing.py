@@ -33,6 +33,7 @@ from evals.model import memory
 from evals.storage.identity import code_digest
 
 EVAL_TYPE_ID = "sparse_probing"
+MASKED = True
 
 METRICS = {
     "llm_test_accuracy": "",

@@ -26,6 +26,7 @@ from evals.common import concept_probes, pooling, probes
 from evals.common.concept_probes import Ablation, Texts
 
 EVAL_TYPE_ID = "tpp"
+MASKED = True
 
 METRICS = {
     "tpp_threshold_2_total_metric": "higher",

@@ -45,6 +45,10 @@ def config(settings, sae, hyper: dict, place: dict, steps: int, chosen: dict[str
     for name, own in chosen.items():
         outside = evals.outside(name)
         found["evals"][name] = own | ({"outside": outside} if outside else {})
+        if settings.max_norm_ratio and evals.declared(name, "MASKED"):  # measured on fewer positions
+            found["evals"][name] |= dict(max_norm_ratio=settings.max_norm_ratio)
+    if getattr(sae, "either_sign", False):
+        found["either_sign"] = True
     if settings.init_from:
         found["init_from"] = environment.public_name(settings.init_from)
     if network.pinned():

@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from runs import stability
-from runs.reading import Run, read
+from runs.comparison import SETTINGS
+from runs.reading import Run, read, setting
 from runs.tables import BY_RUN, Table, as_markdown, as_text, plain
 from runs.wording import number
 
-SETTING = ("model", "layer", "hook_name", "variant", "hyper", "d_sae", "num_tokens", "passes", "batch_size", "lr",
-           "init_from")
+# in what runs of one setting agree: all but the seed
+SETTING = ("model", "layer", "hook_name", *(name for name in SETTINGS if name != "seed"), "init_from")
 WIDE = 2**15  # features above which matching decoders takes minutes
 
 
@@ -32,7 +33,7 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs by setting, named by its variant and the hyper-parameters in which it differs from the first of that."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        groups[json.dumps([run.config.get(key) for key in SETTING], sort_keys=True)].append(run)
+        groups[json.dumps([setting(run.config, key) for key in SETTING], sort_keys=True)].append(run)
     first: dict[str, dict] = {}
     named = {}
     for members in groups.values():

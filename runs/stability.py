@@ -35,7 +35,6 @@ from runs.wording import number
 NEW = 0.7
 SEEDS = 5  # of a setting that are matched with each other at most: ten pairs
 COMPACT = "decoder.safetensors"
-EITHER_SIGN = ("abs_topk",)  # variants whose features fire with negative values too: |cosine|
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -89,7 +88,8 @@ def firing(run: Run) -> list[bool] | None:
 
 
 def _signless(run: Run) -> bool:
-    return run.config.get("variant") in EITHER_SIGN
+    """Whether its features fire with negative values too: |cosine|."""
+    return bool(run.config.get("either_sign"))
 
 
 def _device(features: int) -> str:

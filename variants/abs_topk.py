@@ -20,6 +20,7 @@ class SAE(base.SAE):
     compiled_loss = True
     grad_clip = 1.0
     saelens = "abstopk"
+    either_sign = True
 
     def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32):
         k = base.feature_count("k", k, d_sae)

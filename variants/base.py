@@ -163,6 +163,7 @@ class SAE(nn.Module):
     copied_weights = False
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
+    either_sign = False  # features fire below 0 too: a direction and its opposite are one feature
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
     # -- used by the program, which sets them
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory

@@ -33,6 +33,7 @@ from evals.autointerp.windows import Case, Window, cases_of
 from evals.common import errors, probes
 
 EVAL_TYPE_ID = "autointerp"
+MASKED = True
 
 METRICS = {
     "autointerp_score": "higher",

@@ -11,7 +11,7 @@ LITERALS = {"EVAL_TYPE_ID": 'EVAL_TYPE_ID = "my_eval"', "METRICS": 'METRICS = {"
             "CONFIG": 'CONFIG = {"gemma": {"rows": 100}, "embedded": {"rows": 100}, "tiny": {"rows": 10}}'}
 FUNCTIONS = {"requirements": "def requirements(config, facts): return []",
              "run": 'def run(setup, saes): return {name: Result({"my_category": {"my_score": 1.0}}) for name in saes}'}
-OPTIONAL = ("NOTE", "INSTRUCT", "RANGES", "RECORDED")
+OPTIONAL = ("NOTE", "INSTRUCT", "RANGES", "RECORDED", "MASKED")
 WAYS = ("higher", "lower", "")
 
 

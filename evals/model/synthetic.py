@@ -78,7 +78,7 @@ def shape(folder: Path) -> dict:
 
 
 def world_folder(cache_dir: Path, name: str) -> Path:
-    """One of WORLDS as SAELens saves it, in the cache; made once (seconds; the large one minutes on a CPU)."""
+    """One of WORLDS as SAELens saves it, in the cache; made once, on the CPU: seconds, and minutes for the large."""
     def make(folder: Path) -> None:
         print(f"synthetic model {name}: making its true features (once)", flush=True)
         with contextlib.redirect_stderr(io.StringIO()):  # SAELens always shows a bar
@@ -102,7 +102,7 @@ def _made(world: dict):
         correlation=synthetic.LowRankCorrelationConfig(rank=world["rank"], correlation_scale=0.1),
         mean_firing_magnitudes=synthetic.LinearMagnitudeConfig(start=5.0, end=4.0),
         std_firing_magnitudes=synthetic.FoldedNormalMagnitudeConfig(mean=0.5, std=0.5), bias=0.5, seed=42)
-    return synthetic.SyntheticModel(config, device="cuda" if torch.cuda.is_available() else "cpu")
+    return synthetic.SyntheticModel(config, device="cpu")  # a GPU's generators would draw other features
 
 
 class SyntheticModel:

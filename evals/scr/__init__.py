@@ -40,6 +40,7 @@ from evals.common.concept_probes import Ablation, Texts
 from evals.scr import pairs
 
 EVAL_TYPE_ID = "scr"
+MASKED = True
 
 METRICS = {
     "scr_metric_threshold_2": "higher",

@@ -38,6 +38,8 @@ def check_kind(settings, synthetic: bool) -> None:
         raise ValueError(f"{given[0]}: the profile synthetic draws its samples from the model alone\nleave it out")
     if wanted and settings.keep_bos:
         raise ValueError("--keep_bos: the profile synthetic has no BOS to train on\nleave it out")
+    if wanted and settings.max_norm_ratio:
+        raise ValueError("--max_norm_ratio: no sample of the profile synthetic is an outlier\nleave it out")
 
 
 def check_positions(model: str, most: int | None, context: int, chosen: dict[str, dict]) -> None:

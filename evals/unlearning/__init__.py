@@ -51,6 +51,7 @@ from evals.model import memory
 from evals.unlearning import questions
 
 EVAL_TYPE_ID = "unlearning"
+MASKED = True
 INSTRUCT = True
 NOTE = ("A score is that of the best of 16 settings on the very questions or texts it is measured on: somewhat high, "
         "for every SAE alike. The multipliers are fixed numbers, so scores of models or layers with another scale of "

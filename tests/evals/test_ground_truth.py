@@ -195,7 +195,7 @@ def test_elsewhere_it_is_refused(tmp_path, capsys):
     assert "is a synthetic model, which reads no text" in capsys.readouterr().err
 
 
-def test_the_model_says_how_sparse():
+def test_the_model_says_how_sparse(tmp_path):
     """Fails if the L0 that a variant is not told is its own for language models, or one that is told is not taken."""
     def hypers(*flags):
         settings, _ = experiment.resolve(experiment.parse_settings(["--device=cpu", *flags]))
@@ -206,6 +206,11 @@ def test_the_model_says_how_sparse():
     assert hypers("--profile=synthetic", "--hyper=k=3") == {"": {"k": 3}}
     assert hypers("--profile=synthetic", "--sweep=k=3,5") == {".k_3": {"k": 3}, ".k_5": {"k": 5}}
     assert hypers("--profile=embedded") == {"": {}}
+    sae = topk.SAE(256, 32, k=16)
+    metadata = dict(model_name="synthetic", hook_name="blocks.0.hook_resid_post")
+    saving.save_sae(tmp_path / "sae", sae, 1.0, variants.path("topk"), dict(k=16), metadata)
+    evaluated = hypers("--profile=synthetic", f"--init_from={tmp_path / 'sae'}", "--num_tokens=0")
+    assert [hyper["k"] for hyper in evaluated.values()] == [16]  # it stays the SAE that it is
 
 
 def test_the_large_one_is_the_published():

@@ -83,6 +83,19 @@ def test_mutual_nearest_where_the_width_forbids_more(monkeypatch):
     assert matching.figures(cosine_P, 3) == pytest.approx(expected)
 
 
+def test_few_that_fire_in_a_wide_dictionary(monkeypatch):
+    """Fails if the matching among those that fire, few enough for a full one, is forced on mutual nearest alone."""
+    monkeypatch.setattr(matching, "EVERY_PAIR", 0)
+    monkeypatch.setattr(matching, "HUNGARIAN", 60)
+    generator = torch.Generator().manual_seed(0)
+    a_FD = matching.unit(torch.randn(100, 32, generator=generator))
+    order = torch.randperm(100, generator=generator)
+    b_FD = matching.unit(a_FD + 0.05 * torch.randn(100, 32, generator=generator))[order]
+    alive_F = torch.arange(100) < 50
+    _, among_P = matching.matched(a_FD, b_FD, (alive_F, alive_F[order]))
+    assert len(among_P) == 50 and among_P.min() > 0.9  # each with its own noisy copy
+
+
 def test_random_directions_of_equal_size():
     """Fails if what chance gives is not that of Gaussian directions of that number and dimension, or has no seed."""
     cosine_FF = torch.nn.functional.cosine_similarity(torch.randn(1, 300, 64), torch.randn(300, 1, 64), dim=2).numpy()

@@ -64,8 +64,8 @@ def test_features_come_back_under_another_seed(tmp_path, capsys):
 
 def test_a_direction_and_its_opposite(tmp_path, capsys):
     """Fails if −d counts as d where features fire with one sign, or as another where they fire with either."""
-    for variant, expected in (("topk", 0), ("abs_topk", 1)):
-        paths = [saved(tmp_path / f"{variant}{seed}", (1 - 2 * seed) * EYE, variant=variant, seed=seed)
+    for variant, signs, expected in (("topk", {}, 0), ("mine", {"either_sign": True}, 1)):
+        paths = [saved(tmp_path / f"{variant}{seed}", (1 - 2 * seed) * EYE, variant=variant, seed=seed, **signs)
                  for seed in (0, 1)]
         assert seeds.main([*paths, "--json"]) == 0
         (setting,) = json.loads(capsys.readouterr().out)["settings"]

@@ -77,6 +77,8 @@ def plan(settings, layers: list[int], steps: int, shape: dict, findings: list[Fi
              for spread in (1, sharing)]
     shard = sharing > 1 and (settings.shard or peak(needs[0]) > available)
     parts, all_ranks = needs[shard], ranks.count()
+    if settings.snapshots:  # copies of a layer's SAEs are measured beside the training
+        parts["training"] += parts["evals"] + len(findings) * largest.parameter_bytes
     flops = 2 * settings.num_tokens * (shape["block_parameters"] * (layers[-1] + 1) / all_ranks
                                        + 3 * settings.passes * copies * largest.parameters / sharing)
     line = "  ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())

@@ -248,7 +248,7 @@ def hypers_of(settings: Settings, module) -> dict[str, dict]:
     """Hyper-parameters per SAE of a layer, by its name's suffix: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
     fixed = synthetic.sparsity(settings.model, hyperparameters(module)) | parse_hyper(module, settings.hyper)
     if settings.init_from and not settings.sweep:
-        return interchange.hypers_of(settings.init_from, hyperparameters(module), fixed)
+        return interchange.hypers_of(settings.init_from, module, fixed)
     return {suffix: fixed | hyper for suffix, hyper in parse_sweep(module, settings.sweep).items()}
 
 
@@ -306,7 +306,7 @@ def recognise(settings: Settings) -> tuple[dict[str, str], str, str, dict[str, s
 
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the run and its forecast."""
-    from variants.preflight import learning, trial
+    from variants.preflight import learning, trial, ways
     from variants.preflight.report import check_report
 
     module = trial.imported(settings.variant).module  # a mistake in the user's own file is told first
@@ -330,6 +330,7 @@ def preflight(settings: Settings, source) -> dict:
     snapshots_of(settings)
     facts |= needs.forecast(settings, layers_of(settings), count_steps(settings), shape, list(findings.values()),
                             bool(evals_of(settings)), sharing)
+    ways.check(module, hypers, facts["shard"], settings.init_from)
     needs.check_room(settings, models_of(settings), facts["forecast_bytes"]["saes"])
     inputs.fetch(source, evals_of(settings))  # only now: nothing of the run's own is wrong
     if settings.num_tokens:

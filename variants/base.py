@@ -163,6 +163,8 @@ class SAE(nn.Module):
     copied_weights = False
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
+    schedules: tuple[str, ...] = ("k_start", "k_share")  # hyper-parameters that --init_from does not bring along
+    own_start: tuple[str, ...] | None = None  # --init_from: this variant's SAEs alone, alike in these hyper-parameters
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
     # -- used by the program, which sets them
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory

@@ -311,6 +311,15 @@ def test_what_is_frozen_stays_as_it_began(frozen, learning, tmp_path):
     assert ours.sae.frozen == frozen and not ours.sae.training
 
 
+def test_an_untrained_dictionary_revives_nothing():
+    """Fails if auxk is computed, reported or asked for where no feature can learn, or a weight of it is ignored."""
+    sae = frozen_decoder.SAE(8, 40, k=4, frozen="all")
+    _, terms = sae.loss(base.Batch(torch.randn(20, 8)), base.Progress(5, 10, 100, 200))
+    assert set(terms) == {"reconstruction"}
+    with pytest.raises(ValueError, match="auxk_alpha = 0.5: .*frozen=all.*\n.*frozen=decoder"):
+        frozen_decoder.SAE(8, 40, k=4, auxk_alpha=0.5, frozen="all")
+
+
 def test_an_untrained_dictionary_has_the_best_scale():
     """Fails if any other multiple of what random features give reconstructs the first block better."""
     torch.manual_seed(0)

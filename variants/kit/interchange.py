@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -259,8 +260,12 @@ def suffix(name: str) -> str:
     return f".{name}" if name.startswith("trainer_") else ""
 
 
-def hypers_of(place: str, known: dict, fixed: dict) -> dict[str, dict]:
-    """Hyper-parameters per SAE of a layer, by its name's suffix: those found that the variant knows, and the fixed."""
+def hypers_of(place: str, module: ModuleType, fixed: dict) -> dict[str, dict]:
+    """Hyper-parameters per SAE of a layer, by its name's suffix: those found that the variant knows, and the fixed.
+
+    Not those of schedules: what these lead to is reached, and a run of its own would go through them once more.
+    """
+    known = hyperparameters(module).keys() - set(module.SAE.schedules)
     return {suffix(name): {k: v for k, v in f.hyper.items() if k in known} | fixed for name, f in find(place).items()}
 
 
@@ -316,11 +321,15 @@ def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> flo
     if type(sae).__module__ == type(like).__module__:
         sae.load_state_dict(shared_state(sae, like))
         return one.scale
-    state, mine = recentred(like.state_dict(), like.centred, sae.centred), sae.state_dict()
-    taken = {k: t for k, t in state.items() if k in mine and t.shape == mine[k].shape}
-    if not {"W_enc", "W_dec"} <= taken.keys():
+    state, mine = like.state_dict(), sae.state_dict()
+    if not {"W_enc", "W_dec"} <= _fitting(state, mine).keys():
         raise ValueError(f"{one.place}: the weights of {one.variant} do not fit {type(sae).__module__}, not even W_enc "
                          "and W_dec\n"
                          "leave out --variant, or choose one of the same form and width")
-    sae.load_state_dict(taken, strict=False)
+    sae.load_state_dict(_fitting(recentred(state, like.centred, sae.centred), mine), strict=False)
     return one.scale
+
+
+def _fitting(state: dict[str, Tensor], mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state that have a counterpart of their shape."""
+    return {name: tensor for name, tensor in state.items() if name in mine and tensor.shape == mine[name].shape}

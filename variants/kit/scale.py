@@ -45,10 +45,14 @@ def dominant_mean(share: float) -> str:
 
 @torch.no_grad()
 def begin_at_dominant_mean(sae: nn.Module, x_ND: Tensor) -> None:
-    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec."""
-    share = float(x_ND.double().mean(0).pow(2).sum() / x_ND.double().pow(2).sum(1).mean())
+    """Where the mean dominates: b_dec = geometric median, and an encoder of x begins as one of x − b_dec.
+
+    `stream_scale` has decided it, on more tokens: x [N, D] over the spread has ‖x‖² around 1/(1 − share), 2.9 at least,
+    else around 1. Of tokens the median one is asked: a few may hold most of E‖x‖².
+    """
+    typical = float(x_ND.double().pow(2).sum(1).median())
     own = dict(sae.named_parameters(recurse=False))
-    if not share > DOMINANT or "b_dec" not in own:
+    if not typical > (1 - DOMINANT) ** -0.5 or "b_dec" not in own:
         return
     own["b_dec"].copy_(geometric_median(x_ND))
     if not sae.centred and "b_enc" in own:

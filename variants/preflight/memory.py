@@ -1,10 +1,10 @@
 """How much memory one training step of a variant needs at the real sizes, found out without allocating it.
 
-One loss + backward + after_step + revive runs at small sizes under a dispatch mode that notes every new storage and when it is
-freed. Each of B, D and F is then doubled, alone, until the step takes `AFFORDABLE` bytes or the real size is reached:
-how a tensor's dimensions grow along these ladders gives its size at the real B, D, F (an F×F product, a sample of 512
-rows that stops growing at F = 512, a concatenation D + F), and replaying the small run's allocations with those sizes
-gives the peak.
+One loss + backward + after_step + revive runs at small sizes under a dispatch mode that notes every new storage and
+when it is freed. Each of B, D and F is then doubled, alone, until the step takes `AFFORDABLE` bytes or the real size is
+reached: how a tensor's dimensions grow along these ladders gives its size at the real B, D, F (an F×F product, a sample
+of 512 rows that stops growing at F = 512, a concatenation D + F), and replaying the small run's allocations with those
+sizes gives the peak.
 """
 
 from __future__ import annotations

@@ -85,15 +85,19 @@ class _Matches:
     """
 
     def __init__(self, W_dec_FD, r_ND, k):
-        self.W_dec_FD, self.by_gram = low(W_dec_FD, precision.lower(r_ND) or W_dec_FD.dtype), False
+        self.W_dec_FD, self.by_gram, self.dtype = W_dec_FD, False, precision.lower(r_ND)
+        if self.dtype:
+            self.W_dec_FD = low(W_dec_FD, self.dtype)
         if r_ND.device.type == "cpu" and len(W_dec_FD) < min(k * len(r_ND) // 2, 2**14):
             self.by_gram, self.gram_FF, self.match_NF = True, W_dec_FD @ W_dec_FD.T, r_ND @ W_dec_FD.T
 
     def best(self, r_ND):
         if self.by_gram:
             return self.match_NF.argmax(1)
+        if not self.dtype:
+            return (r_ND @ self.W_dec_FD.T).argmax(1)
         with torch.autocast(r_ND.device.type, enabled=False):
-            return precision.product(r_ND.to(self.W_dec_FD.dtype), self.W_dec_FD.T).argmax(1)
+            return precision.product(r_ND.to(self.dtype), self.W_dec_FD.T).argmax(1)
 
     def subtract(self, z_N, index_N):
         if self.by_gram:

@@ -330,7 +330,7 @@ def preflight(settings: Settings, source) -> dict:
     snapshots_of(settings)
     facts |= needs.forecast(settings, layers_of(settings), count_steps(settings), shape, list(findings.values()),
                             bool(evals_of(settings)), sharing)
-    ways.check(module, hypers, facts["shard"], settings.init_from)
+    ways.check(module, hypers, bool(settings.num_tokens) and facts["shard"], settings.init_from)
     needs.check_room(settings, models_of(settings), facts["forecast_bytes"]["saes"])
     inputs.fetch(source, evals_of(settings))  # only now: nothing of the run's own is wrong
     if settings.num_tokens:

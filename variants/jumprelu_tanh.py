@@ -7,7 +7,8 @@ jumprelu: dz_pre = (1[z_pre > theta] + (theta/ε)·rect((z_pre − theta)/ε))·
 λ_P = 3e-6, c = 4, ε = 2, theta = .1 are the publication's, for E‖x‖² = D. Here E‖x‖² = 1: features, biases, theta and
 ε are √D times smaller and the loss D times, which the factors √D make good, in the optimiser too (`parameter_groups`):
 each step is theirs in our units. λ_S is that of E‖x‖² = 1, theirs over D:
-@L0@
+.001, .0012, .002, .004, .016 end at L0 43, 37, 23, 15, 6 on the embedded profile, .0012 at 66 on tiny; at D = 2304 it
+is 2.8.
 W_dec uniform in ±1/√D with free norms, W_enc = (D/F)·W_decᵀ, b_enc such that a feature fires on 10,000/F of the first
 tokens (at most on half); Adam(.9, .999) at lr 2e-4, clip 1 of their loss, decay over the last fifth.
 theta itself is learned, not its logarithm as published: Adam moves a logarithm by a factor of about exp(lr) a step,
@@ -54,7 +55,7 @@ class SAE(base.SAE):
     saelens = "jumprelu"
     centred = False  # the encoder takes x, not x − b_dec
 
-    def __init__(self, d_in, d_sae, tanh_penalty=0.002, lambda_p=3e-6, c=4.0, bandwidth=2.0):
+    def __init__(self, d_in, d_sae, tanh_penalty=0.0012, lambda_p=3e-6, c=4.0, bandwidth=2.0):
         if not bandwidth > 0:
             raise ValueError(f"--hyper bandwidth = {bandwidth}: the window around theta must be wider than 0\n"
                              "give for example --hyper bandwidth=2")

@@ -13,7 +13,7 @@ from variants.kit.hyper import hyperparameters
 def check(module: ModuleType, hypers: dict[str, dict], shard: bool, init_from: str) -> None:
     """ValueError for a run that would fail late, or be called what it is not. `hypers`: of each SAE, by its suffix.
 
-    `shard`: whether SAEs are spread over the ranks, because of --shard or of the memory; `init_from`: a place, or "".
+    `shard`: whether they are trained spread over ranks, by --shard or for the memory; `init_from`: a place, or "".
     """
     for hyper in hypers.values():
         whole = hyperparameters(module) | hyper

@@ -12,8 +12,8 @@ is 2.8.
 W_dec uniform in ±1/√D with free norms, W_enc = (D/F)·W_decᵀ, b_enc such that a feature fires on 10,000/F of the first
 tokens (at most on half); Adam(.9, .999) at lr 2e-4, clip 1 of their loss, decay over the last fifth.
 theta itself is learned, not its logarithm as published: Adam moves a logarithm by a factor of about exp(lr) a step,
-which short runs do not get far with (SAELens 6.54 has it so, too). It ends at a hundredth of where it began: at 0,
-where a logarithm never gets, it would have no gradient any more.
+which short runs do not get far with (SAELens 6.54 has it so, too). It is kept above a hundredth of where it began:
+at 0, where a logarithm never gets, it would have no gradient any more.
 """
 
 import torch

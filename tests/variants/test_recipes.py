@@ -89,7 +89,7 @@ def test_jumprelu_tanh_steps_are_those_of_their_units(eps):
     """Fails if lr, Adam's ε or the clipped norm of any parameter is not what it is for x with E‖x‖² = D."""
     torch.manual_seed(0)
     D, F = 16, 40
-    sae = biased(jumprelu_tanh.SAE(D, F))
+    sae = biased(jumprelu_tanh.SAE(D, F, tanh_penalty=0.002))
     sae.b_enc.data += 0.3
     theirs, parameters = in_their_units(D, F, sae, jumprelu_bandwidth=2.0, pre_act_loss_coefficient=3e-6)
     start = {name: p.detach().clone() for name, p in parameters.items()}

@@ -248,7 +248,7 @@ def hypers_of(settings: Settings, module) -> dict[str, dict]:
     """Hyper-parameters per SAE of a layer, by its name's suffix: {"": {...}} or {".k_20": {...}, ".k_40": {...}}."""
     fixed = parse_hyper(module, settings.hyper)
     if settings.init_from and not settings.sweep:
-        return interchange.hypers_of(settings.init_from, hyperparameters(module), fixed)
+        return interchange.hypers_of(settings.init_from, module, fixed)
     fixed = synthetic.sparsity(settings.model, hyperparameters(module)) | fixed
     return {suffix: fixed | hyper for suffix, hyper in parse_sweep(module, settings.sweep).items()}
 
@@ -307,7 +307,7 @@ def recognise(settings: Settings) -> tuple[dict[str, str], str, str, dict[str, s
 
 def preflight(settings: Settings, source) -> dict:
     """Everything that can be known to fail before a weight is read; returns the facts of the run and its forecast."""
-    from variants.preflight import learning, trial
+    from variants.preflight import learning, trial, ways
     from variants.preflight.report import check_report
 
     module = trial.imported(settings.variant).module  # a mistake in the user's own file is told first
@@ -331,6 +331,7 @@ def preflight(settings: Settings, source) -> dict:
     snapshots_of(settings)
     facts |= needs.forecast(settings, layers_of(settings), count_steps(settings), shape, list(findings.values()),
                             bool(evals_of(settings)), sharing)
+    ways.check(module, hypers, bool(settings.num_tokens) and facts["shard"], settings.init_from)
     needs.check_room(settings, models_of(settings), facts["forecast_bytes"]["saes"])
     inputs.fetch(source, evals_of(settings))  # only now: nothing of the run's own is wrong
     if settings.num_tokens:
@@ -546,6 +547,8 @@ def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
         if not scale:  # an SAE that is only evaluated takes activations as they are
             scale = 0.0 if settings.num_tokens else 1.0
         jobs.append(Job(name, layer, hyper, sae, make_optimizer(sae, settings.lr or sae.default_lr), scale))
+        if settings.init_from and not settings.num_tokens:
+            jobs[-1].max_norm = interchange.max_norm(settings.init_from, name)
     return jobs
 
 
@@ -821,10 +824,10 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
     chosen, defaults = evals_of(settings), hyperparameters(variants.load(settings.variant))
     sections = {}
     for job in jobs:
-        place = dict(hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model)
+        place = dict(hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model,
+                     **norms.told(settings.max_norm_ratio, job.max_norm))
         config = run_results.config(settings, job.sae, defaults | job.hyper, place, count_steps(settings), chosen,
                                     dense.get(interchange.suffix(job.name), 0.0))
-        config |= norms.told(settings.max_norm_ratio, job.max_norm)
         means = training.means(log, job, block_plan(settings))
         sections[job.name] = run_results.section(out, job.name, means, chosen, crashed, unreported.get(job.name),
                                                  job.notes, config)

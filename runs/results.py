@@ -33,8 +33,8 @@ def section(out: Path, sae: str, trained: dict[str, float], chosen: Iterable[str
 def config(settings, sae, hyper: dict, place: dict, steps: int, chosen: dict[str, dict], dense: float) -> dict:
     """How an SAE came about: every setting that is the rule, and of the exceptions those that hold.
 
-    `place`: hook_name, layer and d_in; `dense`: the share of features that are active on the average token, where that
-    is so much that it is said.
+    `place`: hook_name, layer, d_in and norms.told; `dense`: the share of features that are active on the average token,
+    where that is so much that it is said.
     """
     found = dict(
         variant=variants.title(settings.variant), hyper=hyper, model=environment.public_name(settings.model), **place,
@@ -42,11 +42,14 @@ def config(settings, sae, hyper: dict, place: dict, steps: int, chosen: dict[str
         batch_size=settings.batch_size, steps=steps, lr=settings.lr or sae.default_lr, keep_bos=settings.keep_bos,
         seed=settings.seed, dtype=settings.dtype, dataset=environment.public_name(settings.dataset),
         core_dataset=environment.public_name(settings.core_dataset), profile=settings.profile, evals={})
+    left_out = {key: place[key] for key in ("max_norm_ratio", "max_norm") if key in place}
+    if "max_norm_ratio" in left_out:  # by which runs are compared: the bound follows from it
+        del left_out["max_norm"]
     for name, own in chosen.items():
         outside = evals.outside(name)
         found["evals"][name] = own | ({"outside": outside} if outside else {})
-        if settings.max_norm_ratio and evals.declared(name, "MASKED"):  # measured on fewer positions
-            found["evals"][name] |= dict(max_norm_ratio=settings.max_norm_ratio)
+        if left_out and evals.declared(name, "MASKED"):  # measured on fewer positions
+            found["evals"][name] |= left_out
     if getattr(sae, "either_sign", False):
         found["either_sign"] = True
     if settings.init_from:

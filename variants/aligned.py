@@ -18,6 +18,9 @@ class SAE(topk.SAE):
     data_parallel = True
     compiled_loss = True
 
+    def __init__(self, d_in, d_sae, k=32, auxk_alpha=1 / 32):
+        super().__init__(d_in, d_sae, k=k, auxk_alpha=auxk_alpha)
+
     def aligned_encoder(self):
         """Encoder [D, F] whose columns have an inner product of 1 with their decoder rows, which are of unit norm."""
         lacks_F = 1 - (self.W_enc * self.W_dec.T).sum(0)

@@ -155,8 +155,7 @@ class SAE(nn.Module):
     # under torchrun: share every batch among the ranks. For losses that are means over tokens, or that use ranks.mean
     # and the functions below for what is not; else one rank trains, and the others run the language model only
     data_parallel = False  # not inherited, and never with contexts
-    # on a GPU, in runs long enough for it to pay, the loss is compiled: it may be traced, and what changes in it from
-    # step to step are tensors and progress.sparsity_warmup() alone. Not inherited
+    # on a GPU a long run's loss is compiled: only tensors and progress.sparsity_warmup() change in it. Not inherited
     compiled_loss = False
     # on a GPU the weights' bf16 copies may be kept from the optimiser's step to the next loss: what else changes W_enc
     # and W_dec in between does so in place, and not through .data. Not inherited
@@ -164,6 +163,8 @@ class SAE(nn.Module):
     no_gradient: tuple[str, ...] = ()  # parameters and loss terms that are meant to have no gradient
     saelens: str | None = None  # SAELens architecture that computes the same features, if there is one
     either_sign = False  # features fire below 0 too: a direction and its opposite are one feature
+    schedules: tuple[str, ...] = ("k_start", "k_share")  # hyper-parameters that --init_from does not bring along
+    own_start: tuple[str, ...] | None = None  # --init_from: this variant's SAEs alone, alike in these hyper-parameters
     centred = True  # the encoder takes x − b_dec (SAELens' apply_b_dec_to_input)
     # -- used by the program, which sets them
     batch_parts = 1  # in which a batch is worked on: more, where it did not fit the memory

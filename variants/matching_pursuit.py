@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from variants import base
+from variants.kit import precision
+from variants.kit.copies import low
 
 
 class SAE(base.SAE):
@@ -34,14 +36,25 @@ class SAE(base.SAE):
 
     def pursuit(self, x_ND):
         """What the k steps add [N, K], to which features [N, K], and what they leave of x − b_dec, [N, D]."""
+        with torch.no_grad():
+            chosen = self.chosen(x_ND)
+        if not torch.is_grad_enabled():
+            return chosen
+        # the same steps once more with a graph: all rows at once, as the gradient of each lookup is as large as W_dec
+        index_NK, r_ND, added = chosen[1], x_ND - self.b_dec, []
+        for d_ND in F.embedding(index_NK, self.W_dec).unbind(1):
+            z_N, r_ND = taken_off(r_ND, d_ND)
+            added.append(z_N)
+        return torch.stack(added, 1), index_NK, r_ND
+
+    def chosen(self, x_ND):
+        """`pursuit` without a graph."""
         r_ND, added, chosen = x_ND - self.b_dec, [], []
-        match = _Matches(self.W_dec.detach(), r_ND.detach(), self.k)
+        match = _Matches(self.W_dec, r_ND, self.k)
         for _ in range(self.k):
-            index_N = match.best(r_ND.detach())
-            d_ND = F.embedding(index_N, self.W_dec)
-            z_N = (r_ND * d_ND).sum(1).relu()
-            r_ND = r_ND - z_N[:, None] * d_ND
-            match.subtract(z_N.detach(), index_N)
+            index_N = match.best(r_ND)
+            z_N, r_ND = taken_off(r_ND, F.embedding(index_N, self.W_dec))
+            match.subtract(z_N, index_N)
             added.append(z_N)
             chosen.append(index_N)
         return torch.stack(added, 1), torch.stack(chosen, 1), r_ND
@@ -58,21 +71,33 @@ class SAE(base.SAE):
         return reconstruction, {"reconstruction": reconstruction}
 
 
+def taken_off(r_ND, d_ND):
+    """How far the residuals point along the features' rows [N], at least 0, and what is left without that [N, D]."""
+    z_N = (r_ND * d_ND).sum(1).relu()
+    return z_N, r_ND - z_N[:, None] * d_ND
+
+
 class _Matches:
-    """⟨r, d_i⟩ of the residuals with all features, to choose by; no gradient.
+    """⟨r, d_i⟩ of the residuals with all features, to choose by; no gradient. On a GPU in fp32, of rounded factors.
 
     On a CPU by the features' Gram matrix where that takes fewer products than k times r·W_decᵀ: at D = 576, F = 2304,
     B = 1024, k = 32 a seventh.
     """
 
     def __init__(self, W_dec_FD, r_ND, k):
-        self.W_dec_FD, self.by_gram = W_dec_FD, False
+        self.W_dec_FD, self.by_gram, self.dtype = W_dec_FD, False, precision.lower(r_ND)
+        if self.dtype:
+            self.W_dec_FD = low(W_dec_FD, self.dtype)
         if r_ND.device.type == "cpu" and len(W_dec_FD) < min(k * len(r_ND) // 2, 2**14):
             self.by_gram, self.gram_FF, self.match_NF = True, W_dec_FD @ W_dec_FD.T, r_ND @ W_dec_FD.T
 
     def best(self, r_ND):
-        match_NF = self.match_NF if self.by_gram else r_ND @ self.W_dec_FD.T
-        return match_NF.argmax(1)
+        if self.by_gram:
+            return self.match_NF.argmax(1)
+        if not self.dtype:
+            return (r_ND @ self.W_dec_FD.T).argmax(1)
+        with torch.autocast(r_ND.device.type, enabled=False):
+            return precision.product(r_ND.to(self.dtype), self.W_dec_FD.T).argmax(1)
 
     def subtract(self, z_N, index_N):
         if self.by_gram:

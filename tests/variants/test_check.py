@@ -267,6 +267,29 @@ def test_forecast_agrees_with_a_measured_step(file):
     assert found.step_peak_bytes == pytest.approx(trace.peak(memory.n_bytes(trace)), rel=0.1)
 
 
+REVIVE = """from variants import topk
+
+class SAE(topk.SAE):
+    def revive(self, optimizer, batch, progress):
+        moment_FD = optimizer.state[self.W_dec]["exp_avg_sq"]
+        (moment_FD @ moment_FD.T).fill_diagonal_(0)
+"""
+
+
+@pytest.mark.parametrize("given, words", [
+    ("optimizer, batch, progress", "[16384, 16384] (1.0 GiB) at mine.py:6"),
+    ("batch, progress", "revive(self, batch, progress) has the wrong arguments, it is called as revive(self, opt")])
+def test_what_revives_features_is_looked_at(given, words, tmp_path):
+    """Fails if its arguments are first seen in a step, or what it allocates is in no forecast."""
+    file = tmp_path / "mine.py"
+    file.write_text(REVIVE.replace("optimizer, batch, progress", given))
+    try:
+        message = budget.too_large(run(file, allow_identical=True), 2**30)
+    except Exception as error:  # noqa: BLE001
+        message = str(error)
+    assert words in message
+
+
 @pytest.mark.slow
 def test_tensors_that_cannot_fit_are_named():
     """Fails if an F x F or B x B x F tensor is missed, misplaced or misjudged, or a sample taken for one."""

@@ -12,6 +12,7 @@ import variants.kit.saving
 from variants import base
 from variants.kit import interchange, saelens
 from variants.kit.trained import TrainedSAE
+from variants.preflight import ways
 
 D, N_FEATURES, K = 6, 40, 5
 
@@ -286,6 +287,39 @@ def test_a_run_gives_its_saes_by_name_in_either_format(tmp_path):
         again = TrainedSAE(interchange.build(found[name], trust_code=True), found[name].scale or 1.0)
         torch.testing.assert_close(again.encode(x), TrainedSAE(sae, 3.0).encode(x), rtol=1e-5, atol=1e-5)
     assert interchange.build(found["layer_2"]).theta.item() == pytest.approx(3 * 0.4, rel=1e-5)
+
+
+def saved(folder, name, **hyper):
+    """The place of a trained SAE of layer 2."""
+    variants.kit.saving.save_sae(folder / "layer_2", trained(name, **hyper), 3.0, variants.path(name), hyper, {})
+    return str(folder / "layer_2")
+
+
+def test_a_schedule_is_not_inherited(tmp_path):
+    """Fails if a k that has fallen begins anew where an SAE is trained further, or anything else is forgotten."""
+    place = saved(tmp_path, "topk", k=K, auxk_alpha=0.5, k_start=3 * K, k_share=0.5)
+    module = variants.load("topk")
+    assert interchange.hypers_of(place, module, {}) == {"": dict(k=K, auxk_alpha=0.5)}
+    assert interchange.hypers_of(place, module, dict(k_start=20)) == {"": dict(k=K, auxk_alpha=0.5, k_start=20)}
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "topk"])  # of x and of x − b_dec
+def test_an_sae_without_an_encoder_is_no_beginning_of_one_with_it(name, tmp_path):
+    """Fails if it ends in a KeyError, or the encoder stays random without a word."""
+    place = saved(tmp_path, "matching_pursuit", k=K)
+    with pytest.raises(ValueError, match=f"of matching_pursuit do not fit variants.{name}, not even W_enc and W_dec\n"):
+        interchange.adopt(trained(name), place, "layer_2")
+
+
+def test_a_random_baseline_begins_as_itself_alone(tmp_path):
+    """Fails if a trained decoder may go by the name of the random one, or a baseline cannot be evaluated again."""
+    module, random = variants.load("frozen_decoder"), saved(tmp_path / "1", "frozen_decoder", k=K, frozen="decoder")
+    with pytest.raises(ValueError, match="would be a trained topk here\n.*--variant=topk"):
+        ways.check(module, {"": dict(k=K)}, False, saved(tmp_path / "2", "topk", k=K))
+    with pytest.raises(ValueError, match="it has frozen=decoder, and with frozen=all"):
+        ways.check(module, {"": dict(k=K, frozen="all")}, False, random)
+    ways.check(module, {"": dict(k=K)}, False, random)
+    ways.check(variants.load("topk"), {"": dict(k=K)}, False, random)
 
 
 @pytest.mark.parametrize("name", ["standard", "topk", "batch_topk", "jumprelu", "gated", "matryoshka_batch_topk"])

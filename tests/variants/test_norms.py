@@ -77,3 +77,16 @@ def test_a_run_without_them_is_as_long_and_is_resumed(cache, tmp_path, monkeypat
     assert experiment.main(stopped) == 0
     assert "continuing from step" in (tmp_path / "stopped/log.txt").read_text()
     assert (tmp_path / "stopped/final_info.json").read_bytes() == (tmp_path / "whole/final_info.json").read_bytes()
+
+
+def test_a_saved_sae_is_evaluated_without_them_again(cache, tmp_path):
+    """Fails if an SAE whose training left tokens out is evaluated on them once it is read back, or nothing says so."""
+    assert experiment.main(command(tmp_path / "trained", cache, "--max_norm_ratio=1.05", "--evals=core")) == 0
+    again = ["--evals=core", f"--init_from={tmp_path / 'trained/sae'}", "--num_tokens=0"]
+    assert experiment.main(command(tmp_path / "again", cache, *again)) == 0
+    trained, read = (json.loads((tmp_path / run / "final_info.json").read_text())["layer_2"]
+                     for run in ("trained", "again"))
+    measured = {name: value for name, value in trained["means"].items() if name.startswith("core.")}
+    found = {name: read["means"][name] for name in measured}
+    assert found == pytest.approx(measured, rel=1e-4) and read["config"]["max_norm"] == trained["config"]["max_norm"]
+    assert trained["config"]["evals"]["core"]["max_norm_ratio"] == 1.05

@@ -7,6 +7,8 @@ import experiment
 import variants
 from tests.variants.common import GEMMA, SMOLLM, preflight, raw_activations, read_by_both
 from variants import abs_topk, aligned, base, jumprelu_tanh, matching_pursuit
+from variants.kit import precision
+from variants.kit.hyper import hyperparameters
 
 NAMES = ["jumprelu_tanh", "abs_topk", "matching_pursuit", "aligned"]
 LATE = base.Progress(50, 100, 5000, 10_000)
@@ -37,11 +39,32 @@ def close(found: dict, wanted: dict) -> None:
 # ------------------------------------------------------------------------------------------------ jumprelu_tanh
 
 
-def test_jumprelu_tanh_is_that_of_saelens_in_other_units():
-    """Fails if a term, its unit, the window or a gradient differs from SAELens', which takes x with E‖x‖² = D."""
+def in_their_units(D, F, sae, **given):
+    """SAELens' SAE with the weights of a jumprelu_tanh one for x with E‖x‖² = D; each parameter by our name for it."""
     from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+
+    theirs = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
+        d_in=D, d_sae=F, dtype="float64", apply_b_dec_to_input=False, jumprelu_sparsity_loss_mode="tanh",
+        jumprelu_ste_to_input=True, **given)).double()
+    theirs.threshold.data = theirs.threshold.data.double()
+    parameters = {name: getattr(theirs, name.replace("theta", "threshold")) for name in UNIT}
+    for name, power in UNIT.items():
+        parameters[name].data.copy_(getattr(sae, name).data * D**power)
+    return theirs, parameters
+
+
+def their_step(x_BD, D, F, coefficient):
     from sae_lens.saes.sae import TrainStepInput
 
+    return TrainStepInput(sae_in=x_BD * D**0.5, coefficients={"l0": coefficient * D}, n_training_steps=0,
+                          dead_neuron_mask=torch.ones(F, dtype=torch.bool), is_logging_step=False)
+
+
+UNIT = {"W_enc": 0, "W_dec": 0, "b_enc": 0.5, "b_dec": 0.5, "theta": 0.5}  # theirs are D to this power times ours
+
+
+def test_jumprelu_tanh_is_that_of_saelens_in_other_units():
+    """Fails if a term, its unit, the window or a gradient differs from SAELens', which takes x with E‖x‖² = D."""
     torch.manual_seed(0)
     B, D, F = 9, 16, 40
     sae = biased(jumprelu_tanh.SAE(D, F, tanh_penalty=0.02, lambda_p=0.03, c=3.0, bandwidth=0.8))
@@ -49,24 +72,56 @@ def test_jumprelu_tanh_is_that_of_saelens_in_other_units():
     x_BD = torch.randn(B, D, dtype=torch.float64) / D**0.5
     loss, terms = sae.loss(base.Batch(x_BD), LATE)  # half of the run: half of the penalty
     found = gradients(sae, loss)
-    theirs = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
-        d_in=D, d_sae=F, dtype="float64", apply_b_dec_to_input=False, jumprelu_sparsity_loss_mode="tanh",
-        jumprelu_tanh_scale=3.0, jumprelu_bandwidth=0.8, pre_act_loss_coefficient=0.03)).double()
-    theirs.threshold.data = theirs.threshold.data.double()
-    unit = {"W_enc": 1, "W_dec": 1, "b_enc": D**0.5, "b_dec": D**0.5, "theta": D**0.5}
-    for name, factor in unit.items():
-        getattr(theirs, name.replace("theta", "threshold")).data.copy_(getattr(sae, name).data * factor)
-    step = TrainStepInput(sae_in=x_BD * D**0.5, coefficients={"l0": 0.5 * 0.02 * D}, n_training_steps=0,
-                          dead_neuron_mask=torch.ones(F, dtype=torch.bool), is_logging_step=False)
-    out = theirs.training_forward_pass(step)
+    theirs, parameters = in_their_units(D, F, sae, jumprelu_tanh_scale=3.0, jumprelu_bandwidth=0.8,
+                                        pre_act_loss_coefficient=0.03)
+    out = theirs.training_forward_pass(their_step(x_BD, D, F, 0.5 * 0.02))
     parts = [out.losses[name].item() / D for name in ("mse_loss", "l0_loss", "pre_act_loss")]
     ours = [terms["reconstruction"].item(), 0.01 * terms["tanh"].item(), 0.03 * terms["below"].item()]
     # SAELens keeps thresholds in fp32
     assert ours == pytest.approx(parts, rel=1e-6) and min(parts) > 1e-3
     out.loss.backward()
-    for name, factor in unit.items():
-        grad = getattr(theirs, name.replace("theta", "threshold")).grad * factor / D
-        assert grad.any() and torch.allclose(found[name], grad.double(), rtol=1e-5, atol=1e-7), name
+    for name, p in parameters.items():
+        assert p.grad.any() and torch.allclose(found[name], p.grad / D, rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])  # Adam's, small against the gradients and not
+def test_jumprelu_tanh_steps_are_those_of_their_units(eps):
+    """Fails if lr, Adam's ε or the clipped norm of any parameter is not what it is for x with E‖x‖² = D."""
+    torch.manual_seed(0)
+    D, F = 16, 40
+    sae = biased(jumprelu_tanh.SAE(D, F, tanh_penalty=0.002))
+    sae.b_enc.data += 0.3
+    theirs, parameters = in_their_units(D, F, sae, jumprelu_bandwidth=2.0, pre_act_loss_coefficient=3e-6)
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    adam = torch.optim.Adam(parameters.values(), eps=eps)
+    optimizer = experiment.make_optimizer(sae, 1e-2)
+    for group in optimizer.param_groups:
+        group["eps"] *= eps / 1e-8
+    norms = []
+    for step in range(5):
+        x_BD = torch.randn(9, D, dtype=torch.float64) / D**0.5
+        progress = base.Progress(step, 20, 9 * step, 180)
+        experiment.train_step(sae, optimizer, base.Batch(x_BD), progress)
+        theirs.zero_grad()
+        theirs.training_forward_pass(their_step(x_BD, D, F, 0.002 * step / 20)).loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0).item())
+        adam.param_groups[0]["lr"] = 1e-2 * progress.lr_factor()
+        adam.step()
+    assert min(norms) > 2
+    for name, p in parameters.items():
+        moved = (p - start[name]).norm()
+        assert ((getattr(sae, name) * D ** UNIT[name] - p).norm() < 1e-4 * moved).item() and moved > 0, name
+
+
+def test_a_threshold_of_jumprelu_tanh_comes_back_from_its_least():
+    """Fails if theta can get to where it has no gradient, at 0 or below."""
+    sae = jumprelu_tanh.SAE(16, 40)
+    sae.theta.data.fill_(-1.0)
+    with torch.no_grad():
+        sae.after_step(None, LATE)
+    assert torch.allclose(sae.theta, torch.tensor(0.1 / 4 / 100))
+    loss, _ = sae.loss(base.Batch(torch.randn(200, 16) / 4), LATE)
+    assert gradients(sae, loss)["theta"].all()
 
 
 def test_jumprelu_tanh_begins_with_half_of_its_features_on():
@@ -150,6 +205,25 @@ def test_matching_pursuit_by_hand():
     assert torch.allclose(r_ND, torch.tensor([[-0.24, 0.32]]))
 
 
+def test_matching_pursuit_chooses_in_fp32_on_a_gpu(monkeypatch):
+    """Fails if matches are rounded to bf16, in which 1 and 1 + 2⁻¹⁰ are the same, before the largest is chosen."""
+    sae = matching_pursuit.SAE(2, 2, k=1)
+    sae.W_dec.data = torch.tensor([[1.0, 0.0], [1.0, 2.0**-10]])
+    monkeypatch.setattr(precision, "lower", lambda x: torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_BF = sae.encode(torch.ones(1, 2))
+    assert torch.allclose(z_BF, torch.tensor([[0.0, 1 + 2.0**-10]]), rtol=1e-6)
+
+
+def test_the_gradient_of_matching_pursuit_is_gathered_once():
+    """Fails if each of the k steps makes a gradient as large as the decoder."""
+    sae = matching_pursuit.SAE(8, 60, k=5)
+    loss, _ = sae.loss(base.Batch(torch.randn(20, 8)), LATE)
+    with torch.autograd.profiler.profile() as profile:
+        loss.backward()
+    assert sum(event.name == "aten::embedding_dense_backward" for event in profile.function_events) == 1
+
+
 # ------------------------------------------------------------------------------------------------ aligned
 
 
@@ -187,6 +261,11 @@ def test_aligned_loss_and_gradients_equal_dense_autograd():
         sae.after_step(base.Batch(x_BD), LATE)
     assert torch.allclose(sae.W_enc.T, rows_FD) and sae.loss(base.Batch(x_BD), LATE)[0].item() == pytest.approx(
         loss.item(), rel=1e-12)
+
+
+def test_aligned_takes_no_keyword_that_it_does_not_heed():
+    """Fails if it accepts a schedule of k, which its loss knows nothing of."""
+    assert hyperparameters(aligned) == {"k": 32, "auxk_alpha": 1 / 32}
 
 
 # ------------------------------------------------------------------------------------------------ all of them

@@ -13,6 +13,7 @@ from tests.variants.common import SMOLLM, preflight
 from variants import base, gated, jumprelu, standard
 from variants.kit import revival
 from variants.kit.ranks import mean
+from variants.preflight import ways
 
 DEAD = [1, 4, 5]
 
@@ -102,6 +103,16 @@ def test_resample_steps_is_a_count(value):
     """Fails if nonsense is not refused in one line that names the flag."""
     with pytest.raises(ValueError, match="--hyper resample_steps = .*\n.*resample_steps=25000"):
         standard.SAE(6, 40, resample_steps=value)
+
+
+@pytest.mark.parametrize("name", ["standard", "gated"])
+def test_an_sae_that_is_spread_is_not_resampled(name):
+    """Fails if that is said at the first look, far into a run, or where nothing is resampled or spread."""
+    module, asked = variants.load(name), {".a": {}, ".b": dict(resample_steps=25_000)}
+    with pytest.raises(ValueError, match="resample_steps = 25000: .*memory\n.*--shard.*--d_sae"):
+        ways.check(module, asked, True, "")
+    ways.check(module, asked, False, "")
+    ways.check(module, {"": dict(resample_steps=0)}, True, "")
 
 
 def test_auxk_reaches_dead_features_of_jumprelu():

@@ -121,6 +121,20 @@ def test_a_dominant_mean_is_where_b_dec_begins(share):
         assert active_F.min() > 0.3 and active_F.max() < 0.7  # as of a centred stream: not by the sign of mean·W_enc
 
 
+@pytest.mark.parametrize("whole, first", [(0.6, 0.7), (0.7, 0.6)])
+def test_whether_the_mean_dominates_is_decided_once(whole, first):
+    """Fails if b_dec goes by the first tokens' share of the mean where the scale went by the whole block's."""
+    torch.manual_seed(0)
+    mean_D, noise_ND = torch.nn.functional.normalize(torch.randn(16), dim=0), torch.randn(20_000, 16) / 4
+    noise = [whole / first - whole, 0.0]  # variance of the first 8,192 tokens, and of the others: 1 − whole together
+    noise[1] = (20_000 * (1 - whole) - 8192 * noise[0]) / (20_000 - 8192)
+    raw_ND = whole**0.5 * mean_D + torch.cat([noise_ND[:8192] * noise[0]**0.5, noise_ND[8192:] * noise[1]**0.5])
+    scale, share = stream_scale(raw_ND)
+    sae = standard.SAE(16, 64)
+    sae.initialise(raw_ND[:8192] / scale)
+    assert share == pytest.approx(whole, abs=0.01) and bool(sae.b_dec.any()) == (whole > 0.65)
+
+
 @pytest.mark.parametrize("every", [13, 5, 2])
 def test_auxk_is_its_formula(every):
     """Fails if few dead features, more than auxk takes, or half have another loss or gradient than the formula."""
@@ -309,6 +323,15 @@ def test_what_is_frozen_stays_as_it_began(frozen, learning, tmp_path):
     assert theirs.cfg.architecture() == "topk"
     assert torch.allclose(ours.encode(37 * x_ND), theirs.encode(37 * x_ND), rtol=1e-4)
     assert ours.sae.frozen == frozen and not ours.sae.training
+
+
+def test_an_untrained_dictionary_revives_nothing():
+    """Fails if auxk is computed, reported or asked for where no feature can learn, or a weight of it is ignored."""
+    sae = frozen_decoder.SAE(8, 40, k=4, frozen="all")
+    _, terms = sae.loss(base.Batch(torch.randn(20, 8)), base.Progress(5, 10, 100, 200))
+    assert set(terms) == {"reconstruction"}
+    with pytest.raises(ValueError, match="auxk_alpha = 0.5: .*frozen=all.*\n.*frozen=decoder"):
+        frozen_decoder.SAE(8, 40, k=4, auxk_alpha=0.5, frozen="all")
 
 
 def test_an_untrained_dictionary_has_the_best_scale():

@@ -80,14 +80,15 @@ def _digest(file: str, *changes) -> str:
 
 
 def metadata_of(cfg: dict) -> dict:
-    """model_name, hook_name and layer of a SAELens-like configuration, which before version 6 was flat."""
+    """model_name, hook_name, layer of a SAELens-like configuration, which before version 6 was flat; max_norm if any."""
     said = cfg | (cfg.get("metadata") or {})
     hook = said.get("hook_name") or said.get("hook_point")
     number = re.search(r"\b(?:blocks|layers|h)\.(\d+)\b", hook or "")
     layer = int(number[1]) if number else said.get("hook_layer", said.get("hook_point_layer"))
     if number and "resid_pre" in hook:  # what enters a block left the one before
         layer -= 1
-    return dict(model_name=said.get("model_name"), hook_name=hook, layer=layer)
+    bound = {"max_norm": said["max_norm"]} if said.get("max_norm") else {}
+    return dict(model_name=said.get("model_name"), hook_name=hook, layer=layer, **bound)
 
 
 def check_residual(hook: str | None, place: str) -> None:

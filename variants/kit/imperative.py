@@ -43,6 +43,7 @@ class Imperative(base.SAE):
 
     trainer_class: type
     attention_threshold = None
+    schedules = ()  # k_start of a trainer may be anything
 
     def __init__(self, d_in: int, d_sae: int, setting: dict, **hyper):
         nn.Module.__init__(self)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -259,8 +260,12 @@ def suffix(name: str) -> str:
     return f".{name}" if name.startswith("trainer_") else ""
 
 
-def hypers_of(place: str, known: dict, fixed: dict) -> dict[str, dict]:
-    """Hyper-parameters per SAE of a layer, by its name's suffix: those found that the variant knows, and the fixed."""
+def hypers_of(place: str, module: ModuleType, fixed: dict) -> dict[str, dict]:
+    """Hyper-parameters per SAE of a layer, by its name's suffix: those found that the variant knows, and the fixed.
+
+    Not those of schedules: what these lead to is reached, and a run of its own would go through them once more.
+    """
+    known = hyperparameters(module).keys() - set(module.SAE.schedules)
     return {suffix(name): {k: v for k, v in f.hyper.items() if k in known} | fixed for name, f in find(place).items()}
 
 
@@ -296,12 +301,8 @@ def shared_state(sae: base.SAE, like: base.SAE) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in theirs.items() if name not in left_over} | absent
 
 
-@torch.no_grad()
-def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> float | None:
-    """Give a fresh SAE the weights found for `name` (layer_12.k_40); returns their scale, None for raw activations.
-
-    Weights of another variant are taken where names and shapes agree, encoder and decoder at least. ValueError.
-    """
+def of_name(place: str, name: str) -> Found:
+    """The SAE that a run calls `name` (layer_12.k_40): of that name, or the only one of its layer and suffix."""
     found = find(place)
     layer = re.match(r"layer_(\d+)", name)[1]
     fitting = [f for key, f in found.items() if suffix(key) == suffix(name)
@@ -309,18 +310,36 @@ def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> flo
     if name not in found and len(fitting) != 1:
         raise ValueError(f"{place}: none of its SAEs is {name}\n"
                          f"there are {', '.join(found)}: choose --layers and --sweep accordingly")
-    one = found[name] if name in found else fitting[0]
+    return found[name] if name in found else fitting[0]
+
+
+def max_norm(place: str, name: str) -> float | None:
+    """The norm above which tokens were left out of the SAE's training, and are to be left out of its evals."""
+    return of_name(place, name).metadata.get("max_norm")
+
+
+@torch.no_grad()
+def adopt(sae: base.SAE, place: str, name: str, trust_code: bool = False) -> float | None:
+    """Give a fresh SAE the weights found for `name` (layer_12.k_40); returns their scale, None for raw activations.
+
+    Weights of another variant are taken where names and shapes agree, encoder and decoder at least. ValueError.
+    """
+    one = of_name(place, name)
     like = build(one, trust_code)
     if sae.unit_norm_decoder:
         fold_norms(like, one.place)
     if type(sae).__module__ == type(like).__module__:
         sae.load_state_dict(shared_state(sae, like))
         return one.scale
-    state, mine = recentred(like.state_dict(), like.centred, sae.centred), sae.state_dict()
-    taken = {k: t for k, t in state.items() if k in mine and t.shape == mine[k].shape}
-    if not {"W_enc", "W_dec"} <= taken.keys():
+    state, mine = like.state_dict(), sae.state_dict()
+    if not {"W_enc", "W_dec"} <= _fitting(state, mine).keys():
         raise ValueError(f"{one.place}: the weights of {one.variant} do not fit {type(sae).__module__}, not even W_enc "
                          "and W_dec\n"
                          "leave out --variant, or choose one of the same form and width")
-    sae.load_state_dict(taken, strict=False)
+    sae.load_state_dict(_fitting(recentred(state, like.centred, sae.centred), mine), strict=False)
     return one.scale
+
+
+def _fitting(state: dict[str, Tensor], mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state that have a counterpart of their shape."""
+    return {name: tensor for name, tensor in state.items() if name in mine and tensor.shape == mine[name].shape}

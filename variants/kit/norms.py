@@ -33,8 +33,9 @@ def bound(x_ND: Tensor, ratio: float) -> float:
 
 
 def told(ratio: float | None, bound: float | None) -> dict[str, float]:
-    """What settings and a saved SAE say of it; {} where no token is left out."""
-    return dict(max_norm_ratio=ratio, max_norm=bound) if bound else {}
+    """What settings and a saved SAE say of it; {} where no token is left out. No ratio: the bound is a saved SAE's."""
+    found = dict(max_norm_ratio=ratio, max_norm=bound)
+    return {name: value for name, value in found.items() if value}
 
 
 def leave_out(block: dict[str, Tensor], most: dict[int, float | None]) -> int:

@@ -36,7 +36,7 @@ class Findings:
     parameters: int  # number of trainable and fixed parameters
     parameter_bytes: int
     buffer_bytes: int
-    # most alive at once in loss, backward and after_step, besides parameters, gradients and optimiser
+    # most alive at once in loss, backward, after_step and revive, besides parameters, gradients and optimiser
     step_peak_bytes: int
     largest: tuple[int, tuple[int, ...], str]  # bytes, shape and "file.py:line" of the largest tensor of a step
     notes: list[str]

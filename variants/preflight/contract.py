@@ -48,7 +48,8 @@ def check_signatures(v: Variant) -> None:
         fail(v, defined(v, "loss"), "the class SAE defines no loss",
              "write def loss(self, batch, progress): … return loss, {'term': tensor, …}; see variants/topk.py")
     for method, wanted in (("encode", "(self, x)"), ("loss", "(self, batch, progress)"), ("decode", "(self, z)"),
-                           ("after_step", "(self, batch, progress)"), ("initialise", "(self, x_ND)")):
+                           ("after_step", "(self, batch, progress)"), ("initialise", "(self, x_ND)"),
+                           ("revive", "(self, optimizer, batch, progress)")):
         signature = inspect.signature(getattr(v.module.SAE, method))
         try:
             signature.bind(*[None] * len(wanted.split(",")))

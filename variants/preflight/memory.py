@@ -1,10 +1,10 @@
 """How much memory one training step of a variant needs at the real sizes, found out without allocating it.
 
-One loss + backward + after_step runs at small sizes under a dispatch mode that notes every new storage and when it is
-freed. Each of B, D and F is then doubled, alone, until the step takes `AFFORDABLE` bytes or the real size is reached:
-how a tensor's dimensions grow along these ladders gives its size at the real B, D, F (an F×F product, a sample of 512
-rows that stops growing at F = 512, a concatenation D + F), and replaying the small run's allocations with those sizes
-gives the peak.
+One loss + backward + after_step + revive runs at small sizes under a dispatch mode that notes every new storage and
+when it is freed. Each of B, D and F is then doubled, alone, until the step takes `AFFORDABLE` bytes or the real size is
+reached: how a tensor's dimensions grow along these ladders gives its size at the real B, D, F (an F×F product, a sample
+of 512 rows that stops growing at F = 512, a concatenation D + F), and replaying the small run's allocations with those
+sizes gives the peak.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from variants import base
 from variants.kit import imperative, trainer_state
 
 AFFORDABLE = 32 * 2**20  # bytes of a step after which a size is not doubled further
@@ -113,11 +114,16 @@ class Recorder(TorchDispatchMode):
 
 
 def trace_step(file: str, sae, batch, progress) -> Trace:
-    """Run loss, backward and after_step once, or a trainer's update, and record what they allocate."""
-    own = {}
+    """Run loss, backward, after_step and revive once, or a trainer's update, and record what they allocate."""
+    own, optimizer = {}, None
     if isinstance(sae, imperative.Imperative):
         sae.update(batch, progress)  # its optimiser makes its moments in the first step
         own = trainer_state.tensors_of(sae.trainer)
+    elif type(sae).revive is not base.SAE.revive:
+        optimizer = torch.optim.Adam(sae.parameter_groups(1e-3))
+        for p in sae.parameters():
+            optimizer.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        own = {f"optimiser.{id(t)}": t for state in optimizer.state.values() for t in state.values()}
     recorder = Recorder(file, [*sae.parameters(), *sae.buffers(), *vars(batch).values(), *own.values()])
     trace = recorder.trace
 
@@ -132,6 +138,8 @@ def trace_step(file: str, sae, batch, progress) -> Trace:
             sae.loss(batch, progress)[0].backward()
             with torch.no_grad():
                 sae.after_step(batch, progress)
+                if optimizer:
+                    sae.revive(optimizer, batch, progress)
     for hook in hooks:
         hook.remove()
     parameters = {name for name, _ in sae.named_parameters()}

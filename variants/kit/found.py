@@ -80,7 +80,7 @@ def _digest(file: str, *changes) -> str:
 
 
 def metadata_of(cfg: dict) -> dict:
-    """model_name, hook_name and layer of a SAELens-like configuration (flat before version 6), max_norm if it has one."""
+    """model_name, hook_name, layer of a SAELens-like configuration (flat before version 6), max_norm if it has one."""
     said = cfg | (cfg.get("metadata") or {})
     hook = said.get("hook_name") or said.get("hook_point")
     number = re.search(r"\b(?:blocks|layers|h)\.(\d+)\b", hook or "")

@@ -11,6 +11,7 @@ from evals.texts.packing import ids_of
 
 DOCUMENTS, FIRST = 32, 4000  # texts, and characters of each, by which a tokenizer is judged
 UNKNOWN = 0.5  # share of their tokens
+OWN = ("embedded", "tiny", "synthetic")  # profiles that have text of their own, by which it is called
 # evals' settings: tokens of a row
 LENGTHS = ("context_size", "context_length", "llm_context_size", "seq_len", "text_len", "max_tokens")
 
@@ -24,7 +25,9 @@ def identities(source, chosen: dict[str, dict]) -> dict[str, str]:
 
 
 def check_kind(settings, synthetic: bool) -> None:
-    """ValueError where a synthetic model is to read text, or a language model is given the numbers of samples."""
+    """ValueError where a synthetic model is to read text, a language model numbers of samples, or either other text
+    than the run would say.
+    """
     wanted = settings.profile == "synthetic"
     if wanted and not synthetic:
         raise ValueError(f"--model={settings.model} is no synthetic model, and the profile synthetic has no text for "
@@ -36,6 +39,11 @@ def check_kind(settings, synthetic: bool) -> None:
              if getattr(settings, name) != "synthetic"]
     if wanted and given:
         raise ValueError(f"{given[0]}: the profile synthetic draws its samples from the model alone\nleave it out")
+    for name in ("dataset", "core_dataset"):
+        text = getattr(settings, name)
+        if text in OWN and text != settings.profile:  # else the profile's own would be read in its place
+            raise ValueError(f"--{name}={text} is the text of the profile {text}, and this is {settings.profile}\n"
+                             f"add --profile {text}, or leave --{name} out")
     if wanted and settings.keep_bos:
         raise ValueError("--keep_bos: the profile synthetic has no BOS to train on\nleave it out")
     if wanted and settings.max_norm_ratio:

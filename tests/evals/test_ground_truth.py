@@ -191,6 +191,8 @@ def test_elsewhere_it_is_refused(tmp_path, capsys):
     out = [f"--out_dir={tmp_path}/run_1", f"--cache_dir={tmp_path}/cache", "--device=cpu"]
     assert experiment.main(["--profile=tiny", "--evals=ground_truth", *out]) == 1
     assert "needs known features" in capsys.readouterr().err
+    assert experiment.main(["--profile=tiny", "--dataset=embedded", *out]) == 1
+    assert "--dataset=embedded is the text of the profile embedded" in capsys.readouterr().err
     assert experiment.main(["--profile=tiny", "--model=synthetic", *out]) == 1
     assert "is a synthetic model, which reads no text" in capsys.readouterr().err
 

@@ -14,7 +14,8 @@ from transformers import Gemma2Config
 import experiment
 from evals.model.language_model import run_block
 from tests import PROJECT
-from tests.benchmarks import gpu, training
+from tests.benchmarks import gpu, training, variants
+from tests.runs.records import R2, entry, record
 
 REFUSED = ("simple_parsing", "datasets", "transformer_lens", "sae_lens", "psutil", "sklearn", "pandas", "plotly",
            "wandb")
@@ -126,3 +127,18 @@ def test_every_part_of_the_command_for_a_gpu_runs():
     for what, times in (("matrix products", 2), ("language model", 1)):
         shares = [float(row[2]) for row in cells if row[0] == what]
         assert len(shares) == times and all(0 < share < 100 for share in shares), what
+
+
+def test_variants_side_by_side_at_one_l0(tmp_path, capsys):
+    """Fails if seeds are averaged at other L0 than asked, or a fixed hyper-parameter is no row of its own."""
+    def swept(name, seed, low, high, **fixed):
+        points = {f"layer_0.k_{k}": entry({"core.l0": float(k), R2: r2}, variant="mine", hyper={"k": k} | fixed,
+                                          seed=seed) for k, r2 in ((4, low), (16, high))}
+        return str(record(tmp_path / name, points))
+
+    folders = [swept("a", 0, 0.4, 0.8, w=1), swept("b", 1, 0.5, 0.9, w=1), swept("c", 0, 0.1, 0.3, w=2)]
+    variants.main([*folders, "--l0=8", f"--metrics={R2}"])
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    # log 8 is halfway between log 4 and log 16: .6 and .7, and .2
+    assert [[cell.strip() for cell in row] for row in rows] == [["`mine`", "2", "0.6500 ± 0.0707"],
+                                                                ["`mine w=2`", "1", "0.2000 ± 0.0000"]]

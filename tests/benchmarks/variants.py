@@ -18,16 +18,15 @@ from runs.wording import number
 
 
 def by_variant(runs: list[list[Run]]) -> dict[str, list[list[Run]]]:
-    """The SAEs of runs by variant and the hyper-parameters that are not swept, where they are not the default."""
-    found = defaultdict(list)
-    usual: dict[tuple, object] = {}
+    """The SAEs of runs by variant, and by the hyper-parameters in which runs of one variant differ."""
+    known = defaultdict(set)
     for saes in runs:
-        fixed = fixed_hyper(saes)
-        for key, value in fixed.items():
-            usual.setdefault((saes[0].config["variant"], key), value)
+        for key, value in fixed_hyper(saes).items():
+            known[saes[0].config["variant"], key].add(json.dumps(value))
+    found = defaultdict(list)
     for saes in runs:
         variant = saes[0].config["variant"]
-        told = [f"{key}={value}" for key, value in fixed_hyper(saes).items() if usual[variant, key] != value]
+        told = [f"{key}={value}" for key, value in fixed_hyper(saes).items() if len(known[variant, key]) > 1]
         found[" ".join([variant, *told])].append(saes)
     return found
 

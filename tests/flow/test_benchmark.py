@@ -140,5 +140,5 @@ def test_variants_side_by_side_at_one_l0(tmp_path, capsys):
     variants.main([*folders, "--l0=8", f"--metrics={R2}"])
     rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[2:]]
     # log 8 is halfway between log 4 and log 16: .6 and .7, and .2
-    assert [[cell.strip() for cell in row] for row in rows] == [["`mine`", "2", "0.6500 ± 0.0707"],
+    assert [[cell.strip() for cell in row] for row in rows] == [["`mine w=1`", "2", "0.6500 ± 0.0707"],
                                                                 ["`mine w=2`", "1", "0.2000 ± 0.0000"]]

@@ -23,7 +23,7 @@ HEADLINE = ("ce_loss_score", "kl_div_score", "f1", "mcc", "r2", "uniqueness", "e
             "mean_absorption_fraction_score", "mean_absorption_score", "scr_metric_threshold_10",
             "tpp_threshold_10_total_metric", "autointerp_score", "unlearning_score", "text_unlearning_precision",
             "disentanglement_score")
-HEADLINE_LINES = 13
+HEADLINE_LINES = 11
 BY_RUN = (*frontier.L0, "core.ce_loss_score", "core.r2", "ground_truth.f1", "ground_truth.mcc", "ground_truth.r2",
           "ground_truth.uniqueness", "sparse_probing.sae_top_1", *frontier.ALIVE, "core.explained_variance")
 WIDTH = 100  # columns of printed text

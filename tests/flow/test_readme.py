@@ -36,6 +36,8 @@ ELSEWHERE = (
     ("python -m tests.flow.test_cuda", "tests/flow/test_imitated_gpu.py", r"^test_cuda\.test_no_step_waits"),
     ("python -m tests.benchmarks.training", "tests/flow/test_benchmark.py", r"^training\.main\("),
     ("python -m tests.benchmarks.gpu", "tests/flow/test_benchmark.py", r'"-m", "tests\.benchmarks\.gpu"'),
+    ("python -m runs.stability", "tests/runs/test_stability.py", r"stability\.main\("),
+    ("--store", "tests/runs/test_seeds.py", r'"--store"'),
     ("openai-community/gpt2", "tests/evals/test_inputs.py", r"run\(cache, gpt2, texts, "))
 # what makes a benchmark of the embedded model, of a real step or of many architectures one of seconds
 SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--evals=core"],
@@ -43,7 +45,7 @@ SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--eva
          "cache": ["--gb=0.01"],
          "steps": ["--device=cpu", "--d_in=32", "--width=256", "--k=4", "--batch_size=64", "--variants=topk,standard"],
          "evals": ["--help"]}  # minutes of the embedded model
-OTHER_PROGRAMS = {"--all", "--baseline", "--csv", "--json", "--markdown", "--saebench"}
+OTHER_PROGRAMS = {"--all", "--baseline", "--csv", "--json", "--markdown", "--saebench", "--store"}
 COMMANDS = r"(python3?|torchrun|pip|diff) "
 REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
 

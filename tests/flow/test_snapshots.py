@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+import evals
 import experiment
-from evals import core
 from runs import folder, snapshots
 from tests import small_run
 
@@ -52,6 +52,7 @@ def test_what_cannot_be_measured_is_refused(cache, tmp_path, capsys, flags, said
 def test_what_was_not_measured_is_said(cache, tmp_path, monkeypatch):
     """Fails if a crash along training costs the run, or a row that is not there, or of other settings, is not named."""
     out = tmp_path / "run_1"
+    core = evals.load("core")
     real, calls = core.run, []
 
     def failing_once(setup, saes):

@@ -119,7 +119,8 @@ def test_kept_decoder_of_a_baseline(tmp_path):
     rows_FD = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 200)[:, None]
     run = read(saved(tmp_path / "run", rows_FD))["layer_3"]
     record(tmp_path / "base", {"layer_3": entry({"core.l0": 30.0, CE: 0.9})})
-    file = stability.keep(run, tmp_path / "base")
+    assert stability.main([str(run.path.parent), str(tmp_path / "base")]) == 0
+    file = tmp_path / "base" / "sae" / run.section / stability.COMPACT
     assert file.stat().st_size < 200 * 64 + 500
     new = stability.new_features(run, [read(tmp_path / "base")["layer_3"]])
     assert new.nearest == list(range(200)) and min(new.cosine) > 0.9998 and new.index == []

@@ -1,6 +1,8 @@
 """The preflight check: each way to get a variant wrong ends in its own message, and variants that are right pass."""
 
 
+import sys
+
 import pytest
 import torch
 
@@ -74,10 +76,11 @@ def test_syntax_error_has_its_line(tmp_path):
 @pytest.mark.parametrize("line, name", [
     ("from variants import ranks", "ranks"), ("import variants.contexts", "contexts"),
     ("from variants.imperative import Imperative", "imperative")])
-def test_what_moved_to_the_kit_is_said_where_it_lies(tmp_path, line, name):
+def test_what_moved_to_the_kit_is_said_where_it_lies(tmp_path, monkeypatch, line, name):
     """Fails if a file that imports what once lay in variants/ is told to install a package or to check its spelling."""
     file = tmp_path / "mine.py"
     file.write_text(f"import torch\n{line}\n")
+    monkeypatch.delitem(sys.modules, f"variants.{name}", raising=False)  # of a variant of that name, tried before
     with pytest.raises(ImportError) as caught:
         run(file)
     place, advice = str(caught.value).split("\n")
@@ -326,6 +329,7 @@ def test_what_fails_or_waits_only_on_a_gpu_is_remarked(tmp_path):
                         "        a_BF = (batch.x - self.b_dec) @ self.W_enc\n"
                         + "".join(f"        {line}\n" for line in lines)
                         + "        r = base.reconstruction_loss(batch.x - self.decode(torch.relu(a_BF + self.b_enc)))\n"
+                          "        self.note_fired(torch.relu(a_BF + self.b_enc))\n"
                           "        return r, {'r': r}\n")
         return run(file).notes
 

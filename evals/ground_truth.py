@@ -68,13 +68,13 @@ class Counts:
     tp_CF: Tensor  # samples with both, the latent alone, the feature alone
     fp_CF: Tensor
     fn_CF: Tensor
-    sums_C: dict[str, Tensor]  # samples, l0, shrinkage, shrunk (samples with a norm), error: Σ‖x − x_hat‖²
+    sums_C: dict[str, Tensor]  # l0, shrinkage, shrunk (samples with a norm), error: Σ‖x − x_hat‖²
 
     @classmethod
     def none(cls, best_F: Tensor, groups: int) -> Counts:
         """Nothing counted yet."""
         zeros = [torch.zeros(groups, len(best_F)) for _ in range(3)]
-        names = ("samples", "l0", "shrinkage", "shrunk", "error")
+        names = ("l0", "shrinkage", "shrunk", "error")
         return cls(best_F, *zeros, {name: torch.zeros(groups, dtype=torch.float64) for name in names})
 
 
@@ -86,22 +86,19 @@ def run(setup: Setup, saes: dict) -> dict[str, Result]:
     cosine_of = {name: cosines(sae.W_dec.to(features_GD), features_GD) for name, sae in saes.items()}
     counts = {name: Counts.none(cosine_FG.argmax(1), groups) for name, cosine_FG in cosine_of.items()}
     sum_CD = torch.zeros(groups, setup.lm.d_model, dtype=torch.float64)
-    square_C, true_C = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
+    samples_C, square_C, true_C = torch.zeros(3, groups, dtype=torch.float64)
     for i, draw in enumerate(setup.track(draws, "ground truth", len(draws) * DRAW, "sample", lambda _: DRAW)):
         x_SD, z_SG = setup.lm.draw(draw)
         group = i * groups // len(draws)
+        samples_C[group] += len(x_SD)
         sum_CD[group] += x_SD.double().sum(0).cpu()
         square_C[group] += x_SD.double().pow(2).sum().cpu()
         true_C[group] += (z_SG > 0).sum().cpu()
         for name, sae in saes.items():
             add(setup, counts[name], group, sae, x_SD, z_SG > 0)
-    results = {}
-    for name in saes:
-        n_C = counts[name].sums_C["samples"]
-        mean_D = sum_CD.sum(0) / n_C.sum()
-        spread_C = square_C - 2 * sum_CD @ mean_D + n_C * mean_D.square().sum()
-        results[name] = scored(counts[name], cosine_of[name], spread_C, true_C)
-    return results
+    mean_D = sum_CD.sum(0) / samples_C.sum()
+    spread_C = square_C - 2 * sum_CD @ mean_D + samples_C * mean_D.square().sum()
+    return {name: scored(counts[name], cosine_of[name], samples_C, spread_C, true_C) for name in saes}
 
 
 def cosines(W_FD: Tensor, features_GD: Tensor) -> Tensor:
@@ -127,28 +124,27 @@ def add(setup: Setup, counts: Counts, group: int, sae, x_SD: Tensor, true_SG: Te
     counts.tp_CF[group] += tp_F.sum(0).cpu()
     counts.fp_CF[group] += fp_F.sum(0).cpu()
     counts.fn_CF[group] += fn_F.sum(0).cpu()
-    counts.sums_C["samples"][group] += len(x_SD)
     for name, total in zip(("l0", "shrinkage", "shrunk", "error"), totals.sum(0).cpu()):
         counts.sums_C[name][group] += total
 
 
-def scored(counts: Counts, cosine_FG: Tensor, spread_C: Tensor, true_C: Tensor) -> Result:
-    """The Result of one SAE. `spread_C`: Σ‖x − mean‖² of each group; `true_C`: its firings of true features."""
+def scored(counts: Counts, cosine_FG: Tensor, samples_C: Tensor, spread_C: Tensor, true_C: Tensor) -> Result:
+    """The Result of one SAE. Of each group, whatever the SAE: its samples, Σ‖x − mean‖², firings of true features."""
     sums_C = counts.sums_C
     values, stderrs = detection(counts)
     alive_F = (counts.tp_CF + counts.fp_CF).sum(0) > 0
     matched_P, (F, G) = matched(cosine_FG), cosine_FG.shape
     values |= dict(mcc=float(matched_P.mean()), uniqueness=len(counts.best_F.unique()) / F,
                    r2=float(1 - sums_C["error"].sum() / spread_C.sum()),
-                   shrinkage=ratio(sums_C["shrinkage"], sums_C["shrunk"]), l0=ratio(sums_C["l0"], sums_C["samples"]),
-                   true_l0=ratio(true_C, sums_C["samples"]), dead_latents=int((~alive_F).sum()),
+                   shrinkage=ratio(sums_C["shrinkage"], sums_C["shrunk"]), l0=ratio(sums_C["l0"], samples_C),
+                   true_l0=ratio(true_C, samples_C), dead_latents=int((~alive_F).sum()),
                    frac_alive=float(alive_F.float().mean()))
     share_F = 1 / counts.best_F.bincount(minlength=G)[counts.best_F].double().cpu()  # its mean is the uniqueness
     stderrs |= dict(mcc=float(matched_P.std() / len(matched_P) ** 0.5), uniqueness=float(share_F.std() / F**0.5),
                     r2=errors.of_ratio(sums_C["error"], spread_C),
                     shrinkage=errors.of_ratio(sums_C["shrinkage"], sums_C["shrunk"]),
-                    l0=errors.of_ratio(sums_C["l0"], sums_C["samples"]),
-                    true_l0=errors.of_ratio(true_C, sums_C["samples"]))
+                    l0=errors.of_ratio(sums_C["l0"], samples_C),
+                    true_l0=errors.of_ratio(true_C, samples_C))
     alive_error = error_of_alive(counts)
     stderrs |= dict(frac_alive=alive_error, dead_latents=alive_error * F)
     categories = dict(features=("f1", "precision", "recall", "mcc", "uniqueness"), reconstruction=("r2", "shrinkage"),

@@ -12,9 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import math
 import os
 import sys
 import traceback
@@ -47,7 +45,7 @@ from evals.model import language_model, memory, passes, places, synthetic
 from evals.model.language_model import LanguageModel
 from evals.storage import network
 from evals.storage.identity import files_digest
-from evals.texts import inputs, packing
+from evals.texts import inputs
 from evals.texts.blocks import FIRST, TokenStream
 from evals.texts.reader import Reader, Rows
 from runs import (
@@ -58,6 +56,7 @@ from runs import (
     failure,
     identity,
     needs,
+    own_report,
     reading,
     report,
     training,
@@ -72,7 +71,6 @@ from variants import base
 from variants.kit import contexts, imperative, interchange, norms, ranks, saving, trainer_state
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
-from variants.kit.scale import dominant_mean, stream_scale
 from variants.kit.steps import forget, gradients
 from variants.kit.trained import TrainedSAE
 from variants.kit.update import update
@@ -124,6 +122,12 @@ class Settings:
     allow_identical: bool = False  # run even though the variant trains bit-identically to an existing one
     allow_dense: bool = False  # run even though the code is not sparse; the result says so
     against: str = ""  # a variant, by name or path, from which this one must differ: how far it gets is said
+    headline: Optional[str] = None  # metric of the verdict; unset: core.ce_loss_score, on synthetic ground_truth.f1
+    note: str = ""  # what this run tries, one line for the ledger, results.tsv
+    minutes: float = 0.0  # the run ends in so many, evals included, counted from the start of its process; 0: no limit
+    # end a training that comes to nothing (no feature fires, most do, no reconstruction); auto: under --minutes
+    stop_hopeless: Literal["auto", "yes", "no"] = "auto"
+    log: str = ""  # where the training log's rows go besides: tensorboard, wandb, or both, comma-separated
     trust_code: bool = False  # run the variant.py that init_from brings along, though it is none of variants/
 
 
@@ -154,7 +158,8 @@ NEVER_EMPTY = {*PATHS, "layers", "evals", "text_field"}  # given an empty value,
 
 # Settings that change where a run lives or how often it speaks, but not what comes out of it.
 NOT_IN_FINGERPRINT = {"out_dir", "checkpoint_seconds", "activation_cache_gb", "cache_dir", "data_dir",
-                      "allow_identical", "allow_dense", "against", "shard", "trust_code"}
+                      "allow_identical", "allow_dense", "against", "shard", "trust_code", "headline", "note",
+                      "stop_hopeless", "log"}
 # And those that decide only what is measured of the trained SAEs, not how they are trained.
 NOT_IN_TRAINING = {"variant", "evals", "eval_config", "snapshots", "snapshot_evals"}
 
@@ -387,8 +392,8 @@ def tried_report(settings: Settings, sae: base.SAE, hyper: dict) -> tuple[dict, 
         source = make_source(tiny)
         lm = load_language_model(dataclasses.replace(tiny, layers=str(layer)))
         job = Job(f"layer_{layer}", layer, hyper, sae, None, scale=1.0)
-        job.scale = float(held_out_batch(tiny, lm, job, source, 256).x.pow(2).sum(1).mean().sqrt())
-        return report_of(tiny, lm, job, source)
+        job.scale = float(own_report.held_out_batch(tiny, lm, job, source, 256).x.pow(2).sum(1).mean().sqrt())
+        return own_report.report_of(tiny, lm, job, source)
 
 
 # ====================================================================================================== language model
@@ -585,7 +590,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             training.leave_out(settings.max_norm_ratio, jobs, block, b)
             now.clock.begin_steps(now.step)
             if now.step == 0:
-                begin(settings, lm, jobs, block)
+                training.begin(settings, lm, jobs, block, lambda job: shard(settings, job))
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
@@ -638,29 +643,6 @@ def step_all(jobs: list[Job], batch_of_job: dict[str, base.Batch], progress: bas
     now.step = progress.step + 1
 
 
-def begin(settings: Settings, lm: LanguageModel, jobs: list[Job], block: dict[str, Tensor]) -> None:
-    """Measure the scale on the first block, let fresh SAEs initialise themselves on normalised data, note outliers."""
-    for job in jobs:
-        x_ND = block[f"x_{job.layer}"]
-        if not job.scale:
-            job.scale, share = stream_scale(x_ND)
-            if dominant_mean(share):
-                say(f"note: {job.name}: {dominant_mean(share)}")
-            if settings.init_from:  # its weights took raw activations
-                interchange.rescale(job.sae, job.scale)
-        if not settings.init_from:
-            start = int(block["starts_W"][ranks.number()]) if ranks.sharing() > 1 else 0
-            job.sae.initialise(ranks.first_rows(x_ND, start, 8192).float() / job.scale)
-        shard(settings, job)
-    for layer in layers_of(settings):
-        # the tokens that hold most of E‖x‖², where a few do: an SAE is then judged on those
-        line = model_checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm)
-        if line:
-            say(f"note: layer {layer}: {line}")
-            for job in (job for job in jobs if job.layer == layer):
-                job.notes = [line]
-
-
 def shard(settings: Settings, job: Job) -> None:
     """Spread an SAE over the ranks, if that was asked for or is needed, with an optimiser of its own."""
     if settings.shard and ranks.sharing() > 1:
@@ -708,47 +690,6 @@ def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: in
 def begun(settings: Settings, out: Path, jobs: list[Job]) -> training.Training:
     """Where training begins: at its first step, or where the run's checkpoint left it."""
     return training.begun(out, jobs, count_steps(settings), settings.shard, lambda job: shard(settings, job))
-
-
-# ======================================================================================== the variant's own report
-
-
-def report_of(settings: Settings, lm: LanguageModel, job: Job, source) -> tuple[dict, dict]:
-    """What the variant measures of itself, numbers and files; before the evals wrap the model."""
-    looked_at = TrainedSAE(duplicate(job.sae), job.scale)
-    held_out = functools.partial(held_out_batch, settings, lm, job, source)
-    return job.sae.report(base.Context(lm, job.layer, looked_at, settings.seed, held_out))
-
-
-def held_out_batch(settings: Settings, lm: LanguageModel, job: Job, source, n_tokens: int) -> base.Batch:
-    """About so many held-out tokens as one training batch, in whole contexts."""
-    rows = math.ceil(n_tokens / (settings.context - 1))
-    rows_RT = packing.pack(source.documents("heldout"), lm.tokenizer, settings.context, lm.bos, rows)
-    index_N = (rows_RT != lm.bos).flatten().nonzero().squeeze(1)
-    wanted = [job.attention] if job.attention else []
-    block = passes.collect(lm, rows_RT, index_N, [job.layer], wanted, settings.lm_batch_size, say, track,
-                           "held-out text")
-    norms.leave_out(block, {job.layer: job.max_norm})
-    fields = contexts.gather(contexts.placed(block, settings.device), torch.arange(len(rows_RT)), settings.context,
-                             job.layer, job.attention, settings.device)
-    return base.Batch.of(fields, job.scale)
-
-
-def reported(settings: Settings, lm: LanguageModel, jobs: list[Job], source, out: Path) -> dict[str, BaseException]:
-    """Write what the variant measures of each SAE into variant_report/<SAE>; returns the crashed reports, by SAE."""
-    crashed = {}
-    for job in jobs:
-        numbers, files = {}, {}
-        try:
-            numbers, files = report_of(settings, lm, job, source)
-        except packing.TooLittleText as error:
-            say(f"{job.name}: no report of the variant's own: {network.first_line(error)}")
-        except Exception as error:  # noqa: BLE001  it must cost neither the training nor the evals
-            crashed[job.name] = error
-            traceback.clear_frames(error.__traceback__)
-            say(f"{job.name}: the variant's own report failed: {type(error).__name__}: {error}")
-        runs.folder.write_report(out / "variant_report" / job.name, numbers, files)
-    return crashed
 
 
 # =============================================================================================================== evals
@@ -867,7 +808,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         for job in own:
             save_sae(settings, job, out)
     with phase("report", info, out):
-        unreported = reported(settings, lm, own, source, out)
+        unreported = own_report.reported(settings, lm, own, source, out)
     with phase("evals", info, out):
         crashed = evaluate(settings, lm, jobs, source, cache, out)
     if ranks.number():  # the first goes on alone

@@ -21,6 +21,7 @@ RANGES = {
     "seed": (0, 2**32 - 1),  # what NumPy's and scikit-learn's generators take
     "log_lines": (1, 10**6),
     "snapshots": (0, 10**4),
+    "minutes": (0.0, 1e6),
     "checkpoint_seconds": (0.0, math.inf),  # inf: at the end alone
     "activation_cache_gb": (0.0, 1e9),
 }

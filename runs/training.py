@@ -9,12 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from evals.model import checks
+from evals.model.language_model import LanguageModel
 from runs import checkpoint, environment, training_log
 from runs.clock import Clock
 from runs.voice import say
 from variants.base import Batch, Progress
-from variants.kit import norms, ranks
+from variants.kit import interchange, norms, ranks
 from variants.kit.imperative import Imperative
+from variants.kit.scale import dominant_mean, stream_scale
 
 
 @dataclass
@@ -38,6 +41,32 @@ def note(out: Path, jobs: list, batch_of_job: dict[str, Batch], progress: Progre
         if not ranks.number():
             training_log.write(out, now.log)
         training_log.say_rows(now.log[-len(jobs):], progress.total_tokens)
+
+
+def begin(settings, lm: LanguageModel, jobs: list, block: dict[str, Tensor], spread: Callable) -> None:
+    """Measure the scale on the first block, let fresh SAEs initialise themselves on normalised data, note outliers.
+
+    `spread` shares an SAE out among the ranks, where that is asked for.
+    """
+    for job in jobs:
+        x_ND = block[f"x_{job.layer}"]
+        if not job.scale:
+            job.scale, share = stream_scale(x_ND)
+            if dominant_mean(share):
+                say(f"note: {job.name}: {dominant_mean(share)}")
+            if settings.init_from:  # its weights took raw activations
+                interchange.rescale(job.sae, job.scale)
+        if not settings.init_from:
+            start = int(block["starts_W"][ranks.number()]) if ranks.sharing() > 1 else 0
+            job.sae.initialise(ranks.first_rows(x_ND, start, 8192).float() / job.scale)
+        spread(job)
+    for layer in dict.fromkeys(job.layer for job in jobs):
+        # the tokens that hold most of E‖x‖², where a few do: an SAE is then judged on those
+        line = checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm)
+        if line:
+            say(f"note: layer {layer}: {line}")
+            for job in (job for job in jobs if job.layer == layer):
+                job.notes = [line]
 
 
 def leave_out(ratio: float | None, jobs: list, block: dict[str, Tensor], b: int) -> None:

@@ -598,10 +598,12 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     """
     ranks.train_together(all(job.sae.data_parallel for job in jobs))
     now = begun(settings, out, jobs)
-    while now.step < count_steps(settings):  # else trained, or from elsewhere and only to be evaluated
+    left = now.step < count_steps(settings)  # else trained, or from elsewhere and only to be evaluated
+    while left:
         stream = token_stream(source, lm, settings, now.cursor)
         try:
             settings = train_on(settings, lm, jobs, stream, source, cache, out, now, interrupts, limit)
+            left = False
         except limits.Slow as slow:  # a block would not be made in time: a smaller one, from where it begins
             b = pace.block_at(steps_by_block(settings), now.step)
             now.cursor = training.cursor_at(stream.cursors, b)

@@ -52,14 +52,15 @@ def keep_until(settings, jobs: list, plan: list[int], out: Path) -> int:
     last = min(_before_decay(total), sum(_steps(settings, whole)))
     kept_bytes = 3 * sum(p.numel() * p.element_size() for job in jobs for p in job.sae.parameters())
     free = disk.room(out)[1]
-    if last < 1 or free is None or 10 * kept_bytes > free:
-        return 0
     try:
         asked = {words: ask for job in jobs for words, ask in asked_of(job.sae).items()}
     except Exception:  # noqa: BLE001  it could not be prolonged, or nobody can tell
         return 0
     some = [*range(0, last, max(1, last // 1000)), last - 1]
-    if differing(asked, total, 2 * total, some, settings.batch_size):
+    if last < 1 or differing(asked, total, 2 * total, some, settings.batch_size):
+        return 0
+    if free is None or 10 * kept_bytes > free:
+        say(f"no checkpoint is kept for prolonging this run: {size(kept_bytes)} are more than a tenth of what is free")
         return 0
     say(f"{checkpoint.KEPT} ({size(kept_bytes)}) is kept up to step {last:,}: from there this run can be prolonged "
         "with more --num_tokens")
@@ -355,15 +356,18 @@ class _Anything:
         raise _LookedAt
 
 
+SILENT = types.SimpleNamespace(tokens_since_fired=_Anything())
+
+
 def _dead_age(progress: Progress):
     """Tokens after which a silent feature counts as dead."""
-    return SAE.dead_features(types.SimpleNamespace(tokens_since_fired=_Anything()), progress)
+    return SAE.dead_features(SILENT, progress)
 
 
 def _theta_begins(progress: Progress) -> bool:
     """Whether theta is updated in this step: then it looks at what was kept."""
     try:
-        topk.update_theta(None, _Anything(), progress, decay=0.0)
+        inspect.unwrap(topk.update_theta)(None, _Anything(), progress, decay=0.0)
     except _LookedAt:
         return True
     return False

@@ -100,7 +100,7 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
                        remains=prolong.remaining(out, info))
         last = kept(error, out, details)
         room = MOST_CHARACTERS - len("\n".join([*lines, last])) - 1
-        lines += [prolong.told(out, info)[:room], last]
+        lines += [prolong.told(out, info)[:max(0, room)], last]
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is closed, full or None
         print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
     return 1

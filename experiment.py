@@ -59,6 +59,7 @@ from runs import (
     needs,
     own_report,
     pace,
+    prolong,
     reading,
     report,
     training,
@@ -301,14 +302,16 @@ def inputs_of(settings: Settings) -> dict[str, str]:
 
 def recognise(settings: Settings) -> tuple[dict[str, str], str, str, dict[str, str]]:
     """What the run reads, hashes of what decides its result and its training alone, and the commits it reads at."""
+    read, whole, for_training = identity.recognised(settings.out_dir, lambda: inputs_of(settings),
+                                                    lambda read: marks(settings, read))
+    return read, whole, for_training, network.pinned()
+
+
+def marks(settings: Settings, read: dict[str, str]) -> tuple[str, str]:
+    """The two hashes, of a run that reads this."""
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_IN_FINGERPRINT}
     kept["layers"] = layers_of(settings)
-
-    def marks(read: dict[str, str]) -> tuple[str, str]:
-        return identity.fingerprints(kept, NOT_IN_TRAINING, read, settings.variant)
-
-    read, whole, for_training = identity.recognised(settings.out_dir, lambda: inputs_of(settings), marks)
-    return read, whole, for_training, network.pinned()
+    return identity.fingerprints(kept, NOT_IN_TRAINING, read, settings.variant)
 
 
 # =========================================================================================================== preflight
@@ -711,7 +714,10 @@ def shard(settings: Settings, job: Job) -> None:
 
 def begun(settings: Settings, out: Path, jobs: list[Job]) -> training.Training:
     """Where training begins: at its first step, or where the run's checkpoint left it."""
-    return training.begun(out, jobs, count_steps(settings), settings.shard, lambda job: shard(settings, job))
+    now = training.begun(out, jobs, count_steps(settings), settings.shard, lambda job: shard(settings, job))
+    if now.step < count_steps(settings):
+        now.keep_until = prolong.keep_until(settings, jobs, block_plan(settings), out)
+    return now
 
 
 # =============================================================================================================== evals
@@ -903,7 +909,10 @@ def command(argv: list[str], known: failure.Known) -> int:
     network.pin(commits)  # every rank reads the same
     state = None
     if not ranks.number():
-        state, known.lock = runs.folder.claim(settings.out_dir, whole, for_training)
+        state, known.lock = runs.folder.claim(
+            settings.out_dir, whole, for_training,
+            lambda folder, before: prolong.found(settings, folder, before, lambda other: marks(other, read)[1],
+                                                 block_plan, hypers_of))
     out = known.out = Path(settings.out_dir).resolve()
     known.interrupts = Interrupts()
     state = ranks.agreed(lambda: state)
@@ -920,7 +929,7 @@ def command(argv: list[str], known: failure.Known) -> int:
     no_paths = {name: value for name, value in dataclasses.asdict(settings).items()
                 if name not in ("out_dir", "cache_dir", "data_dir")}
     info |= dict(status="running", fingerprint=whole, training_fingerprint=for_training, inputs=read, commits=commits,
-                 settings=no_paths, seed=settings.seed, versions=environment.versions(),
+                 settings=no_paths, steps=count_steps(settings), seed=settings.seed, versions=environment.versions(),
                  commit=environment.git_commit(), hardware=environment.hardware(settings.device))
     with limit.within(limits.LAST_WORDS, lambda: f"in {info['phase']}"):
         crashed = run(settings, why, out, info, known.interrupts, limit)
@@ -930,8 +939,10 @@ def command(argv: list[str], known: failure.Known) -> int:
 def resume(settings: Settings, out: Path) -> dict[str, float]:
     """Say how the run was left, and make its folder fit to go on; returns the seconds it has taken so far, by phase."""
     before = runs.folder.left(out)
+    asked = dict(steps=count_steps(settings), settings=dataclasses.asdict(settings))
+    remains = ", ".join(prolong.remaining(out, before | asked))
     say(f"{settings.out_dir} {failure.CONTINUES} {before.get('phase', 'unknown')!r} ({failure.left(out, before)}); "
-        "continuing")
+        + (f"continuing: {remains}" if remains else "continuing"))
     if not ranks.number():
         (out / "error.json").unlink(missing_ok=True)
     ranks.agreed(lambda: checkpoint.mend(out, say))

@@ -2,14 +2,16 @@
 
 A checkpoint is a zip archive, and torch gives every record of it a CRC-32 as it writes, which torch.load does not look
 at (a flipped bit loads as another weight). `mend` does, at 2 to 3 GB/s, before a run continues; at writing it costs
-nothing more. Disk: two checkpoints, three while one is written or where one was damaged; each 3 times the bytes of the
-parameters with Adam.
+nothing more. Disk: two checkpoints, three while one is written or where one was damaged, and one more where one is kept
+for a longer run (runs/prolong.py); each 3 times the bytes of the parameters with Adam.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +24,8 @@ from variants.kit import files
 
 NAME, TEMPORARY = "checkpoint.pt", ".checkpoint.pt.tmp"
 PREVIOUS, DAMAGED = "checkpoint.previous.pt", "checkpoint.damaged.pt"
+KEPT = "checkpoint.before_decay.pt"  # outlives the run: with it a longer one goes on
+NAMES = (NAME, PREVIOUS, KEPT)
 PARTS = {"step", "cursor", "log", "recent", "rng", "saes"}
 
 
@@ -40,6 +44,32 @@ def write(out: Path, state: dict) -> None:
         raise
     if (out / NAME).exists():
         os.replace(out / NAME, out / PREVIOUS)
+    files.put(temporary, out / NAME)
+
+
+def keep(out: Path) -> None:
+    """Let checkpoint.pt as it is stay under the name KEPT, instead of an earlier one: a hard link, nothing is written.
+
+    On a disk without hard links nothing is kept.
+    """
+    temporary = out / f".{KEPT}.tmp"
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        os.link(out / NAME, temporary)
+        os.replace(temporary, out / KEPT)
+
+
+def bring(source: Path, out: Path) -> None:
+    """A checkpoint of another folder as checkpoint.pt of this one; it stays where it is. OSError names the file."""
+    temporary = out / TEMPORARY
+    try:
+        os.link(source, temporary)
+    except OSError:  # a disk without hard links
+        try:
+            shutil.copyfile(source, temporary)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise disk.named(error, out / NAME)  # noqa: B904  the same error
     files.put(temporary, out / NAME)
 
 
@@ -107,6 +137,15 @@ def remove(out: Path) -> None:
     """Delete what a finished run needs no more."""
     for name in (NAME, PREVIOUS, DAMAGED):
         (out / name).unlink(missing_ok=True)
+
+
+def glance(file: Path) -> tuple[int, list[str]] | None:
+    """(step, names of the SAEs) of a checkpoint, whose tensors are not read; None if there is no readable one."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return state["step"], list(state["saes"])
+    except Exception:  # noqa: BLE001  `damage` tells what is wrong
+        return None
 
 
 def read(out: Path, device: torch.device | str, view: bool) -> dict | None:

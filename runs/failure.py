@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 import variants
-from runs import disk, folder
+from runs import disk, folder, prolong
 from runs.interrupts import Interrupts
 from variants.kit import ranks
 
 PROJECT = Path(__file__).resolve().parent.parent
+MOST_CHARACTERS = 1198  # of the last words on stderr, their newline not counted: more a client cuts off
 ADVICE = {"OutOfMemoryError": "use a smaller --batch_size, --d_sae or --lm_batch_size",
           "MemoryError": "use a smaller --batch_size, --d_sae or --lm_batch_size"}
 
@@ -51,6 +52,9 @@ def interrupted(stop: KeyboardInterrupt, known: Known) -> int:
             folder.mark(known.out, known.info, "interrupted")
         place = inside(stop, known.settings)
         print(f"interrupted in {known.info['phase']}{place}: the same command continues", file=sys.stderr, flush=True)
+        remains = ", ".join(prolong.remaining(known.out, known.info)) if known.begun else ""
+        if remains:
+            print(f"remains: {remains}", file=sys.stderr, flush=True)
     ranks.leave()
     return 128 + (known.interrupts.signal if known.interrupts else signal.SIGINT)
 
@@ -92,10 +96,14 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
     to_do = f"; to do: {advice}"[:400] if advice else ""
     lines.append(kind + to_do)
     if out and out.is_dir():
-        details = dict(phase=phase, type=kind, message=what, where=where, advice=advice)
-        lines.append(kept(error, out, details))
+        info = folder.left(out)
+        details = dict(phase=phase, type=kind, message=what, where=where, advice=advice,
+                       remains=prolong.remaining(out, info))
+        last = kept(error, out, details)
+        room = MOST_CHARACTERS - len("\n".join([*lines, last])) - 1
+        lines += [prolong.told(out, info)[:max(0, room)], last]
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is closed, full or None
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
     return 1
 
 

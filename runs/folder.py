@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from runs import disk
@@ -130,23 +131,29 @@ def _said(info: dict) -> str:
 # ------------------------------------------------------------------------------------------------ claiming a folder
 
 
+def _none(folder: Path, info: dict) -> str:
+    """No checkpoint of another run is gone on with."""
+    return ""
+
+
 def next_free(base: str = "run_") -> str:
     """`run_1`, `run_2`, …: the first that does not exist."""
     return next(name for n in itertools.count(1) if not os.path.lexists(name := f"{base}{n}"))
 
 
-def claim(out_dir: str | Path, fingerprint: str, training: str = ""):
+def claim(out_dir: str | Path, fingerprint: str, training: str = "", prolongs: Callable[[Path, dict], str] = _none):
     """Make `out_dir` this process's own, till it releases the lock or ends: ("new" | "resume" | "finished", lock).
 
     The folder of the same `fingerprint` (as its run_info.json says) is kept: "finished" if its status says so,
     final_info.json is there and no result was damaged since, else "resume"; so is an unfinished one whose `training`
-    fingerprint is the same. Any other content is moved to `<out_dir>.previous-N`.
+    fingerprint is the same. Any other content is moved to `<out_dir>.previous-N`. Where `prolongs`, given the folder
+    and its run_info.json, names a checkpoint in it, that is brought to the new folder, and it is "resume" there.
     RuntimeError: another process has it. ValueError: not a place for a run. PermissionError: cannot be written.
     """
     folder = _allowed(Path(out_dir))
     lock = _lock(folder, out_dir)
     try:
-        return _state(folder, out_dir, fingerprint, training), lock
+        return _state(folder, out_dir, fingerprint, training, prolongs), lock
     except BaseException:
         lock.release()
         raise
@@ -202,7 +209,7 @@ def _lock(folder: Path, out_dir):
         raise _unwritable(out_dir, error) from None
 
 
-def _state(folder: Path, out_dir, fingerprint: str, training: str) -> str:
+def _state(folder: Path, out_dir, fingerprint: str, training: str, prolongs: Callable[[Path, dict], str]) -> str:
     try:
         for leftover in [file for pattern in HALF_WRITTEN for file in folder.glob(pattern)]:
             _remove(leftover)  # of a process killed while writing; under the lock nobody writes them
@@ -222,10 +229,32 @@ def _state(folder: Path, out_dir, fingerprint: str, training: str) -> str:
                 for name in _content(folder):
                     (folder / name).unlink()
                 return "new"
-            _move_away(folder, out_dir)
+            name = prolongs(folder, info)
+            aside = _move_away(folder, out_dir)
+            if name:
+                _bring(aside, name, folder, info, dict(fingerprint=fingerprint, training_fingerprint=training))
+                return "resume"
     except OSError as error:
         raise _unwritable(out_dir, error) from None
     return "new"
+
+
+def _bring(aside: Path, name: str, folder: Path, before: dict, marks: dict) -> None:
+    """Make a new folder that of a run which was left in training, at a checkpoint of the run moved aside.
+
+    Its record comes first: a process killed in between leaves a run that begins at its first step.
+    """
+    from runs import checkpoint  # it imports torch
+
+    had = before["settings"]["num_tokens"]
+    _write_info(folder, marks | dict(status=f"prolonged from {had:,} tokens", phase="training"))
+    try:
+        checkpoint.bring(aside / name, folder)
+    except OSError as error:
+        print(f"{name} cannot be brought here ({error.strerror or error}): trained from the start", flush=True)
+        return
+    if before.get("status") == "finished":  # one that is not can still be ended as it was meant
+        (aside / name).unlink(missing_ok=True)
 
 
 def _harmed(folder: Path, info: dict) -> list[str]:
@@ -265,8 +294,8 @@ def _load(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _move_away(folder: Path, out_dir) -> None:
-    """Rename the locked folder as a whole and put an empty one, with the same lock file, in its place.
+def _move_away(folder: Path, out_dir) -> Path:
+    """Rename the locked folder as a whole and put an empty one, with the same lock file, in its place. Returns where.
 
     The rename is atomic, so a kill never splits a run between two folders. The lock file is linked back and not made
     anew: a process that opened it before the rename still finds it held. One that made a folder and a lock of its own
@@ -285,6 +314,7 @@ def _move_away(folder: Path, out_dir) -> None:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS) or os.path.lexists(folder / LOCK):
             raise
         os.rename(target / LOCK, folder / LOCK)  # a file system without hard links
+    return target
 
 
 def _allowed(path: Path) -> Path:

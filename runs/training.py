@@ -28,6 +28,7 @@ class Training:
     log: list[dict]  # rows of training_log.csv
     recent: dict[str, list]  # (loss, terms) of each SAE since the last of them, on the device
     cursor: dict | None = None  # where the token stream goes on
+    keep_until: int = 0  # last step whose checkpoint is kept for a longer run; 0: none is
     clock: Clock = field(default_factory=Clock)
 
 
@@ -107,6 +108,8 @@ def save(out: Path, jobs: list, now: Training, cursors: dict[int, dict], b: int)
     if not ranks.number():
         training_log.write(out, now.log)
         checkpoint.write(out, state)
+        if now.step <= now.keep_until:
+            checkpoint.keep(out)
     now.clock.has_saved(begun)
 
 

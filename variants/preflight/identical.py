@@ -46,6 +46,9 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
         if code(other.tree) == code(v.tree):
             defaults = hyperparameters(other.module)
             edited = [f"{k}={value}" for k, value in v.hyper.items() if defaults.get(k, value) != value]
+            if file == asked and not edited and not allowed:
+                fail(v, None, f"this is the unmodified {known_as}, from which it must differ (--against)",
+                     "change what it computes or a hyper-parameter; --allow_identical runs it all the same")
             notes.append(f"this is {known_as} with {', '.join(edited)}" if edited
                          else f"this is the unmodified {known_as}")
             continue
@@ -87,7 +90,7 @@ def references(name: str) -> list[Path]:
 
 def code(tree: ast.Module) -> str:
     """What a module computes: without comments, docstrings and the hyper-parameters' default values."""
-    tree = copy.deepcopy(tree)
+    tree = copy.deepcopy(imported_part(tree))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -97,8 +100,16 @@ def code(tree: ast.Module) -> str:
     return ast.dump(tree)
 
 
+def imported_part(tree: ast.Module) -> ast.Module:
+    """A module without what runs only where its file is started as a program."""
+    as_program = "if __name__ == '__main__':"
+    return ast.Module([part for part in tree.body if not ast.unparse(part).startswith(as_program)], tree.type_ignores)
+
+
 def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:
     """Lines of the statements of `mine` that `theirs` lacks; if none, of the functions with other arguments."""
+    mine, theirs = imported_part(mine), imported_part(theirs)
+
     def statements(tree):
         return [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt)
                 and not hasattr(n, "body")]

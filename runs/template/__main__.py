@@ -56,10 +56,11 @@ def settings_of(given: list[str]) -> list[str]:
 
 
 def anywhere(argument: str) -> str:
-    """An argument with its path made absolute, where it names one that exists."""
+    """An argument with its path made absolute: the cache's, and any other that exists and is written as a path."""
     flag, _, value = argument.partition("=")
-    path = Path(value).expanduser()
-    if flag.removeprefix("--") in PLACES and (value.startswith((".", "~")) or os.sep in value) and path.exists():
+    name, path = flag.removeprefix("--"), Path(value).expanduser()
+    written_as_path = name in PLACES and (value.startswith((".", "~")) or os.sep in value)
+    if (name == "cache_dir" and value) or (written_as_path and path.exists()):
         return f"{flag}={path.resolve()}"
     return argument
 

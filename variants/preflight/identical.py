@@ -102,8 +102,10 @@ def code(tree: ast.Module) -> str:
 
 def imported_part(tree: ast.Module) -> ast.Module:
     """A module without what runs only where its file is started as a program."""
-    as_program = "if __name__ == '__main__':"
-    return ast.Module([part for part in tree.body if not ast.unparse(part).startswith(as_program)], tree.type_ignores)
+    def as_program(part: ast.stmt) -> bool:
+        return isinstance(part, ast.If) and not part.orelse and ast.unparse(part.test) == "__name__ == '__main__'"
+
+    return ast.Module([part for part in tree.body if not as_program(part)], tree.type_ignores)
 
 
 def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:

@@ -64,8 +64,9 @@ def first_of(section, names):
 
 
 def error_of(section, metric):
-    """The standard error of a metric; 0, so that no bar is drawn, where none can be stated."""
-    return section.get("stderrs", {}).get(metric) or 0.0
+    """The standard error of a metric; not a number, which draws no error bar, where none can be stated."""
+    error = section.get("stderrs", {}).get(metric)
+    return float("nan") if error is None else error
 
 
 def save(figure, name):

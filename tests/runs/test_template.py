@@ -169,8 +169,9 @@ def test_what_must_have_an_effect_and_what_has_one(folder, monkeypatch):
     (folder / "run_0").mkdir()
     shutil.copy(program, folder / "run_0/variant.py")
 
-    def later():
-        return preflight(program, SMOLLM, reference_files=[variants.path("topk")], against="run_0/variant.py").notes
+    def later(hyper=None):
+        found = preflight(program, SMOLLM, hyper, reference_files=[variants.path("topk")], against="run_0/variant.py")
+        return found.notes
 
     with pytest.raises(ValueError, match="unmodified run_0, from which it must differ"):
         later()
@@ -182,6 +183,13 @@ def test_what_must_have_an_effect_and_what_has_one(folder, monkeypatch):
     with pytest.raises(ValueError, match=rf"experiment.py:{line}: .*bit-identically to run_0.*\(it differs in line "):
         later()
     edit(program, "unused = auxk * 2\n        " + RETURNED, RETURNED)
+    # hyper-parameters from the command line, the same for run_0 as it was recorded: no difference, others are one
+    recorded = {"layer_9": {"config": {"hyper": {"k": 16, "auxk_alpha": 1 / 32}}}}
+    (folder / "run_0/final_info.json").write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match="unmodified run_0, from which it must differ"):
+        later(dict(k=16))
+    assert "this is run_0 with k=20" in later(dict(k=20))
+    (folder / "run_0/final_info.json").unlink()
     edit(program, "k=32", "k=24")
     assert "this is run_0 with k=24" in later()
 
@@ -229,7 +237,7 @@ def client_run(folder, number):
 def test_client_goes_all_the_way(tmp_path, cache):
     """Fails if a client finds no baseline, sees no means or no cause of a failure with its line, or gets no figures."""
     base, idea = tmp_path / "templates/sae", tmp_path / "results/idea"
-    assert template.main([str(base), *SMALL, f"--cache_dir={cache}"]) == 0
+    assert template.main([str(base), *SMALL, "--evals=core", f"--cache_dir={cache}"]) == 0
     assert started(base, "experiment.py", "--out_dir=run_0").returncode == 0
     shutil.copytree(base, idea, dirs_exist_ok=True)
     baseline = json.loads((idea / "run_0/final_info.json").read_text())["layer_2"]["means"]

@@ -6,8 +6,10 @@ Shapes: B tokens, D = d_in, F = number of features.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import inspect
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
             continue
         seen.add(code(other.tree))
         if code(other.tree) == code(v.tree):
-            defaults = hyperparameters(other.module)
+            defaults = hyperparameters(other.module) | (ran_with(file) if file == asked else {})
             edited = [f"{k}={value}" for k, value in v.hyper.items() if defaults.get(k, value) != value]
             if file == asked and not edited and not allowed:
                 fail(v, None, f"this is the unmodified {known_as}, from which it must differ (--against)",
@@ -86,6 +88,16 @@ def references(name: str) -> list[Path]:
     """Variants that this one must not equal: the others here, and those stored with the baselines as they ran."""
     others = [file for file in map(variants.path, variants.names()) if file.resolve() != variants.path(name).resolve()]
     return others + sorted(Path(__file__).parents[2].glob("runs/baseline/*/*/variant.py"))
+
+
+def ran_with(file: Path) -> dict[str, object]:
+    """The hyper-parameters that a run had, given the variant.py in its folder; {} where it had several, or none yet."""
+    record, found = file.with_name("final_info.json"), []
+    if file.name == "variant.py" and record.is_file():
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):  # no such record: nothing is known
+            sections = json.loads(record.read_text(encoding="utf-8"))
+            found = [section["config"]["hyper"] or {} for section in sections.values()]
+    return found[0] if found and all(hyper == found[0] for hyper in found) else {}
 
 
 def code(tree: ast.Module) -> str:

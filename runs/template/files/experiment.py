@@ -8,9 +8,10 @@ stored baselines. The loss, with z the k largest of ReLU((x - b_dec) W_enc + b_e
     ||x - x_hat||^2 + auxk_alpha * auxk,   x_hat = z W_dec + b_dec;   auxk rebuilds the residual with dead features
 
 What may be changed: everything in the class SAE but its name, the names and arguments of its methods, and the shapes.
-  New keyword arguments of __init__ are hyper-parameters, and their defaults are what runs. Functions and torch modules
-  of your own belong in this file. ARGUMENTS takes settings of the runner, such as "--seed=1" or "--num_tokens=2000000":
-  only runs with the same settings can be compared, so one that differs from run_0 in them needs a baseline of its own.
+  New keyword arguments of __init__ are hyper-parameters, and their defaults are what runs (but for k where features are
+  known: there it is the true L0, unless ARGUMENTS has "--hyper=k=16"). Functions and modules of your own belong here.
+  ARGUMENTS takes settings of the runner, such as "--seed=1" or "--num_tokens=2000000": runs with other settings than
+  run_0's cannot be compared with it, but for the seed.
 What must not: the rest of the block below, the evals and the runner's own files. Read no data, write no files and
   print nothing in here; .item(), `if` on a tensor's value and indexing by a mask make a GPU wait in every step.
 

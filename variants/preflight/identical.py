@@ -6,8 +6,10 @@ Shapes: B tokens, D = d_in, F = number of features.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import inspect
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +46,11 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
             continue
         seen.add(code(other.tree))
         if code(other.tree) == code(v.tree):
-            defaults = hyperparameters(other.module)
+            defaults = hyperparameters(other.module) | (ran_with(file) if file == asked else {})
             edited = [f"{k}={value}" for k, value in v.hyper.items() if defaults.get(k, value) != value]
+            if file == asked and not edited and not allowed:
+                fail(v, None, f"this is the unmodified {known_as}, from which it must differ (--against)",
+                     "change what it computes or a hyper-parameter; --allow_identical runs it all the same")
             notes.append(f"this is {known_as} with {', '.join(edited)}" if edited
                          else f"this is the unmodified {known_as}")
             continue
@@ -85,9 +90,19 @@ def references(name: str) -> list[Path]:
     return others + sorted(Path(__file__).parents[2].glob("runs/baseline/*/*/variant.py"))
 
 
+def ran_with(file: Path) -> dict[str, object]:
+    """The hyper-parameters that a run had, given the variant.py in its folder; {} where it had several, or none yet."""
+    record, found = file.with_name("final_info.json"), []
+    if file.name == "variant.py" and record.is_file():
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):  # no such record: nothing is known
+            sections = json.loads(record.read_text(encoding="utf-8"))
+            found = [section["config"]["hyper"] or {} for section in sections.values()]
+    return found[0] if found and all(hyper == found[0] for hyper in found) else {}
+
+
 def code(tree: ast.Module) -> str:
     """What a module computes: without comments, docstrings and the hyper-parameters' default values."""
-    tree = copy.deepcopy(tree)
+    tree = copy.deepcopy(imported_part(tree))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -97,8 +112,18 @@ def code(tree: ast.Module) -> str:
     return ast.dump(tree)
 
 
+def imported_part(tree: ast.Module) -> ast.Module:
+    """A module without what runs only where its file is started as a program."""
+    def as_program(part: ast.stmt) -> bool:
+        return isinstance(part, ast.If) and not part.orelse and ast.unparse(part.test) == "__name__ == '__main__'"
+
+    return ast.Module([part for part in tree.body if not as_program(part)], tree.type_ignores)
+
+
 def changed_lines(mine: ast.Module, theirs: ast.Module) -> list[int]:
     """Lines of the statements of `mine` that `theirs` lacks; if none, of the functions with other arguments."""
+    mine, theirs = imported_part(mine), imported_part(theirs)
+
     def statements(tree):
         return [(ast.unparse(n), n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt)
                 and not hasattr(n, "body")]

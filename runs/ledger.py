@@ -111,12 +111,14 @@ def row(said: dict, source: bytes | None, commit: str | None, hyper: str, sweep:
         at: float | None = None) -> dict:
     """A line of the ledger. `said`: verdict.json; `source`: the variant's file; `at`: when, in seconds since 1970."""
     when = datetime.fromtimestamp(time.time() if at is None else at, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    short, changed, _ = (commit or "").partition("+")
+    short, changed, _ = (commit or "").partition("+")  # "+changes": the work tree was not the commit's
     given = [hyper, f"sweep {sweep}" if sweep else ""]
-    own = {key: said.get(key) for key in ("run", "variant", "seed", "metric", "value", "stderr", "difference",
-                                          "verdict", "minutes")}
-    return own | dict(time=when, hash="" if source is None else hashlib.sha256(source).hexdigest()[:12],
-                      commit=short[:9] + changed, hyper=" ".join(filter(None, given)), note=note)
+    known_else = dict(time=when, commit=short[:9] + changed, hyper=" ".join(filter(None, given)),
+                      note=" ".join(note.split()))
+    if source is not None:
+        known_else["hash"] = hashlib.sha256(source).hexdigest()[:12]
+    one = {column: said.get(column, known_else.get(column)) for column in COLUMNS}
+    return {column: None if value == "" else value for column, value in one.items()}
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -150,9 +152,9 @@ def found(folder: Path, rows: Iterable[dict] = ()) -> list[dict]:
     """A row for each run folder in the folder that none of `rows` is about.
 
     A run that is under way or was killed has no line yet; one that was moved aside (run_1.previous-1) has its line
-    under its former name.
+    under its former name, one that failed in preflight has no variant.py.
     """
-    lines = {_mark(one) for one in rows}
+    lines = {mark for one in rows for mark in (_mark(one), _mark(one | dict(hash=None)))}
     read_now = []
     try:
         inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
@@ -272,17 +274,18 @@ def sorted_by(rows: list[dict], column: str, directions: dict[str, str]) -> list
 
 def table(rows: list[dict]) -> tables.Table:
     """The rows as people read them."""
-    columns = [column for column in COLUMNS if any(one[column] not in (None, "") for one in rows)]
+    columns = [column for column in COLUMNS if any(one[column] is not None for one in rows)]
     columns = [column for column in columns
                if column not in SHOWN or len({one[column] for one in rows}) > 1]
-    cells = []
-    for one in rows:
-        figures = [_shown(column, one[column]) for column in columns]
-        cells.append(tables.plain(["*" if one["best"] else "", *figures]))
+    texts = {column: [column, *(_shown(column, one[column]) for one in rows)] for column in columns}
+    for column in texts.keys() - NUMBERS:  # words begin at the left
+        texts[column] = [text.ljust(max(map(len, texts[column]))) for text in texts[column]]
+    marks = ["*" if one["best"] else "" for one in rows]
+    header, *cells = zip(*[["", *marks], *texts.values()])
     counts = ", ".join(f"{sum(one['verdict'] == word for one in rows)} {word}"
                        for word in dict.fromkeys(str(one["verdict"]) for one in rows))
     below = [f"{len(rows)} runs: {counts}", "* the best difference so far"] if rows else []
-    return tables.Table([], ["", *columns], cells, below, left=3)
+    return tables.Table([], list(header), list(map(tables.plain, cells)), below)
 
 
 def _shown(column: str, value) -> str:

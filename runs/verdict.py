@@ -25,10 +25,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import variants
-from runs import seeds
+from runs import doubts, seeds
 from runs.comparison import HEADLINES, Compared, Comparison
 from runs.frontier import SAME, l0_of
-from runs.reading import Run, finite
+from runs.reading import DOUBT, Run, finite
 from runs.reading import setting as setting_of
 from runs.wording import number, random_line, short
 
@@ -286,7 +286,12 @@ def mean_run(members: list[Run]) -> Run:
     problems = list(dict.fromkeys(line for run in members for line in run.problems))
     config = {key: value for key, value in members[0].config.items() if key != "seed"}
     name = ", ".join(run.name for run in members)
-    return replace(members[0], name=name, means=means, stderrs=stderrs, config=config, problems=problems)
+    mean = replace(members[0], name=name, means=means, stderrs=stderrs, config=config, problems=problems)
+    said = {line.partition(":")[0] for line in doubts.warnings(mean)}
+    # one dead SAE of three does not show in their mean
+    more = [f"{DOUBT}{run.name}: {line}" for run in members for line in doubts.warnings(run)
+            if line.partition(":")[0] not in said]
+    return replace(mean, problems=problems + more)
 
 
 def failures(runs: Iterable[Run]) -> list[str]:

@@ -16,6 +16,7 @@ import functools
 import itertools
 import os
 import sys
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,15 +60,18 @@ from runs import (
     identity,
     needs,
     own_report,
+    pace,
     reading,
     report,
     training,
     training_log,
     verdict,
 )
+from runs import limit as limits
 from runs import results as run_results
 from runs import settings as checks
 from runs import snapshots as run_snapshots
+from runs.batches import batches
 from runs.clock import phase
 from runs.interrupts import Interrupts
 from variants import base
@@ -430,7 +434,7 @@ def token_stream(source, lm: LanguageModel, settings: Settings, cursor: Optional
 
 
 def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream, cache, first: int,
-                      wanted: list[contexts.Attention]):
+                      wanted: list[contexts.Attention], track=track):
     """Yield (b, block, ahead) from block `first` on, on the training device, residuals in the language model's dtype.
 
     A block holds x_<layer> [N, D], tokens_N, place_N (row·T + position) and what is `wanted` of attention
@@ -541,6 +545,35 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
     return loss, terms
 
 
+def in_time(settings: Settings, lm: LanguageModel, source, limit) -> Settings:
+    """Under --minutes: as many tokens as fit beside the evals, by what a few small blocks of this run take here."""
+    if not limit.on:
+        return settings
+    measured = pace_of(settings, lm, source)
+    saes = len(hypers_of(settings, variants.load(settings.variant)))
+    return ranks.agreed(lambda: limit.plan(settings, measured, evals_of(settings), lm, layers_of(settings), saes))
+
+
+def pace_of(settings: Settings, lm: LanguageModel, source) -> pace.Pace:
+    """The seconds that a token of texts and language model takes, and a step of all SAEs; nothing of it is kept."""
+    few, total = pace.trial(settings), count_steps(settings)
+    jobs, seconds = make_jobs(settings, lm), []
+    ranks.train_together(all(job.sae.data_parallel for job in jobs))
+    attending = list(dict.fromkeys(job.attention for job in jobs if job.attention))
+    now = training.Training(0, [], {job.name: [] for job in jobs})
+    stream, nothing = token_stream(source, lm, few), evals.cache.Cache(Path(settings.cache_dir) / "activations", 0.0)
+    with VOICE.muted():
+        blocks = activation_blocks(few, lm, stream, nothing, 0, attending)
+        for b, block, _ in pace.timed(blocks, seconds, settings.device):
+            if block and not b:
+                training.begin(few, lm, jobs, block, lambda job: shard(settings, job))
+            for step, batch_of_job in batches(few, jobs, block, b, now.step, now.step) if block and total else ():
+                progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
+                step_all(jobs, batch_of_job, progress, now)
+    ranks.train_together(False)
+    return pace.pace(seconds, few, lm, token_stream(source, lm, few).block(0)[0])
+
+
 def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
     """The SAEs to train, all from one stream; each is initialised from the seed alone, whatever its siblings are."""
     module = variants.load(settings.variant)
@@ -560,15 +593,30 @@ def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
     return jobs
 
 
-def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, interrupts) -> list[dict]:
-    """Train all jobs to the end, continuing from the checkpoint in `out` if there is one; returns the training log."""
-    together = ranks.train_together(all(job.sae.data_parallel for job in jobs))
-    total = count_steps(settings)
+def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, interrupts, limit,
+          ) -> tuple[list[dict], Settings]:
+    """Train all jobs to the end, continuing from the checkpoint in `out` if there is one.
+
+    Returns the training log, and the settings with the tokens that there was time for.
+    """
+    ranks.train_together(all(job.sae.data_parallel for job in jobs))
     now = begun(settings, out, jobs)
-    if now.step == total:  # trained, or from elsewhere and only to be evaluated
-        return now.log
-    stream = token_stream(source, lm, settings, now.cursor)
-    ends = list(itertools.accumulate(steps_by_block(settings)))  # the step after each block
+    while now.step < count_steps(settings):  # else trained, or from elsewhere and only to be evaluated
+        stream = token_stream(source, lm, settings, now.cursor)
+        try:
+            settings = train_on(settings, lm, jobs, stream, source, cache, out, now, interrupts, limit)
+        except limits.Slow as slow:  # a block would not be made in time: a smaller one, from where it begins
+            b = pace.block_at(steps_by_block(settings), now.step)
+            now.cursor = training.cursor_at(stream.cursors, b)
+            settings = limit.shorter(settings, block_plan(settings)[:b], slow.token, out)
+    return now.log, settings
+
+
+def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: TokenStream, source, cache, out: Path,
+             now: training.Training, interrupts, limit) -> Settings:
+    """Train from where `now` stands to the end; returns the settings with the tokens there was time for."""
+    together, total, per_block = ranks.sharing() > 1, count_steps(settings), steps_by_block(settings)
+    ends = list(itertools.accumulate(per_block))  # the step after each block
     log_every = max(1, total // settings.log_lines)
     measured = run_snapshots.steps(total, settings.snapshots)
 
@@ -578,39 +626,48 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
         if here and ranks.any_host(interrupts.signal > 0):
             raise KeyboardInterrupt("between steps")
 
-    b = first = sum(end <= now.step for end in ends)
+    def spread(job: Job, settings=settings) -> None:
+        shard(settings, job)
+
+    b = first = pace.block_at(per_block, now.step)
     stop_if_asked()
     if now.step in measured:  # interrupted there
-        snapshot(settings, lm, jobs, source, cache, out, now)
+        snapshot(settings, lm, jobs, source, cache, out, now, limit)
     try:
         attending = list(dict.fromkeys(job.attention for job in jobs if job.attention))
         # a pass of the next block for as many steps as it gives tokens: launched while the device is busy with it
-        pace = max(1, settings.passes * settings.lm_batch_size * (settings.context - 1) // settings.batch_size)
-        for b, block, ahead in activation_blocks(settings, lm, stream, cache, first, attending):
+        every = max(1, settings.passes * settings.lm_batch_size * (settings.context - 1) // settings.batch_size)
+        watched = limit.watching(track)
+        for b, block, ahead in activation_blocks(settings, lm, stream, cache, first, attending, watched):
             stop_if_asked()
             if not block:  # the first rank has it, and trains
                 continue
             training.leave_out(settings.max_norm_ratio, jobs, block, b)
             now.clock.begin_steps(now.step)
             if now.step == 0:
-                training.begin(settings, lm, jobs, block, lambda job: shard(settings, job))
+                training.begin(settings, lm, jobs, block, spread)
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
-                if step % pace == 0:
+                if step % every == 0:
                     next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
-                last = now.step == total
-                if now.step % log_every == 0 or last:
+                if now.step % log_every == 0 or now.step == total:
                     training.note(out, jobs, batch_of_job, progress, now)
-                    if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or last:
+                    settings = limit.looked_at(settings, block_plan(settings), ends, now, b, out)
+                    total = count_steps(settings)
+                    if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or now.step == total:
                         training.save(out, jobs, now, dict(stream.cursors), b)
                 if now.step in measured:
                     interrupts.deferred = False  # between two steps: nothing is half done
-                    snapshot(settings, lm, jobs, source, cache, out, now)
-                stop_if_asked(not together or now.step % 8 == 0 or last)
+                    snapshot(settings, lm, jobs, source, cache, out, now, limit)
+                stop_if_asked(not together or now.step % 8 == 0 or now.step == total)
+                if now.step == total:
+                    break
             now.clock.lap("sae")
             block.clear()  # before the next block but one is made: no more than two at a time on the device
+            if now.step == total:
+                break
     except KeyboardInterrupt as stop:
         if jobs[0].scale and (stop.args or not interrupts.deferred):  # a second signal may come in the middle of a step
             training_log.check_finite(jobs, now.recent, now.step, ranks.mean)
@@ -618,10 +675,10 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
         raise
     say(f"training: {now.clock.activations:.1f} s for texts and activations, {now.clock.sae:.1f} s for SAE steps"
         f"{run_snapshots.told(now.clock.snapshots)}")
-    return now.log
+    return settings
 
 
-def snapshot(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, now) -> None:
+def snapshot(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, now, limit) -> None:
     """Measure copies of the SAEs as they are, into snapshots/step_<n>; an eval that crashes there costs that alone."""
     now.clock.lap("sae")
     place = run_snapshots.begin(out, now.step, snapshots_of(settings))
@@ -630,7 +687,7 @@ def snapshot(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
         own = [job for job in jobs if job.layer == layer]
         try:
             copies = [dataclasses.replace(job, sae=duplicate(job.sae), optimizer=None) for job in own]
-            evaluate(dataclasses.replace(asked, layers=str(layer)), lm, copies, source, cache, place)
+            evaluate(dataclasses.replace(asked, layers=str(layer)), lm, copies, source, cache, place, limit)
         except (MemoryError, torch.OutOfMemoryError) as error:
             say(f"snapshot after step {now.step:,}, layer {layer}: no memory for it: {network.first_line(error)}")
     now.clock.lap("snapshots")
@@ -653,43 +710,6 @@ def shard(settings: Settings, job: Job) -> None:
         job.optimizer = make_optimizer(job.sae, settings.lr or job.sae.default_lr)
 
 
-def batches(settings: Settings, jobs: list[Job], block: dict[str, Tensor], b: int, begins: int, first: int):
-    """Yield (step, {job's name: Batch}) of block b, whose first step is `begins`, from step `first` on.
-
-    Each pass shuffles the block anew by (seed, block, pass) alone: its tokens, or rows where contexts are needed whole.
-    """
-    B, W = settings.batch_size, ranks.sharing()
-    rows = int(block["place_N"][-1:].sum()) // settings.context + 1  # of a rank without tokens: 1
-    n = int(block["starts_W"][-1]) if W > 1 else len(block["place_N"])
-    steps = (n + int(block.get("left_out", 0))) // B  # of each pass: as many as planned
-    whole = any(job.sae.needs_contexts or job.sae.attention_layers for job in jobs)
-    place_of = {job.name: (job.layer, job.attention) for job in jobs}  # SAEs of one place share what is gathered
-    shuffled = block
-
-    def gathered(layer: int, attention, index: Tensor) -> dict[str, Tensor]:
-        if whole:
-            return contexts.gather(block, index, settings.context, layer, attention, settings.device)
-        return dict(x=shuffled[f"x_{layer}"].index_select(0, index).float())
-
-    for p in range(settings.passes):
-        generator = torch.Generator().manual_seed(int(evals.cache.digest([settings.seed, b, p])[:15], 16))
-        order = torch.randperm(rows if whole else n, generator=generator)
-        if W > 1:  # this rank's share of each batch, in the order in which it is needed
-            starts, order = block["starts_W"].tolist(), order[:n // B * B]
-            shuffled = {f"x_{layer}": ranks.in_order(block[f"x_{layer}"], starts, order, B)
-                        for layer in layers_of(settings)}
-            order = torch.arange(n // B * B // W)
-        if whole:
-            order = contexts.rows_of_step(rows, steps, order)
-        else:
-            order = norms.repeated(order, steps * B // W).to(settings.device).split(B // W)
-        for i in range(steps):
-            step = begins + p * steps + i
-            if step >= first:
-                given = {place: gathered(*place, order[i]) for place in set(place_of.values())}
-                yield step, {job.name: base.Batch.of(given[place_of[job.name]], job.scale) for job in jobs}
-
-
 def begun(settings: Settings, out: Path, jobs: list[Job]) -> training.Training:
     """Where training begins: at its first step, or where the run's checkpoint left it."""
     return training.begun(out, jobs, count_steps(settings), settings.shard, lambda job: shard(settings, job))
@@ -698,18 +718,19 @@ def begun(settings: Settings, out: Path, jobs: list[Job]) -> training.Training:
 # =============================================================================================================== evals
 
 
-def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path,
-             ) -> dict[str, BaseException]:
-    """Run the chosen evals on all SAEs, a layer at a time, into out/eval_results. Returns the evals that crashed.
+def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, limit,
+             ) -> tuple[dict[str, BaseException], dict[str, str]]:
+    """Run the chosen evals on all SAEs, a layer at a time, into out/eval_results.
 
+    Returns the evals that crashed, and why others were left out, for want of time.
     A result is kept by the hash of what it depends on (weights, model, data, eval settings, code): continuing after a
     crash, or with one eval more, repeats none. Several ranks deal them out; the first retries what failed elsewhere.
     """
     texts = [source.digest("heldout"), source.digest("train")]
     code = identity.evals_digest()
     chosen = evals_of(settings)
-    crashed = {}
-    for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
+    crashed, left_out = {}, {}
+    for name, layer in ranks.dealt(list(itertools.product(limit.order(chosen), layers_of(settings)))):
         trained = {job.name: TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
         max_norm = next(job.max_norm for job in jobs if job.layer == layer)
         common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name), max_norm]
@@ -719,7 +740,13 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
             continue
         say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' if len(pending) > 1 else ''}")
         try:
-            found = results_of(settings, lm, name, layer, pending, source, cache, max_norm)
+            key = limits.eval_key(name, chosen[name], lm, layer, settings.d_sae)
+            with limit.measuring(name, key, len(pending), 1 / len(layers_of(settings))):
+                found = results_of(settings, lm, name, layer, pending, source, cache, max_norm)
+        except limits.OutOfTime as error:
+            left_out[name] = network.first_line(error)
+            say(f"note: the eval {name} is left out: {left_out[name]}")
+            continue
         except Exception as error:  # noqa: BLE001  one eval's crash must not cost the others' results
             crashed[name] = error
             traceback.clear_frames(error.__traceback__)  # they hold what lies in the GPU's memory
@@ -731,7 +758,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
                           model_name=lm.name, architecture=variants.title(settings.variant))
             path = stored.write(out, name, sae, result, of_eval, of_sae)
             runs.folder.write_json(path.with_suffix(".depends_on"), stored.note(path, depends[sae]))
-    return crashed
+    return crashed, left_out
 
 
 def results_of(settings: Settings, lm: LanguageModel, name: str, layer: int, saes: dict, source, cache,
@@ -763,9 +790,9 @@ def hook_name(layer: int) -> str:
 
 
 def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[dict], out: Path, crashed: dict,
-            unreported: dict, dense: dict[str, float]) -> dict:
+            unreported: dict, dense: dict[str, float], limit) -> dict:
     """final_info.json: a section per SAE, made for `diff`. `dense`: by suffix, the share of features always active."""
-    chosen, defaults = evals_of(settings), hyperparameters(variants.load(settings.variant))
+    chosen, defaults = limit.kept(evals_of(settings)), hyperparameters(variants.load(settings.variant))
     sections = {}
     for job in jobs:
         place = dict(hook_name=hook_name(job.layer), layer=job.layer, d_in=lm.d_model,
@@ -774,7 +801,7 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
                                     dense.get(interchange.suffix(job.name), 0.0))
         means = training.means(log, job, block_plan(settings))
         sections[job.name] = run_results.section(out, job.name, means, chosen, crashed, unreported.get(job.name),
-                                                 job.notes, config)
+                                                 job.notes, config, limit.problems())
         if settings.snapshots:
             sections[job.name]["snapshots"] = run_snapshots.rows(out, job.name, settings.snapshots,
                                                                  snapshots_of(settings), sections[job.name])
@@ -784,7 +811,8 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
 # ================================================================================================================ main
 
 
-def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interrupts) -> dict[str, BaseException]:
+def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interrupts, limit: limits.Limit,
+        ) -> dict[str, BaseException]:
     """The whole run, phase by phase; `info` (run_info.json) says at each moment which one. Returns what crashed."""
     say(why)
     source = make_source(settings)
@@ -804,25 +832,30 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         info["model_digest"] = lm.digest
         say(f"{lm.title}, d_model {lm.d_model}, {settings.dtype} on {settings.device}")
     with phase("training", info, out):
+        settings = in_time(settings, lm, source, limit)
+        limit.leave_out({}, out)
         jobs = make_jobs(settings, lm)
-        log = train(settings, lm, jobs, source, cache, out, interrupts)
+        log, settings = train(settings, lm, jobs, source, cache, out, interrupts, limit)
         jobs = finished(settings, lm, jobs, out)
         own = [] if ranks.number() else jobs  # the first rank saves and reports them all
         for job in own:
             save_sae(settings, job, out)
     with phase("report", info, out):
-        unreported = own_report.reported(settings, lm, own, source, out)
+        unreported = own_report.reported(settings, lm, own, source, out, limit)
     with phase("evals", info, out):
-        crashed = evaluate(settings, lm, jobs, source, cache, out)
+        asked = dataclasses.replace(settings, evals=",".join(limit.kept(evals_of(settings))) or "none")
+        crashed, left_out = evaluate(asked, lm, jobs, source, cache, out, limit)
+        limit.leave_out(left_out, out)
     if ranks.number():  # the first goes on alone
         return {}
     with phase("results", info, out):
-        sections = results(settings, lm, jobs, log, out, crashed, unreported, info["facts"]["dense"])
+        sections = results(settings, lm, jobs, log, out, crashed, unreported, info["facts"]["dense"], limit)
         runs.folder.write_json(out / "final_info.json", sections)
         mine = reading.read(out)
         looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache, job.max_norm),
                                 TrainedSAE(job.sae, job.scale)) for job in jobs}
-        report.write(out, mine, compare.stored_baselines(mine), log, dashboards.boards(looked_at, say))
+        boards = limit.boards(lambda: dashboards.boards(looked_at, say))
+        report.write(out, mine, compare.stored_baselines(mine), log, boards)
         for reason, n in source.skipped.items():
             say(f"texts: {n:,} rows skipped: {reason}")
         say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most "
@@ -862,6 +895,7 @@ def command(argv: list[str], known: failure.Known) -> int:
     ranks.join(known.settings.device)
     settings = known.settings = ranks.agreed(lambda: dataclasses.replace(
         known.settings, out_dir=known.settings.out_dir or runs.folder.next_free()))
+    limit = limits.Limit.of(settings, known.began)
     info["phase"] = "preflight"
     if settings.headline:
         verdict.check_headline(settings.headline, compare.directions(), evals_of(settings))
@@ -887,12 +921,14 @@ def command(argv: list[str], known: failure.Known) -> int:
         VOICE.listen(out / "log.txt")
     if state == "resume":
         info["seconds"] = resume(settings, out)
+        limit.read(out)
     no_paths = {name: value for name, value in dataclasses.asdict(settings).items()
                 if name not in ("out_dir", "cache_dir", "data_dir")}
     info |= dict(status="running", fingerprint=whole, training_fingerprint=for_training, inputs=read, commits=commits,
                  settings=no_paths, seed=settings.seed, versions=environment.versions(),
                  commit=environment.git_commit(), hardware=environment.hardware(settings.device))
-    crashed = run(settings, why, out, info, known.interrupts)
+    with limit.within(limits.LAST_WORDS, lambda: f"in {info['phase']}"):
+        crashed = run(settings, why, out, info, known.interrupts, limit)
     return 0 if ranks.number() else conclude(settings, out, info, crashed)
 
 
@@ -929,14 +965,14 @@ def conclude(settings: Settings, out: Path, info: dict, crashed: dict[str, BaseE
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 failed, 128 + signal interrupted."""
-    known = failure.Known()
+    known = failure.Known(began=pace.process_start() if argv is None else time.monotonic())
     network.forget()  # what an earlier run in this process read and heard
     variants.HELD.clear()
     try:
         return command(sys.argv[1:] if argv is None else argv, known)
     except KeyboardInterrupt as stop:
         return failure.interrupted(stop, known)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  every failure ends in the same few lines
+    except (Exception, SystemExit, limits.OutOfTime) as error:  # noqa: BLE001  every failure ends in the same few lines
         if isinstance(error, SystemExit) and known.info["phase"] == "settings":  # --help
             raise
         return failure.ended(error, known)

@@ -34,6 +34,7 @@ class Known:
     out: Optional[Path] = None  # the run's folder, from where it is this run's
     interrupts: Optional[Interrupts] = None
     lock: Any = None  # on the folder, held to the end
+    began: float = 0.0  # time.monotonic() from which --minutes count
 
     def release(self) -> None:
         """Let other processes have the folder."""

@@ -14,6 +14,7 @@ from evals.model.language_model import LanguageModel
 from evals.storage import network
 from evals.texts import packing
 from runs import folder
+from runs.limit import OutOfTime
 from runs.voice import say, track
 from variants import base
 from variants.kit import contexts, norms
@@ -42,13 +43,16 @@ def held_out_batch(settings, lm: LanguageModel, job, source, n_tokens: int) -> b
     return base.Batch.of(fields, job.scale)
 
 
-def reported(settings, lm: LanguageModel, jobs: list, source, out: Path) -> dict[str, BaseException]:
+def reported(settings, lm: LanguageModel, jobs: list, source, out: Path, limit) -> dict[str, BaseException]:
     """Write what the variant measures of each SAE into variant_report/<SAE>; returns the crashed reports, by SAE."""
     crashed = {}
     for job in jobs:
         numbers, files = {}, {}
         try:
-            numbers, files = report_of(settings, lm, job, source)
+            with limit.within(limit.spare, lambda: "in the variant's own report"):
+                numbers, files = report_of(settings, lm, job, source)
+        except OutOfTime as error:
+            say(f"note: {job.name}: no report of the variant's own: {network.first_line(error)}")
         except packing.TooLittleText as error:
             say(f"{job.name}: no report of the variant's own: {network.first_line(error)}")
         except Exception as error:  # noqa: BLE001  it must cost neither the training nor the evals

@@ -14,16 +14,16 @@ from runs import environment, reading
 
 
 def section(out: Path, sae: str, trained: dict[str, float], chosen: Iterable[str], crashed: dict[str, BaseException],
-            unreported: BaseException | None, notes: list[str], config: dict) -> dict:
+            unreported: BaseException | None, notes: list[str], config: dict, others: list[str]) -> dict:
     """The section of one SAE of the run in `out`: means, stderrs, config and problems.
 
     `trained`: the means of its training; `crashed`: the evals that did; `unreported`: why the variant's own report is
-    not there; `notes`: what training found that makes the result doubtful.
+    not there; `notes`: what training found that makes the result doubtful; `others`: problems that do not.
     """
     numbers = json.loads((out / "variant_report" / sae / "numbers.json").read_bytes())
     of_training = trained | {f"variant.{k}": v for k, v in numbers.items()}
     measured, stderrs, problems = stored.collected(out, chosen, sae, crashed)
-    problems += [reading.DOUBT + note for note in notes]
+    problems += [*(reading.DOUBT + note for note in notes), *others]
     if unreported:
         problems.append(f"the variant's own report failed: {type(unreported).__name__}: {unreported}")
     return dict(means=dict(sorted(of_training.items())) | dict(sorted(measured.items())),

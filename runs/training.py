@@ -97,8 +97,7 @@ def means(log: list[dict], job, plan: list[int]) -> dict[str, float]:
 def save(out: Path, jobs: list, now: Training, cursors: dict[int, dict], b: int) -> None:
     """All that a resume in block b needs, in one file, by the first rank. `cursors`: the token stream's, by block."""
     begun = time.monotonic()
-    # the stream lags where blocks came from the cache: the nearest cursor before is as good
-    cursor = cursors[max(block for block in cursors if block <= b)]
+    cursor = cursor_at(cursors, b)
     recent = {name: [(ranks.mean(x), {k: ranks.mean(v) for k, v in terms.items()}) for x, terms in rows]
               for name, rows in now.recent.items()}
     saes = {job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale,
@@ -109,6 +108,11 @@ def save(out: Path, jobs: list, now: Training, cursors: dict[int, dict], b: int)
         training_log.write(out, now.log)
         checkpoint.write(out, state)
     now.clock.has_saved(begun)
+
+
+def cursor_at(cursors: dict[int, dict], b: int) -> dict:
+    """Where the token stream goes on for block b; it lags where blocks came from the cache: the nearest one before."""
+    return cursors[max(block for block in cursors if block <= b)]
 
 
 def begun(out: Path, jobs: list, total_steps: int, view: bool, spread: Callable) -> Training:

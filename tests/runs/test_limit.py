@@ -1,0 +1,138 @@
+"""--minutes: what fits, in figures worked out by hand."""
+
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+import evals
+from runs import limit as limits
+from runs.limit import Limit, OutOfTime, Slow
+from runs.pace import Pace
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that stands, at a moment that a test sets: now.at(seconds)."""
+    clock = SimpleNamespace(seconds=0.0)
+    clock.at = lambda seconds: setattr(clock, "seconds", seconds)
+    monkeypatch.setattr(limits.time, "monotonic", lambda: clock.seconds)
+    return clock
+
+
+@dataclass
+class Settings:
+    """Those of a run that decide what fits."""
+
+    num_tokens: int = 1_000_000
+    passes: int = 1
+    batch_size: int = 1000
+    snapshots: int = 0
+    snapshot_evals: str = "core"
+    profile: str = "tiny"
+    d_sae: int = 8
+
+
+def planned(minutes: float, costs: dict[str, float], monkeypatch, pace=None, **given):
+    """A limit after its plan, and the settings it gave; evals cost so many seconds of a model of a second a token."""
+    monkeypatch.setattr(evals, "cost", lambda name, profile, config: (costs[name], 0.0))
+    limit = Limit(minutes, 0.0)
+    lm = SimpleNamespace(digest="lm", device="cpu")
+    return limit, limit.plan(Settings(**given), pace or Pace(1e-4, 0.1, 1.0), {name: {} for name in costs}, lm, [3], 1)
+
+
+def test_training_is_cut_to_what_fits_beside_evals_end_and_margin(now, monkeypatch):
+    """Fails if the tokens are others than (600 − 28 − 1.15·(60 + 40))/1.15/(1e-4 + .1/1000) = 1,986,956, to two digits.
+
+    600 s in all; 28 = 10 + 3 % of them for the end; a token costs 1e-4 s of the model and a thousandth of a step.
+    """
+    _, cut = planned(10, dict(core=60, sparse_probing=40), monkeypatch, num_tokens=10**8)
+    assert cut.num_tokens == 1_900_000
+    _, whole = planned(10, dict(core=60, sparse_probing=40), monkeypatch, num_tokens=1_986_956)
+    assert whole.num_tokens == 1_986_956
+
+
+def test_evals_that_would_take_more_than_half_are_left_out_by_name_but_for_the_headline(now, monkeypatch):
+    """Fails if another eval is left out than the last chosen ones, or the one that the verdict is made of."""
+    limit, _ = planned(10, dict(absorption=100, core=150, scr=200, tpp=60), monkeypatch)
+    # half of 572 s are 286; 1.15·510 = 587; without tpp 518, without scr 288: absorption goes too
+    assert list(limit.left_out) == ["tpp", "scr", "absorption"]
+    assert list(limit.kept(dict.fromkeys(("absorption", "core", "scr", "tpp"), {}))) == ["core"]
+    assert "2m30s" not in str(limit.left_out) and "3m20s" in limit.left_out["scr"]
+
+
+def test_no_time_to_train_is_said_before_anything_is_trained(now, monkeypatch):
+    """Fails if fewer than ten steps start a run, or the minutes that are told as enough are not."""
+    slow = Pace(1e-2, 5.0, 1.0)  # 15 s a step of 1,000 tokens
+    with pytest.raises(ValueError, match="training steps fit") as told:
+        planned(1, dict(core=1), monkeypatch, pace=slow)
+    wanted = int(str(told.value).partition("--minutes=")[2].partition("\n")[2].partition("--minutes=")[2].split()[0])
+    limit, cut = planned(wanted, dict(core=1), monkeypatch, pace=slow)
+    assert cut.num_tokens >= limits.FEWEST * 1000
+
+
+def test_a_training_that_grows_slower_is_cut_at_a_row_of_its_log(now, monkeypatch, tmp_path):
+    """Fails if a run on its pace is cut, or one at a fifth of it is not cut to what still fits."""
+    limit, plain = planned(10, dict(core=0), monkeypatch, num_tokens=1_000_000)
+    plan, ends = [500_000, 500_000], [500, 1000]
+    at = SimpleNamespace(step=250, log=[dict(tokens_per_s=10_000)], clock=SimpleNamespace(activations=50.0))
+    now.at(75.0)  # 50 s for the first block's model, 25 for a quarter of the steps, as planned
+    assert limit.looked_at(plain, plan, ends, at, 0, tmp_path) is plain
+    now.at(420.0)
+    at.log = [dict(tokens_per_s=2_000)]
+    # 152 s are left; /1.15 = 132.17 for steps of .5 s: 250 of the block at hand take 125, and the next block's
+    # tokens .0001 + .0005 each: 7.17/.0006 = 11,956 more, whole batches
+    cut = limit.looked_at(plain, plan, ends, at, 0, tmp_path)
+    assert cut.num_tokens == 511_000
+    assert "after step 250 of 1,000" in limit.problems()[0]
+    again = Limit(10, 0.0)
+    again.read(tmp_path)
+    assert again.num_tokens == 511_000
+
+
+def test_a_block_that_would_come_too_late_is_given_up(now, monkeypatch):
+    """Fails if a block is made to its end though that lies beyond the limit, or given up though it fits."""
+    limit, _ = planned(10, dict(core=0), monkeypatch)
+
+    def passes(seconds):
+        for _ in range(100):
+            now.at(now.seconds + seconds)
+            yield 100
+
+    tracked = limit.watching(lambda items, *how: items)
+    assert len(list(tracked(passes(5.0), "", 10_000, "tok", int))) == 100  # 500 s of 572
+    now.at(0.0)
+    with pytest.raises(Slow) as slow:
+        list(tracked(passes(10.0), "", 10_000, "tok", int))
+    assert slow.value.token == pytest.approx(0.1)
+    assert now.seconds <= 40
+
+
+def test_evals_are_measured_within_what_is_left(now, monkeypatch, tmp_path):
+    """Fails if an eval begins that cannot end, or if what one took is not remembered for the next run."""
+    limit, _ = planned(10, dict(core=100, scr=100), monkeypatch)
+    limit.took = tmp_path / "took.json"
+    with limit.measuring("core", "a key", 2, 1.0):
+        now.at(300.0)
+    # three times as long as forecast: scr needs 300 of the 272 s
+    with pytest.raises(OutOfTime, match="about 5m00s, and 4m32s are left"), limit.measuring("scr", "other", 2, 1.0):
+        raise AssertionError("it began")
+    assert limit._known() == {"a key": 150.0}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_is_out_of_time_ends_even_where_an_exception_is_dropped():
+    """Fails if the end of the time is lost where Python drops exceptions, in a __del__."""
+    class Deaf:
+        def __del__(self):
+            time.sleep(1.0)
+
+    limit = Limit(1.0, time.monotonic() - 60 + 0.3)
+    begun = time.monotonic()
+    with pytest.raises(OutOfTime, match="are over, here"), limit.within(0.0, lambda: "here"):
+        Deaf()
+        while time.monotonic() - begun < 20:
+            time.sleep(0.01)
+    assert time.monotonic() - begun < 10
+    time.sleep(1.2)  # and no alarm rings afterwards

@@ -39,7 +39,7 @@ def again(settings, out: Path, info: dict, comparisons: list[Comparison]) -> Non
     if ranks.number():
         return
     with _harmless():
-        metric = verdict.headline(settings.headline, _runs(comparisons))
+        metric = verdict.headline(settings.headline, _runs(comparisons), settings.evals)
         said = verdict.stored(out)
         if said.get("verdict") not in (None, "failed") and said.get("metric") == metric:
             _tell(said, None)
@@ -80,7 +80,8 @@ def _end(settings, out: Optional[Path], info: dict, said: dict) -> None:
 
 def _verdict(settings, out: Path, info: dict, comparisons: list[Comparison]) -> dict:
     """verdict.json of a finished run, in the order of its keys."""
-    judged = verdict.judged(comparisons, verdict.headline(settings.headline, _runs(comparisons)))
+    metric = verdict.headline(settings.headline, _runs(comparisons), settings.evals)
+    judged = verdict.judged(comparisons, metric)
     facts = judged | _facts(settings, out, info)
     more = {"saes": judged["saes"]} if "saes" in judged else {}
     return {key: facts.get(key) for key in verdict.KEYS} | more

@@ -46,10 +46,11 @@ EXIT_STATUS = {"better": 0, "worse": 1, "equal_to_baseline": 1, "within_noise": 
 # ------------------------------------------------------------------------------------------------ which metric
 
 
-def headline(asked: str | None, runs: Iterable[Run]) -> str | None:
+def headline(asked: str | None, runs: Iterable[Run], chosen: str = "") -> str | None:
     """The metric that decides: the one asked for, else the profile's where its eval ran, else the first measured.
 
-    None where nothing that could decide was measured.
+    None where nothing that could decide was measured. `chosen`: --evals, of which one may have been left out for want
+    of time or have crashed: another metric must not silently take its place.
     """
     runs = list(runs)
     if asked:
@@ -57,6 +58,8 @@ def headline(asked: str | None, runs: Iterable[Run]) -> str | None:
     profiles = {run.config.get("profile") for run in runs}
     usual = "ground_truth.f1" if profiles == {"synthetic"} else "core.ce_loss_score"
     eval_name = usual.partition(".")[0]
+    if {eval_name, "all"} & {name.strip() for name in chosen.split(",")}:
+        return usual
     if any(eval_name in (run.config.get("evals") or {}) or usual in run.means for run in runs):
         return usual
     return next((metric for metric in HEADLINES if any(run.means.get(metric) is not None for run in runs)), None)

@@ -196,6 +196,18 @@ def test_a_headline_that_cannot_be(asked, says):
     verdict.check_headline("core.r2", compare.directions(), ["core"])
 
 
+def test_which_metric_decides():
+    """Fails if the metric is not that of the profile or the first that was measured, or if one takes the place of an
+    eval that was chosen and is not there.
+    """
+    probing = run("a", {"sparse_probing.sae_top_1_test_accuracy": 0.7, "core.l0": 20.0}, profile="embedded")
+    assert verdict.headline(None, [sae("a", 0.9)]) == CE and verdict.headline(R2, [sae("a", 0.9)]) == R2
+    assert verdict.headline(None, [run("a", {"ground_truth.f1": 0.9}, profile="synthetic")]) == "ground_truth.f1"
+    assert verdict.headline(None, [probing], "sparse_probing") == "sparse_probing.sae_top_1_test_accuracy"
+    assert verdict.headline(None, [probing], "core,sparse_probing") == CE
+    assert verdict.headline(None, [run("a", {"core.l0": 20.0})]) is None
+
+
 def told(printed):
     """The verdict that stands at the end of what was printed."""
     lines = printed.rpartition("\n---\n")[2].strip("\n").split("\n")

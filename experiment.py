@@ -12,6 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -53,6 +54,7 @@ from runs import (
     checkpoint,
     compare,
     disk,
+    endings,
     environment,
     failure,
     identity,
@@ -64,6 +66,7 @@ from runs import (
     report,
     training,
     training_log,
+    verdict,
 )
 from runs import limit as limits
 from runs import results as run_results
@@ -902,6 +905,8 @@ def command(argv: list[str], known: failure.Known) -> int:
         known.settings, out_dir=known.settings.out_dir or runs.folder.next_free()))
     limit = limits.Limit.of(settings, known.began)
     info["phase"] = "preflight"
+    if settings.headline:
+        verdict.check_headline(settings.headline, compare.directions(), evals_of(settings))
     VOICE.silent = ranks.number() > 0
     messages.hold(settings.variant)
     variants.HELD.update(ranks.agreed(lambda: dict(variants.HELD)))  # every rank runs the same
@@ -918,7 +923,9 @@ def command(argv: list[str], known: failure.Known) -> int:
     state = ranks.agreed(lambda: state)
     if state == "finished":
         say(f"{settings.out_dir} is already finished with these settings and this code; nothing to do")
-        say("\n" + compare.summary(out))
+        comparisons = compare.of_run(out)
+        say("\n" + compare.in_words(comparisons))
+        endings.again(settings, out, runs.folder.left(out), comparisons)
         ranks.leave()
         return 0
     if not ranks.number():
@@ -957,13 +964,16 @@ def conclude(settings: Settings, out: Path, info: dict, crashed: dict[str, BaseE
     runs.folder.write_info(out, info)
     if not crashed:
         checkpoint.remove(out)
-    say("\n" + compare.summary(out))
+    comparisons = compare.of_run(out)
+    say("\n" + compare.in_words(comparisons))
     say(f"{settings.out_dir}: final_info.json, report.html, sae/; {duration(sum(info['seconds'].values()))}, "
         f"{info['peak_memory_gb']['results']['host']:.1f} GB at most")
     if not crashed:
+        endings.finished(settings, out, info, comparisons)
         return 0
     name, error = next(iter(crashed.items()))
-    return failure.report(error, name, out, variants.path(settings.variant))
+    told = functools.partial(endings.failed, settings, out, info)
+    return failure.report(error, name, out, variants.path(settings.variant), told=told)
 
 
 def main(argv: Optional[list[str]] = None) -> int:

@@ -70,7 +70,9 @@ def phase(name: str, info: dict, out: Path) -> Iterator[None]:
     if not ranks.number():
         folder.write_info(out, info)
     start = time.monotonic()
-    yield
-    info["seconds"][name] = round(info["seconds"].get(name, 0) + time.monotonic() - start, 1)
+    try:
+        yield
+    finally:  # the time of a phase that was interrupted is the run's, too
+        info["seconds"][name] = round(info["seconds"].get(name, 0) + time.monotonic() - start, 1)
     peaks = info.setdefault("peak_memory_gb", {})
     peaks[name] = environment.peak_memory_gb(info["settings"]["device"])  # so far

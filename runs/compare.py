@@ -27,9 +27,12 @@ from pathlib import Path
 
 import evals
 from runs import doubts, exports, frontier, stability, tables
-from runs.comparison import NOT_COMPARED, SETTINGS, UNKNOWN, Compared, Comparison, Floor, Judged, differing
+from runs.comparison import HEADLINES, NOT_COMPARED, SETTINGS, UNKNOWN, Compared, Comparison, Floor, Judged, differing
 from runs.frontier import Interpolated, l0_of
 from runs.reading import RECORDS, Run, canonical, read, setting, slug
+from runs.verdict import KEYS, check_headline, costs, exit_status, failures, headline, sides
+from runs.verdict import judged as of_sides
+from runs.verdict import lines as verdict_lines
 
 # ------------------------------------------------------------------------------------------------ verdicts
 
@@ -146,12 +149,6 @@ def _equal_l0(ours: float | None, theirs: float | None, share: float) -> bool | 
 FROZEN = "frozen_decoder"  # decoders that stay as they were drawn (arXiv 2602.14111)
 # {name under runs/baseline/<model>/: in words}
 RANDOM = {FROZEN: "frozen random decoder", "untrained": "untrained SAE"}
-# what each eval is asked first: a run is held against the frozen decoder in these
-HEADLINES = ("core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1_test_accuracy",
-             "sae_probes.sae_top_1_test_auc", "absorption.mean_absorption_fraction_score",
-             "scr.scr_metric_threshold_10", "tpp.tpp_threshold_10_total_metric", "autointerp.autointerp_score",
-             "unlearning.unlearning_score", "ravel.disentanglement_score", "ground_truth.f1", "ground_truth.mcc",
-             "ground_truth.r2", "ground_truth.uniqueness")
 
 
 def beside_random(run: Run, decoders: list[Run], directions: dict[str, str]) -> Floor | None:
@@ -337,23 +334,38 @@ def _laid_out(comparisons: list[Comparison], everything: bool, form: Callable[[t
     return "\n\n".join(form(table) for table in tables.laid_out(comparisons, everything))
 
 
-def summary(path: str | Path) -> str:
-    """What a run prints at its end: the run of that folder against the stored default baseline of its model."""
+def of_run(path: str | Path) -> list[Comparison]:
+    """The run of that folder judged against the stored default baseline of its model."""
     sections = read(path)
-    return compare(sections, stored_baselines(sections), directions())
+    return judged(sections, stored_baselines(sections), directions())
+
+
+def in_words(comparisons: list[Comparison]) -> str:
+    """What a run prints at its end."""
+    return _laid_out(comparisons, False, tables.as_text)
+
+
+def summary(path: str | Path) -> str:
+    """The same of a run's folder."""
+    return in_words(of_run(path))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; 0 if something was compared, 1 with one line on stderr if not."""
+    """The command; 0 if something was compared, 1 with one line on stderr if not.
+
+    With --exit-status the verdict's (runs/verdict.py): 0 better, 1 not, 2 within the noise, 3 for all else.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    nothing = 3 if "--exit-status" in argv else 1
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
+        return _main(argv)
     # the reader, head for one, has gone: nothing to say, not even when Python flushes at its end
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return nothing
     except (ValueError, OSError) as error:
         print(str(error).split("\n")[0], file=sys.stderr)
-        return 1
+        return nothing
 
 
 class _Parser(argparse.ArgumentParser):
@@ -373,19 +385,52 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--csv", action="store_true", help="one line per run and metric, in full precision")
     parser.add_argument("--json", action="store_true", help="all that is known, in full precision, for programs")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
+    parser.add_argument("--exit-status", action="store_true",
+                        help="also one verdict, on the last run against the first (alone, or with --baseline, against "
+                             "the baseline), other seeds of either with it: 0 better, 1 not, 2 more seeds needed, 3 "
+                             "not comparable")
+    parser.add_argument("--headline", help="the metric that decides; default: core.ce_loss_score, or ground_truth.f1")
     options = parser.parse_args(argv)
+    known = directions()
+    check_headline(options.headline, known)
 
     runs, unreadable = _read_all(options.runs)
     for line in unreadable:
         print(f"left out: {line}", file=sys.stderr)
-    comparisons = judged(runs, stored_baselines(runs, options.baseline), directions())
+    comparisons = judged(runs, stored_baselines(runs, options.baseline), known)
+    said = {}
+    if options.json or options.exit_status:
+        said = ruling(runs, unreadable, options.baseline, options.headline, known)
     if options.json:
-        print(exports.as_json(comparisons, unreadable))
+        print(exports.as_json(comparisons, unreadable, said))
     elif options.csv:
         print(exports.as_csv(comparisons))
     else:
         print(_laid_out(comparisons, options.all, tables.as_markdown if options.markdown else tables.as_text))
-    return 0
+        if said and not options.markdown:
+            print("\n".join(verdict_lines(said)))
+    return exit_status(said["verdict"]) if options.exit_status else 0
+
+
+def ruling(runs: list[Run], unreadable: list[str], asked: str | None, metric: str | None, directions: dict[str, str],
+           ) -> dict:
+    """One verdict, as verdict.json holds it: the last run, with its other seeds, against the first, with its own.
+
+    Against the baseline where one is `asked` for, or all runs are one setting. `unreadable`: lines on runs that cannot
+    be read. What is known of the last run's cost is taken from its own verdict.json.
+    """
+    references, candidates = sides(runs)
+    if asked or references is None:
+        references = stored_baselines(candidates, asked)
+    found = of_sides(judged(candidates, references, directions), headline(metric, candidates))
+    failed = unreadable + failures(runs)
+    if failed:
+        found |= dict(verdict="failed", why=failed[0])
+    last = candidates[-1]
+    facts = costs(runs[-1]) | found | dict(run=last.name, variant=last.config.get("variant"),
+                                           seed=last.config.get("seed"))
+    saes = {"saes": found["saes"]} if "saes" in found else {}
+    return {key: facts.get(key) for key in KEYS} | saes
 
 
 def _read_all(names: list[str]) -> tuple[list[Run], list[str]]:

@@ -15,6 +15,13 @@ from runs.reading import Run, setting
 # settings in which two runs may differ and still be compared, and which are then said
 SETTINGS = ("variant", "hyper", "d_sae", "context", "dataset", "keep_bos", "max_norm_ratio", "dtype", "num_tokens",
             "passes", "batch_size", "lr", "seed")
+# what each eval is asked first: a run is held against the frozen decoder in these, and the first measured of them may
+# decide its verdict
+HEADLINES = ("core.ce_loss_score", "core.r2", "sparse_probing.sae_top_1_test_accuracy",
+             "sae_probes.sae_top_1_test_auc", "absorption.mean_absorption_fraction_score",
+             "scr.scr_metric_threshold_10", "tpp.tpp_threshold_10_total_metric", "autointerp.autointerp_score",
+             "unlearning.unlearning_score", "ravel.disentanglement_score", "ground_truth.f1", "ground_truth.mcc",
+             "ground_truth.r2", "ground_truth.uniqueness")
 UNSTATED = {"max_norm_ratio": "off"}  # what a record means that does not name a setting, where that is known
 
 

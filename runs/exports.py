@@ -15,10 +15,12 @@ from runs.wording import beyond, words
 DECODERS = 24  # SAEs whose decoders are read: seconds each at a width of 16k
 
 
-def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) -> str:
+def as_json(comparisons: list[Comparison], left_out: list[str] | None = None, verdict: dict | None = None) -> str:
     """The same data as one strict JSON document: numbers in full precision, null for what is not known.
 
-    "comparisons": one per model, layer and hook; "left_out": what could not be read, a line each. Of a comparison:
+    "comparisons": one per model, layer and hook; "left_out": what could not be read, a line each; "verdict": one word
+    on the last run against the first, or the baseline, and what it rests on, flat, as verdict.json (runs/verdict.py).
+    Of a comparison:
     model, layer, hook_name, references (with means and stderrs), stand_in (the first runs are the baseline, for want
     of a stored one), frontier, same_sae (names of runs that are one and the same), saes.
     Of each of the saes: name, path, variant, l0, baseline (name, path, variant, l0, and `between` which SAEs it lies),
@@ -33,8 +35,9 @@ def as_json(comparisons: list[Comparison], left_out: list[str] | None = None) ->
     known); see `Judged`.
     """
     decoders = sum(len(c.saes) for c in comparisons) <= DECODERS
-    return json.dumps({"comparisons": [_comparison(c, decoders) for c in comparisons], "left_out": left_out or []},
-                      allow_nan=False)
+    document = {"comparisons": [_comparison(c, decoders) for c in comparisons], "left_out": left_out or [],
+                "verdict": finite(verdict or {})}
+    return json.dumps(document, allow_nan=False)
 
 
 def _comparison(comparison: Comparison, decoders: bool) -> dict:

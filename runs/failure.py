@@ -6,14 +6,16 @@ import contextlib
 import errno
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import variants
-from runs import disk, folder, prolong
+from runs import disk, endings, folder, prolong
 from runs.interrupts import Interrupts
 from variants.kit import ranks
 
@@ -27,7 +29,8 @@ ADVICE = {"OutOfMemoryError": "use a smaller --batch_size, --d_sae or --lm_batch
 class Known:
     """What is known of a run, as it becomes known: what its last words are made of."""
 
-    info: dict = field(default_factory=lambda: dict(phase="settings", seconds={}))  # run_info.json
+    # run_info.json
+    info: dict = field(default_factory=lambda: dict(phase="settings", seconds={}, began=round(time.time(), 2)))
     settings: Any = None  # resolved
     out: Optional[Path] = None  # the run's folder, from where it is this run's
     interrupts: Optional[Interrupts] = None
@@ -50,6 +53,8 @@ def interrupted(stop: KeyboardInterrupt, known: Known) -> int:
     if not ranks.number():
         if known.begun:
             folder.mark(known.out, known.info, "interrupted")
+            number = known.interrupts.signal or signal.SIGINT
+            endings.interrupted(known.settings, known.out, known.info, signal.Signals(number).name)
         place = inside(stop, known.settings)
         print(f"interrupted in {known.info['phase']}{place}: the same command continues", file=sys.stderr, flush=True)
         remains = ", ".join(prolong.remaining(known.out, known.info)) if known.begun else ""
@@ -75,15 +80,17 @@ def ended(error: BaseException, known: Known) -> int:
         variant = variants.path(known.settings.variant)
     except (OSError, ValueError):  # that is the failure
         variant = None
-    return report(error, phase, known.out, variant, [known.settings.cache_dir])
+    told = partial(endings.failed, known.settings, known.out if known.begun else None, known.info)
+    return report(error, phase, known.out, variant, [known.settings.cache_dir], told)
 
 
 def report(error: BaseException, phase: str, out: Optional[Path], variant: Optional[Path],
-           places: Sequence[str | Path] = ()) -> int:
+           places: Sequence[str | Path] = (), told: Callable[[dict], None] = lambda details: None) -> int:
     """Say on stderr, in under 1,200 characters, what failed, where in the user's own file and what to do; returns 1.
 
     Into the run folder `out`, where there is one and it can be written to, go error.json and, at the end of log.txt,
     the traceback. Whatever fails in here itself, the first error is said. `places`: other folders it writes to.
+    `told` tells programs, with what error.json holds.
     """
     kind = type(error).__name__
     what, advice = words(error, out, places)
@@ -95,13 +102,15 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
         lines.append(f"at {where}")
     to_do = f"; to do: {advice}"[:400] if advice else ""
     lines.append(kind + to_do)
+    details = dict(phase=phase, type=kind, message=what, where=where, advice=advice)
     if out and out.is_dir():
         info = folder.left(out)
-        details = dict(phase=phase, type=kind, message=what, where=where, advice=advice,
-                       remains=prolong.remaining(out, info))
+        details["remains"] = prolong.remaining(out, info)
         last = kept(error, out, details)
         room = MOST_CHARACTERS - len("\n".join([*lines, last])) - 1
         lines += [prolong.told(out, info)[:max(0, room)], last]
+    with contextlib.suppress(Exception):
+        told(details)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is closed, full or None
         print("\n".join(filter(None, lines)), file=sys.stderr, flush=True)
     return 1

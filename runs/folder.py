@@ -23,7 +23,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 # of the project: an --out_dir there would move them away
 OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")
 LOCK = ".lock"
-NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt"}  # what a run that failed in preflight leaves
+# what a run that failed in preflight leaves
+NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt", "verdict.json"}
 RESULTS = ("sae", "eval_results", "variant_report", "snapshots")  # folders that hold results, beside final_info.json
 HALF_WRITTEN = (".*.tmp", "sae/.*.tmp", "eval_results/*/.*.tmp", "snapshots/*/eval_results/*/.*.tmp",
                 "variant_report/*/.*.tmp")
@@ -179,6 +180,14 @@ def free_for_words(out_dir: str | Path) -> Path | None:
         folder = _allowed(Path(out_dir))
         folder.mkdir(parents=True, exist_ok=True)
         return folder if set(_content(folder)) <= NOTHING_BUT_WORDS else None
+    except (OSError, ValueError):
+        return None
+
+
+def place(out_dir: str | Path) -> Path | None:
+    """The folder that a run's --out_dir means, there or not, or None where a run has no business."""
+    try:
+        return _allowed(Path(out_dir))
     except (OSError, ValueError):
         return None
 

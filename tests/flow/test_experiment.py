@@ -152,7 +152,7 @@ def test_a_typo_leaves_no_heap_of_folders(cache, tmp_path):
     for wrong in ("--evals=cor", "--layers=9", "--hyper=kk=1"):
         assert experiment.main(command(tmp_path / "run", cache, wrong)) == 1
     assert experiment.main(command(tmp_path / "run", cache, "--evals=none")) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "results.tsv"}
     assert experiment.main(command(tmp_path / "run", cache, "--layers=9")) == 1
     assert (tmp_path / "run.previous-1/final_info.json").exists()
 

@@ -14,7 +14,7 @@ import pytest
 
 import experiment
 import variants
-from runs import compare, seeds
+from runs import compare, ledger, seeds
 from tests import GOLDEN, OWN_VARIANTS, PROJECT
 from tests.benchmarks import compare as comparing
 from tests.benchmarks import scaling
@@ -37,6 +37,8 @@ ELSEWHERE = (
     ("python -m tests.benchmarks.training", "tests/flow/test_benchmark.py", r"^training\.main\("),
     ("python -m tests.benchmarks.gpu", "tests/flow/test_benchmark.py", r'"-m", "tests\.benchmarks\.gpu"'),
     ("python -m runs.stability", "tests/runs/test_stability.py", r"stability\.main\("),
+    ("--exit-status", "tests/runs/test_verdict.py", r'"--exit-status"'),
+    ("--out_dir=run_${n}", "tests/runs/test_verdict.py", r'loop = re\.search'),
     ("--store", "tests/runs/test_seeds.py", r'"--store"'),
     ("openai-community/gpt2", "tests/evals/test_inputs.py", r"run\(cache, gpt2, texts, "))
 # what makes a benchmark of the embedded model, of a real step or of many architectures one of seconds
@@ -45,7 +47,8 @@ SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--eva
          "cache": ["--gb=0.01"],
          "steps": ["--device=cpu", "--d_in=32", "--width=256", "--k=4", "--batch_size=64", "--variants=topk,standard"],
          "evals": ["--help"]}  # minutes of the embedded model
-OTHER_PROGRAMS = {"--all", "--baseline", "--csv", "--json", "--markdown", "--saebench", "--store"}
+OTHER_PROGRAMS = {"--all", "--baseline", "--by", "--csv", "--exit-status", "--json", "--markdown", "--rebuild",
+                  "--saebench", "--store"}
 COMMANDS = r"(python3?|torchrun|pip|diff) "
 REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
 
@@ -148,6 +151,9 @@ def test_a_command_runs(command, place, monkeypatch, capsys):
         assert "usage: " in printed or re.search(r"^\| .* \|$", printed, re.M)
         if words[2].endswith(".scaling"):
             assert printed.strip() in (PROJECT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
+        return
+    if words[1:3] == ["-m", "runs.ledger"]:
+        assert ledger.main(words[3:]) == 0
         return
     if words[1] == "-m":
         program = {"runs.compare": compare.main, "runs.seeds": seeds.main}[words[2]]

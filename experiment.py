@@ -75,6 +75,7 @@ from runs import snapshots as run_snapshots
 from runs.batches import batches
 from runs.clock import phase
 from runs.interrupts import Interrupts
+from runs.plan import block_at, block_plan, count_steps, steps_by_block
 from variants import base
 from variants.kit import contexts, imperative, interchange, norms, ranks, saving, trainer_state
 from variants.kit.copying import duplicate
@@ -264,25 +265,6 @@ def hypers_of(settings: Settings, module) -> dict[str, dict]:
         return interchange.hypers_of(settings.init_from, module, fixed)
     fixed = synthetic.sparsity(settings.model, hyperparameters(module)) | fixed
     return {suffix: fixed | hyper for suffix, hyper in parse_sweep(module, settings.sweep).items()}
-
-
-def block_plan(settings: Settings) -> list[int]:
-    """Training tokens of each block; a last block smaller than a batch is left out."""
-    full, rest = divmod(settings.num_tokens, settings.block_tokens)
-    plan = [settings.block_tokens] * full
-    if rest >= settings.batch_size:
-        plan.append(rest)
-    return plan
-
-
-def steps_by_block(settings: Settings) -> list[int]:
-    """Optimiser steps that each block gives."""
-    return [settings.passes * (tokens // settings.batch_size) for tokens in block_plan(settings)]
-
-
-def count_steps(settings: Settings) -> int:
-    """Optimiser steps of the run."""
-    return sum(steps_by_block(settings))
 
 
 def models_of(settings: Settings) -> dict[str, str]:
@@ -521,6 +503,11 @@ class Job:
         return contexts.Attention.of(self.sae, self.layer)
 
 
+def attention_of(jobs: list[Job]) -> list[contexts.Attention]:
+    """What the jobs' batches hold of attention."""
+    return list(dict.fromkeys(job.attention for job in jobs if job.attention))
+
+
 def make_optimizer(sae: base.SAE, lr: float):
     """Fused Adam on the variant's parameter groups; each group's own learning rate is what the schedule multiplies."""
     if isinstance(sae, imperative.Imperative):  # its trainer brings one; the trainer's state takes its place
@@ -562,14 +549,13 @@ def pace_of(settings: Settings, lm: LanguageModel, source) -> pace.Pace:
     few, total = pace.trial(settings), count_steps(settings)
     jobs, seconds = make_jobs(settings, lm), []
     ranks.train_together(all(job.sae.data_parallel for job in jobs))
-    attending = list(dict.fromkeys(job.attention for job in jobs if job.attention))
     now = training.Training(0, [], {job.name: [] for job in jobs})
     stream, nothing = token_stream(source, lm, few), evals.cache.Cache(Path(settings.cache_dir) / "activations", 0.0)
     with VOICE.muted():
-        blocks = activation_blocks(few, lm, stream, nothing, 0, attending)
+        blocks = activation_blocks(few, lm, stream, nothing, 0, attention_of(jobs))
         for b, block, _ in pace.timed(blocks, seconds, settings.device):
             if block and not b:
-                training.begin(few, lm, jobs, block, lambda job: shard(settings, job))
+                training.begin(few, lm, jobs, block, shard)
             for step, batch_of_job in batches(few, jobs, block, b, now.step, now.step) if block and total else ():
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
                 step_all(jobs, batch_of_job, progress, now)
@@ -611,7 +597,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             settings = train_on(settings, lm, jobs, stream, source, cache, out, now, interrupts, limit)
             left = False
         except limits.Slow as slow:  # a block would not be made in time: a smaller one, from where it begins
-            b = pace.block_at(steps_by_block(settings), now.step)
+            b = block_at(steps_by_block(settings), now.step)
             now.cursor = training.cursor_at(stream.cursors, b)
             settings = limit.shorter(settings, block_plan(settings)[:b], slow.token, out)
     return now.log, settings
@@ -631,26 +617,22 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
         if here and ranks.any_host(interrupts.signal > 0):
             raise KeyboardInterrupt("between steps")
 
-    def spread(job: Job, settings=settings) -> None:
-        shard(settings, job)
-
-    b = first = pace.block_at(per_block, now.step)
+    b = first = block_at(per_block, now.step)
     stop_if_asked()
     if now.step in measured:  # interrupted there
         snapshot(settings, lm, jobs, source, cache, out, now, limit)
     try:
-        attending = list(dict.fromkeys(job.attention for job in jobs if job.attention))
         # a pass of the next block for as many steps as it gives tokens: launched while the device is busy with it
         every = max(1, settings.passes * settings.lm_batch_size * (settings.context - 1) // settings.batch_size)
         watched = limit.watching(track)
-        for b, block, ahead in activation_blocks(settings, lm, stream, cache, first, attending, watched):
+        for b, block, ahead in activation_blocks(settings, lm, stream, cache, first, attention_of(jobs), watched):
             stop_if_asked()
             if not block:  # the first rank has it, and trains
                 continue
             training.leave_out(settings.max_norm_ratio, jobs, block, b)
             now.clock.begin_steps(now.step)
             if now.step == 0:
-                training.begin(settings, lm, jobs, block, spread)
+                training.begin(settings, lm, jobs, block, shard)
             for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
@@ -842,8 +824,10 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     with phase("training", info, out):
         settings = in_time(settings, lm, source, limit)
         limit.leave_out({}, out)
+        info["steps"] = count_steps(settings)
         jobs = make_jobs(settings, lm)
         log, settings = train(settings, lm, jobs, source, cache, out, interrupts, limit)
+        info["steps"] = count_steps(settings)
         jobs = finished(settings, lm, jobs, out)
         own = [] if ranks.number() else jobs  # the first rank saves and reports them all
         for job in own:
@@ -946,7 +930,7 @@ def command(argv: list[str], known: failure.Known) -> int:
 def resume(settings: Settings, out: Path) -> dict[str, float]:
     """Say how the run was left, and make its folder fit to go on; returns the seconds it has taken so far, by phase."""
     before = runs.folder.left(out)
-    asked = dict(steps=count_steps(settings), settings=dataclasses.asdict(settings))
+    asked = dict(steps=before.get("steps", count_steps(settings)), settings=dataclasses.asdict(settings))
     remains = ", ".join(prolong.remaining(out, before | asked))
     say(f"{settings.out_dir} {failure.CONTINUES} {before.get('phase', 'unknown')!r} ({failure.left(out, before)}); "
         + (f"continuing: {remains}" if remains else "continuing"))

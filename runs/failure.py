@@ -104,11 +104,11 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
     lines.append(kind + to_do)
     details = dict(phase=phase, type=kind, message=what, where=where, advice=advice)
     if out and out.is_dir():
-        info = folder.left(out)
-        details["remains"] = prolong.remaining(out, info)
+        with contextlib.suppress(Exception):
+            details["remains"] = prolong.remaining(out, folder.left(out))
         last = kept(error, out, details)
         room = MOST_CHARACTERS - len("\n".join([*lines, last])) - 1
-        lines += [prolong.told(out, info)[:max(0, room)], last]
+        lines += [prolong.told(out, details.get("remains"))[:max(0, room)], last]
     with contextlib.suppress(Exception):
         told(details)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is closed, full or None

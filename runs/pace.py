@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -75,11 +74,6 @@ def whole_pace(lm, rows_RT: torch.Tensor) -> float:
         begun = settled(lm.device.type)
         lm.hf(input_ids=tokens_rT, use_cache=False)
     return (settled(lm.device.type) - begun) / tokens_rT.numel()
-
-
-def block_at(steps_by_block: list[int], step: int) -> int:
-    """The block in which a step lies."""
-    return sum(end <= step for end in itertools.accumulate(steps_by_block))
 
 
 def process_start() -> float:

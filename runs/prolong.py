@@ -407,9 +407,8 @@ def _remaining(out: Path, info: dict) -> list[str]:
     return [*remains, "results"]
 
 
-def told(out: Path, info: dict) -> str:
-    """The same as a line, with whether there is something to go on from; "" for nothing."""
-    remains = remaining(out, info)
+def told(out: Path, remains: list[str] | None) -> str:
+    """What remains as a line, with whether there is something to go on from; "" for nothing."""
     if not remains:
         return ""
     begun = any((out / name).exists() for name in (checkpoint.NAME, checkpoint.PREVIOUS, "eval_results"))

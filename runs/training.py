@@ -47,7 +47,7 @@ def note(out: Path, jobs: list, batch_of_job: dict[str, Batch], progress: Progre
 def begin(settings, lm: LanguageModel, jobs: list, block: dict[str, Tensor], spread: Callable) -> None:
     """Measure the scale on the first block, let fresh SAEs initialise themselves on normalised data, note outliers.
 
-    `spread` shares an SAE out among the ranks, where that is asked for.
+    `spread(settings, job)` shares an SAE out among the ranks, where that is asked for.
     """
     for job in jobs:
         x_ND = block[f"x_{job.layer}"]
@@ -60,7 +60,7 @@ def begin(settings, lm: LanguageModel, jobs: list, block: dict[str, Tensor], spr
         if not settings.init_from:
             start = int(block["starts_W"][ranks.number()]) if ranks.sharing() > 1 else 0
             job.sae.initialise(ranks.first_rows(x_ND, start, 8192).float() / job.scale)
-        spread(job)
+        spread(settings, job)
     for layer in dict.fromkeys(job.layer for job in jobs):
         # the tokens that hold most of E‖x‖², where a few do: an SAE is then judged on those
         line = checks.outliers(block[f"x_{layer}"], block["tokens_N"], lm)

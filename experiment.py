@@ -54,6 +54,7 @@ from runs import (
     disk,
     environment,
     failure,
+    hopeless,
     identity,
     needs,
     own_report,
@@ -504,6 +505,7 @@ class Job:
     notes: list[str] = dataclasses.field(default_factory=list)  # what makes its result doubtful, found in training
     max_norm: Optional[float] = None  # norm above which tokens are left out; None: none is, or it is not measured yet
     left_out: dict[int, float] = dataclasses.field(default_factory=dict)  # share of the tokens of each block
+    untrained: Optional[list[float]] = None  # L0, explained variance before the first step; None: not measured
 
     @property
     def attention(self) -> Optional[contexts.Attention]:
@@ -599,7 +601,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                 step_all(jobs, batch_of_job, progress, now)
                 last = now.step == total
                 if now.step % log_every == 0 or last:
-                    training.note(out, jobs, batch_of_job, progress, now)
+                    training.note(settings, out, jobs, batch_of_job, progress, now)
                     if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or last:
                         training.save(out, jobs, now, dict(stream.cursors), b)
                 if now.step in measured:
@@ -608,7 +610,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
                 stop_if_asked(not together or now.step % 8 == 0 or last)
             now.clock.lap("sae")
             block.clear()  # before the next block but one is made: no more than two at a time on the device
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, hopeless.Hopeless) as stop:
         if jobs[0].scale and (stop.args or not interrupts.deferred):  # a second signal may come in the middle of a step
             training_log.check_finite(jobs, now.recent, now.step, ranks.mean)
             training.save(out, jobs, now, dict(stream.cursors), b)

@@ -27,8 +27,10 @@ LOOK_BACK = 0.1  # share of the tokens over which L0 may fall and explained vari
 MOVES = 0.05  # by how much of itself, at least
 PROGRESS = 0.01  # explained variance that an untrained SAE does not gain by chance, and share of what is unexplained
 LOST = 0.9  # an L0 below so much of the untrained one's shows that the penalty is at work
-# A penalty may begin late (p_anneal's in the second half), so that a half is judged only when it has
-ALL, HALF, HALF_FROM = 0.9, 0.5, 0.6  # shares of the features; share of the tokens
+# Shares of the features: the preflight's bound for no sparse code (learning.ALWAYS_ON), and what is too many where x is
+# not explained either. Half alone is no sign: a narrow SAE may go through it, or end there with a good reconstruction
+# (tiny profile, d_sae 128, L0 at a fifth, three fifths, the end: p_anneal 92, 71, 65, jumprelu_tanh 87, 83, 67)
+ALL, HALF, EXPLAINED = 0.9, 0.5, 0.5
 TO_THE_END = "--stop_hopeless=no trains it to the end"
 
 
@@ -64,8 +66,8 @@ def check(settings, jobs: list, now, progress) -> None:
     if not is_on(settings) or now.step == progress.total_steps:
         return
     found = {job.name: symptom([row for row in now.log if row["sae"] == job.name], progress.total_tokens,
-                               len(job.sae.tokens_since_fired), job.untrained, may_be_dense(settings, job.hyper))
-             for job in jobs}
+                               (job.sae.d_in, len(job.sae.tokens_since_fired)), job.untrained,
+                               may_be_dense(settings, job.hyper)) for job in jobs}
     hopeless = {name: what for name, what in found.items() if what}
     tokens = f"{now.log[-1]['tokens']:,} of {progress.total_tokens:,} tokens"
     if not ranks.any_host(len(hopeless) < len(jobs)):
@@ -109,20 +111,21 @@ def may_be_dense(settings, hyper: dict) -> bool:
 # ------------------------------------------------------------------------------------------------ of one SAE's rows
 
 
-def symptom(rows: list[dict], total_tokens: int, width: int, untrained: list[float] | None = None,
+def symptom(rows: list[dict], total_tokens: int, widths: tuple[int, int], untrained: list[float] | None = None,
             dense_is_meant: bool = False) -> tuple[str, str] | None:
     """(silent, dense, worse or still; what shows it, in words) of an SAE's rows of the log so far; None: it may learn.
 
-    width: number of features; untrained: L0 and explained variance before the first step, None: not measured.
+    widths: dimensions of x, number of features; untrained: L0 and explained variance before the first step, or None
+    where nothing is held against them.
     """
     last, then = rows[-ROWS:], before(rows, LOOK_BACK * total_tokens)
     if len(last) < ROWS or last[-1]["tokens"] < FROM * total_tokens or last[-1]["step"] < LEAST_STEPS:
         return None
-    share = last[-1]["tokens"] / total_tokens
     if silent(last):
         return "silent", f"no feature fires (L0 {values(last, 'l0', '{:.3g}')})"
-    if not dense_is_meant and dense(last, then, width, share):
-        return "dense", f"most of the {width:,} features fire on the average token (L0 {values(last, 'l0', '{:,.0f}')})"
+    if not dense_is_meant and dense(last, then, widths):
+        shown = values(last, "l0", "{:,.0f}")
+        return "dense", f"most of the {widths[1]:,} features fire on the average token (L0 {shown})"
     if worse(last, then):
         shown = values(last, "explained_variance", "{:.3g}")
         return "worse", f"it reconstructs worse than the mean (explained variance {shown})"
@@ -138,19 +141,28 @@ def silent(last: list[dict]) -> bool:
     return all(row["l0"] == 0 and row["dead_share"] in (None, 1) for row in last)
 
 
-def dense(last: list[dict], then: list[dict], width: int, share: float) -> bool:
+def dense(last: list[dict], then: list[dict], widths: tuple[int, int]) -> bool:
     """Most features fire, and L0 is not on its way down: penalties may grow over the whole run."""
-    bound = width * (HALF if share >= HALF_FROM else ALL)
-    return bool(then) and all(row["l0"] > bound for row in last) and mean(last, "l0") > (1 - MOVES) * mean(then, "l0")
+    d_in, d_sae = widths
+    if not then or mean(last, "l0") <= (1 - MOVES) * mean(then, "l0"):
+        return False
+    if all(row["l0"] > max(ALL * d_sae, d_in) for row in last):
+        return True
+    unexplained = all(row["explained_variance"] < EXPLAINED for row in last) and not rises(last, then)
+    return unexplained and all(row["l0"] > HALF * d_sae for row in last)
 
 
 def worse(last: list[dict], then: list[dict]) -> bool:
     """The mean of x would be the better reconstruction, and explained variance is not rising."""
-    if not then or not all(math.isfinite(row["explained_variance"]) for row in last + then):
-        return False
+    return bool(then) and all(row["explained_variance"] < 0 for row in last) and not rises(last, then)
+
+
+def rises(last: list[dict], then: list[dict]) -> bool:
+    """Explained variance is on its way up, or there is none: x without variance."""
+    if not all(math.isfinite(row["explained_variance"]) for row in last + then):
+        return True
     earlier = mean(then, "explained_variance")
-    rises = mean(last, "explained_variance") > earlier + max(PROGRESS, MOVES * abs(earlier))
-    return not rises and all(row["explained_variance"] < 0 for row in last)
+    return mean(last, "explained_variance") > earlier + max(PROGRESS, MOVES * abs(earlier))
 
 
 def still(last: list[dict], untrained: list[float]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -23,14 +24,14 @@ from variants.kit.hyper import hyperparameters
 ROWS = 3  # of the log, in each of which it must show
 FROM = 0.2  # share of the tokens before which nothing is judged: warm-ups take a tenth at most
 LEAST_STEPS = 10  # and so many steps: what a handful has not moved says nothing
-LOOK_BACK = 0.1  # share of the tokens over which L0 may fall and explained variance rise
-MOVES = 0.05  # by how much of itself, at least
+LOOK_BACK = 0.1  # share of the tokens over which it is seen whether L0 falls and explained variance rises
+FALLS = 0.05  # L0 does by so much of itself, at least
 PROGRESS = 0.01  # explained variance that an untrained SAE does not gain by chance, and share of what is unexplained
 LOST = 0.9  # an L0 below so much of the untrained one's shows that the penalty is at work
-# Shares of the features: the preflight's bound for no sparse code (learning.ALWAYS_ON), and what is too many where x is
-# not explained either. Half alone is no sign: a narrow SAE may go through it, or end there with a good reconstruction
-# (tiny profile, d_sae 128, L0 at a fifth, three fifths, the end: p_anneal 92, 71, 65, jumprelu_tanh 87, 83, 67)
-ALL, HALF, EXPLAINED = 0.9, 0.5, 0.5
+# Shares of the features: practically all of them, and what is too many where x is not explained either. Half alone is
+# no sign: penalties may grow over the whole run, and a narrow SAE may end there with a good reconstruction (L0 at a
+# fifth, three fifths, the end, tiny profile, d_sae 128: p_anneal 92, 71, 65, jumprelu_tanh 87, 83, 67)
+ALL, HALF, EXPLAINED = 0.98, 0.5, 0.5
 TO_THE_END = "--stop_hopeless=no trains it to the end"
 
 
@@ -46,10 +47,9 @@ def is_on(settings) -> bool:
 def measure_untrained(settings, job, x_ND: Tensor) -> None:
     """Note on the job what its SAE is before the first step: L0 and explained variance, as a row of the log has them.
 
-    x_ND: raw activations of the first block, this rank's. Nothing where training is not expected to show in these:
-    one that begins with a trained SAE, or leaves a part as it began (the random baselines).
+    x_ND: raw activations of the first block, this rank's.
     """
-    if not is_on(settings) or settings.init_from or not all(p.requires_grad for p in job.sae.parameters()):
+    if not is_on(settings) or "still" in spared(settings, job):
         return
     x_ND = x_ND[:: max(1, len(x_ND) // training_log.GLANCE)][:training_log.GLANCE].float() / job.scale
     devices = [x_ND.device] if x_ND.is_cuda else []
@@ -66,8 +66,8 @@ def check(settings, jobs: list, now, progress) -> None:
     if not is_on(settings) or now.step == progress.total_steps:
         return
     found = {job.name: symptom([row for row in now.log if row["sae"] == job.name], progress.total_tokens,
-                               (job.sae.d_in, len(job.sae.tokens_since_fired)), job.untrained,
-                               may_be_dense(settings, job.hyper)) for job in jobs}
+                               (job.sae.d_in, len(job.sae.tokens_since_fired)), job.untrained, spared(settings, job))
+             for job in jobs}
     hopeless = {name: what for name, what in found.items() if what}
     tokens = f"{now.log[-1]['tokens']:,} of {progress.total_tokens:,} tokens"
     if not ranks.any_host(len(hopeless) < len(jobs)):
@@ -83,8 +83,8 @@ def message(hopeless: dict[str, tuple[str, str]], tokens: str) -> str:
     """What is hopeless, and what helps against it: the preflight's words for the same."""
     from variants.preflight import learning
 
-    advice = {"silent": learning.IF_SILENT, "dense": learning.IF_DENSE,
-              "worse": f"lower --lr, or {learning.IF_WORSE}", "still": f"raise --lr, or {learning.IF_WORSE}"}
+    advice = {"silent": learning.IF_SILENT, "dense": learning.IF_DENSE, "still": f"raise --lr, or {learning.IF_WORSE}",
+              "worse": f"try another --lr or a weaker penalty, or {learning.IF_WORSE}"}
     helps = "; ".join(dict.fromkeys(advice[kind] for kind, _ in hopeless.values()))
     first, *others = (f"{name}: {words}" for name, (_, words) in hopeless.items())
     name, _, words = first.partition(": ")
@@ -92,6 +92,18 @@ def message(hopeless: dict[str, tuple[str, str]], tokens: str) -> str:
     if others:
         what = f"all {len(hopeless)} SAEs are hopeless after {tokens}: {'; '.join([first, *others])}"
     return f"{what}\n{helps}; {TO_THE_END}"
+
+
+def spared(settings, job) -> set[str]:
+    """The symptoms that are not held against an SAE: asked for, or no matter of training."""
+    found = set()
+    if may_be_dense(settings, job.hyper):
+        found |= {"dense"}
+    if settings.init_from:  # trained before the first step
+        found |= {"still"}
+    if not all(p.requires_grad for p in job.sae.parameters()):  # a random baseline: its figures are wanted, however bad
+        found |= {"still", "worse"}
+    return found
 
 
 def may_be_dense(settings, hyper: dict) -> bool:
@@ -112,24 +124,26 @@ def may_be_dense(settings, hyper: dict) -> bool:
 
 
 def symptom(rows: list[dict], total_tokens: int, widths: tuple[int, int], untrained: list[float] | None = None,
-            dense_is_meant: bool = False) -> tuple[str, str] | None:
+            spared: Collection[str] = ()) -> tuple[str, str] | None:
     """(silent, dense, worse or still; what shows it, in words) of an SAE's rows of the log so far; None: it may learn.
 
-    widths: dimensions of x, number of features; untrained: L0 and explained variance before the first step, or None
-    where nothing is held against them.
+    widths: dimensions of x, number of features; untrained: L0 and explained variance before the first step, None: not
+    measured; spared: symptoms that are none here.
     """
     last, then = rows[-ROWS:], before(rows, LOOK_BACK * total_tokens)
     if len(last) < ROWS or last[-1]["tokens"] < FROM * total_tokens or last[-1]["step"] < LEAST_STEPS:
         return None
     if silent(last):
         return "silent", f"no feature fires (L0 {values(last, 'l0', '{:.3g}')})"
-    if not dense_is_meant and dense(last, then, widths):
+    if "dense" not in spared and dense(last, then, widths, total_tokens):
         shown = values(last, "l0", "{:,.0f}")
         return "dense", f"most of the {widths[1]:,} features fire on the average token (L0 {shown})"
-    if worse(last, then):
-        shown = values(last, "explained_variance", "{:.3g}")
-        return "worse", f"it reconstructs worse than the mean (explained variance {shown})"
-    if untrained and still(last, untrained):
+    if "worse" not in spared and worse(last, then, total_tokens):
+        shown = f"with L0 {last[-1]['l0']:.3g} it reconstructs worse than the mean"
+        few = all(row["l0"] < 1 for row in last)  # then it is the penalty or the threshold
+        shown += f" (explained variance {values(last, 'explained_variance', '{:.3g}')})"
+        return "silent" if few else "worse", shown
+    if untrained and "still" not in spared and still(last, untrained):
         shown = values(last, "explained_variance", "{:.3f}")
         began = f"explained variance {untrained[1]:.3f} before the first step"
         return "still", f"it is no better than untrained ({began}, {shown})"
@@ -141,28 +155,34 @@ def silent(last: list[dict]) -> bool:
     return all(row["l0"] == 0 and row["dead_share"] in (None, 1) for row in last)
 
 
-def dense(last: list[dict], then: list[dict], widths: tuple[int, int]) -> bool:
+def dense(last: list[dict], then: list[dict], widths: tuple[int, int], total_tokens: int) -> bool:
     """Most features fire, and L0 is not on its way down: penalties may grow over the whole run."""
     d_in, d_sae = widths
-    if not then or mean(last, "l0") <= (1 - MOVES) * mean(then, "l0"):
+    if not then or mean(last, "l0") <= (1 - FALLS) * mean(then, "l0"):
         return False
     if all(row["l0"] > max(ALL * d_sae, d_in) for row in last):
         return True
-    unexplained = all(row["explained_variance"] < EXPLAINED for row in last) and not rises(last, then)
+    unexplained = all(row["explained_variance"] < EXPLAINED for row in last)
+    unexplained = unexplained and not will_reach(EXPLAINED, last, then, total_tokens)
     return unexplained and all(row["l0"] > HALF * d_sae for row in last)
 
 
-def worse(last: list[dict], then: list[dict]) -> bool:
-    """The mean of x would be the better reconstruction, and explained variance is not rising."""
-    return bool(then) and all(row["explained_variance"] < 0 for row in last) and not rises(last, then)
+def worse(last: list[dict], then: list[dict], total_tokens: int) -> bool:
+    """The mean of x would be the better reconstruction, to the end of the run if it goes on as it does."""
+    below = all(row["explained_variance"] < 0 for row in last)
+    return bool(then) and below and not will_reach(0, last, then, total_tokens)
 
 
-def rises(last: list[dict], then: list[dict]) -> bool:
-    """Explained variance is on its way up, or there is none: x without variance."""
+def will_reach(goal: float, last: list[dict], then: list[dict], total_tokens: int) -> bool:
+    """Whether explained variance, as it now rises, is there by the end; True where x has no variance to explain.
+
+    Linear: learning slows down, so that few SAEs do better than that.
+    """
     if not all(math.isfinite(row["explained_variance"]) for row in last + then):
         return True
-    earlier = mean(then, "explained_variance")
-    return mean(last, "explained_variance") > earlier + max(PROGRESS, MOVES * abs(earlier))
+    gain = mean(last, "explained_variance") - mean(then, "explained_variance")
+    left = (total_tokens - last[-1]["tokens"]) / (last[-1]["tokens"] - then[-1]["tokens"])
+    return mean(last, "explained_variance") + gain * left > goal
 
 
 def still(last: list[dict], untrained: list[float]) -> bool:
@@ -182,4 +202,4 @@ def mean(rows: list[dict], column: str) -> float:
 
 
 def values(rows: list[dict], column: str, form: str) -> str:
-    return f"{', '.join(form.format(row[column]) for row in rows)} in the last {len(rows)} rows of the log"
+    return f"{', '.join(form.format(row[column]) for row in rows)} in the last {len(rows)} rows"

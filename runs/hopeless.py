@@ -83,15 +83,17 @@ def message(hopeless: dict[str, tuple[str, str]], tokens: str) -> str:
     """What is hopeless, and what helps against it: the preflight's words for the same."""
     from variants.preflight import learning
 
-    advice = {"silent": learning.IF_SILENT, "dense": learning.IF_DENSE, "still": f"raise --lr, or {learning.IF_WORSE}",
-              "worse": f"try another --lr or a weaker penalty, or {learning.IF_WORSE}"}
-    helps = "; ".join(dict.fromkeys(advice[kind] for kind, _ in hopeless.values()))
+    advice = {"silent": f"{learning.IF_SILENT}, or lower --lr",
+              "dense": learning.IF_DENSE,
+              "worse": f"try another --lr or a weaker penalty, or {learning.IF_WORSE}",
+              "still": f"raise --lr, or {learning.IF_WORSE}"}
+    helps = list(dict.fromkeys(advice[kind] for kind, _ in hopeless.values()))[:2]  # a line has no room for more
     first, *others = (f"{name}: {words}" for name, (_, words) in hopeless.items())
     name, _, words = first.partition(": ")
     what = f"{name}: hopeless after {tokens}: {words}"
     if others:
         what = f"all {len(hopeless)} SAEs are hopeless after {tokens}: {'; '.join([first, *others])}"
-    return f"{what}\n{helps}; {TO_THE_END}"
+    return f"{what}\n{'; '.join(helps)}; {TO_THE_END}"
 
 
 def spared(settings, job) -> set[str]:

@@ -57,6 +57,7 @@ from runs import (
     endings,
     environment,
     failure,
+    hopeless,
     identity,
     needs,
     own_report,
@@ -496,6 +497,7 @@ class Job:
     notes: list[str] = dataclasses.field(default_factory=list)  # what makes its result doubtful, found in training
     max_norm: Optional[float] = None  # norm above which tokens are left out; None: none is, or it is not measured yet
     left_out: dict[int, float] = dataclasses.field(default_factory=dict)  # share of the tokens of each block
+    untrained: Optional[list[float]] = None  # L0, explained variance before the first step; None: not measured
 
     @property
     def attention(self) -> Optional[contexts.Attention]:
@@ -640,7 +642,7 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
                     next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
                 if now.step % log_every == 0 or now.step == total:
-                    training.note(out, jobs, batch_of_job, progress, now)
+                    training.note(settings, out, jobs, batch_of_job, progress, now)
                     settings = limit.looked_at(settings, block_plan(settings), ends, now, b, out)
                     total = count_steps(settings)
                     if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or now.step == total:
@@ -655,7 +657,7 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
             block.clear()  # before the next block but one is made: no more than two at a time on the device
             if now.step == total:
                 break
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, hopeless.Hopeless) as stop:
         if jobs[0].scale and (stop.args or not interrupts.deferred):  # a second signal may come in the middle of a step
             training_log.check_finite(jobs, now.recent, now.step, ranks.mean)
             training.save(out, jobs, now, dict(stream.cursors), b)

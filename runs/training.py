@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evals.model import checks
 from evals.model.language_model import LanguageModel
-from runs import checkpoint, environment, training_log
+from runs import checkpoint, environment, hopeless, training_log
 from runs.clock import Clock
 from runs.voice import say
 from variants.base import Batch, Progress
@@ -30,10 +30,14 @@ class Training:
     cursor: dict | None = None  # where the token stream goes on
     keep_until: int = 0  # last step whose checkpoint is kept for a longer run; 0: none is
     clock: Clock = field(default_factory=Clock)
+    hopeless: set[str] = field(default_factory=set)  # SAEs that are known to be so, while others learn
 
 
-def note(out: Path, jobs: list, batch_of_job: dict[str, Batch], progress: Progress, now: Training) -> None:
-    """Rows of the log on what passed since the last; now and then on the screen and the disk, too."""
+def note(settings, out: Path, jobs: list, batch_of_job: dict[str, Batch], progress: Progress, now: Training) -> None:
+    """Rows of the log on what passed since the last; now and then on the screen and the disk, too.
+
+    hopeless.Hopeless where --stop_hopeless finds that nothing comes of it.
+    """
     x_of_job = {name: batch.x for name, batch in batch_of_job.items()}
     batch_size = progress.total_tokens // progress.total_steps
     now.log += training_log.rows(jobs, now.recent, x_of_job, progress, batch_size, now.clock, now.step, ranks.mean)
@@ -42,6 +46,7 @@ def note(out: Path, jobs: list, batch_of_job: dict[str, Batch], progress: Progre
         if not ranks.number():
             training_log.write(out, now.log)
         training_log.say_rows(now.log[-len(jobs):], progress.total_tokens)
+    hopeless.check(settings, jobs, now, progress)
 
 
 def begin(settings, lm: LanguageModel, jobs: list, block: dict[str, Tensor], spread: Callable) -> None:
@@ -60,6 +65,7 @@ def begin(settings, lm: LanguageModel, jobs: list, block: dict[str, Tensor], spr
         if not settings.init_from:
             start = int(block["starts_W"][ranks.number()]) if ranks.sharing() > 1 else 0
             job.sae.initialise(ranks.first_rows(x_ND, start, 8192).float() / job.scale)
+        hopeless.measure_untrained(settings, job, x_ND)
         spread(settings, job)
     for layer in dict.fromkeys(job.layer for job in jobs):
         # the tokens that hold most of E‖x‖², where a few do: an SAE is then judged on those
@@ -102,7 +108,8 @@ def save(out: Path, jobs: list, now: Training, cursors: dict[int, dict], b: int)
     recent = {name: [(ranks.mean(x), {k: ranks.mean(v) for k, v in terms.items()}) for x, terms in rows]
               for name, rows in now.recent.items()}
     saes = {job.name: ranks.whole(dict(sae=job.sae.state_dict(), optimizer=job.optimizer.state_dict(), scale=job.scale,
-                                       max_norm=job.max_norm, left_out=job.left_out)) for job in jobs}
+                                       max_norm=job.max_norm, left_out=job.left_out, untrained=job.untrained))
+            for job in jobs}
     state = dict(step=now.step, cursor=cursor, log=now.log, recent=recent, rng=environment.random_state(),
                  notes={job.name: job.notes for job in jobs}, saes=saes)
     if not ranks.number():
@@ -137,6 +144,7 @@ def begun(out: Path, jobs: list, total_steps: int, view: bool, spread: Callable)
             ranks.load_optimizer(job.optimizer, saved["optimizer"])
         job.scale, job.notes = saved["scale"], state["notes"][job.name]
         job.max_norm, job.left_out = saved["max_norm"], saved["left_out"]
+        job.untrained = saved.get("untrained")  # a checkpoint of an earlier version has none
     environment.set_random_state(state["rng"])
     say(f"continuing from step {state['step']:,}")
     return Training(state["step"], state["log"], state["recent"], state["cursor"])

@@ -63,19 +63,25 @@ def rows(jobs: list, recent: dict, x_of_job: dict[str, Tensor], progress, batch_
         x_BD, dead_share = x_of_job[job.name][:GLANCE], None
         if job.sae.counts_fired:
             dead_share = float(job.sae.dead_features(progress).float().mean())
-        with looking(job.sae):
-            z_BF = job.sae.encode(x_BD)
-            error = (x_BD - job.sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
+        l0, explained_variance = glance(job.sae, x_BD)
         if hasattr(job.sae, "reshard"):
             job.sae.reshard()  # else all SAEs would be whole at once
         row = dict(sae=job.name, step=step, tokens=step * batch_size, loss=mean(loss for loss, _ in recent[job.name]))
         row |= {_column(k): mean(terms[k] for _, terms in recent[job.name]) for k in recent[job.name][0][1]}
-        row |= dict(l0=float((z_BF != 0).float().sum(-1).mean()), explained_variance=1 - float(error),
-                    dead_share=dead_share, tokens_per_s=round(rate))
+        row |= dict(l0=l0, explained_variance=explained_variance, dead_share=dead_share, tokens_per_s=round(rate))
         found.append(row)
         recent[job.name].clear()
     clock.count_rate(step)
     return found
+
+
+@torch.no_grad()
+def glance(sae, x_BD: Tensor) -> tuple[float, float]:
+    """L0 and explained variance of an SAE, as it is, on a few normalised activations."""
+    with looking(sae):
+        z_BF = sae.encode(x_BD)
+        error = (x_BD - sae.decode(z_BF)).pow(2).sum() / (x_BD - x_BD.mean(0)).pow(2).sum()
+    return float((z_BF != 0).float().sum(-1).mean()), 1 - float(error)
 
 
 def _column(term: str) -> str:

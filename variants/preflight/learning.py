@@ -28,6 +28,10 @@ from variants.preflight.messages import (
 from variants.preflight.trial import STEPS, Plan, as_batch, initialised, random_state, train
 
 ALWAYS_ON = 0.9  # share of features active on the average token that is no sparse code any more
+# what helps where no feature fires, where most do, and where training makes the reconstruction worse; in a run, too
+IF_SILENT = "lower the threshold or the penalty, or check the sign of the bias and the initialisation"
+IF_DENSE = "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it"
+IF_WORSE = "check the sign of every term and of every gradient written by hand, and what is detached"
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,14 @@ def check_features(v: Variant, z_BF: Tensor, zero_weights: list[str], allow_dens
             fail_zero_weights(v, zero_weights, line)
         fail(v, line,
              f"no feature ever fires: encode gives only zeros after {STEPS} steps (activations have E‖x‖² = 1)",
-             "lower the threshold or the penalty, or check the sign of the bias and the initialisation")
+             IF_SILENT)
     active = (z_BF != 0).float().mean().item()
     what = f"{active:.0%} of the features are active on the average token: this is no sparse code"
     if active <= ALWAYS_ON:
         return active, []
     why = "--allow_dense" if allow_dense else ", ".join(ablated(v))
     if not why:
-        fail(v, line, what, "encode needs a ReLU, a top-k or a threshold, and no large positive bias in front of it; "
-                            "--allow_dense runs it all the same, marked")
+        fail(v, line, what, f"{IF_DENSE}; --allow_dense runs it all the same, marked")
     return active, [f"{at(v, line)}: {what} (with {why})"]
 
 
@@ -168,15 +171,14 @@ def check_moved(v: Variant, sae: base.SAE, shown: Shown) -> None:
 
 def check_falls(v: Variant, shown: Shown, plan: Plan) -> None:
     """Training lowers the loss, as the run's beginning, middle or end defines it, and not at x_hat's expense."""
-    advice = "check the sign of every term and of every gradient written by hand, and what is detached"
     (early, late), (before, after) = shown.losses, shown.errors
     if not any(b < a for a, b in zip(early, late)) and not learns_by_heart(v, plan):
         fail(v, defined(v, "loss"), f"the loss does not fall: {early[1]:.4g} before, {late[1]:.4g} after {STEPS} steps "
-                                    "on synthetic data", advice)
+                                    "on synthetic data", IF_WORSE)
     if after > max(before, 1.0):
         fail(v, defined(v, "loss"), f"the reconstruction gets worse while the loss falls: ‖x − x_hat‖² is {before:.4g} "
                                     f"before and {after:.4g} after {STEPS} steps, where 1 is no better than x_hat = 0",
-             advice)
+             IF_WORSE)
 
 
 def check_silent(v: Variant, sae: base.SAE, plan: Plan) -> None:
@@ -260,4 +262,9 @@ def learns_by_heart(v: Variant, plan: Plan) -> bool:
 
 def ablated(v: Variant) -> list[str]:
     """Hyper-parameters given as 0 or False: what then has no effect was meant to have none."""
-    return [f"{key}={value}" for key, value in v.given.items() if isinstance(value, (bool, int, float)) and value == 0]
+    return zeros(v.given)
+
+
+def zeros(hyper: dict) -> list[str]:
+    """Those of the hyper-parameters that are 0 or False, as they were written."""
+    return [f"{key}={value}" for key, value in hyper.items() if isinstance(value, (bool, int, float)) and value == 0]

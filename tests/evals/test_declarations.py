@@ -130,8 +130,8 @@ SETTINGS = {"rows": 60, "test_rows": 40, "sets": ["a", "b"], "length": 128, "k":
     ({}, 1), ({"k": 9}, 1), ({"rows": 10}, 0.5), ({"rows": 10, "length": 32}, 0.125), ({"sets": ["b"]}, 0.5),
     ({"rows": 160, "sets": ["a", "b", "c"]}, 3), ({"sets": []}, 1), ({"length": None}, 1)])
 def test_a_cost_grows_with_what_is_asked_for(folder, changed, share):
-    """Fails if a forecast is not in tokens, is scaled by anything but sums of the named settings and lengths of lists, or
-    is 0 where a setting leaves the number open.
+    """Fails if a forecast is not in tokens, is scaled by anything but sums of the settings named and lengths of lists,
+    or is 0 where a setting leaves the number open.
     """
     config = f'CONFIG = {{"gemma": {SETTINGS}, "embedded": {SETTINGS}, "tiny": {SETTINGS}}}'
     text = SOUND.replace(METRICS, COSTS).replace(SOUND.splitlines()[5], config)

@@ -102,9 +102,9 @@ CONFIG = {
 }
 
 # gemma: 19,100,000 tokens to the layer (7,400) and 113 searches on all channels (31 s of 16 cores beside an H200); of
-# an SAE 3,729 fits by saga, .11 s each by those of `embedded`, on 8 to 16 cores
-# embedded: an untrained SAE's features are fitted in a third of the time of a trained one's, which is told here
-COST = {"gemma": (9400, 3000), "embedded": (24, 3), "tiny": (20, 9)}
+# an SAE 3,729 fits by saga, .03 to .11 s each by those of `embedded`, now and formerly (published: 5 minutes of an RTX
+# 3090, which is 1,600)
+COST = {"gemma": (9400, 2000), "embedded": (24, 1.5), "tiny": (20, 9)}
 COST_BY = (("dataset_names",), ("max_rows",))
 
 K_NAMED = (1, 2, 5, 10, 20, 50, 100)  # the k that SAEBench's schema has a key for

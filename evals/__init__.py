@@ -23,6 +23,11 @@ and, where it applies,
     held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
     wheels          kind of source -> keys of evals.texts.embedded.WHEELS it reads then: they are fetched at preflight
     outside         () -> what else decides its result (the address of a judge), JSON-like, never a secret
+    COST            {profile: (once, each)}: how long it takes, told as the thousands of tokens that pass the whole
+                    language model (all blocks and the head, forward, in this eval's batches) in the same time: `once`
+                    what is made once a model, layer and settings while nothing is kept, `each` one SAE of the
+                    profile's width. A forecast: half as much again is near enough, three times too little is not
+    COST_BY         settings that make COST grow: a product of sums, (("rows", "test_rows"), ("context_size",))
     RANGES, RECORDED  what the values of its settings may be, where the type of the default does not say it
                       (evals/common/settings.py)
 
@@ -187,6 +192,32 @@ def wheels(name: str, kind: str) -> list[str]:
 def outside(name: str) -> list:
     """What decides an eval's result besides settings and code."""
     return getattr(load(name), "outside", list)()
+
+
+def cost(name: str, profile: str, config: dict) -> tuple[float, float]:
+    """(once, each): the tokens through the whole language model that take as long as an eval with these settings.
+
+    `once` for what is kept and serves all SAEs of a layer, `each` for every SAE; (0, 0) where no COST is declared.
+    Scaled by the settings of COST_BY, of which a list counts by its length; one that leaves the number open (None, an
+    empty list) counts as the profile's own. ValueError for declarations that are no literals.
+    """
+    once, each = (declared(name, "COST") or {}).get(profile, (0, 0))
+    by = declared(name, "COST_BY") or ()
+    defaults = (declared(name, "CONFIG") or {}).get(profile, {})
+    grown = 1.0
+    for settings in by:
+        usual = sum(_number(defaults.get(setting)) for setting in settings)
+        asked = sum(_number(config.get(setting)) for setting in settings)
+        if usual and asked:
+            grown *= asked / usual
+    return 1000.0 * once * grown, 1000.0 * each * grown
+
+
+def _number(value) -> float:
+    """How many a setting asks for; 0 where it leaves that open."""
+    if isinstance(value, (list, dict)):
+        return len(value)
+    return value or 0
 
 
 def declared(name: str, constant: str):

@@ -97,6 +97,11 @@ CONFIG = {
     },
 }
 
+# gemma: 139,585 words and the fifth that tests once more, of 88 tokens, to the layer (5,700), and 20 s of an H200 for
+# the letters' probes (1,300); of an SAE 30 s, most of them fits of scikit-learn on 111,668 words
+COST = {"gemma": (7000, 2000), "embedded": (41, 2.5), "tiny": (12, 1)}
+COST_BY = (("max_words",),)
+
 SILENT = 1e-8  # a feature below it does not fire
 FULL_COSINE = 0.025  # least cosine with the probe of the one feature that takes all
 FRACTION_COSINE = 0.1  # least cosine of those that take a part

@@ -118,6 +118,13 @@ CONFIG = {
     },
 }
 
+# gemma: 409,600 tokens through the blocks, 4,096,000 to the layer (.39 of a pass), both counted; of an SAE 409,600
+# through the later blocks and the head twice (340), and 4,505,600 tokens encoded in fp32, 14 s of an H200 (660)
+# embedded and tiny: measured (tests/benchmarks/RESULTS.md, as all evals); nearly all grows with the rows
+COST = {"gemma": (2000, 1000), "embedded": (10, 14), "tiny": (5, 2)}
+COST_BY = (("n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches"), ("batch_size_prompts",),
+           ("context_size",))
+
 CATEGORIES = {  # SAEBench's, and what they hold
     "model_behavior_preservation": ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
     "model_performance_preservation": (

@@ -47,6 +47,10 @@ METRICS = {
 
 CONFIG = {"synthetic": {"n_samples": 131_072}}  # held-out; SynthSAEBench takes 500,000
 
+# measured; the model's passes are draws of samples, which nothing keeps: `once` is each time, for all SAEs of a layer
+COST = {"synthetic": (135, 28)}
+COST_BY = (("n_samples",),)
+
 GROUPS = 32  # of samples, by which errors are reckoned
 LEAST_NORM = 1e-6  # of a sample, for shrinkage
 

@@ -104,6 +104,12 @@ CONFIG = {
     },
 }
 
+# gemma: two sets of five classes of 2,500 texts of 128 tokens to the layer (1,240, though sparse_probing may have kept
+# them) and 8 s of an H200 for probes; of an SAE 3,200,000 tokens encoded (5 s) and ablations (published: 2 minutes of
+# an RTX 3090, which is 650)
+COST = {"gemma": (1800, 650), "embedded": (40, 3), "tiny": (6, 3)}
+COST_BY = (("probe_train_set_size", "probe_test_set_size"), ("dataset_names",), ("context_length",))
+
 N_NAMED = (2, 5, 10, 20, 50, 100, 500)  # the n that SAEBench's schema has keys for
 PARTS = ("total_metric", "intended_diff_only", "unintended_diff_only")
 COMPATIBLE = [f"tpp_threshold_{n}_{part}" for part in PARTS for n in N_NAMED]

@@ -111,6 +111,12 @@ CONFIG = {
     },
 }
 
+# without the judge's own time, two answers a latent, max_concurrent at once; without a judge the eval is skipped
+# gemma: 2,000,000 tokens to the layer (774); of an SAE the same encoded (3 s of an H200) and windows of 1,000 latents
+# embedded: windows alone 2.5, with what asking takes of the CPU 28 s
+COST = {"gemma": (800, 500), "embedded": (28, 8), "tiny": (8, 2)}
+COST_BY = (("total_tokens",),)
+
 NOTE = ("autointerp_score takes random windows for silent even where the latent fires in them "
         "(autointerp_score_checked looks); a judge that always answers \"None\" gets 10 of 14 right, .714. Scores of "
         "different judges do not compare.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 from collections.abc import Iterable, Iterator
 
 # what an eval must define, with an example of each
@@ -12,6 +13,9 @@ LITERALS = {"EVAL_TYPE_ID": 'EVAL_TYPE_ID = "my_eval"', "METRICS": 'METRICS = {"
 FUNCTIONS = {"requirements": "def requirements(config, facts): return []",
              "run": 'def run(setup, saes): return {name: Result({"my_category": {"my_score": 1.0}}) for name in saes}'}
 OPTIONAL = ("NOTE", "INSTRUCT", "RANGES", "RECORDED", "MASKED")
+# what an eval may define and must define in this form, with an example of each
+FORMED = {"COST": 'COST = {"gemma": (2000, 800), "embedded": (30, 10), "tiny": (1, 1)}',
+          "COST_BY": 'COST_BY = (("rows",), ("context_size",))'}
 WAYS = ("higher", "lower", "")
 
 
@@ -36,7 +40,7 @@ def problem(source: bytes, label: str) -> str:
     """What keeps a file's text from being an eval, as "file:line: what\\nwhat to do"; "" if nothing."""
     try:
         found = read(source, label)
-        values = {name: value(source, label, name) for name in (*LITERALS, *OPTIONAL)}
+        values = {name: value(source, label, name) for name in (*LITERALS, *OPTIONAL, *FORMED)}
     except ValueError as error:
         return str(error)
     start = found["EVAL_TYPE_ID"].lineno if "EVAL_TYPE_ID" in found else 1
@@ -44,6 +48,9 @@ def problem(source: bytes, label: str) -> str:
         if values[name] is None:
             return f"{label}:{start}: an eval defines {name}, and this file does not\nadd {example}"
         if not _fits(name, values[name]):
+            return f"{label}:{found[name].lineno}: {name} has another form than an eval's\nwrite {example}"
+    for name, example in FORMED.items():
+        if name in found and not _fits(name, values[name]):
             return f"{label}:{found[name].lineno}: {name} has another form than an eval's\nwrite {example}"
     for name, example in FUNCTIONS.items():
         if name not in found and "*" not in found:
@@ -55,11 +62,27 @@ def _fits(name: str, given) -> bool:
     """Whether the value of a constant has the form that it must have."""
     if name == "EVAL_TYPE_ID":
         return isinstance(given, str) and bool(given)
+    if name == "COST_BY":
+        return isinstance(given, (tuple, list)) and all(map(_are_names, given))
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         return False
     if name == "METRICS":
         return all(way in WAYS for way in given.values())
+    if name == "COST":
+        return all(map(_are_two_costs, given.values()))
     return all(isinstance(settings, dict) for settings in given.values())
+
+
+def _are_names(given) -> bool:
+    """Whether a value is names of settings, at least one, and no bare text, which Python takes for its letters."""
+    return isinstance(given, (tuple, list)) and bool(given) and all(isinstance(name, str) for name in given)
+
+
+def _are_two_costs(given) -> bool:
+    """Whether a value is two thousands of tokens."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        return False
+    return all(type(tokens) in (int, float) and 0 <= tokens < math.inf for tokens in given)
 
 
 @functools.lru_cache(64)

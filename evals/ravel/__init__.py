@@ -116,6 +116,11 @@ CONFIG = {
     },
 }
 
+# not scaled: what is made once are the completions of all prompts, and an SAE takes steps and pairs
+# gemma: 270,000 prompts completed, by the goals of tests/benchmarks/protocol.py 300 s of an H200 (published: 45 minutes
+# of an RTX 3090, which is 14,600); of an SAE 120 s, 1,750 steps for all masks and their test completions
+COST = {"gemma": (17000, 7700), "embedded": (33, 42), "tiny": (5, 2)}
+
 SIDES = ("cause_score", "isolation_score")
 
 

@@ -135,6 +135,14 @@ CONFIG = {
     },
 }
 
+# not scaled: how many questions survive how many orders is the model's affair; without loading the instruct model
+# gemma: some 25,000 prompts of 420 tokens, as 841 of 2,000 questions are answered right under all 24 orders (published:
+# 33 minutes of an RTX 3090, which is 10,700); of an SAE 45 s of an H200 by the goals of tests/benchmarks/protocol.py
+# (published: 10 minutes, 3,200)
+# embedded: reckoned. 19,400 tokens of questions an order, of which few survive the third (60, in batches of four), and
+# 33,000 of text to the layer; a model that answered all would take 470; of an SAE 80 CPU s ("Evals beside SAEBench")
+COST = {"gemma": (10700, 3200), "embedded": (90, 28), "tiny": (6, 1)}
+
 SIDE_EFFECT = 0.01  # share of the retained that an edit may cost
 LEAST_RISE = 0.001  # nats per token
 CHANCE = 0.25  # accuracy of guessing among four options

@@ -1,11 +1,12 @@
 """How long the evals take, for one SAE and for several, beside SAEBench's own code:
-python -m tests.benchmarks.evals [--saebench]
+python -m tests.benchmarks.evals [--saebench | --cost]
 
 The embedded model with untrained TopK SAEs (time does not depend on training): each eval with an empty cache, then
 again with what the language model gave kept. `--saebench` runs the same work through SAEBench 0.6.0 in the same process
 where its code runs without a hub; it must be importable (pip install --no-deps sae-bench==0.6.0 and what it imports),
-the project does not need it. Times are CPU seconds of the process on `--threads` threads: on a shared machine those can
-be compared, wall time cannot.
+the project does not need it. `--cost` says what the evals' COST is measured by, beside what they declare: one SAE with
+an empty cache, another with it kept, and the speed of whole passes of the language model before and after. Times
+are CPU seconds of the process on `--threads` threads: on a shared machine those can be compared, wall time cannot.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--saes", type=int, default=6, help="how many beside one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--saebench", action="store_true")
+    parser.add_argument("--cost", action="store_true", help="of the embedded profile, as the evals' COST tells it")
     parser.add_argument("--cache_dir", default="", help="where models and wheels lie; nothing else is taken from it")
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -53,12 +55,16 @@ def main(argv: list[str] | None = None) -> None:
         args.evals = args.evals or ",".join(name for name in protocol.SHARES if name in evals.names())
         protocol.run(args)
         return
-    args.evals = args.evals or ",".join(name for name in evals.names() if name != "autointerp")
+    usual = [name for name in evals.names() if "embedded" in evals.declared(name, "CONFIG")]
+    args.evals = args.evals or ",".join(name for name in usual if args.cost or name != "autointerp")
     torch.set_num_threads(args.threads)
     flags = [f"--{key}={value}" for key, value in (("cache_dir", args.cache_dir), ("data_dir", args.data_dir)) if value]
     settings, _ = experiment.resolve(experiment.parse_settings(["--profile=embedded", *flags]))
     lm, source = experiment.load_language_model(settings), experiment.make_source(settings)
     layer = experiment.layers_of(settings)[0]
+    if args.cost:
+        print_costs(args.evals.split(","), settings, lm, layer, source)
+        return
     saes = {str(i): trained(lm, settings, layer, i) for i in range(args.saes)}
     print(f"{lm.name}, layer {layer}, width {settings.d_sae:,}, torch {torch.__version__}, {args.threads} thread(s); "
           "CPU seconds")
@@ -67,16 +73,51 @@ def main(argv: list[str] | None = None) -> None:
         header += ["SAEBench, 1", "another"]
     print(" " * 16 + "".join(f"{title:>{width}}" for title, width in zip(header, WIDTHS)))
     for name in args.evals.split(","):
-        config, row = choose(name, "embedded", "")[name], []
+        row = []
         for chosen in (dict(list(saes.items())[:1]), saes):
             with tempfile.TemporaryDirectory() as folder:
-                setup = experiment.make_setup(settings, lm, layer, config, source, Cache(Path(folder), 20))
-                setup = dataclasses.replace(setup, say=lambda line: None, track=lambda items, *rest: items)
+                setup = quiet_setup(name, settings, lm, layer, source, folder)
                 row += [seconds(evals.load(name).run, setup, chosen) for _ in range(2)]
         if args.saebench and name in REFERENCES:
             with tempfile.TemporaryDirectory() as folder:
                 row += [seconds(reference, name, setup, saes[str(i)], folder) for i in range(2)]
         print(f"{name:16}" + "".join(f"{value:{width}.1f}" for value, width in zip(row, WIDTHS)), flush=True)
+
+
+def quiet_setup(name: str, settings, lm, layer: int, source, folder: str):
+    """What an eval is given, with that folder for a cache and nobody told."""
+    config = choose(name, settings.profile, "")[name]
+    setup = experiment.make_setup(settings, lm, layer, config, source, Cache(Path(folder), 20))
+    return dataclasses.replace(setup, say=lambda line: None, track=lambda items, *rest: items)
+
+
+def print_costs(names: list[str], settings, lm, layer: int, source) -> None:
+    """A row for each eval: CPU seconds, thousands of tokens that take as long, COST, and what COST foretells."""
+    print(f"{lm.name}, layer {layer}, width {settings.d_sae:,}, torch {torch.__version__}, {torch.get_num_threads()} "
+          "thread(s); CPU seconds\n"
+          "| eval | one SAE, nothing kept | another | tokens/s | once, thousands | each | declared | foretold, one SAE "
+          "| / measured | another | / measured |\n" + "|---" + "|--:" * 10 + "|")
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            setup, took, speeds = quiet_setup(name, settings, lm, layer, source, folder), [], [speed(lm, layer)]
+            for i in range(2):
+                sae = trained(lm, settings, layer, i)
+                took.append(seconds(protocol.work_of(name), setup, {"sae": sae}))
+                speeds.append(speed(lm, layer))
+        rate, declared = sum(speeds) / len(speeds), evals.cost(name, settings.profile, setup.config)
+        first, another = sum(declared) / rate, declared[1] / rate
+        once, each = ((took[0] - took[1]) * rate / 1e3, took[1] * rate / 1e3)
+        print(f"| `{name}` | {took[0]:.1f} | {took[1]:.1f} | {rate:.0f} | {once:.1f} | {each:.1f} | "
+              f"{declared[0] / 1e3:g}, {declared[1] / 1e3:g} | {first:.0f} | {first / took[0]:.2f} | {another:.1f} | "
+              f"{another / took[1]:.2f} |", flush=True)
+
+
+@torch.no_grad()
+def speed(lm, layer: int) -> float:
+    """Tokens a CPU second through the whole language model as evals pass it, head included: two passes of 8 × 128."""
+    tokens_BT = torch.randint(lm.vocab_size, (8, 128))
+    took = [seconds(lambda: lm.unembed(lm.finish(lm.residual(tokens_BT, layer), layer))) for _ in range(3)]
+    return 2 * tokens_BT.numel() / sum(took[1:])  # the first makes TransformerLens' bridge
 
 
 def trained(lm, settings, layer: int, seed: int) -> TrainedSAE:

@@ -38,6 +38,12 @@ BROKEN = {
     "a third way": ('"higher"', '"more"', "5: METRICS has another form", '"higher"'),
     "settings without profiles": ('{"gemma": {"rows": 100}, "embedded": {"rows": 100}, "tiny": {"rows": 10}}',
                                   '{"rows": 10}', "6: CONFIG has another form", '"gemma"'),
+    "a cost of one number": (METRICS, METRICS + "\nCOST = {'tiny': (3,)}", "6: COST has another form", "COST = {"),
+    "a cost of no number": (METRICS, METRICS + "\nCOST = {'tiny': (3, '4')}", "6: COST has another form", "COST = {"),
+    "a cost below nothing": (METRICS, METRICS + "\nCOST = {'tiny': (3, -4)}", "6: COST has another form", "COST = {"),
+    "a cost without profiles": (METRICS, METRICS + "\nCOST = (3, 4)", "6: COST has another form", "COST = {"),
+    "a computed cost": (METRICS, METRICS + "\nCOST = {'tiny': (3 * 2, 4)}", "6: COST must be a literal", "write"),
+    "a bare setting": (METRICS, METRICS + "\nCOST_BY = ('rows',)", "6: COST_BY has another form", "COST_BY = (("),
     "no metrics": (METRICS, "", "4: an eval defines METRICS", "add METRICS = {"),
     "metrics without a value": (METRICS, "METRICS: dict", "4: an eval defines METRICS", "add METRICS = {"),
     "no requirements": ("def requirements", "def needs", "4: an eval defines requirements", "add def requirements("),
@@ -112,3 +118,39 @@ def test_metrics_that_are_not_declared_are_named_among_the_problems(folder, tmp_
     assert problems == ["sound: mine: its own", f"sound: {told}"] and means["sound.scoer"] == 0.5
     (file,) = (tmp_path / "out/eval_results/sound").glob("*_b_*.json")
     assert told in json.loads(file.read_text())["problems"] and result.problems == ["mine: its own"]
+
+
+COSTS = METRICS + """
+COST = {"gemma": (2000, 50), "embedded": (30, 1.5)}
+COST_BY = (("rows", "test_rows"), ("sets",), ("length",))"""
+SETTINGS = {"rows": 60, "test_rows": 40, "sets": ["a", "b"], "length": 128, "k": 3}
+
+
+@pytest.mark.parametrize("changed, share", [
+    ({}, 1), ({"k": 9}, 1), ({"rows": 10}, 0.5), ({"rows": 10, "length": 32}, 0.125), ({"sets": ["b"]}, 0.5),
+    ({"rows": 160, "sets": ["a", "b", "c"]}, 3), ({"sets": []}, 1), ({"length": None}, 1)])
+def test_a_cost_grows_with_what_is_asked_for(folder, changed, share):
+    """Fails if a forecast is not in tokens, is scaled by anything but sums of the settings named and lengths of lists,
+    or is 0 where a setting leaves the number open.
+    """
+    config = f'CONFIG = {{"gemma": {SETTINGS}, "embedded": {SETTINGS}, "tiny": {SETTINGS}}}'
+    text = SOUND.replace(METRICS, COSTS).replace(SOUND.splitlines()[5], config)
+    (folder / "mine.py").write_text(text)
+    assert evals.problem("mine") == ""
+    assert evals.cost("mine", "gemma", SETTINGS | changed) == (2_000_000 * share, 50_000 * share)
+    assert evals.cost("mine", "embedded", SETTINGS | changed) == (30_000 * share, 1_500 * share)
+    assert evals.cost("mine", "tiny", SETTINGS | changed) == (0, 0)
+    assert evals.cost("sound", "gemma", {"rows": 7}) == (0, 0)
+
+
+def test_every_eval_says_what_it_costs():
+    """Fails if one of our evals cannot be forecast on a profile that it has settings for, or grows with no setting."""
+    ours = set(evals.names()) & {"absorption", "autointerp", "core", "ground_truth", "ravel", "sae_probes", "scr",
+                                 "sparse_probing", "tpp", "unlearning"}  # any of which may have been deleted
+    assert evals.broken() == {}
+    for name in ours:
+        configs, by = evals.declared(name, "CONFIG"), evals.declared(name, "COST_BY") or ()
+        assert set(evals.declared(name, "COST")) == set(configs), name
+        for profile, config in configs.items():
+            assert min(evals.cost(name, profile, config)) > 0, name
+            assert all(setting in config for settings in by for setting in settings), name

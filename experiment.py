@@ -67,6 +67,7 @@ from runs import settings as checks
 from runs import snapshots as run_snapshots
 from runs.clock import phase
 from runs.interrupts import Interrupts
+from runs.live import LIVE
 from variants import base
 from variants.kit import contexts, imperative, interchange, norms, ranks, saving, trainer_state
 from variants.kit.copying import duplicate
@@ -588,15 +589,17 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             if not block:  # the first rank has it, and trains
                 continue
             training.leave_out(settings.max_norm_ratio, jobs, block, b)
-            now.clock.begin_steps(now.step)
+            begins = ends[b - 1] if b else 0
+            now.clock.begin_steps(now.step, begins, ends[b])
             if now.step == 0:
                 training.begin(settings, lm, jobs, block, lambda job: shard(settings, job))
-            for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, now.step):
+            for step, batch_of_job in batches(settings, jobs, block, b, begins, now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
                 if step % pace == 0:
                     next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
+                training.tell(progress, now)
                 last = now.step == total
                 if now.step % log_every == 0 or last:
                     training.note(out, jobs, batch_of_job, progress, now)
@@ -706,7 +709,8 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     code = identity.evals_digest()
     chosen = evals_of(settings)
     crashed = {}
-    for name, layer in ranks.dealt(list(itertools.product(chosen, layers_of(settings)))):
+    asked = list(itertools.product(chosen, layers_of(settings)))
+    for name, layer in LIVE.parts(ranks.dealt(asked), len(asked)):
         trained = {job.name: TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
         max_norm = next(job.max_norm for job in jobs if job.layer == layer)
         common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name), max_norm]
@@ -716,7 +720,8 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
             continue
         say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' if len(pending) > 1 else ''}")
         try:
-            found = results_of(settings, lm, name, layer, pending, source, cache, max_norm)
+            with LIVE.eval(name, layer):
+                found = results_of(settings, lm, name, layer, pending, source, cache, max_norm)
         except Exception as error:  # noqa: BLE001  one eval's crash must not cost the others' results
             crashed[name] = error
             traceback.clear_frames(error.__traceback__)  # they hold what lies in the GPU's memory
@@ -816,6 +821,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     with phase("results", info, out):
         sections = results(settings, lm, jobs, log, out, crashed, unreported, info["facts"]["dense"])
         runs.folder.write_json(out / "final_info.json", sections)
+        LIVE.means(sections)
         mine = reading.read(out)
         looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache, job.max_norm),
                                 TrainedSAE(job.sae, job.scale)) for job in jobs}
@@ -876,12 +882,13 @@ def command(argv: list[str], known: failure.Known) -> int:
         say("\n" + compare.summary(out))
         ranks.leave()
         return 0
-    if not ranks.number():
-        VOICE.listen(out / "log.txt")
-    if state == "resume":
-        info["seconds"] = resume(settings, out)
     no_paths = {name: value for name, value in dataclasses.asdict(settings).items()
                 if name not in ("out_dir", "cache_dir", "data_dir")}
+    if not ranks.number():
+        VOICE.listen(out / "log.txt")
+        LIVE.open(out, no_paths, state == "resume", say)
+    if state == "resume":
+        info["seconds"] = resume(settings, out)
     info |= dict(status="running", fingerprint=whole, training_fingerprint=for_training, inputs=read, commits=commits,
                  settings=no_paths, seed=settings.seed, versions=environment.versions(),
                  commit=environment.git_commit(), hardware=environment.hardware(settings.device))
@@ -931,6 +938,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             raise
         return failure.ended(error, known)
     finally:
+        LIVE.close("finished" if known.info.get("status") == "finished" else "failed")
         VOICE.close()
         known.release()  # here: an error that was kept may keep this frame
 

@@ -15,6 +15,7 @@ from typing import Any, Optional
 import variants
 from runs import disk, folder
 from runs.interrupts import Interrupts
+from runs.live import LIVE
 from variants.kit import ranks
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,7 @@ class Known:
 
 def interrupted(stop: KeyboardInterrupt, known: Known) -> int:
     """Say where a signal met the run, and mark its folder; returns the exit status, 128 + signal."""
+    LIVE.ended("interrupted")
     if not ranks.number():
         if known.begun:
             folder.mark(known.out, known.info, "interrupted")
@@ -90,8 +92,10 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
         lines.append(f"at {where}")
     to_do = f"; to do: {advice}"[:400] if advice else ""
     lines.append(kind + to_do)
+    details = dict(phase=phase, type=kind, message=what, where=where, advice=advice)
+    LIVE.ended("failed")
+    LIVE.event("error", **details)
     if out and out.is_dir():
-        details = dict(phase=phase, type=kind, message=what, where=where, advice=advice)
         lines.append(kept(error, out, details))
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is closed, full or None
         print("\n".join(lines), file=sys.stderr, flush=True)

@@ -22,7 +22,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 # of the project: an --out_dir there would move them away
 OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")
 LOCK = ".lock"
-NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt"}  # what a run that failed in preflight leaves
+# what a run that failed in preflight leaves
+NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt", "progress.json", "events.jsonl"}
 RESULTS = ("sae", "eval_results", "variant_report", "snapshots")  # folders that hold results, beside final_info.json
 HALF_WRITTEN = (".*.tmp", "sae/.*.tmp", "eval_results/*/.*.tmp", "snapshots/*/eval_results/*/.*.tmp",
                 "variant_report/*/.*.tmp")

@@ -34,7 +34,7 @@ class TensorBoard:
 
     def _add(self, values: dict[str, float]) -> None:
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, self.tokens, new_style=True)
+            self.writer.add_scalar(tag, value, self.tokens)
 
     def close(self, finished: bool) -> None:
         """Write what is left."""

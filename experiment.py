@@ -566,7 +566,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     if now.step == total:  # trained, or from elsewhere and only to be evaluated
         return now.log
     stream = token_stream(source, lm, settings, now.cursor)
-    ends = list(itertools.accumulate(steps_by_block(settings)))  # the step after each block
+    edges = list(itertools.accumulate(steps_by_block(settings), initial=0))  # the steps at which blocks begin and end
     log_every = max(1, total // settings.log_lines)
     measured = run_snapshots.steps(total, settings.snapshots)
 
@@ -576,7 +576,7 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
         if here and ranks.any_host(interrupts.signal > 0):
             raise KeyboardInterrupt("between steps")
 
-    b = first = sum(end <= now.step for end in ends)
+    b = first = sum(end <= now.step for end in edges[1:])
     stop_if_asked()
     if now.step in measured:  # interrupted there
         snapshot(settings, lm, jobs, source, cache, out, now)
@@ -589,17 +589,15 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
             if not block:  # the first rank has it, and trains
                 continue
             training.leave_out(settings.max_norm_ratio, jobs, block, b)
-            begins = ends[b - 1] if b else 0
-            now.clock.begin_steps(now.step, begins, ends[b])
+            now.clock.begin_steps(now.step, edges[b], edges[b + 1])
             if now.step == 0:
                 training.begin(settings, lm, jobs, block, lambda job: shard(settings, job))
-            for step, batch_of_job in batches(settings, jobs, block, b, begins, now.step):
+            for step, batch_of_job in batches(settings, jobs, block, b, edges[b], now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
                 if step % pace == 0:
                     next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
-                training.tell(progress, now)
                 last = now.step == total
                 if now.step % log_every == 0 or last:
                     training.note(out, jobs, batch_of_job, progress, now)
@@ -644,6 +642,7 @@ def step_all(jobs: list[Job], batch_of_job: dict[str, base.Batch], progress: bas
             job.sae.look(progress)
         now.recent[job.name].append(train_step(job.sae, job.optimizer, batch_of_job[job.name], progress))
     now.step = progress.step + 1
+    training.tell(progress, now)
 
 
 def shard(settings: Settings, job: Job) -> None:

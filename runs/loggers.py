@@ -10,8 +10,7 @@ import os
 import uuid
 from pathlib import Path
 
-FINISH_SECONDS = 60.0  # that wandb may take for what is not sent yet
-INIT_SECONDS = 30.0  # and for its server's first answer
+PATIENCE = 30.0  # seconds that wandb may take for its server's first answer, and at the end for what is not sent yet
 
 
 class TensorBoard:
@@ -48,8 +47,8 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which would send our errors, too
         import wandb
 
-        quiet = dict(silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_SECONDS,
-                     finish_timeout=FINISH_SECONDS)
+        quiet = dict(silent=True, console="off", disable_git=True, disable_code=True, init_timeout=PATIENCE,
+                     finish_timeout=PATIENCE)
         known = getattr(wandb.Settings, "model_fields", quiet)  # finish_timeout is younger than the rest
         quiet = {name: value for name, value in quiet.items() if name in known}
         wandb.setup(wandb.Settings(silent=True))  # else it would ask for a key on a terminal, and wait
@@ -66,7 +65,7 @@ class Wandb:
         self.run.summary.update(summary(means_of_sae))
 
     def close(self, finished: bool) -> None:
-        """Send what is left, for FINISH_SECONDS at most; `wandb sync` sends the rest."""
+        """Send what is left, for PATIENCE at most; `wandb sync` sends the rest."""
         self.run.finish(exit_code=0 if finished else 1)
 
 

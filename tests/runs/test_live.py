@@ -252,7 +252,8 @@ def test_a_package_that_is_missing_costs_a_note(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["begin", "rows", "means", "close"])
 @pytest.mark.parametrize("error", [RuntimeError("no\nway"), SystemExit(3)], ids=["error", "exit"])
-def test_a_logger_that_raises_costs_itself_alone(tmp_path, monkeypatch, where, error):
+@pytest.mark.parametrize("broken", live.LOGGERS)
+def test_a_logger_that_raises_costs_itself_alone(tmp_path, monkeypatch, where, error, broken):
     """Fails if its error ends the run, is said other than once, or costs the other logger anything."""
     calls = []
 
@@ -278,7 +279,7 @@ def test_a_logger_that_raises_costs_itself_alone(tmp_path, monkeypatch, where, e
                 raise error
 
     monkeypatch.setattr(live, "installed", lambda package: True)
-    monkeypatch.setattr(loggers, "KINDS", dict(wandb=Broken, tensorboard=Sound))
+    monkeypatch.setattr(loggers, "KINDS", dict.fromkeys(live.LOGGERS, Sound) | {broken: Broken})
     state, said = Live(), []
     state.open(tmp_path, dict(log="wandb,tensorboard"), False, said.append)
     state.begin_loggers(7)
@@ -290,7 +291,7 @@ def test_a_logger_that_raises_costs_itself_alone(tmp_path, monkeypatch, where, e
     assert calls == [("begin", 7), ("rows", [row]), ("rows", [row]), ("means", dict(layer_2={"core.l0": 3.0})),
                      ("close", False)]
     words = "RuntimeError: no" if isinstance(error, RuntimeError) else "SystemExit: 3"
-    assert said == [f"note: --log wandb: {words}; the run goes on without"]
+    assert said == [f"note: --log {broken}: {words}; the run goes on without"]
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ from runs import snapshots as run_snapshots
 from runs.batches import batches
 from runs.clock import phase
 from runs.interrupts import Interrupts
+from runs.live import LIVE
 from runs.plan import block_at, block_plan, count_steps, steps_by_block
 from variants import base
 from variants.kit import contexts, imperative, interchange, norms, ranks, saving, trainer_state
@@ -609,7 +610,7 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
              now: training.Training, interrupts, limit) -> Settings:
     """Train from where `now` stands to the end; returns the settings with the tokens there was time for."""
     together, total, per_block = ranks.sharing() > 1, count_steps(settings), steps_by_block(settings)
-    ends = list(itertools.accumulate(per_block))  # the step after each block
+    edges = list(itertools.accumulate(per_block, initial=0))  # the steps at which blocks begin and end
     log_every = max(1, total // settings.log_lines)
     measured = run_snapshots.steps(total, settings.snapshots)
 
@@ -632,10 +633,10 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
             if not block:  # the first rank has it, and trains
                 continue
             training.leave_out(settings.max_norm_ratio, jobs, block, b)
-            now.clock.begin_steps(now.step)
+            now.clock.begin_steps(now.step, edges[b], edges[b + 1])
             if now.step == 0:
                 training.begin(settings, lm, jobs, block, shard)
-            for step, batch_of_job in batches(settings, jobs, block, b, ends[b - 1] if b else 0, now.step):
+            for step, batch_of_job in batches(settings, jobs, block, b, edges[b], now.step):
                 interrupts.deferred = True
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
                 if step % every == 0:
@@ -643,7 +644,7 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
                 step_all(jobs, batch_of_job, progress, now)
                 if now.step % log_every == 0 or now.step == total:
                     training.note(settings, out, jobs, batch_of_job, progress, now)
-                    settings = limit.looked_at(settings, block_plan(settings), ends, now, b, out)
+                    settings = limit.looked_at(settings, block_plan(settings), edges, now, b, out)
                     total = count_steps(settings)
                     if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or now.step == total:
                         training.save(out, jobs, now, dict(stream.cursors), b)
@@ -690,6 +691,7 @@ def step_all(jobs: list[Job], batch_of_job: dict[str, base.Batch], progress: bas
             job.sae.look(progress)
         now.recent[job.name].append(train_step(job.sae, job.optimizer, batch_of_job[job.name], progress))
     now.step = progress.step + 1
+    training.tell(progress, now)
 
 
 def shard(settings: Settings, job: Job) -> None:
@@ -722,7 +724,8 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     code = identity.evals_digest()
     chosen = evals_of(settings)
     crashed, left_out = {}, {}
-    for name, layer in ranks.dealt(list(itertools.product(limit.order(chosen), layers_of(settings)))):
+    asked = list(itertools.product(limit.order(chosen), layers_of(settings)))
+    for name, layer in LIVE.parts(ranks.dealt(asked), len(asked)):
         trained = {job.name: TrainedSAE(job.sae, job.scale) for job in jobs if job.layer == layer}
         max_norm = next(job.max_norm for job in jobs if job.layer == layer)
         common = [name, chosen[name], layer, lm.digest, *texts, code, settings.seed, evals.outside(name), max_norm]
@@ -733,7 +736,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
         say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' if len(pending) > 1 else ''}")
         try:
             key = limits.eval_key(name, chosen[name], lm, layer, settings.d_sae)
-            with limit.measuring(name, key, len(pending), 1 / len(layers_of(settings))):
+            with LIVE.eval(name, layer), limit.measuring(name, key, len(pending), 1 / len(layers_of(settings))):
                 found = results_of(settings, lm, name, layer, pending, source, cache, max_norm)
         except limits.OutOfTime as error:
             left_out[name] = network.first_line(error)
@@ -845,6 +848,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     with phase("results", info, out):
         sections = results(settings, lm, jobs, log, out, crashed, unreported, info["facts"]["dense"], limit)
         runs.folder.write_json(out / "final_info.json", sections)
+        LIVE.means(sections)
         mine = reading.read(out)
         looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache, job.max_norm),
                                 TrainedSAE(job.sae, job.scale)) for job in jobs}
@@ -914,13 +918,14 @@ def command(argv: list[str], known: failure.Known) -> int:
         endings.again(settings, out, runs.folder.left(out), comparisons)
         ranks.leave()
         return 0
+    no_paths = {name: value for name, value in dataclasses.asdict(settings).items()
+                if name not in ("out_dir", "cache_dir", "data_dir")}
     if not ranks.number():
         VOICE.listen(out / "log.txt")
+        LIVE.open(out, no_paths, state == "resume", say)
     if state == "resume":
         info["seconds"] = resume(settings, out)
         limit.read(out)
-    no_paths = {name: value for name, value in dataclasses.asdict(settings).items()
-                if name not in ("out_dir", "cache_dir", "data_dir")}
     info |= dict(status="running", fingerprint=whole, training_fingerprint=for_training, inputs=read, commits=commits,
                  settings=no_paths, steps=count_steps(settings), seed=settings.seed, versions=environment.versions(),
                  commit=environment.git_commit(), hardware=environment.hardware(settings.device))
@@ -976,6 +981,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             raise
         return failure.ended(error, known)
     finally:
+        LIVE.close("finished" if known.info.get("status") == "finished" else "failed")
         VOICE.close()
         known.release()  # here: an error that was kept may keep this frame
 

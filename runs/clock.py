@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runs import environment, folder
+from runs.live import LIVE
 from variants.kit import ranks
 
 SAY_SECONDS = 30  # between two lines on the screen
@@ -28,6 +29,9 @@ class Clock:
     save_seconds: float = 0.0  # what that took
     rate_from: float = field(default_factory=time.monotonic)  # tokens/s of a row of the log: since then,
     rate_step: int = 0  # and since this step
+    first: int | None = None  # the first step made in this process
+    covered: int = 0  # steps of the blocks whose activations were made or read in this process,
+    until: int = 0  # which are those before this one
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to what is spent on `name`."""
@@ -35,9 +39,11 @@ class Clock:
         setattr(self, name, getattr(self, name) + now - self.lap_begun)
         self.lap_begun = now
 
-    def begin_steps(self, step: int) -> None:
-        """A block's activations are there: what follows are SAE steps, from `step` on."""
+    def begin_steps(self, step: int, begins: int, ends: int) -> None:
+        """The activations of a block, of steps begins … ends, are there: what follows are SAE steps, from `step` on."""
         self.lap("activations")
+        self.first = step if self.first is None else self.first
+        self.covered, self.until = self.covered + ends - begins, ends
         self.count_rate(step)
         self.said = self.lap_begun
 
@@ -48,6 +54,14 @@ class Clock:
     def rate(self, step: int, batch_size: int) -> float:
         """Tokens a second of each SAE since `count_rate`."""
         return (step - self.rate_step) * batch_size / max(time.monotonic() - self.rate_from, 1e-9)
+
+    def eta(self, step: int, total: int) -> float | None:
+        """Seconds from `step` to the end of training, by what steps and activations have taken here; None at first."""
+        if self.first is None or step <= self.first:
+            return None
+        of_steps = self.sae + self.snapshots + time.monotonic() - self.lap_begun
+        of_activations = (total - self.until) * self.activations / self.covered
+        return (total - step) * of_steps / (step - self.first) + of_activations
 
     def may_say(self) -> bool:
         """Whether a line on the screen is due."""
@@ -69,6 +83,7 @@ def phase(name: str, info: dict, out: Path) -> Iterator[None]:
     info["phase"] = name
     if not ranks.number():
         folder.write_info(out, info)
+        LIVE.phase(name)
     start = time.monotonic()
     try:
         yield

@@ -14,6 +14,7 @@ from typing import Optional
 import variants
 from runs import environment, folder, ledger, verdict
 from runs.comparison import Comparison
+from runs.live import LIVE
 from runs.voice import say
 from variants.kit import ranks
 
@@ -132,6 +133,7 @@ def _tell(said: dict, out: Optional[Path]) -> None:
             folder.write_json(out / verdict.FILE, said)
         except OSError as error:
             say(f"note: no {verdict.FILE}: {error.strerror or error}")
+    LIVE.event("verdict", **said)
     say("\n".join(verdict.lines(said)))
 
 

@@ -17,6 +17,7 @@ from typing import Any, Optional
 import variants
 from runs import disk, endings, folder, prolong
 from runs.interrupts import Interrupts
+from runs.live import LIVE
 from variants.kit import ranks
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,7 @@ class Known:
 
 def interrupted(stop: KeyboardInterrupt, known: Known) -> int:
     """Say where a signal met the run, and mark its folder; returns the exit status, 128 + signal."""
+    LIVE.ended("interrupted")
     if not ranks.number():
         if known.begun:
             folder.mark(known.out, known.info, "interrupted")
@@ -103,12 +105,14 @@ def report(error: BaseException, phase: str, out: Optional[Path], variant: Optio
     to_do = f"; to do: {advice}"[:400] if advice else ""
     lines.append(kind + to_do)
     details = dict(phase=phase, type=kind, message=what, where=where, advice=advice)
+    LIVE.ended("failed")
     if out and out.is_dir():
         with contextlib.suppress(Exception):
             details["remains"] = prolong.remaining(out, folder.left(out))
         last = kept(error, out, details)
         room = MOST_CHARACTERS - len("\n".join([*lines, last])) - 1
         lines += [prolong.told(out, details.get("remains"))[:max(0, room)], last]
+    LIVE.event("error", **details)
     with contextlib.suppress(Exception):
         told(details)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is closed, full or None

@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 OWN_PARTS = ("variants", "evals", "runs", "tests", ".git", ".ci")
 LOCK = ".lock"
 # what a run that failed in preflight leaves
-NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt", "verdict.json"}
+NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt", "verdict.json", "progress.json", "events.jsonl"}
 RESULTS = ("sae", "eval_results", "variant_report", "snapshots")  # folders that hold results, beside final_info.json
 HALF_WRITTEN = (".*.tmp", "sae/.*.tmp", "eval_results/*/.*.tmp", "snapshots/*/eval_results/*/.*.tmp",
                 "variant_report/*/.*.tmp")

@@ -160,16 +160,16 @@ class Limit:
             return settings.num_tokens
         return done + int(fits) if done or held else two_digits(fits)
 
-    def looked_at(self, settings, plan: list[int], ends: list[int], now, b: int, out: Path):
+    def looked_at(self, settings, plan: list[int], edges: list[int], now, b: int, out: Path):
         """The settings, at a row of the log in block b: with fewer tokens where training would not end in time.
 
-        `plan`: tokens of each block, `ends`: the step after each; `now.step` are done.
+        `plan`: tokens of each block, `edges`: the steps at which they begin and end; `now.step` are done.
         """
         if not self.on or (ranks.count() > 1 and ranks.sharing() == 1):  # others do not come here
             return settings
-        return ranks.agreed(lambda: self._looked_at(settings, plan, ends, now, b, out))
+        return ranks.agreed(lambda: self._looked_at(settings, plan, edges, now, b, out))
 
-    def _looked_at(self, settings, plan: list[int], ends: list[int], now, b: int, out: Path):
+    def _looked_at(self, settings, plan: list[int], edges: list[int], now, b: int, out: Path):
         total = settings.passes * sum(tokens // settings.batch_size for tokens in plan)
         if now.step >= total:
             return settings
@@ -177,7 +177,7 @@ class Limit:
         needed = (total - now.step) * self.pace.step + sum(plan[b + 1:]) * self.pace.token
         if needed <= self.for_training():
             return settings
-        in_block = now.step - (ends[b - 1] if b else 0)
+        in_block = now.step - edges[b]
         done = sum(plan[:b]) + math.ceil(in_block / settings.passes) * settings.batch_size
         tokens = self.tokens(settings, done, sum(plan[:b + 1]) - done)
         tokens = done + (tokens - done) // settings.batch_size * settings.batch_size

@@ -7,6 +7,8 @@ import difflib
 import math
 import re
 
+from runs.live import LOGGERS
+
 # {setting: (least, most)}. The upper ends are far beyond any run there has been; what fits, the forecast says.
 RANGES = {
     "context": (2, 2**24),
@@ -87,6 +89,17 @@ def store_gb(text: str) -> float | None:
     return value
 
 
+def loggers(text: str) -> list[str]:
+    """The names that --log gives; ValueError for one that is none."""
+    names = [name.strip() for name in text.split(",")] if text.strip() else []
+    for name in names:
+        if name not in LOGGERS:
+            near = difflib.get_close_matches(name, LOGGERS, 1, 0)[0]
+            raise ValueError(f"--log={text[:80]}: there is no {name!r}; the nearest is {near!r}\n"
+                             f"give {' or '.join(LOGGERS)}, or both with a comma between")
+    return list(dict.fromkeys(names))
+
+
 def block_numbers(text: str) -> list[int]:
     """The blocks that --layers names, in order. ValueError for what is no list of whole numbers, or names one twice."""
     parts = [part.strip() for part in text.split(",")]
@@ -123,6 +136,7 @@ def parse(argv: list[str], kind: type, description: str, never_empty: set[str]) 
     if strange:
         place = argv.index(strange[0]) if strange[0] in argv else 0
         raise unknown(strange[0], argv[place - 1] if place else None, list(flags))
+    loggers(parsed.settings.log)
     return parsed.settings, notes
 
 

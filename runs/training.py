@@ -13,6 +13,7 @@ from evals.model import checks
 from evals.model.language_model import LanguageModel
 from runs import checkpoint, environment, hopeless, training_log
 from runs.clock import Clock
+from runs.live import LIVE
 from runs.voice import say
 from variants.base import Batch, Progress
 from variants.kit import interchange, norms, ranks
@@ -40,13 +41,22 @@ def note(settings, out: Path, jobs: list, batch_of_job: dict[str, Batch], progre
     """
     x_of_job = {name: batch.x for name, batch in batch_of_job.items()}
     batch_size = progress.total_tokens // progress.total_steps
-    now.log += training_log.rows(jobs, now.recent, x_of_job, progress, batch_size, now.clock, now.step, ranks.mean)
+    found = training_log.rows(jobs, now.recent, x_of_job, progress, batch_size, now.clock, now.step, ranks.mean)
+    now.log += found
+    LIVE.rows(found)
     if now.clock.may_say() or now.step == progress.total_steps:
         now.clock.said = time.monotonic()
         if not ranks.number():
             training_log.write(out, now.log)
         training_log.say_rows(now.log[-len(jobs):], progress.total_tokens)
     hopeless.check(settings, jobs, now, progress)
+
+
+def tell(progress: Progress, now: Training) -> None:
+    """How far training is, for progress.json, now and then; by what has been launched, no step waits for it."""
+    if LIVE.due():
+        tokens = progress.total_tokens // progress.total_steps * now.step
+        LIVE.trained(tokens, progress.total_tokens, now.clock.eta(now.step, progress.total_steps))
 
 
 def begin(settings, lm: LanguageModel, jobs: list, block: dict[str, Tensor], spread: Callable) -> None:
@@ -132,6 +142,7 @@ def begun(out: Path, jobs: list, total_steps: int, view: bool, spread: Callable)
     then read as a `view`, part by part.
     """
     state = checkpoint.read(out, next(jobs[0].sae.parameters()).device, view)
+    LIVE.begin_loggers(state["log"][-1]["tokens"] if state and state["log"] else 0)
     if not state:
         return Training(0, [], {job.name: [] for job in jobs})
     ended = state["step"] == total_steps

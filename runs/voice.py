@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
+from runs.live import LIVE
+
 
 class Steady(io.FileIO):
     """A standard stream whose reader may have gone (a closed pipe, a full disk): what cannot be written is dropped."""
@@ -74,6 +76,7 @@ class Voice:
     def say(self, text: str) -> None:
         if self.silent:
             return
+        LIVE.heard(text)
         if self.log:
             with contextlib.suppress(OSError):  # a full disk: the text stays in the buffer, for the next try
                 print(text, file=self.log, flush=True)
@@ -115,6 +118,8 @@ class Voice:
 
     def track(self, items, label: str, total: int, unit: str, size=lambda item: 1):
         """Yield the items; every 30 s say how far, how fast and how long still."""
+        if not self.silent:
+            items = LIVE.follow(items, label, total, size)
         if is_terminal(sys.stdout) and not self.silent:
             from tqdm import tqdm
 

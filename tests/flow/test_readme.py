@@ -21,7 +21,7 @@ from tests.benchmarks import scaling
 from variants.kit.hyper import hyperparameters, parse_hyper
 
 PAGES = sorted(page for page in PROJECT.rglob("*.md") if not re.search(r"/\.", str(page.relative_to(PROJECT.parent))))
-READMES = [path for path in PAGES if path.name == "README.md"]
+READMES = [path for path in PAGES if path.name in ("README.md", "AGENTS.md")]
 VARIANTS = PROJECT / "variants/README.md"
 TINY = ["--num_tokens=4096", "--device=cpu", "--evals=core"]
 # what runs elsewhere, or is another program's: (what is in the command, the file that runs it, how it reads there)

@@ -75,15 +75,15 @@ def test_no_time_to_train_is_said_before_anything_is_trained(now, monkeypatch):
 def test_a_training_that_grows_slower_is_cut_at_a_row_of_its_log(now, monkeypatch, tmp_path):
     """Fails if a run on its pace is cut, or one at a fifth of it is not cut to what still fits."""
     limit, plain = planned(10, dict(core=0), monkeypatch, num_tokens=1_000_000)
-    plan, ends = [500_000, 500_000], [500, 1000]
+    plan, edges = [500_000, 500_000], [0, 500, 1000]
     at = SimpleNamespace(step=250, log=[dict(tokens_per_s=10_000)], clock=SimpleNamespace(activations=50.0))
     now.at(75.0)  # 50 s for the first block's model, 25 for a quarter of the steps, as planned
-    assert limit.looked_at(plain, plan, ends, at, 0, tmp_path) is plain
+    assert limit.looked_at(plain, plan, edges, at, 0, tmp_path) is plain
     now.at(420.0)
     at.log = [dict(tokens_per_s=2_000)]
     # 152 s are left; /1.15 = 132.17 for steps of .5 s: 250 of the block at hand take 125, and the next block's
     # tokens .0001 + .0005 each: 7.17/.0006 = 11,956 more, whole batches
-    cut = limit.looked_at(plain, plan, ends, at, 0, tmp_path)
+    cut = limit.looked_at(plain, plan, edges, at, 0, tmp_path)
     assert cut.num_tokens == 511_000
     assert "after step 250 of 1,000" in limit.problems()[0]
     again = Limit(10, 0.0)

@@ -428,6 +428,7 @@ def ruling(runs: list[Run], unreadable: list[str], asked: str | None, metric: st
         found |= dict(verdict="failed", why=failed[0])
     last = candidates[-1]
     facts = costs(runs[-1]) | found | dict(run=last.name, variant=last.config.get("variant"),
+                                           model=slug(last.config.get("model") or "") or None,
                                            seed=last.config.get("seed"))
     saes = {"saes": found["saes"]} if "saes" in found else {}
     return {key: facts.get(key) for key in KEYS} | saes

@@ -15,6 +15,7 @@ import variants
 from runs import environment, folder, ledger, verdict
 from runs.comparison import Comparison
 from runs.live import LIVE
+from runs.reading import slug
 from runs.voice import say
 from variants.kit import ranks
 
@@ -68,7 +69,7 @@ def interrupted(settings, out: Path, info: dict, signal: str) -> None:
 def _end(settings, out: Optional[Path], info: dict, said: dict) -> None:
     """What is told of a run that has no result."""
     facts = _facts(settings, out, info)
-    said |= {key: facts[key] for key in ("minutes", "run", "variant", "seed", "lines_changed")}
+    said |= {key: facts[key] for key in ("minutes", "run", "variant", "model", "seed", "lines_changed")}
     if out is not None:
         _tell(said, out)
         _enter(settings, out.parent, said, info)
@@ -103,7 +104,8 @@ def _facts(settings, out: Optional[Path], info: dict) -> dict:
                 peak_memory_gb=max((peak["host"] for peak in peaks), default=None),
                 peak_gpu_memory_gb=max((peak["gpu"] for peak in peaks if "gpu" in peak), default=None),
                 lines_changed=changed, nearest_variant=nearest or None,
-                run=settings.out_dir if out is None else out.name, variant=_title(settings), seed=settings.seed)
+                run=settings.out_dir if out is None else out.name, variant=_title(settings),
+                model=slug(settings.model), seed=settings.seed)
 
 
 def _title(settings) -> str:

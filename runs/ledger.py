@@ -21,16 +21,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from runs import compare, tables, verdict
-from runs.reading import finite, read
+from runs.reading import finite, read, slug
 from runs.wording import number
 
 FILE = "results.tsv"
-COLUMNS = ("time", "run", "variant", "hash", "commit", "hyper", "seed", "metric", "value", "stderr", "difference",
-           "verdict", "minutes", "note")
+COLUMNS = ("time", "run", "variant", "model", "hash", "commit", "hyper", "seed", "metric", "value", "stderr",
+           "difference", "verdict", "minutes", "note")
 NUMBERS = {"seed", "value", "stderr", "difference", "minutes"}
 BEST = {"better", "worse", "within_noise", "equal_to_baseline"}  # verdicts whose difference means something
 LOCK_SECONDS = 5  # a line is written without the lock rather than never
-SHOWN = {"hash", "commit", "seed"}  # columns that are left out where they say nothing
+SHOWN = {"model", "hash", "commit", "seed"}  # columns that are left out where they say nothing
 
 # ------------------------------------------------------------------------------------------------ writing
 
@@ -200,7 +200,8 @@ def _bare(out: Path, info: dict, word: str) -> dict:
     settings = info.get("settings") or {}
     minutes = round(sum((info.get("seconds") or {}).values()) / 60, 2)
     variant = Path(settings["variant"]).stem if settings.get("variant") else None
-    return dict(verdict=word, run=out.name, variant=variant, seed=info.get("seed"), minutes=minutes)
+    model = slug(settings["model"]) if settings.get("model") else None
+    return dict(verdict=word, run=out.name, variant=variant, model=model, seed=info.get("seed"), minutes=minutes)
 
 
 def _judged_now(out: Path, info: dict, status: str | None) -> dict:
@@ -214,7 +215,8 @@ def _judged_now(out: Path, info: dict, status: str | None) -> dict:
         first = next(iter(runs.values())).config
     except (ValueError, OSError):
         return bare
-    own = dict(variant=bare["variant"] or first.get("variant"), seed=first.get("seed"))
+    own = dict(variant=bare["variant"] or first.get("variant"), seed=first.get("seed"),
+               model=bare["model"] or slug(first.get("model") or "") or None)
     return bare | own | verdict.judged(comparisons, verdict.headline(None, runs.values()))
 
 
@@ -244,16 +246,16 @@ def _json(file: Path) -> dict:
 
 
 def marked(rows: list[dict], directions: dict[str, str]) -> list[dict]:
-    """The rows by time, each with `best`: whether its difference is better than all before it in its metric."""
+    """The rows by time, each with `best`: whether its difference is better than all before it of model and metric."""
     ordered, best = sorted(rows, key=lambda one: str(one["time"])), {}
     for one in ordered:
-        metric, difference = one["metric"], one["difference"]
+        metric, difference, kind = one["metric"], one["difference"], (one["model"], one["metric"])
         one["best"] = False
         if one["verdict"] not in BEST or not isinstance(difference, (int, float)) or not directions.get(metric):
             continue
         gain = difference if directions[metric] == "higher" else -difference
-        if gain > best.get(metric, float("-inf")):
-            best[metric] = gain
+        if gain > best.get(kind, float("-inf")):
+            best[kind] = gain
             one["best"] = True
     return ordered
 

@@ -44,6 +44,7 @@ class Live:
         self.next = 0.0  # time.monotonic() from which progress.json may be written again
         self.ends: Optional[float] = None  # time.monotonic() at which the phase will be through
         self.cut = False  # whether the last line of events.jsonl lacks its end
+        self.warned: set[str] = set()
         self.settings: dict = {}
         self.asked: list[str] = []  # names of --log whose package is there and not yet begun
         self.loggers: dict[str, Any] = {}
@@ -125,7 +126,9 @@ class Live:
                 found[-1] = (kind, before + gap + line.strip())
             inside = bool(mark) or (inside and line.startswith(INDENT))
         for kind, words in found:
-            self.event(kind, text=words)
+            if kind == "note" or words not in self.warned:  # the table says them, and the verdict's lines do
+                self.event(kind, text=words)
+            self.warned |= {words} if kind == "warning" else set()
 
     # -------------------------------------------------------------------------------------------- progress
 

@@ -36,7 +36,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # verdict.json's keys, in order; of several SAEs also `saes`
 KEYS = ("verdict", "why", "metric", "value", "stderr", "l0", "baseline", "baseline_value", "baseline_stderr",
         "baseline_l0", "difference", "difference_stderr", "minutes", "tokens_per_s", "peak_memory_gb",
-        "peak_gpu_memory_gb", "lines_changed", "nearest_variant", "run", "variant", "seed", "warnings")
+        "peak_gpu_memory_gb", "lines_changed", "nearest_variant", "run", "variant", "model", "seed", "warnings")
 FIGURES = ("value", "stderr", "l0", "baseline_value", "baseline_stderr", "baseline_l0", "difference",
            "difference_stderr")
 COSTS = ("minutes", "tokens_per_s", "peak_memory_gb", "peak_gpu_memory_gb", "lines_changed", "nearest_variant")

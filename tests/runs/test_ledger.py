@@ -17,8 +17,8 @@ from tests.runs.records import CE, entry, record
 
 def line(name, word="better", difference=0.01, metric=CE, **more):
     """A verdict as the ledger takes it."""
-    return dict(run=name, variant="mine", seed=0, metric=metric, value=0.9, stderr=0.01, difference=difference,
-                verdict=word, minutes=1.5) | more
+    return dict(run=name, variant="mine", model="tiny", seed=0, metric=metric, value=0.9, stderr=0.01,
+                difference=difference, verdict=word, minutes=1.5) | more
 
 
 def added(folder, name, at=0.0, **more):
@@ -44,7 +44,7 @@ def test_a_line(tmp_path):
     header, first, second = (tmp_path / "results.tsv").read_text().splitlines()
     assert header.split("\t") == list(ledger.COLUMNS)
     # printf code | sha256sum
-    assert first.split("\t") == ["1970-01-02T00:00:00Z", "run_1", "mine", "5694d08a2e53", "012345678",
+    assert first.split("\t") == ["1970-01-02T00:00:00Z", "run_1", "mine", "tiny", "5694d08a2e53", "012345678",
                                  "k=4 sweep l=1,2", "0", CE, "0.9", "0.01", "", "better", "1.5", "wide and high"]
     read = ledger.known(tmp_path)
     assert [one["run"] for one in read] == ["run_1", "run_2"] and read[0]["difference"] is None
@@ -66,7 +66,7 @@ def test_two_processes_lose_nothing(tmp_path):
     pair = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name], cwd=PROJECT) for name in "ab"]
     assert [process.wait(60) for process in pair] == [0, 0]
     lines = (tmp_path / "results.tsv").read_text().splitlines()
-    assert len(lines) == 401 and all(one.count("\t") == 13 for one in lines)
+    assert len(lines) == 401 and all(one.count("\t") == 14 for one in lines)
     assert {one.split("\t")[1] for one in lines[1:]} == {f"{name}_{i}" for name in "ab" for i in range(200)}
 
 
@@ -93,19 +93,20 @@ def test_what_lies_there(tmp_path):
 
 
 def test_the_running_best():
-    """Fails if a run is marked that is not better than all before it, in its metric's direction and by a verdict that
-    counts.
+    """Fails if a run is marked that is not better than all before it of its model, in its metric's direction and by a
+    verdict that counts.
     """
     told = [("a", CE, 0.01, "better"), ("b", CE, 0.03, "suspect"), ("c", CE, 0.02, "within_noise"),
             ("d", "core.mse", 0.02, "worse"), ("e", CE, 0.015, "better"), ("f", "core.mse", -0.1, "better"),
-            ("g", CE, None, "failed"), ("h", CE, 0.04, "incomparable")]
-    rows = [dict(time=f"2026-01-0{i}", run=run, metric=metric, difference=difference, verdict=word, value=difference)
+            ("g", CE, None, "failed"), ("h", CE, 0.04, "incomparable"), ("i", CE, 0.001, "better")]
+    rows = [dict(time=f"2026-01-0{i}", run=run, metric=metric, difference=difference, verdict=word, value=difference,
+                 model="other" if run == "i" else "tiny")
             for i, (run, metric, difference, word) in enumerate(told, 1)]
     known = {CE: "higher", "core.mse": "lower"}
     marked = ledger.marked(rows[::-1], known)
-    assert [one["run"] for one in marked] == list("abcdefgh")
-    assert [one["run"] for one in marked if one["best"]] == ["a", "c", "d", "f"]
-    assert [one["run"] for one in ledger.sorted_by(marked, "difference", known)][:5] == ["f", "c", "e", "a", "d"]
+    assert [one["run"] for one in marked] == list("abcdefghi")
+    assert [one["run"] for one in marked if one["best"]] == ["a", "c", "d", "f", "i"]
+    assert [one["run"] for one in ledger.sorted_by(marked, "difference", known)][:6] == ["f", "c", "e", "a", "i", "d"]
 
 
 def shown(capsys, *arguments):

@@ -257,7 +257,7 @@ def test_a_failed_and_an_interrupted_run_say_it(cache, tmp_path, capsys, monkeyp
     assert stored["why"] == "interrupted by SIGTERM; the same command continues" and stored["phase"] == "training"
     assert not (out / "error.json").exists()
     rows = [line.split("\t") for line in (tmp_path / "results.tsv").read_text().splitlines()]
-    assert [(row[1], row[11], row[13]) for row in rows] == [("run", "verdict", "note"), ("run", "failed", "too deep"),
+    assert [(row[1], row[12], row[14]) for row in rows] == [("run", "verdict", "note"), ("run", "failed", "too deep"),
                                                             ("run", "failed", "")]
 
 

@@ -136,7 +136,7 @@ class Limit:
         keys = {name: [eval_key(name, config, lm, layer, settings.d_sae) for layer in layers]
                 for name, config in chosen.items()}
         self._expect(chosen, keys, saes, settings)
-        self._choose(chosen)
+        self._choose(chosen, MARGIN * settings.num_tokens * self._each(settings))
         if self.num_tokens is not None:  # decided before this run was interrupted
             return dataclasses.replace(settings, num_tokens=self.num_tokens)
         tokens = self.tokens(settings) if settings.num_tokens else 0
@@ -153,9 +153,9 @@ class Limit:
         Of the others the language model's part of `held` is done too. At the start two significant digits: the next run
         on this machine probably takes the same number, and can be compared.
         """
-        step = settings.passes * self.pace.step / settings.batch_size
+        step = self._each(settings) - self.pace.token
         seconds = max(0.0, self.for_training()) / MARGIN
-        fits = seconds / step if step * held >= seconds else held + (seconds - step * held) / (step + self.pace.token)
+        fits = seconds / step if step * held >= seconds else held + (seconds - step * held) / self._each(settings)
         if done + fits >= settings.num_tokens:
             return settings.num_tokens
         return done + int(fits) if done or held else two_digits(fits)
@@ -269,9 +269,16 @@ class Limit:
             else:
                 self.forecast[name] = self.pace.whole * len(keys[name]) * (once + each * saes * times)
 
-    def _choose(self, chosen: dict[str, dict]) -> None:
-        """Leave out evals, the last first, while all would take more than their share; never the headline's."""
-        share = EVALS * (self.left() - self.spare)
+    def _each(self, settings) -> float:
+        """Seconds that training on one token more takes."""
+        return self.pace.token + settings.passes * self.pace.step / settings.batch_size
+
+    def _choose(self, chosen: dict[str, dict], training: float) -> None:
+        """Leave out evals, the last first, while all take more than their share, or than a training of so many seconds
+        leaves; never the headline's.
+        """
+        room = self.left() - self.spare
+        share = max(EVALS * room, room - training)
         for name in reversed(self.order(chosen)):
             seconds = MARGIN * sum(self.forecast[other] for other in self.kept(chosen))
             if seconds > share and name != self.headline and self.forecast[name] > 0:

@@ -49,7 +49,6 @@ def test_one_that_learns_carries_the_others(cache, tmp_path, capsys):
     assert notes[0].endswith(": goes on as others learn")
 
 
-@pytest.mark.slow
 def test_being_watched_changes_nothing(reference, cache, tmp_path):
     """Fails if looking at the untrained SAE changes a sound run, or ends it."""
     out = tmp_path / "watched"

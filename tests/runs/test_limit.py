@@ -55,11 +55,15 @@ def test_training_is_cut_to_what_fits_beside_evals_end_and_margin(now, monkeypat
 
 def test_evals_that_would_take_more_than_half_are_left_out_by_name_but_for_the_headline(now, monkeypatch):
     """Fails if another eval is left out than the last chosen ones, or the one that the verdict is made of."""
-    limit, _ = planned(10, dict(absorption=100, core=150, scr=200, tpp=60), monkeypatch)
+    costs = dict(absorption=100, core=150, scr=200, tpp=60)
+    limit, _ = planned(10, costs, monkeypatch, num_tokens=10**8)
     # half of 572 s are 286; 1.15·510 = 587; without tpp 518, without scr 288: absorption goes too
     assert list(limit.left_out) == ["tpp", "scr", "absorption"]
     assert list(limit.kept(dict.fromkeys(("absorption", "core", "scr", "tpp"), {}))) == ["core"]
     assert "2m30s" not in str(limit.left_out) and "3m20s" in limit.left_out["scr"]
+    # a training of 500,000 tokens takes 1.15·100 s: 457 are left for evals, enough for all but scr and tpp
+    limit, cut = planned(10, costs, monkeypatch, num_tokens=500_000)
+    assert list(limit.left_out) == ["tpp", "scr"] and cut.num_tokens == 500_000
 
 
 def test_no_time_to_train_is_said_before_anything_is_trained(now, monkeypatch):

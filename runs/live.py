@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import time
@@ -247,9 +248,13 @@ class Live:
     def _dropping(self, name: str) -> Iterator[None]:
         """Whatever a logger raises within costs that logger alone, and a note."""
         try:
-            yield
+            with contextlib.redirect_stderr(io.StringIO()):  # whose last words are the run's
+                yield
         except (Exception, SystemExit) as error:
-            self.loggers.pop(name, None)
+            logger = self.loggers.pop(name, None)
+            if logger:
+                with contextlib.suppress(Exception):
+                    logger.leave()
             self.say(f"note: --log {name}: {told(error)}; the run goes on without")
 
 

@@ -273,6 +273,9 @@ def test_a_logger_that_raises_costs_itself_alone(tmp_path, monkeypatch, where, e
         def close(self, finished):
             self.told("close", finished)
 
+        def leave(self):
+            raise RuntimeError("nor that")
+
     class Broken(Sound):
         def told(self, call, *given):
             if call == where:

@@ -672,7 +672,7 @@ def snapshot(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     """Measure copies of the SAEs as they are, into snapshots/step_<n>; an eval that crashes there costs that alone."""
     now.clock.lap("sae")
     place = run_snapshots.begin(out, now.step, snapshots_of(settings))
-    asked = dataclasses.replace(settings, evals=settings.snapshot_evals)
+    asked = dataclasses.replace(settings, evals=",".join(limit.kept(snapshots_of(settings))) or "none")
     for layer in layers_of(settings):  # a layer at a time: copies take memory
         own = [job for job in jobs if job.layer == layer]
         try:
@@ -736,7 +736,7 @@ def evaluate(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
         say(f"eval {name}, layer {layer}: {len(pending)} SAE{'s' if len(pending) > 1 else ''}")
         try:
             key = limits.eval_key(name, chosen[name], lm, layer, settings.d_sae)
-            with LIVE.eval(name, layer), limit.measuring(name, key, len(pending), 1 / len(layers_of(settings))):
+            with LIVE.eval(name, layer), limit.measuring(name, key, len(pending)):
                 found = results_of(settings, lm, name, layer, pending, source, cache, max_norm)
         except limits.OutOfTime as error:
             left_out[name] = network.first_line(error)

@@ -57,7 +57,8 @@ class Limit:
     headline: str = ""  # the eval that the verdict is made of, as far as it is asked for
     pace: Pace | None = None  # as it is now,
     first: Pace | None = None  # and as it was measured at the start
-    forecast: dict[str, float] = field(default_factory=dict)  # seconds of each eval, all SAEs and layers
+    forecast: dict[str, float] = field(default_factory=dict)  # seconds of each eval, over all SAEs and layers
+    parts: dict[str, int] = field(default_factory=dict)  # and in how many parts it is measured: layers, snapshots
     left_out: dict[str, str] = field(default_factory=dict)  # {eval: why}
     slower: float = 1.0  # times as long as measured at the start training takes by now
     slowness: float = 1.0  # and evals, than forecast
@@ -263,6 +264,7 @@ class Limit:
         for name, config in chosen.items():
             times = 1 + (settings.snapshots if along and name in settings.snapshot_evals.split(",") else 0)
             before = [known[key] for key in keys[name] if key in known]
+            self.parts[name] = len(keys[name]) * times
             once, each = evals.cost(name, settings.profile, config)
             if len(before) == len(keys[name]):
                 self.forecast[name] = sum(before) * saes * times
@@ -286,11 +288,11 @@ class Limit:
                                        f"are left of --minutes={self.minutes:g}")
 
     @contextmanager
-    def measuring(self, name: str, key: str, saes: int, share: float) -> Iterator[None]:
-        """Around an eval of some SAEs at one layer, `share` of what is forecast for it: OutOfTime where it comes to
-        nothing, before it begins or in the middle. What it took is noted for runs to come.
+    def measuring(self, name: str, key: str, saes: int) -> Iterator[None]:
+        """Around an eval of some SAEs at one layer: OutOfTime where it comes to nothing, before it begins or in the
+        middle. What it took is noted for runs to come.
         """
-        expected = self.slowness * share * self.forecast.get(name, 0.0)
+        expected = self.slowness * self.forecast.get(name, 0.0) / self.parts.get(name, 1)
         room = self.left() - self.spare
         if room <= 0 or expected > room:
             raise OutOfTime(f"it takes about {duration(expected)}, and {duration(max(0.0, room))} are left of "

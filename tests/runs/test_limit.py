@@ -117,10 +117,10 @@ def test_evals_are_measured_within_what_is_left(now, monkeypatch, tmp_path):
     """Fails if an eval begins that cannot end, or if what one took is not remembered for the next run."""
     limit, _ = planned(10, dict(core=100, scr=100), monkeypatch)
     limit.took = tmp_path / "took.json"
-    with limit.measuring("core", "a key", 2, 1.0):
+    with limit.measuring("core", "a key", 2):
         now.at(300.0)
     # three times as long as forecast: scr needs 300 of the 272 s
-    with pytest.raises(OutOfTime, match="about 5m00s, and 4m32s are left"), limit.measuring("scr", "other", 2, 1.0):
+    with pytest.raises(OutOfTime, match="about 5m00s, and 4m32s are left"), limit.measuring("scr", "other", 2):
         raise AssertionError("it began")
     assert limit._known() == {"a key": 150.0}
 

@@ -542,12 +542,12 @@ def in_time(settings: Settings, lm: LanguageModel, source, limit) -> Settings:
     """Under --minutes: as many tokens as fit beside the evals, by what a few small blocks of this run take here."""
     if not limit.on:
         return settings
-    measured = pace_of(settings, lm, source)
+    measured = pace_of(settings, lm, source, limit)
     saes = len(hypers_of(settings, variants.load(settings.variant)))
     return ranks.agreed(lambda: limit.plan(settings, measured, evals_of(settings), lm, layers_of(settings), saes))
 
 
-def pace_of(settings: Settings, lm: LanguageModel, source) -> pace.Pace:
+def pace_of(settings: Settings, lm: LanguageModel, source, limit) -> pace.Pace:
     """The seconds that a token of texts and language model takes, and a step of all SAEs; nothing of it is kept."""
     few, total = pace.trial(settings), count_steps(settings)
     jobs, seconds = make_jobs(settings, lm), []
@@ -556,7 +556,7 @@ def pace_of(settings: Settings, lm: LanguageModel, source) -> pace.Pace:
     stream, nothing = token_stream(source, lm, few), evals.cache.Cache(Path(settings.cache_dir) / "activations", 0.0)
     with VOICE.muted():
         blocks = activation_blocks(few, lm, stream, nothing, 0, attention_of(jobs))
-        for b, block, _ in pace.timed(blocks, seconds, settings.device):
+        for b, block, _ in pace.timed(blocks, seconds, settings.device, limit.left()):
             if block and not b:
                 training.begin(few, lm, jobs, block, shard)
             for step, batch_of_job in batches(few, jobs, block, b, now.step, now.step) if block and total else ():

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-TRIAL_BLOCKS = 3  # of which the first, that compiles and starts, does not count
-TRIAL_PASSES, TRIAL_STEPS = 2, 4  # of the language model and of the SAEs, at least, in each
-LOGITS = {"cpu": 2**26, "cuda": 2**28}  # numbers in the pass through the whole model that is timed
+from variants.kit import ranks
+
+BLOCKS = 12  # at most, of a pass of the language model or a step each; the first compiles and starts: it does not count
+SECONDS, SHARE = 3.0, 0.03  # in which the pace is known; share of the time that is left after which it must be
+LOGITS = {"cpu": 2**24, "cuda": 2**28}  # numbers in the pass through the whole model that is timed
 
 
 @dataclass
@@ -25,14 +27,20 @@ class Pace:
 
 
 def trial(settings):
-    """The settings of a few small blocks: some passes of the language model in each, and some steps."""
-    of_passes = TRIAL_PASSES * settings.lm_batch_size * (settings.context - 1)
-    tokens = max(TRIAL_STEPS, math.ceil(of_passes / settings.batch_size)) * settings.batch_size
-    return dataclasses.replace(settings, num_tokens=TRIAL_BLOCKS * tokens, block_tokens=tokens, passes=1)
+    """The settings of a few small blocks: whole batches, of a pass of the language model or more each."""
+    of_pass = settings.lm_batch_size * (settings.context - 1)
+    tokens = math.ceil(of_pass / settings.batch_size) * settings.batch_size
+    return dataclasses.replace(settings, num_tokens=BLOCKS * tokens, block_tokens=tokens, passes=1)
 
 
-def timed(blocks: Iterable, seconds: list[tuple[float, float]], device: str) -> Iterator:
-    """The blocks; to `seconds` goes how long each took to make, and what was then done with it."""
+def enough(seconds: list[tuple[float, float]], left: float) -> bool:
+    """Whether the pace is known by the blocks so far, or no more of the seconds that are `left` may go into it."""
+    counted = sum(map(sum, seconds[1:]))
+    return len(seconds) > 1 and (counted > SECONDS or sum(map(sum, seconds)) > SHARE * left)
+
+
+def timed(blocks: Iterable, seconds: list[tuple[float, float]], device: str, left: float) -> Iterator:
+    """The blocks, until it is `enough`; to `seconds` goes how long each took to make, and what was done with it."""
     begun = settled(device)
     for block in blocks:
         made = settled(device)
@@ -40,6 +48,8 @@ def timed(blocks: Iterable, seconds: list[tuple[float, float]], device: str) -> 
         ended = settled(device)
         seconds.append((made - begun, ended - made))
         begun = ended
+        if ranks.agreed(lambda: enough(seconds, left)):
+            return
 
 
 def pace(seconds: list[tuple[float, float]], few, lm, rows_RT: torch.Tensor) -> Pace:
@@ -65,15 +75,17 @@ def settled(device: str) -> float:
 
 @torch.no_grad()
 def whole_pace(lm, rows_RT: torch.Tensor) -> float:
-    """Seconds per token through the whole language model and its head, by the second of two passes."""
+    """Seconds per token through the whole language model and its head, by the second of two short passes."""
     T = rows_RT.shape[1]
     rows = max(1, LOGITS[lm.device.type] // (T * lm.vocab_size))
     tokens_rT = rows_RT[:rows].long().to(lm.device)
-    begun = 0.0
+    took = 0.0
     for _ in range(2):
-        begun = settled(lm.device.type)
-        lm.hf(input_ids=tokens_rT, use_cache=False)
-    return (settled(lm.device.type) - begun) / tokens_rT.numel()
+        if took < SECONDS:
+            begun = settled(lm.device.type)
+            lm.hf(input_ids=tokens_rT, use_cache=False)
+            took = settled(lm.device.type) - begun
+    return took / tokens_rT.numel()
 
 
 def process_start() -> float:

@@ -117,9 +117,11 @@ class Limit:
         outer, again = signal.setitimer(signal.ITIMER_REAL, max(1e-3, self.left() - spare), 1.0)
         begun = time.monotonic()
         try:
-            yield
-        finally:
-            over = True
+            try:
+                yield
+            finally:
+                over = True
+        finally:  # an alarm that rings just there must not leave itself set
             passed = time.monotonic() - begun
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, outer - passed) if outer else 0.0, again)
             signal.signal(signal.SIGALRM, before)

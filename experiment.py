@@ -257,7 +257,7 @@ def evals_of(settings: Settings) -> dict[str, dict]:
 
 def snapshots_of(settings: Settings) -> dict[str, dict]:
     """The evals of --snapshots, of those chosen, and their resolved settings; none without."""
-    return run_snapshots.choose(settings.snapshots, settings.snapshot_evals, evals_of(settings), count_steps(settings))
+    return run_snapshots.choose(settings.snapshots, settings.snapshot_evals, evals_of(settings))
 
 
 def hypers_of(settings: Settings, module) -> dict[str, dict]:
@@ -327,7 +327,7 @@ def preflight(settings: Settings, source) -> dict:
     facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > learning.ALWAYS_ON}
     for note in eval_settings.check_requirements(evals_of(settings), settings.eval_config, facts):
         say(f"note: {note}")
-    snapshots_of(settings)
+    run_snapshots.check(settings.snapshots, count_steps(settings))
     facts |= needs.forecast(settings, layers_of(settings), count_steps(settings), shape, list(findings.values()),
                             bool(evals_of(settings)), sharing)
     ways.check(module, hypers, bool(settings.num_tokens) and facts["shard"], settings.init_from)
@@ -544,7 +544,7 @@ def in_time(settings: Settings, lm: LanguageModel, source, limit) -> Settings:
         return settings
     measured = pace_of(settings, lm, source, limit)
     saes = len(hypers_of(settings, variants.load(settings.variant)))
-    return ranks.agreed(lambda: limit.plan(settings, measured, evals_of(settings), lm, layers_of(settings), saes))
+    return limit.plan(settings, measured, evals_of(settings), lm, layers_of(settings), saes)
 
 
 def pace_of(settings: Settings, lm: LanguageModel, source, limit) -> pace.Pace:
@@ -586,10 +586,10 @@ def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
 
 
 def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache, out: Path, interrupts, limit,
-          ) -> tuple[list[dict], Settings]:
+          ) -> tuple[training.Training, Settings]:
     """Train all jobs to the end, continuing from the checkpoint in `out` if there is one.
 
-    Returns the training log, and the settings with the tokens that there was time for.
+    Returns where it ended, and the settings with the tokens that there was time for.
     """
     ranks.train_together(all(job.sae.data_parallel for job in jobs))
     now = begun(settings, out, jobs)
@@ -597,20 +597,20 @@ def train(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cache,
     while left:
         stream = token_stream(source, lm, settings, now.cursor)
         try:
-            settings = train_on(settings, lm, jobs, stream, source, cache, out, now, interrupts, limit)
-            left = False
+            asked, settings = settings, train_on(settings, lm, jobs, stream, source, cache, out, now, interrupts, limit)
+            left = asked != settings and now.step < count_steps(settings)
         except limits.Slow as slow:  # a block would not be made in time: a smaller one, from where it begins
             b = block_at(steps_by_block(settings), now.step)
             now.cursor = training.cursor_at(stream.cursors, b)
             settings = limit.shorter(settings, block_plan(settings)[:b], slow.token, out)
-    return now.log, settings
+    return now, settings
 
 
 def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: TokenStream, source, cache, out: Path,
              now: training.Training, interrupts, limit) -> Settings:
     """Train from where `now` stands to the end; returns the settings with the tokens there was time for."""
-    together, total, per_block = ranks.sharing() > 1, count_steps(settings), steps_by_block(settings)
-    edges = list(itertools.accumulate(per_block, initial=0))  # the steps at which blocks begin and end
+    together, total, asked = ranks.sharing() > 1, count_steps(settings), settings
+    edges = list(itertools.accumulate(steps_by_block(settings), initial=0))  # the steps at which blocks begin and end
     log_every = max(1, total // settings.log_lines)
     measured = run_snapshots.steps(total, settings.snapshots)
 
@@ -620,7 +620,7 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
         if here and ranks.any_host(interrupts.signal > 0):
             raise KeyboardInterrupt("between steps")
 
-    b = first = block_at(per_block, now.step)
+    b = first = block_at(steps_by_block(settings), now.step)
     stop_if_asked()
     if now.step in measured:  # interrupted there
         snapshot(settings, lm, jobs, source, cache, out, now, limit)
@@ -643,11 +643,8 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
                     next(ahead, None)
                 step_all(jobs, batch_of_job, progress, now)
                 if now.step % log_every == 0 or now.step == total:
-                    training.note(settings, out, jobs, batch_of_job, progress, now)
-                    settings = limit.looked_at(settings, block_plan(settings), edges, now, b, out)
+                    settings = at_row(settings, jobs, batch_of_job, progress, stream, b, out, now, limit)
                     total = count_steps(settings)
-                    if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or now.step == total:
-                        training.save(out, jobs, now, dict(stream.cursors), b)
                 if now.step in measured:
                     interrupts.deferred = False  # between two steps: nothing is half done
                     snapshot(settings, lm, jobs, source, cache, out, now, limit)
@@ -656,7 +653,8 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
                     break
             now.clock.lap("sae")
             block.clear()  # before the next block but one is made: no more than two at a time on the device
-            if now.step == total:
+            if now.step == total or asked != settings:  # the next block is shorter
+                now.cursor = training.cursor_at(stream.cursors, b + 1)
                 break
     except (KeyboardInterrupt, hopeless.Hopeless) as stop:
         if jobs[0].scale and (stop.args or not interrupts.deferred):  # a second signal may come in the middle of a step
@@ -665,6 +663,16 @@ def train_on(settings: Settings, lm: LanguageModel, jobs: list[Job], stream: Tok
         raise
     say(f"training: {now.clock.activations:.1f} s for texts and activations, {now.clock.sae:.1f} s for SAE steps"
         f"{run_snapshots.told(now.clock.snapshots)}")
+    return settings
+
+
+def at_row(settings: Settings, jobs: list[Job], batch_of_job: dict[str, base.Batch], progress: base.Progress,
+           stream: TokenStream, b: int, out: Path, now: training.Training, limit) -> Settings:
+    """A row of the log, and a checkpoint where one is due; the settings, with fewer tokens where time has run short."""
+    training.note(settings, out, jobs, batch_of_job, progress, now)
+    settings = limit.looked_at(settings, block_plan(settings), now, b, out)
+    if ranks.any_host(now.clock.may_save(settings.checkpoint_seconds)) or now.step == count_steps(settings):
+        training.save(out, jobs, now, dict(stream.cursors), b)
     return settings
 
 
@@ -796,10 +804,11 @@ def results(settings: Settings, lm: LanguageModel, jobs: list[Job], log: list[di
                                     dense.get(interchange.suffix(job.name), 0.0))
         means = training.means(log, job, block_plan(settings))
         sections[job.name] = run_results.section(out, job.name, means, chosen, crashed, unreported.get(job.name),
-                                                 job.notes, config, limit.problems())
+                                                 [*job.notes, *limit.cut_again], config, limit.problems())
         if settings.snapshots:
             sections[job.name]["snapshots"] = run_snapshots.rows(out, job.name, settings.snapshots,
-                                                                 snapshots_of(settings), sections[job.name])
+                                                                 snapshots_of(settings), sections[job.name],
+                                                                 bool(limit.cut_again))
     return sections
 
 
@@ -831,8 +840,8 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         limit.leave_out({}, out)
         info["steps"] = count_steps(settings)
         jobs = make_jobs(settings, lm)
-        log, settings = train(settings, lm, jobs, source, cache, out, interrupts, limit)
-        info["steps"] = count_steps(settings)
+        now, settings = train(settings, lm, jobs, source, cache, out, interrupts, limit)
+        info |= dict(steps=count_steps(settings), tokens_per_s=now.tokens_per_s(settings.batch_size))
         jobs = finished(settings, lm, jobs, out)
         own = [] if ranks.number() else jobs  # the first rank saves and reports them all
         for job in own:
@@ -846,14 +855,14 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     if ranks.number():  # the first goes on alone
         return {}
     with phase("results", info, out):
-        sections = results(settings, lm, jobs, log, out, crashed, unreported, info["facts"]["dense"], limit)
+        sections = results(settings, lm, jobs, now.log, out, crashed, unreported, info["facts"]["dense"], limit)
         runs.folder.write_json(out / "final_info.json", sections)
         LIVE.means(sections)
         mine = reading.read(out)
         looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache, job.max_norm),
                                 TrainedSAE(job.sae, job.scale)) for job in jobs}
         boards = limit.boards(lambda: dashboards.boards(looked_at, say))
-        report.write(out, mine, compare.stored_baselines(mine), log, boards)
+        report.write(out, mine, compare.stored_baselines(mine), now.log, boards)
         for reason, n in source.skipped.items():
             say(f"texts: {n:,} rows skipped: {reason}")
         say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most "

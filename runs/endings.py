@@ -6,7 +6,6 @@ Whatever fails in here costs a note, never the run.
 from __future__ import annotations
 
 import contextlib
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
@@ -100,11 +99,11 @@ def _facts(settings, out: Optional[Path], info: dict) -> dict:
     changed, nearest = None, None
     with contextlib.suppress(OSError, ValueError):  # the variant's file that cannot be read is then the failure
         changed, nearest = verdict.lines_changed(variants.path(settings.variant))
-    return dict(minutes=round(sum(seconds.values()) / 60, 2), tokens_per_s=_tokens_per_s(out, info),
+    return dict(minutes=round(sum(seconds.values()) / 60, 2), tokens_per_s=info.get("tokens_per_s"),
                 peak_memory_gb=max((peak["host"] for peak in peaks), default=None),
                 peak_gpu_memory_gb=max((peak["gpu"] for peak in peaks if "gpu" in peak), default=None),
                 lines_changed=changed, nearest_variant=nearest or None,
-                run=settings.out_dir if out is None else out.name, variant=_title(settings),
+                run=Path(settings.out_dir).name if out is None else out.name, variant=_title(settings),
                 model=slug(settings.model), seed=settings.seed)
 
 
@@ -112,20 +111,6 @@ def _title(settings) -> str:
     with contextlib.suppress(OSError, ValueError, LookupError):
         return variants.title(settings.variant)
     return Path(settings.variant).stem
-
-
-def _tokens_per_s(out: Optional[Path], info: dict) -> Optional[int]:
-    """Tokens of each SAE a second, over the whole phase of training; None if nothing was trained by this process."""
-    seconds = (info.get("seconds") or {}).get("training")
-    if out is None or not seconds:
-        return None
-    with contextlib.suppress(OSError, ValueError, LookupError):
-        log = out / "training_log.csv"
-        if log.stat().st_mtime < info["began"] - 1:  # a disk's clock may be coarse
-            return None
-        with open(log, newline="", encoding="utf-8") as opened:
-            return round(int(list(csv.DictReader(opened))[-1]["tokens"]) / seconds)
-    return None
 
 
 def _tell(said: dict, out: Optional[Path]) -> None:

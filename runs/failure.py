@@ -73,7 +73,8 @@ def ended(error: BaseException, known: Known) -> int:
         return report(error, f"{phase}, rank {ranks.number()}", None, None)
     if known.out is None and phase == "preflight":
         # an input that cannot be had: said where the run would have been, if that is free
-        known.out, known.info["status"] = folder.free_for_words(known.settings.out_dir), "failed"
+        known.info["status"] = "failed"
+        known.out, known.lock = folder.free_for_words(known.settings.out_dir)
     if known.begun:
         folder.mark(known.out, known.info, "failed")
     if not known.settings:

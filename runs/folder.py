@@ -174,14 +174,19 @@ def digests(out: Path) -> dict[str, str]:
     return {str(file.relative_to(out).as_posix()): digest(file) for file in files}
 
 
-def free_for_words(out_dir: str | Path) -> Path | None:
-    """The folder, made, where nothing but failed runs' words lie in it; else None: another run is not disturbed."""
+def free_for_words(out_dir: str | Path):
+    """(the folder, its lock) where nothing but failed runs' words lie in it; else (None, None): no run is disturbed."""
     try:
         folder = _allowed(Path(out_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder if set(_content(folder)) <= NOTHING_BUT_WORDS else None
-    except (OSError, ValueError):
-        return None
+        if folder.is_dir() and not set(_content(folder)) <= NOTHING_BUT_WORDS:  # not even by a lock
+            return None, None
+        lock = _lock(folder, out_dir)
+    except (OSError, ValueError, RuntimeError):  # not a place for a run, or one that is in use
+        return None, None
+    if set(_content(folder)) <= NOTHING_BUT_WORDS:
+        return folder, lock
+    lock.release()
+    return None, None
 
 
 def place(out_dir: str | Path) -> Path | None:

@@ -103,6 +103,8 @@ def spared(settings, job) -> set[str]:
         found |= {"dense"}
     if settings.init_from:  # trained before the first step
         found |= {"still"}
+    if (hyperparameters(variants.load(settings.variant)) | job.hyper).get("k_start"):  # what is measured has the last k
+        found |= {"still"}
     if not all(p.requires_grad for p in job.sae.parameters()):  # a random baseline: its figures are wanted, however bad
         found |= {"still", "worse"}
     return found

@@ -161,15 +161,18 @@ def found(folder: Path, rows: Iterable[dict] = ()) -> list[dict]:
     except OSError as error:
         raise FileNotFoundError(f"no folder {folder}: {error.strerror}\ngive the folder that holds the runs") from None
     for path in map(Path, inside):
-        one = _of_folder(path)
-        if one is not None and _mark(one) not in lines:
-            read_now.append(one)
+        try:
+            one = _of_folder(path)
+            if one is not None and _mark(one) not in lines:
+                read_now.append(one)
+        except (OSError, TypeError, ValueError, AttributeError, LookupError):  # another program's, or not ours to read
+            continue
     return read_now
 
 
 def _mark(one: dict) -> tuple:
     """What a run's line and its folder agree in, whatever the folder is called now."""
-    name = re.sub(r"\.previous-\d+$", "", str(one["run"]))
+    name = re.sub(r"\.previous-\d+$", "", " ".join(str(one["run"]).split()))  # as a line has it
     live = one["verdict"] if one["verdict"] in ("killed", "running") else ""  # no line says that
     return name, one["hash"], one["seed"], one["minutes"], live
 
@@ -286,7 +289,7 @@ def table(rows: list[dict]) -> tables.Table:
     header, *cells = zip(*[["", *marks], *texts.values()])
     counts = ", ".join(f"{sum(one['verdict'] == word for one in rows)} {word}"
                        for word in dict.fromkeys(str(one["verdict"]) for one in rows))
-    below = [f"{len(rows)} runs: {counts}", "* the best difference so far"] if rows else []
+    below = [f"{len(rows)} lines: {counts}", "* the best difference so far"] if rows else []
     return tables.Table([], list(header), list(map(tables.plain, cells)), below)
 
 

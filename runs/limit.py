@@ -24,6 +24,7 @@ from evals.cache import digest
 from runs import folder
 from runs.compare import HEADLINES
 from runs.pace import Pace
+from runs.plan import steps_of
 from runs.voice import duration, say
 from variants.kit import ranks
 
@@ -32,8 +33,12 @@ MARGIN = 1.15  # on every forecast: caches fill, auxiliary losses begin with dea
 MOST = 0.8  # share of it that is ever kept for evals
 EVALS = 0.5  # share of the time that evals may take together before some are left out at once
 FEWEST = 10  # steps that are a training
+WINDOW, SECONDS = 10, 3.0  # rows of the log, and seconds at least, by which it is told how fast training is
 REMEMBERED = 1000  # evals' times that are kept
 LAST_WORDS = 2.0  # seconds in which a run that is out of time says so
+
+
+PLANNED = ("headline", "pace", "forecast", "parts", "left_out", "num_tokens")  # of a Limit, what `plan` decides
 
 
 class OutOfTime(BaseException):
@@ -55,13 +60,16 @@ class Limit:
     minutes: float = 0.0
     began: float = field(default_factory=time.monotonic)  # time.monotonic() at which the time began to run
     headline: str = ""  # the eval that the verdict is made of, as far as it is asked for
-    pace: Pace | None = None  # as it is now,
-    first: Pace | None = None  # and as it was measured at the start
+    pace: Pace | None = None  # as it was measured at the start
     forecast: dict[str, float] = field(default_factory=dict)  # seconds of each eval, over all SAEs and layers
     parts: dict[str, int] = field(default_factory=dict)  # and in how many parts it is measured: layers, snapshots
     left_out: dict[str, str] = field(default_factory=dict)  # {eval: why}
-    slower: float = 1.0  # times as long as measured at the start training takes by now
+    done: dict[str, int] = field(default_factory=dict)  # and how many of them are
+    slower: float = 1.0  # times as long as measured at the start training takes now
     slowness: float = 1.0  # and evals, than forecast
+    rows: list[tuple[float, float]] = field(default_factory=list)  # at each row of the log: now, seconds by the pace
+    late: int = 0  # rows in a row by which training would not end in time
+    watches: bool = True  # whether a block may be given up in the making
     num_tokens: int | None = None  # to which the training was cut
     cut_again: list[str] = field(default_factory=list)  # what happened to its schedules in the middle
     took: Path | None = None  # where it is noted what evals took
@@ -93,7 +101,12 @@ class Limit:
         What nobody has time for is not kept for evals.
         """
         room = self.left() - self.spare
-        return room - min(MOST * room, MARGIN * self.slower * sum(self.kept(self.forecast).values()))
+        return room - min(MOST * room, MARGIN * self.slower * self._of_evals())
+
+    def _of_evals(self) -> float:
+        """Forecast seconds of the evals that are still to come."""
+        return sum(seconds * (1 - self.done.get(name, 0) / self.parts.get(name, 1))
+                   for name, seconds in self.forecast.items() if name not in self.left_out)
 
     # -- the clock
 
@@ -131,9 +144,18 @@ class Limit:
     def plan(self, settings, pace: Pace, chosen: dict[str, dict], lm, layers: list[int], saes: int):
         """The settings with the tokens that fit beside the evals, of which those without time are left out; said.
 
-        `saes`: of each layer. ValueError where no training fits.
+        `saes`: of each layer. ValueError where no training fits. All ranks go by the first one's clock.
         """
-        self.pace, self.first = pace, dataclasses.replace(pace)
+        def planned():
+            cut = self._plan(settings, pace, chosen, lm, layers, saes)
+            return cut, {name: getattr(self, name) for name in PLANNED}
+
+        cut, decided = ranks.agreed(planned)
+        self.__dict__.update(decided)
+        return cut
+
+    def _plan(self, settings, pace: Pace, chosen: dict[str, dict], lm, layers: list[int], saes: int):
+        self.pace = pace
         names = [metric.partition(".")[0] for metric in HEADLINES]
         self.headline = self.headline or next((name for name in names if name in chosen), "")
         keys = {name: [eval_key(name, config, lm, layer, settings.d_sae) for layer in layers]
@@ -157,69 +179,77 @@ class Limit:
         on this machine probably takes the same number, and can be compared.
         """
         step = self._each(settings) - self.pace.token
-        seconds = max(0.0, self.for_training()) / MARGIN
+        seconds = max(0.0, self.for_training()) / (MARGIN * self.slower)
         fits = seconds / step if step * held >= seconds else held + (seconds - step * held) / self._each(settings)
         if done + fits >= settings.num_tokens:
             return settings.num_tokens
         return done + int(fits) if done or held else two_digits(fits)
 
-    def looked_at(self, settings, plan: list[int], edges: list[int], now, b: int, out: Path):
+    def looked_at(self, settings, plan: list[int], now, b: int, out: Path):
         """The settings, at a row of the log in block b: with fewer tokens where training would not end in time.
 
-        `plan`: tokens of each block, `edges`: the steps at which they begin and end; `now.step` are done.
+        `plan`: tokens of each block; `now.step` are done.
         """
         if not self.on or (ranks.count() > 1 and ranks.sharing() == 1):  # others do not come here
             return settings
-        return ranks.agreed(lambda: self._looked_at(settings, plan, edges, now, b, out))
+        cut = ranks.agreed(lambda: self._looked_at(settings, plan, now, b))
+        return self._shortened(settings, cut, f"after step {now.step:,}", out) if cut else settings
 
-    def _looked_at(self, settings, plan: list[int], edges: list[int], now, b: int, out: Path):
-        total = settings.passes * sum(tokens // settings.batch_size for tokens in plan)
+    def _looked_at(self, settings, plan: list[int], now, b: int) -> int:
+        """The tokens to which training must be cut, 0 for none: where rows one after the other show that it is late."""
+        steps = steps_of(settings, plan)
+        total, begins = sum(steps), sum(steps[:b])
         if now.step >= total:
-            return settings
-        self._watch(settings, plan, now, b)
-        needed = (total - now.step) * self.pace.step + sum(plan[b + 1:]) * self.pace.token
-        if needed <= self.for_training():
-            return settings
-        in_block = now.step - edges[b]
-        done = sum(plan[:b]) + math.ceil(in_block / settings.passes) * settings.batch_size
+            return 0
+        whole = sum(plan) * self.pace.token + total * self.pace.step
+        # passes of the next block may run between the steps, or each block's before its own: whatever shows less delay
+        made = sum(plan[:b + 1]) * self.pace.token + now.step * self.pace.step
+        by_pace = max(whole * now.step / total, made)
+        self.rows.append((time.monotonic() - now.clock.snapshots, by_pace))
+        del self.rows[:-WINDOW]
+        (since, then), (until, _) = self.rows[0], self.rows[-1]
+        if by_pace <= then or len(self.rows) < 3:
+            return 0
+        self.slower = max(1.0, (until - since) / (by_pace - then))
+        known = until - since > SECONDS and self.slower * (whole - by_pace) > self.for_training()
+        self.late = self.late + 1 if known else 0
+        if self.late < 3 and self.for_training() > 0:
+            return 0
+        self.late = 0
+        done = sum(plan[:b]) + math.ceil((now.step - begins) / settings.passes) * settings.batch_size
         tokens = self.tokens(settings, done, sum(plan[:b + 1]) - done)
-        tokens = done + (tokens - done) // settings.batch_size * settings.batch_size
-        return self._shortened(settings, tokens, f"after step {now.step:,} of {total:,}", out)
-
-    def _watch(self, settings, plan: list[int], now, b: int) -> None:
-        """Take the pace of the steps since the last row; how much slower all has become, evals are expected to be."""
-        step = settings.batch_size / max(1, now.log[-1]["tokens_per_s"])
-        token = now.clock.activations / sum(plan[:b + 1])  # less where blocks came from the cache
-        for now_takes, took in ((step, self.first.step), (token, self.first.token)):
-            self.slower = max(self.slower, now_takes / took) if took else self.slower
-        self.pace.step = step
+        return min(done + (tokens - done) // settings.batch_size * settings.batch_size, settings.num_tokens)
 
     def shorter(self, settings, before: list[int], token: float, out: Path):
         """The settings with fewer tokens, where the block after those of `before` would not be made in time.
 
         `token`: the seconds that a token of it takes. ValueError where nothing was and nothing can be trained.
         """
-        self.slower = max(self.slower, token / self.pace.token)
-        self.pace.token = token
+        self.slower = max(1.0, token / self.pace.token)
         done = sum(before)
         tokens = min(self.tokens(settings, done), settings.num_tokens - settings.batch_size)
         if not done and settings.passes * (tokens // settings.batch_size) < FEWEST:
             raise self._too_short(settings, settings.passes * (tokens // settings.batch_size))
-        return self._shortened(settings, max(done, tokens), f"after {done:,} tokens", out)
+        if tokens <= done + settings.batch_size:  # one step more, with which it ends as a training does
+            tokens, self.watches = done + settings.batch_size, False
+        return self._shortened(settings, tokens, f"after {done:,} tokens", out)
 
     def _shortened(self, settings, tokens: int, when: str, out: Path):
+        if tokens >= settings.num_tokens:
+            return settings
         line = (f"training is slower than it began, and was cut {when} from {settings.num_tokens:,} to {tokens:,} "
                 f"tokens to end within --minutes={self.minutes:g}")
         say(f"note: {line}")
         if not when.startswith("after 0 "):
             self.cut_again.append(f"{line}; its schedules jumped there")
         self.num_tokens = tokens
+        self.rows.clear()
         self.write(out)
         return dataclasses.replace(settings, num_tokens=tokens)
 
     def watching(self, track: Callable) -> Callable:
         """`track`, and Slow once what is tracked will, at its pace, take longer than training may."""
-        if not self.on or ranks.count() > 1:  # where others would wait
+        if not (self.on and self.watches) or ranks.count() > 1:  # where others would wait
             return track
 
         def watched(items, label: str, total: int, unit: str, size=lambda item: 1):
@@ -252,12 +282,12 @@ class Limit:
     def leave_out(self, found: dict[str, str], out: Path) -> None:
         """Note evals that were left out, {eval: why}."""
         self.left_out |= found
-        if self.on and not ranks.number():
+        if self.on:
             self.write(out)
 
     def problems(self) -> list[str]:
-        """What final_info.json says of all this."""
-        return [*self.cut_again, *(f"the eval {name} was left out: {why}" for name, why in self.left_out.items())]
+        """What final_info.json says of the evals that were left out."""
+        return [f"the eval {name} was left out: {why}" for name, why in self.left_out.items()]
 
     def _expect(self, chosen: dict[str, dict], keys: dict[str, list[str]], saes: int, settings) -> None:
         """Forecast the evals' seconds: as long as they took here before, by their `keys` (one a layer), or by cost."""
@@ -305,6 +335,7 @@ class Limit:
         seconds = time.monotonic() - begun
         if expected > 1:
             self.slowness = max(1.0, self.slowness * seconds / expected)
+        self.done[name] = self.done.get(name, 0) + 1
         if not ranks.number():
             self._learn(key, seconds / saes)
 
@@ -321,9 +352,15 @@ class Limit:
     # -- in the run's folder, and in words
 
     def write(self, out: Path) -> None:
-        """Note what was decided."""
-        folder.write_json(out / NOTE, dict(minutes=self.minutes, num_tokens=self.num_tokens, cut_again=self.cut_again,
-                                           forecast_seconds=self.forecast, left_out=self.left_out))
+        """Note what was decided, for a run that is interrupted; without the note that one is cut anew."""
+        if ranks.number():
+            return
+        try:
+            folder.write_json(out / NOTE, dict(minutes=self.minutes, num_tokens=self.num_tokens,
+                                               cut_again=self.cut_again, forecast_seconds=self.forecast,
+                                               left_out=self.left_out))
+        except OSError as error:
+            say(f"note: no {NOTE}: {error.strerror or error}")
 
     def read(self, out: Path) -> None:
         """What was decided before the run in `out` was interrupted; evals get another chance."""

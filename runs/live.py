@@ -194,7 +194,7 @@ class Live:
         failed = None
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # out of time, too
             failed = told(error)
             raise
         finally:

@@ -16,7 +16,12 @@ def block_plan(settings) -> list[int]:
 
 def steps_by_block(settings) -> list[int]:
     """Optimiser steps that each block gives."""
-    return [settings.passes * (tokens // settings.batch_size) for tokens in block_plan(settings)]
+    return steps_of(settings, block_plan(settings))
+
+
+def steps_of(settings, plan: list[int]) -> list[int]:
+    """Optimiser steps that each block of a plan gives."""
+    return [settings.passes * (tokens // settings.batch_size) for tokens in plan]
 
 
 def count_steps(settings) -> int:

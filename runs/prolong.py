@@ -23,6 +23,7 @@ import variants
 from evals.common import settings as eval_settings
 from evals.common import stored
 from runs import checkpoint, disk, snapshots
+from runs.plan import steps_of
 from runs.voice import say
 from variants.base import SAE, Progress
 from variants.kit import imperative, ranks, revival, topk
@@ -47,9 +48,9 @@ def keep_until(settings, jobs: list, plan: list[int], out: Path) -> int:
     """
     if ranks.number() or obstacle_of_length(settings, plan):
         return 0
-    total = sum(_steps(settings, plan))
+    total = sum(steps_of(settings, plan))
     whole = [tokens for tokens in plan if tokens == settings.block_tokens]
-    last = min(_before_decay(total), sum(_steps(settings, whole)))
+    last = min(_before_decay(total), sum(steps_of(settings, whole)))
     kept_bytes = 3 * sum(p.numel() * p.element_size() for job in jobs for p in job.sae.parameters())
     free = disk.room(out)[1]
     try:
@@ -107,7 +108,7 @@ def _chosen(settings, shorter, out: Path, plan_of: Callable, hypers_of: Callable
                 asked |= asked_of(sae)
             except ValueError as error:
                 return "", str(error)
-    total, new_total = sum(_steps(settings, plan)), sum(_steps(settings, longer))
+    total, new_total = sum(steps_of(settings, plan)), sum(steps_of(settings, longer))
     last = _before_decay(total)
     name, step, why = _latest(out, last)
     why = why or f"it holds no checkpoint from before its learning rate fell, after step {last:,} of {total:,}"
@@ -137,7 +138,7 @@ def _latest(out: Path, last: int) -> tuple[str, int, str]:
 
 def obstacle_of_length(settings, plan: list[int]) -> str:
     """Why a run's length alone forbids it to be prolonged, or ""."""
-    total = sum(_steps(settings, plan))
+    total = sum(steps_of(settings, plan))
     if settings.minutes:
         return "--minutes sets its length"
     if total < LEAST_STEPS or total * settings.batch_size < LEAST_TOKENS:
@@ -148,11 +149,11 @@ def obstacle_of_length(settings, plan: list[int]) -> str:
 
 def obstacle_of_data(settings, plan: list[int], longer: list[int], step: int) -> str:
     """What before `step` would have been other data or other measurements under the longer plan, or ""."""
-    begins = itertools.accumulate([0, *_steps(settings, plan)[:-1]])
+    begins = itertools.accumulate([0, *steps_of(settings, plan)[:-1]])
     for b, begin in enumerate(begins):
         if begin < step and plan[b] != longer[b]:
             return f"its block {b + 1} was cut to {plan[b]:,} tokens and would have {longer[b]:,}"
-    total = sum(_steps(settings, longer))
+    total = sum(steps_of(settings, longer))
     measured = [at for at in sorted(snapshots.steps(total, settings.snapshots)) if at < step]
     if measured:
         return f"--snapshots asks for a measurement after step {measured[0]:,}, which is past"
@@ -160,11 +161,6 @@ def obstacle_of_data(settings, plan: list[int], longer: list[int], step: int) ->
     if (total - 1) // every * every < step:
         return f"with --log_lines={settings.log_lines} its log's last row is a mean that begins before step {step:,}"
     return ""
-
-
-def _steps(settings, plan: list[int]) -> list[int]:
-    """Optimiser steps of each block."""
-    return [settings.passes * (tokens // settings.batch_size) for tokens in plan]
 
 
 def _before_decay(total: int) -> int:

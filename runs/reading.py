@@ -13,6 +13,7 @@ The config of a run, whatever its shape: model, layer, hook_name, d_in, d_sae, s
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -60,6 +61,19 @@ RECORDS = ("final_info.json", "frontier.json")  # what holds a folder's runs; th
 def file_label(file: Path) -> str:
     """What a file's runs are called: run_1/final_info.json is run_1."""
     return file.parent.name if file.name in RECORDS else file.stem
+
+
+def code_of(run: Run) -> str:
+    """A hash of the variant's file as it ran, which lies in a run's folder; "" where none does."""
+    return _digest(run.path.parent / "variant.py")
+
+
+@functools.lru_cache(4096)  # a sweep's runs have one
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def slug(model: str) -> str:

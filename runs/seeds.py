@@ -20,7 +20,7 @@ from statistics import fmean, stdev
 
 from runs import stability
 from runs.comparison import SETTINGS
-from runs.reading import Run, read, setting
+from runs.reading import Run, code_of, read, setting
 from runs.tables import BY_RUN, Table, as_markdown, as_text, plain
 from runs.wording import number
 
@@ -33,7 +33,8 @@ def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs by setting, named by its variant and the hyper-parameters in which it differs from the first of that."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        groups[json.dumps([setting(run.config, key) for key in SETTING], sort_keys=True)].append(run)
+        same = [*(setting(run.config, key) for key in SETTING), code_of(run)]
+        groups[json.dumps(same, sort_keys=True)].append(run)
     first: dict[str, dict] = {}
     named = {}
     for members in groups.values():

@@ -21,16 +21,19 @@ def steps(total: int, number: int) -> set[int]:
     return {round(total * i / number) for i in range(1, number)} - {0}
 
 
-def choose(number: int, wanted: str, evals: dict[str, dict], total: int) -> dict[str, dict]:
-    """{eval: its settings} of the evals `wanted`, comma-separated, at `number` points of `total` steps; {} for none.
+def check(number: int, total: int) -> None:
+    """ValueError for more points than a run has steps."""
+    if number > total:
+        raise ValueError(f"--snapshots={number} are more than the run's {total:,} steps\ngive fewer")
 
-    ValueError for one that the run does not measure at its end, for more points than steps, or several processes, of
-    which not each holds the SAEs.
+
+def choose(number: int, wanted: str, evals: dict[str, dict]) -> dict[str, dict]:
+    """{eval: its settings} of the evals `wanted`, comma-separated, at `number` points; {} for none.
+
+    ValueError for one that the run does not measure at its end, or several processes, of which not each holds the SAEs.
     """
     if not number:
         return {}
-    if number > total:
-        raise ValueError(f"--snapshots={number} are more than the run's {total:,} steps\ngive fewer")
     if ranks.count() > 1:
         raise ValueError(f"--snapshots={number} with {ranks.count()} processes: one process alone can measure in "
                          "training\nleave it out, or train with one process")
@@ -54,19 +57,28 @@ def begin(out: Path, step: int, chosen: dict[str, dict]) -> Path:
     return place
 
 
-def rows(out: Path, sae: str, number: int, chosen: dict[str, dict], final: dict) -> list[dict]:
+def rows(out: Path, sae: str, number: int, chosen: dict[str, dict], final: dict, cut: bool = False,
+         ) -> list[dict]:
     """What was measured of an SAE at the points of training: step, tokens, means, stderrs; `problems` where it was not.
 
-    `final`: its section of final_info.json, whose means of these evals make the last row.
+    `final`: its section of final_info.json, whose means of these evals make the last row. `cut`: training was cut on
+    the way, so that the points are those of another length.
     """
     total, batch_size = final["config"]["steps"], final["config"]["batch_size"]
+    points = _measured(out, total) if cut else steps(total, number)
     found = [_row(out / FOLDER / f"step_{step}", sae, chosen) | dict(step=step, tokens=step * batch_size)
-             for step in sorted(steps(total, number))]
+             for step in sorted(points)]
     own = tuple(f"{name}." for name in chosen)
     last = {kind: {name: value for name, value in final[kind].items() if name.startswith(own)}
             for kind in ("means", "stderrs")}
     found.append(last | dict(step=total, tokens=total * batch_size))
     return [dict(step=row.pop("step"), tokens=row.pop("tokens"), **row) for row in found]
+
+
+def _measured(out: Path, total: int) -> set[int]:
+    """The steps before the end after which something was measured."""
+    folders = {int(place.parent.name.removeprefix("step_")) for place in (out / FOLDER).glob(f"step_*/{NOTE}")}
+    return {step for step in folders if step < total}
 
 
 def _row(place: Path, sae: str, chosen: dict[str, dict]) -> dict:

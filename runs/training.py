@@ -31,7 +31,14 @@ class Training:
     cursor: dict | None = None  # where the token stream goes on
     keep_until: int = 0  # last step whose checkpoint is kept for a longer run; 0: none is
     clock: Clock = field(default_factory=Clock)
+    began: int = 0  # steps that were done when this process took over
     hopeless: set[str] = field(default_factory=set)  # SAEs that are known to be so, while others learn
+
+
+    def tokens_per_s(self, batch_size: int) -> int | None:
+        """Tokens of each SAE a second in this process, texts and language model included; None if it trained none."""
+        seconds = self.clock.activations + self.clock.sae
+        return round((self.step - self.began) * batch_size / seconds) if self.step > self.began and seconds else None
 
 
 def note(settings, out: Path, jobs: list, batch_of_job: dict[str, Batch], progress: Progress, now: Training) -> None:
@@ -158,4 +165,4 @@ def begun(out: Path, jobs: list, total_steps: int, view: bool, spread: Callable)
         job.untrained = saved.get("untrained")  # a checkpoint of an earlier version has none
     environment.set_random_state(state["rng"])
     say(f"continuing from step {state['step']:,}")
-    return Training(state["step"], state["log"], state["recent"], state["cursor"])
+    return Training(state["step"], state["log"], state["recent"], state["cursor"], began=state["step"])

@@ -28,7 +28,7 @@ import variants
 from runs import doubts, seeds
 from runs.comparison import HEADLINES, Compared, Comparison
 from runs.frontier import SAME, l0_of
-from runs.reading import DOUBT, Run, finite
+from runs.reading import DOUBT, Run, code_of, finite
 from runs.reading import setting as setting_of
 from runs.wording import number, random_line, short
 
@@ -41,6 +41,7 @@ FIGURES = ("value", "stderr", "l0", "baseline_value", "baseline_stderr", "baseli
            "difference_stderr")
 COSTS = ("minutes", "tokens_per_s", "peak_memory_gb", "peak_gpu_memory_gb", "lines_changed", "nearest_variant")
 FILE = "verdict.json"
+SAME_BUDGET = 1.1  # numbers of training tokens that differ by less than this factor count as one
 EXIT_STATUS = {"better": 0, "worse": 1, "equal_to_baseline": 1, "within_noise": 2}  # of all others 3
 
 # ------------------------------------------------------------------------------------------------ which metric
@@ -142,9 +143,23 @@ def _ruling(one: Compared, metric: str | None, warnings: list[str]) -> tuple[str
     lacks = _lacking(one, metric)
     if lacks:
         return "incomparable", lacks
+    budget = _other_budget(one, result.verdict)
+    if result.beyond and budget:
+        return "incomparable", budget
     if result.beyond:
         return result.verdict, None
     return "within_noise", "the difference is within two standard errors"
+
+
+def _other_budget(one: Compared, verdict: str) -> str:
+    """That the number of training tokens alone may be why a run is better or worse, in a line; "" if it may not."""
+    ours, theirs = one.differs.get("num_tokens", (0, 0))
+    if not (isinstance(ours, (int, float)) and isinstance(theirs, (int, float)) and ours > 0 and theirs > 0):
+        return ""
+    if max(ours / theirs, theirs / ours) < SAME_BUDGET or (verdict == "better") != (ours > theirs):
+        return ""
+    return (f"{verdict}, but trained on {ours:,} tokens and {one.nearest.name} on {theirs:,}: compare runs of one "
+            "length, python -m runs.compare run_1 run_2 --exit-status")
 
 
 def _lacking(one: Compared, metric: str | None) -> str:
@@ -255,7 +270,7 @@ def _seeds_of(one: list[Run], files: list[list[Run]]) -> list[list[Run]]:
 
 
 def _setting(file: list[Run]) -> str:
-    each = [[setting_of(run.config, key) for key in seeds.SETTING] for run in file]
+    each = [[*(setting_of(run.config, key) for key in seeds.SETTING), code_of(run)] for run in file]
     return json.dumps(sorted(json.dumps(one, sort_keys=True, default=str) for one in each))
 
 

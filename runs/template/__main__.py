@@ -9,6 +9,7 @@ end. The runner is used from where it lies.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
         print(" ".join(str(error).splitlines()), file=sys.stderr)
         return 1
     print(f"{folder}: experiment.py, plot.py, prompt.json, seed_ideas.json, latex/template.tex\nmake its baseline with")
-    print(f"    cd {folder} && python experiment.py --out_dir=run_0 && python plot.py")
+    print(f"    cd {shlex.quote(str(folder))} && python experiment.py --out_dir=run_0 && python plot.py")
     return 0
 
 

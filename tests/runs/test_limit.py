@@ -77,22 +77,27 @@ def test_no_time_to_train_is_said_before_anything_is_trained(now, monkeypatch):
 
 
 def test_a_training_that_grows_slower_is_cut_at_a_row_of_its_log(now, monkeypatch, tmp_path):
-    """Fails if a run on its pace is cut, or one at a fifth of it is not cut to what still fits."""
+    """Fails if a run on its pace is cut, or one late row cuts it, or one at a tenth of it is not cut to what fits."""
     limit, plain = planned(10, dict(core=0), monkeypatch, num_tokens=1_000_000)
-    plan, edges = [500_000, 500_000], [0, 500, 1000]
-    at = SimpleNamespace(step=250, log=[dict(tokens_per_s=10_000)], clock=SimpleNamespace(activations=50.0))
-    now.at(75.0)  # 50 s for the first block's model, 25 for a quarter of the steps, as planned
-    assert limit.looked_at(plain, plan, edges, at, 0, tmp_path) is plain
-    now.at(420.0)
-    at.log = [dict(tokens_per_s=2_000)]
-    # 152 s are left; /1.15 = 132.17 for steps of .5 s: 250 of the block at hand take 125, and the next block's
-    # tokens .0001 + .0005 each: 7.17/.0006 = 11,956 more, whole batches
-    cut = limit.looked_at(plain, plan, edges, at, 0, tmp_path)
-    assert cut.num_tokens == 511_000
-    assert "after step 250 of 1,000" in limit.problems()[0]
+    plan, at = [500_000, 500_000], SimpleNamespace(step=0, clock=SimpleNamespace(snapshots=0.0))
+
+    def row(seconds, step):
+        now.at(seconds)
+        at.step = step
+        return limit.looked_at(plain, plan, at, 0, tmp_path)
+
+    # 50 s for the first block's model, a tenth of a second a step, as planned; then a row ten times as long
+    for seconds, step in ((60, 100), (70, 200), (80, 300), (90, 310)):
+        assert row(seconds, step) is plain
+    limit.rows.clear()
+    assert [row(300 + 10 * i, 300 + 10 * i) is plain for i in range(4)] == [True] * 4
+    # the third late row: 232 s are left; /(1.15·10) = 20.17 by the pace: 160,000 tokens of the block at hand take 16,
+    # and the next block's .0002 each: 20,869 more, whole batches
+    assert row(340, 340).num_tokens == 520_000
+    assert "after step 340" in limit.cut_again[0]
     again = Limit(10, 0.0)
     again.read(tmp_path)
-    assert again.num_tokens == 511_000
+    assert again.num_tokens == 520_000
 
 
 def test_a_block_that_would_come_too_late_is_given_up(now, monkeypatch):

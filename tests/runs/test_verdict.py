@@ -144,9 +144,9 @@ def test_the_exit_status(tmp_path, capsys):
 
 
 def test_the_loop_of_the_readme(tmp_path):
-    """Fails if the loop of runs/README.md keeps what is not better, or goes on where it should stop.
+    """Fails if the loop of runs/README.md keeps what is not better, compares what failed, or stops at either.
 
-    `python` stands in: a run's folder appears, and comparisons end with 2, 0 (kept), 1 (discarded), 3 (the end).
+    `python` stands in: a run's folder appears, the fourth fails, and comparisons end with 2, 0 (kept), 1, 3, and 1.
     """
     text = (PROJECT / "runs/README.md").read_text(encoding="utf-8")
     loop = re.search(r"^```sh\n(best=.*?)^```", text, re.M | re.S)[1]
@@ -157,8 +157,11 @@ def test_the_loop_of_the_readme(tmp_path):
 edit() { echo "edit $n" >> "$1"; }
 python() {
     echo "$*" >> calls
-    case $* in experiment.py*) last="${@: -1}"; mkdir "${last#--out_dir=}"; return 0 ;; esac
-    left=$(head -1 ends); sed -i 1d ends; return "$left"
+    case $* in
+        *run_4_*) return 1 ;;
+        experiment.py*) last="${@: -1}"; mkdir "${last#--out_dir=}"; return 0 ;;
+    esac
+    left=$(head -1 ends); sed -i 1d ends; return "${left:-1}"
 }
 """
     (tmp_path / "ends").write_text("2\n0\n1\n3\n")
@@ -167,10 +170,10 @@ python() {
     subprocess.run(["bash", "-c", stand_in + loop], cwd=tmp_path, check=True, timeout=30, capture_output=True)
     compared = [line for line in (tmp_path / "calls").read_text().splitlines() if "runs.compare" in line]
     base = "-m runs.compare run_0_0 run_0_1 run_0_2"
-    assert compared == [f"{base} run_1_0 --exit-status", f"{base} run_1_0 run_1_1 --exit-status",
-                        "-m runs.compare run_1_0 run_1_1 run_2_0 --exit-status",
-                        "-m runs.compare run_1_0 run_1_1 run_3_0 --exit-status"]
-    assert (tmp_path / "variants/mine.py").read_text() == "0\nedit 1\nedit 3\n"  # the second was taken back
+    assert compared[:5] == [f"{base} run_1_0 --exit-status", f"{base} run_1_0 run_1_1 --exit-status",
+                            *(f"-m runs.compare run_1_0 run_1_1 run_{n}_0 --exit-status" for n in (2, 3, 5))]
+    assert len(compared) == 50  # two of the first edit, none of the fourth
+    assert (tmp_path / "variants/mine.py").read_text() == "0\nedit 1\n"  # the others were taken back
 
 
 def test_lines_changed(tmp_path):
@@ -269,7 +272,7 @@ def test_without_a_folder_of_its_own(cache, tmp_path, capsys):
     assert experiment.main(command(taken, cache, "--headline=core.r3")) == 1
     assert sorted(os.listdir(taken)) == before
     assert f"\t{taken}\t" not in (tmp_path / "results.tsv").read_text().splitlines()[0]
-    assert str(taken) in (tmp_path / "results.tsv").read_text().splitlines()[1].split("\t")
+    assert (tmp_path / "results.tsv").read_text().splitlines()[1].split("\t")[1] == "run"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import inspect
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,16 +98,23 @@ def limited(seconds: float, doing: str):
         yield
         return
 
-    def stop(*_):
+    begun = time.monotonic()
+
+    def stop(number, frame):
+        if outer and time.monotonic() - begun > outer - 0.05:  # the alarm of a whole run (--minutes)
+            before(number, frame)
         raise TooSlow(f"nothing came of it within {seconds:.0f} s ({doing})\na loop without an end, or work that "
                       "belongs outside: data is read and scripts are run before the import")
 
     before = signal.signal(signal.SIGALRM, stop)
-    remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    outer, again = signal.setitimer(signal.ITIMER_REAL, seconds)
+    if 0 < outer < seconds:
+        signal.setitimer(signal.ITIMER_REAL, outer, again)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, remaining)
+        left = max(1e-3, outer - (time.monotonic() - begun)) if outer else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left, again)
         signal.signal(signal.SIGALRM, before)
 
 

@@ -23,7 +23,7 @@ verdict.json, whose content is also the last lines of stdout, a `key: value` eac
   suspect            a warning holds (dead features, no steps, no better than a random decoder): no finding until it
                      is understood; `warnings` names it
   incomparable       no baseline with these settings, or none near this L0
-  failed             `phase` and `cause` say where and why; the last lines on stderr name the line and what to do
+  failed             `why`, `phase`, `advice`, and the last lines of stderr: what, in which line, what to do
 By the means alone, where nothing else is shown: hold core.ce_loss_score (where features are known, ground_truth.f1;
 higher is better) against a run of about the same core.l0, for fewer features per token always reconstruct worse.
 One better run is a hint: the same code with another seed must be better too. A run that fails leaves no results.

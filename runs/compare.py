@@ -394,6 +394,8 @@ def _main(argv: list[str]) -> int:
     known = directions()
     check_headline(options.headline, known)
 
+    if options.exit_status and 1 == len({Path(name).resolve() for name in options.runs}) < len(options.runs):
+        raise ValueError(f"{options.runs[0]} is given {len(options.runs)} times: there is nothing to compare it with")
     runs, unreadable = _read_all(options.runs)
     for line in unreadable:
         print(f"left out: {line}", file=sys.stderr)
@@ -425,7 +427,7 @@ def ruling(runs: list[Run], unreadable: list[str], asked: str | None, metric: st
     found = of_sides(judged(candidates, references, directions), headline(metric, candidates))
     failed = unreadable + failures(runs)
     if failed:
-        found |= dict(verdict="failed", why=failed[0])
+        found = dict(verdict="failed", why=failed[0], metric=found["metric"], warnings=[])
     last = candidates[-1]
     facts = costs(runs[-1]) | found | dict(run=last.name, variant=last.config.get("variant"),
                                            model=slug(last.config.get("model") or "") or None,
@@ -437,7 +439,7 @@ def ruling(runs: list[Run], unreadable: list[str], asked: str | None, metric: st
 def _read_all(names: list[str]) -> tuple[list[Run], list[str]]:
     """The runs, and a line for each place without one; FileNotFoundError, ValueError where nothing can be read."""
     runs, unreadable = [], []
-    for name in dict.fromkeys(names):
+    for name in _once(names):
         if not Path(name).exists():
             raise FileNotFoundError(f"no run named {name!r}" + _nearest(Path(name).name, _neighbours(Path(name))))
         try:
@@ -447,6 +449,14 @@ def _read_all(names: list[str]) -> tuple[list[Run], list[str]]:
     if not runs:
         raise ValueError("; ".join(unreadable))
     return runs, unreadable
+
+
+def _once(names: list[str]) -> list[str]:
+    """The names without those of places that an earlier one names, too."""
+    places: dict[Path, str] = {}
+    for name in names:
+        places.setdefault(Path(name).resolve(), name)
+    return list(places.values())
 
 
 def _neighbours(path: Path) -> list[str]:

@@ -53,9 +53,17 @@ def failed(settings, out: Optional[Path], info: dict, details: dict) -> None:
     with _harmless():
         what = details["message"] or details["type"]
         why = what.splitlines()[0]
+        if not details["advice"]:  # an exception of somebody's own: its type is half of what it says
+            why = f"{details['type']}: {why}"
         if details["where"] and details["where"] not in why:
             why += f", at {details['where']}"
         _end(settings, out, info, dict(verdict="failed", why=why, phase=details["phase"], advice=details["advice"]))
+
+
+def refused(details: dict) -> None:
+    """Tell that a command line is none, or that its folder is another process's: no run, no line of the ledger."""
+    with _harmless():
+        _tell(dict(verdict="failed", why=details["message"], phase=details["phase"], advice=details["advice"]), None)
 
 
 def interrupted(settings, out: Path, info: dict, signal: str) -> None:

@@ -18,6 +18,7 @@ import variants
 from runs import disk, endings, folder, prolong
 from runs.interrupts import Interrupts
 from runs.live import LIVE
+from runs.voice import say
 from variants.kit import ranks
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def interrupted(stop: KeyboardInterrupt, known: Known) -> int:
         if remains:
             print(f"remains: {remains}", file=sys.stderr, flush=True)
     ranks.leave()
-    return 128 + (known.interrupts.signal if known.interrupts else signal.SIGINT)
+    return 128 + ((known.interrupts and known.interrupts.signal) or signal.SIGINT)
 
 
 def ended(error: BaseException, known: Known) -> int:
@@ -75,15 +76,19 @@ def ended(error: BaseException, known: Known) -> int:
         # an input that cannot be had: said where the run would have been, if that is free
         known.info["status"] = "failed"
         known.out, known.lock = folder.free_for_words(known.settings.out_dir)
+        if known.out:
+            LIVE.open(known.out, dict(log=""), False, say)
     if known.begun:
         folder.mark(known.out, known.info, "failed")
     if not known.settings:
-        return report(error, phase, known.out, None)
+        return report(error, phase, known.out, None, told=endings.refused)
     try:
         variant = variants.path(known.settings.variant)
     except (OSError, ValueError):  # that is the failure
         variant = None
     told = partial(endings.failed, known.settings, known.out if known.begun else None, known.info)
+    if isinstance(error, folder.InUse):  # the run of that folder has its own line in the ledger
+        told = endings.refused
     return report(error, phase, known.out, variant, [known.settings.cache_dir], told)
 
 

@@ -363,8 +363,12 @@ def _is_file(path: Path) -> bool:
 _ADVICE = "give a folder of its own for the run, for example --out_dir=run_1"
 
 
-def _in_use(out_dir) -> RuntimeError:
-    return RuntimeError(f"{out_dir} is in use by another running process\n"
+class InUse(RuntimeError):
+    """Another process runs there."""
+
+
+def _in_use(out_dir) -> InUse:
+    return InUse(f"{out_dir} is in use by another running process\n"
                         "wait for it to end, or give another --out_dir")
 
 

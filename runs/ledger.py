@@ -136,7 +136,7 @@ def known(folder: Path) -> list[dict]:
     columns = lines[0].rstrip("\r").split("\t")
     if not {"run", "verdict"} <= set(columns):
         return []
-    rows = [dict(zip(columns, line.rstrip("\r").split("\t"))) for line in lines[1:] if line.strip()]
+    rows = [dict(zip(columns, line.rstrip("\r").split("\t"))) for line in lines[1:] if "\t" in line]
     return [{column: _value(column, one.get(column, "")) for column in dict.fromkeys([*COLUMNS, *columns])}
             for one in rows]
 
@@ -287,9 +287,9 @@ def table(rows: list[dict]) -> tables.Table:
         texts[column] = [text.ljust(max(map(len, texts[column]))) for text in texts[column]]
     marks = ["*" if one["best"] else "" for one in rows]
     header, *cells = zip(*[["", *marks], *texts.values()])
-    counts = ", ".join(f"{sum(one['verdict'] == word for one in rows)} {word}"
-                       for word in dict.fromkeys(str(one["verdict"]) for one in rows))
-    below = [f"{len(rows)} lines: {counts}", "* the best difference so far"] if rows else []
+    last = {one["run"]: str(one["verdict"]) for one in sorted(rows, key=lambda one: str(one["time"]))}
+    counts = ", ".join(f"{list(last.values()).count(word)} {word}" for word in dict.fromkeys(last.values()))
+    below = [f"{len(last)} runs, by their last line: {counts}", "* the best difference so far"] if rows else []
     return tables.Table([], list(header), list(map(tables.plain, cells)), below)
 
 

@@ -86,6 +86,8 @@ class Live:
         if self.state["status"] == "running":
             self.state["status"] = status
         status = self.state["status"]
+        if status == "finished":
+            self.state["share"] = 1.0
         self.tracked.clear()
         self._write()  # before loggers are closed: that may take a while
         with contextlib.suppress(KeyboardInterrupt):  # whoever asks for the end again does not want to wait

@@ -3,7 +3,7 @@
 A comparison (runs/comparison.py) says something of every metric; here one metric, the headline, decides:
 
     better | worse     the difference exceeds two standard errors
-    within_noise       it does not
+    within_noise       it does not, or no error is known to hold it against: more seeds can tell
     equal_to_baseline  it is 0, and the run differs in nothing from the baseline: it is the baseline once more
     suspect            a warning holds (dead, not sparse, at chance, untrained, identical …), or the headline is not
                        surely better than a frozen random decoder's: whatever the figures are, they show nothing
@@ -148,6 +148,8 @@ def _ruling(one: Compared, metric: str | None, warnings: list[str]) -> tuple[str
         return "incomparable", budget
     if result.beyond:
         return result.verdict, None
+    if result.beyond is None and result.difference != 0:
+        return "within_noise", _silent(one, metric)
     return "within_noise", "the difference is within two standard errors"
 
 
@@ -183,12 +185,14 @@ def _lacking(one: Compared, metric: str | None) -> str:
         return f"{metric} was not measured of the baseline {one.partner.name}"
     if not _at_own_l0(one, metric):
         return _other_l0(one.run, one.source(metric))
-    result = one.judged(metric)
-    if result.beyond is None and result.difference != 0:
-        sides = {"the run": one.run, "the baseline": one.source(metric)}
-        silent = [side for side, run in sides.items() if run.stderrs.get(metric) is None]
-        return f"no standard error of {metric} is known of {' and '.join(silent)}: run several seeds of both"
     return ""
+
+
+def _silent(one: Compared, metric: str) -> str:
+    """That no standard error is known, in a line; "" where one is."""
+    sides = {"the run": one.run, "the baseline": one.source(metric)}
+    silent = [side for side, run in sides.items() if run.stderrs.get(metric) is None]
+    return f"no standard error of {metric} is known of {' and '.join(silent)}: run several seeds of both"
 
 
 def _at_own_l0(one: Compared, metric: str) -> bool:
@@ -228,7 +232,7 @@ def _together(each: dict[str, dict], direction: str) -> dict:
         name, one = next(iter(each.items()))
         verdict, why = "incomparable", f"{name}: {one['why']}"
     elif means["difference_stderr"] is None:
-        verdict, why = "incomparable", "no standard error is known of some SAE"
+        why = "no standard error is known of some SAE: run several seeds of both"
     elif abs(means["difference"]) > 2 * means["difference_stderr"]:
         verdict = "better" if (means["difference"] > 0) == (direction == "higher") else "worse"
     warnings = [f"{name}: {line}" for name, one in each.items() for line in one["warnings"]]

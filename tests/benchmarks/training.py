@@ -78,6 +78,7 @@ from evals.cache import Cache
 from evals.model import architecture, language_model, passes
 from evals.texts.source import Listed
 from runs import environment
+from runs.limit import Limit
 
 BLOCKS = 3  # measured, after the warm-up
 GEMMA = dict(vocab_size=256_000, hidden_size=2304, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4,
@@ -317,7 +318,7 @@ def train(settings, lm, source, blocks: int, between: Callable[[int, int], None]
         if parts:
             parts.put_around(stack, lm, jobs)
         experiment.train(settings, lm, jobs, source, Cache(folder / "cache", 0), folder,
-                         SimpleNamespace(signal=0, deferred=False))
+                         SimpleNamespace(signal=0, deferred=False), Limit())
     for line in spoken.getvalue().splitlines():
         if line.startswith(("language model", "out of")):  # what the run had to do without
             print(line, file=sys.stderr, flush=True)

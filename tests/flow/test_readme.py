@@ -36,9 +36,11 @@ ELSEWHERE = (
     ("python -m tests.flow.test_cuda", "tests/flow/test_imitated_gpu.py", r"^test_cuda\.test_no_step_waits"),
     ("python -m tests.benchmarks.training", "tests/flow/test_benchmark.py", r"^training\.main\("),
     ("python -m tests.benchmarks.gpu", "tests/flow/test_benchmark.py", r'"-m", "tests\.benchmarks\.gpu"'),
+    ("python -m runs.template", "tests/runs/test_template.py", r"template\.main\("),
+    ("--out_dir=run_0", "tests/runs/test_template.py", r"--out_dir=run_"),
+    ("python plot.py", "tests/runs/test_template.py", r"plot\.py"),
     ("python -m runs.stability", "tests/runs/test_stability.py", r"stability\.main\("),
     ("--exit-status", "tests/runs/test_verdict.py", r'"--exit-status"'),
-    ("--out_dir=run_${n}", "tests/runs/test_verdict.py", r'loop = re\.search'),
     ("--store", "tests/runs/test_seeds.py", r'"--store"'),
     ("openai-community/gpt2", "tests/evals/test_inputs.py", r"run\(cache, gpt2, texts, "))
 # what makes a benchmark of the embedded model, of a real step or of many architectures one of seconds

@@ -132,7 +132,7 @@ def test_from_the_folders(tmp_path, capsys):
     rebuilt = shown(capsys, tmp_path, "--rebuild")
     assert rebuilt[1] == rows[1] | dict(run="run_1.previous-1") and rebuilt[::2] == rows[::2]
     assert ledger.main([str(tmp_path)]) == 0
-    assert "3 lines: 1 incomparable, 1 better, 1 killed" in capsys.readouterr().out
+    assert "2 runs, by their last line: 1 incomparable, 1 killed" in capsys.readouterr().out
     assert ledger.main([str(tmp_path / "cache")]) == 1 and "no run in" in capsys.readouterr().err
 
 

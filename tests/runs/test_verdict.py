@@ -42,7 +42,7 @@ CASES = {
     "dead": (sae("a", 0.891, l0=0.0), CE, "suspect", "dead SAE"),
     "not sparse": (sae("a", 0.891, l0=200.0), CE, "suspect", "not sparse"),
     "other L0": (sae("a", 0.891, l0=40.0), CE, "incomparable", "own L0: 40.00, and base has 20.00"),
-    "no error": (sae("a", 0.891, error=None), CE, "incomparable", "known of the run:"),
+    "no error": (sae("a", 0.891, error=None), CE, "within_noise", "known of the run: run several seeds"),
     "not measured": (sae("a", 0.891), R2, "incomparable", "core.r2 was not measured"),
     "other model": (sae("a", 0.891, model="org/Other"), CE, "incomparable", "model other / tiny"),
 }
@@ -55,6 +55,17 @@ def test_its_word(case):
     found = ruled(mine, BASE, metric)
     assert found["verdict"] == word
     assert found["why"] is None if why is None else why in found["why"]
+
+
+@pytest.mark.parametrize("ce, tokens, word", [(0.831, 1_000, "incomparable"), (0.891, 1_000, "better"),
+                                              (0.891, 99_000, "incomparable"), (0.831, 99_000, "worse"),
+                                              (0.831, 9_500, "worse")])
+def test_a_budget_may_be_all_the_difference(ce, tokens, word):
+    """Fails if fewer training tokens than the baseline's make a variant worse, or more of them make it better."""
+    found = ruled(sae("a", ce, num_tokens=tokens), sae("base", 0.861, variant="topk", num_tokens=10_000))
+    assert found["verdict"] == word
+    if word == "incomparable":
+        assert f"trained on {tokens:,} tokens and base on 10,000" in found["why"]
 
 
 def test_what_cannot_be_compared_otherwise():

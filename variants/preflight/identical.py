@@ -34,6 +34,8 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
     """The variant's change has an effect: it does not train bit for bit like a reference, or like `against`."""
     notes, seen, mine = [], set(), None
     asked = variants.path(against) if against else None
+    alike = []
+    unmodified = False  # then others that train alike are copies of it, and no reason to refuse it
     for file in [*([asked] if asked else []), *map(Path, files)]:
         try:
             other = like(v, imported(str(file)), plan)
@@ -53,16 +55,20 @@ def check_identical(v: Variant, plan: Plan, files: Iterable, allowed: bool, agai
                      "change what it computes or a hyper-parameter; --allow_identical runs it all the same")
             notes.append(f"this is {known_as} with {', '.join(edited)}" if edited
                          else f"this is the unmodified {known_as}")
+            unmodified = True
             continue
         mine = mine or list(trajectory(v, plan))
         apart = distance(mine, other, plan, to_the_end=file == asked)
         if apart == 0:
-            notes += check_effect(v, other, known_as, allowed)
+            alike.append((other, known_as))
             continue
         if file == asked:
             how = "cannot be compared in its features" if apart is None else f"differ by {apart:.2g} of their size"
             notes.append(f"trains differently from {known_as}: after {STEPS} steps on synthetic data the "
                          f"reconstructions {how}")
+    for other, known_as in alike:
+        if other.file == asked or not unmodified:
+            notes += check_effect(v, other, known_as, allowed)
     return notes
 
 

@@ -15,6 +15,7 @@ A comparison (runs/comparison.py) says something of every metric; here one metri
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import math
@@ -367,7 +368,7 @@ def exit_status(verdict: str) -> int:
 
 
 def lines_changed(file: Path) -> tuple[int, str]:
-    """(lines added or removed, name) of the existing variant that is nearest to a file; blanks and comments left out.
+    """(lines added or removed, name) of the existing variant that is nearest to a file; layout and comments left out.
 
     Existing are the others of variants/, those stored with the baselines as they ran and, of a variant that comes with
     the project, the file as it was last committed.
@@ -415,5 +416,17 @@ def _as_committed(file: Path) -> bytes | None:
 
 
 def _code(source: bytes) -> list[str]:
-    lines_of = [line.rstrip() for line in source.decode("utf-8", "replace").splitlines()]
-    return [line for line in lines_of if line and not line.lstrip().startswith("#")]
+    """The lines of a file as Python writes its statements anew: no layout, no comments and docstrings, and nothing of
+    what only starts it as a program. A file that Python cannot read has its own lines.
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        lines_of = [line.rstrip() for line in source.decode("utf-8", "replace").splitlines()]
+        return [line for line in lines_of if line and not line.lstrip().startswith("#")]
+    tree.body = [part for part in tree.body
+                 if not (isinstance(part, ast.If) and ast.unparse(part.test) == "__name__ == '__main__'")]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return [line for line in ast.unparse(tree).splitlines() if line]

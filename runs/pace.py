@@ -78,14 +78,21 @@ def whole_pace(lm, rows_RT: torch.Tensor) -> float:
     """Seconds per token through the whole language model and its head, by the second of two short passes."""
     T = rows_RT.shape[1]
     rows = max(1, LOGITS[lm.device.type] // (T * lm.vocab_size))
-    tokens_rT = rows_RT[:rows].long().to(lm.device)
-    took = 0.0
+    try:
+        return _seconds(lm, rows_RT[:rows]) / rows_RT[:rows].numel()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return _seconds(lm, rows_RT[:1]) / T
+
+
+def _seconds(lm, rows_RT: torch.Tensor) -> float:
+    tokens_RT, took = rows_RT.long().to(lm.device), 0.0
     for _ in range(2):
         if took < SECONDS:
             begun = settled(lm.device.type)
-            lm.hf(input_ids=tokens_rT, use_cache=False)
+            lm.hf(input_ids=tokens_RT, use_cache=False)
             took = settled(lm.device.type) - begun
-    return took / tokens_rT.numel()
+    return took
 
 
 def process_start() -> float:

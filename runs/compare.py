@@ -424,6 +424,8 @@ def ruling(runs: list[Run], unreadable: list[str], asked: str | None, metric: st
     references, candidates = sides(runs)
     if asked or references is None:
         references = stored_baselines(candidates, asked)
+    else:  # of a stored baseline the error is that of another seed already
+        references, candidates = ([beside_seeds(run) for run in side] for side in (references, candidates))
     found = of_sides(judged(candidates, references, directions), headline(metric, candidates))
     failed = unreadable + failures(runs)
     if failed:
@@ -434,6 +436,37 @@ def ruling(runs: list[Run], unreadable: list[str], asked: str | None, metric: st
                                            seed=last.config.get("seed"))
     saes = {"saes": found["saes"]} if "saes" in found else {}
     return {key: facts.get(key) for key in KEYS} | saes
+
+
+def beside_seeds(run: Run) -> Run:
+    """The run, with what another seed would give in its errors, as far as stored baselines of its model know that.
+
+    They hold means over seeds, with the standard deviation of one; of the variants at the L0 nearest to the run's, the
+    root mean square. One seed's error is √(e² + sd²); that of n ≥ 2 is at least sd/√n, since two may lie together by
+    chance.
+    """
+    n = len(run.config.get("seeds") or [0])
+    stderrs = dict(run.stderrs)
+    for metric, spread in _spreads(identity(run.config), l0_of(run)).items():
+        if run.means.get(metric) is not None:
+            own = stderrs.get(metric, 0.0)
+            stderrs[metric] = math.hypot(own, spread) if n == 1 else max(own, spread / math.sqrt(n))
+    return replace(run, stderrs=stderrs)
+
+
+def _spreads(key: tuple, l0: float | None) -> dict[str, float]:
+    """{metric: what a seed alone makes of it} by the stored baselines of a model, layer and hook."""
+    nearest = []
+    learned = [folder for folder in sorted((BASELINES / key[0]).glob("*")) if folder.name not in RANDOM]
+    for folder in filter(_files, learned if l0 else ()):
+        same = [sae for sae in _with_frontier(folder) if identity(sae.config) == key]
+        same = [sae for sae in same if sae.config.get("seeds") and l0_of(sae)]
+        nearest += sorted(same, key=lambda sae: abs(math.log(l0_of(sae) / l0)))[:1]
+    found = defaultdict(list)
+    for sae in nearest:
+        for metric, deviation in sae.stderrs.items():
+            found[metric].append(deviation)
+    return {metric: math.sqrt(sum(d * d for d in known) / len(known)) for metric, known in found.items()}
 
 
 def _read_all(names: list[str]) -> tuple[list[Run], list[str]]:

@@ -308,6 +308,7 @@ def mean_run(members: list[Run]) -> Run:
             stderrs[metric] = stdev(values) / math.sqrt(len(values))
     problems = list(dict.fromkeys(line for run in members for line in run.problems))
     config = {key: value for key, value in members[0].config.items() if key != "seed"}
+    config["seeds"] = [run.config.get("seed") for run in members]
     name = ", ".join(run.name for run in members)
     mean = replace(members[0], name=name, means=means, stderrs=stderrs, config=config, problems=problems)
     said = {line.partition(":")[0] for line in doubts.warnings(mean)}

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -121,6 +122,25 @@ def folder_of(path, ce, **config):
     """A run's folder with one SAE of that CE loss score."""
     record(path, {"layer_3": entry({"core.l0": 20.0, CE: ce}, {CE: 0.01}, **config)})
     return str(path)
+
+
+def test_another_seed_is_in_the_error_of_one(tmp_path, monkeypatch):
+    """Fails if two runs of one seed each are held apart by their samples' errors alone, where it is known what another
+    seed gives; or if more seeds do not settle it.
+    """
+    stored = {f"k_{l0}": entry({"core.l0": l0, CE: 0.9}, {CE: spread}, seeds=[0, 1, 2], variant="topk")
+              for l0, spread in ((20.0, 0.03), (80.0, 0.5))}
+    record(tmp_path / "tiny/topk", stored)
+    monkeypatch.setattr(compare, "BASELINES", tmp_path)
+    runs = [sae("a", 0.80, seed=0), sae("b", 0.87, seed=0, variant="mine")]
+    found = compare.ruling(runs, [], None, CE, DIRECTIONS)
+    # .07 with an error of √(2·(.01² + .03²)) = .0447
+    assert found["verdict"] == "within_noise" and found["difference_stderr"] == pytest.approx(0.0447, abs=1e-4)
+    seeds_of_a = [replace(sae("a", 0.80, seed=n), path=tmp_path / f"a{n}/f") for n in range(9)]
+    seeds_of_b = [replace(sae("b", 0.87, seed=n, variant="mine"), path=tmp_path / f"b{n}/f") for n in range(9)]
+    found = compare.ruling([*seeds_of_a, *seeds_of_b], [], None, CE, DIRECTIONS)
+    # nine seeds that happen to agree: .03/3 each, not below
+    assert found["verdict"] == "better" and found["difference_stderr"] == pytest.approx(0.01 * 2**0.5, rel=1e-6)
 
 
 def test_the_exit_status(tmp_path, capsys):

@@ -10,6 +10,7 @@ import evals
 from runs import limit as limits
 from runs.limit import Limit, OutOfTime, Slow
 from runs.pace import Pace
+from variants.preflight.messages import TooSlow, limited
 
 
 @pytest.fixture
@@ -145,3 +146,18 @@ def test_what_is_out_of_time_ends_even_where_an_exception_is_dropped():
             time.sleep(0.01)
     assert time.monotonic() - begun < 10
     time.sleep(1.2)  # and no alarm rings afterwards
+
+
+def test_an_alarm_within_the_preflight_s_own():
+    """Fails if steps of the preflight, each with an alarm of its own, put off that of the run, or hide it."""
+    limit = Limit(1.0, time.monotonic() - 60 + 1.0)
+    begun = time.monotonic()
+    with pytest.raises(OutOfTime, match="are over, in preflight"), limit.within(0.0, lambda: "in preflight"):
+        for _ in range(3):
+            with limited(0.5, "a step"):
+                time.sleep(0.2)
+        with limited(20.0, "a step"):
+            time.sleep(10.0)
+    assert time.monotonic() - begun == pytest.approx(1.0, abs=0.3)
+    with pytest.raises(TooSlow), limited(0.1, "a step"):
+        time.sleep(5.0)

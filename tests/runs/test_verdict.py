@@ -9,11 +9,13 @@ import signal
 import subprocess
 from dataclasses import replace
 
+import filelock
 import pytest
 
 import experiment
 import variants
 from runs import compare, verdict
+from runs.folder import write_json
 from runs.reading import DOUBT
 from tests import OWN_VARIANTS, PROJECT
 from tests.runs.records import CE, DIRECTIONS, R2, entry, record, run
@@ -304,6 +306,22 @@ def test_without_a_folder_of_its_own(cache, tmp_path, capsys):
     assert sorted(os.listdir(taken)) == before
     assert f"\t{taken}\t" not in (tmp_path / "results.tsv").read_text().splitlines()[0]
     assert (tmp_path / "results.tsv").read_text().splitlines()[1].split("\t")[1] == "run"
+
+
+def test_a_folder_that_another_process_has_is_left_alone(cache, tmp_path, capsys):
+    """Fails if a run that is refused, or fails, writes into the folder of one that is still in its preflight."""
+    taken = tmp_path / "run"
+    write_json(taken / "run_info.json", dict(status="running", phase="preflight"))
+    lock = filelock.FileLock(taken / ".lock")
+    with lock:
+        before = sorted(os.listdir(taken))
+        assert experiment.main(command(taken, cache)) == 1
+        assert not (tmp_path / "results.tsv").exists()  # it is no run
+        assert experiment.main(command(taken, cache, "--headline=core.r3")) == 1
+        assert sorted(os.listdir(taken)) == before
+    printed = capsys.readouterr()
+    assert "is in use by another running process" in printed.err and "details" not in printed.err
+    assert printed.out.count("verdict: failed") == 2
 
 
 @pytest.mark.slow

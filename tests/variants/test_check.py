@@ -210,6 +210,14 @@ def test_a_file_of_the_users_own_beside_the_variants_harms_no_other(tmp_path, mo
     assert run("topk", reference_files=[*tmp_path.glob("*.py"), *SHIPPED]).notes == ["this is the unmodified topk"]
 
 
+def test_somebody_s_leftover_is_no_reason_to_refuse_what_it_was_made_from(tmp_path):
+    """Fails if an unmodified variant is refused because a file beside it, with another text, trains as it does."""
+    leftover = edited(tmp_path, "        e_BD = batch.x -", "        unused = 2 * self.k\n        e_BD = batch.x -")
+    assert run("topk", reference_files=[leftover, *SHIPPED]).notes == ["this is the unmodified topk"]
+    with pytest.raises(ValueError, match="bit-identically to topk"):
+        run(leftover)
+
+
 @pytest.mark.slow
 def test_comments_and_defaults_do_not_make_another_variant(tmp_path):
     """Fails if a copy with a new comment is refused as ineffective, or one with another default is unmodified."""

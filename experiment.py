@@ -79,7 +79,7 @@ from runs.interrupts import Interrupts
 from runs.live import LIVE
 from runs.plan import block_at, block_plan, count_steps, steps_by_block
 from variants import base
-from variants.kit import contexts, imperative, interchange, norms, ranks, saving, trainer_state
+from variants.kit import contexts, imperative, interchange, norms, ranks, trainer_state
 from variants.kit.copying import duplicate
 from variants.kit.hyper import hyperparameters, parse_hyper, parse_sweep
 from variants.kit.steps import forget, gradients
@@ -845,7 +845,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         jobs = finished(settings, lm, jobs, out)
         own = [] if ranks.number() else jobs  # the first rank saves and reports them all
         for job in own:
-            save_sae(settings, job, out)
+            run_results.save_sae(settings, job, out, hook_name(job.layer))
     with phase("report", info, out):
         unreported = own_report.reported(settings, lm, own, source, out, limit)
     with phase("evals", info, out):
@@ -883,14 +883,6 @@ def finished(settings: Settings, lm: LanguageModel, jobs: list[Job], out: Path) 
         job.sae.zero_grad()
         forget(job.sae)
     return jobs
-
-
-def save_sae(settings: Settings, job: Job, out: Path) -> None:
-    """Save a trained SAE as sae/<SAE>, for SAELens where it has the architecture, and for this project."""
-    model, dataset = environment.public_name(settings.model), environment.public_name(settings.dataset)
-    metadata = dict(model_name=model, hook_name=hook_name(job.layer), context_size=settings.context, prepend_bos=True,
-                    dataset_path=dataset, **norms.told(settings.max_norm_ratio, job.max_norm))
-    saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)
 
 
 def command(argv: list[str], known: failure.Known) -> int:
@@ -931,10 +923,11 @@ def command(argv: list[str], known: failure.Known) -> int:
                 if name not in ("out_dir", "cache_dir", "data_dir")}
     if not ranks.number():
         VOICE.listen(out / "log.txt")
-        LIVE.open(out, no_paths, state == "resume", say)
     if state == "resume":
         info["seconds"] = resume(settings, out)
         limit.read(out)
+    if not ranks.number():
+        LIVE.open(out, no_paths, state == "resume", say)
     info |= dict(status="running", fingerprint=whole, training_fingerprint=for_training, inputs=read, commits=commits,
                  settings=no_paths, steps=count_steps(settings), seed=settings.seed, versions=environment.versions(),
                  commit=environment.git_commit(), hardware=environment.hardware(settings.device))
@@ -953,7 +946,7 @@ def resume(settings: Settings, out: Path) -> dict[str, float]:
     if not ranks.number():
         (out / "error.json").unlink(missing_ok=True)
     ranks.agreed(lambda: checkpoint.mend(out, say))
-    return before.get("seconds", {})
+    return failure.spent(out, before)
 
 
 def conclude(settings: Settings, out: Path, info: dict, crashed: dict[str, BaseException]) -> int:

@@ -81,6 +81,7 @@ class Clock:
 def phase(name: str, info: dict, out: Path) -> Iterator[None]:
     """Time a phase and name it in run_info.json, so that even a process killed without a word leaves its place."""
     info["phase"] = name
+    info.setdefault("seconds_before", sum(info["seconds"].values()))  # of earlier processes
     if not ranks.number():
         folder.write_info(out, info)
         LIVE.phase(name)

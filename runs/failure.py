@@ -17,7 +17,7 @@ from typing import Any, Optional
 import variants
 from runs import disk, endings, folder, prolong
 from runs.interrupts import Interrupts
-from runs.live import LIVE
+from runs.live import LIVE, elapsed
 from runs.voice import say
 from variants.kit import ranks
 
@@ -201,6 +201,17 @@ def left(out: Path, before: dict) -> str:
     if "Traceback (most recent call last)" in text:
         return f"failed: {text.strip().splitlines()[-1][:200]}"
     return "killed without a word, often for lack of memory"
+
+
+def spent(out: Path, before: dict) -> dict[str, float]:
+    """The seconds that an earlier run in the folder took, by phase; where it was killed its progress.json tells those
+    of the last.
+    """
+    seconds, phase = dict(before.get("seconds", {})), before.get("phase")
+    if before.get("status") == "running" and phase:
+        lost = elapsed(out) - (sum(seconds.values()) - before.get("seconds_before", 0.0))
+        seconds[phase] = round(seconds.get(phase, 0.0) + max(0.0, lost), 1)
+    return seconds
 
 
 CONTINUES = "was left in its phase"  # begins a run's part of log.txt when it goes on with an earlier one

@@ -260,6 +260,15 @@ class Live:
             self.say(f"note: --log {name}: {told(error)}; the run goes on without")
 
 
+def elapsed(out: Path) -> float:
+    """Seconds from the start of the run that progress.json in the folder tells of to its last sign; 0 without one."""
+    try:
+        state = json.loads((out / "progress.json").read_bytes())
+        return (datetime.fromisoformat(state["updated"]) - datetime.fromisoformat(state["started"])).total_seconds()
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0
+
+
 def told(error: BaseException) -> str:
     """An error in one line."""
     words = str(error).strip().splitlines()

@@ -11,6 +11,7 @@ import variants
 from evals.common import stored
 from evals.storage import network
 from runs import environment, reading
+from variants.kit import norms, saving
 
 
 def section(out: Path, sae: str, trained: dict[str, float], chosen: Iterable[str], crashed: dict[str, BaseException],
@@ -59,3 +60,11 @@ def config(settings, sae, hyper: dict, place: dict, steps: int, chosen: dict[str
     if dense:
         found["dense"] = round(dense, 3)
     return found
+
+
+def save_sae(settings, job, out: Path, hook_name: str) -> None:
+    """Save a trained SAE as sae/<SAE>, for SAELens where it has the architecture, and for this project."""
+    model, dataset = environment.public_name(settings.model), environment.public_name(settings.dataset)
+    metadata = dict(model_name=model, hook_name=hook_name, context_size=settings.context, prepend_bos=True,
+                    dataset_path=dataset, **norms.told(settings.max_norm_ratio, job.max_norm))
+    saving.save_sae(out / "sae" / job.name, job.sae, job.scale, variants.path(settings.variant), job.hyper, metadata)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import experiment
-from runs import folder, live, loggers, training
+from runs import failure, folder, live, loggers, training
 from runs.clock import Clock
 from runs.live import LIVE, Live
 from tests.small_run import command, fail_at_checkpoint, start, wait_for
@@ -115,6 +115,18 @@ def test_a_killed_run_is_found_by_its_process(tmp_path, cache, reference):
     run.communicate()
     left = progress(tmp_path / "run")
     assert left["status"] == "running" and left["pid"] == run.pid and left["phase"] in PHASES[2:]
+
+
+def test_the_seconds_of_a_killed_process_count(tmp_path):
+    """Fails if what a process took of the phase in which it was killed is lost, or counted again."""
+    spent = {"preflight": 10.0, "training": 30.0}
+    before = dict(status="running", phase="training", seconds=spent, seconds_before=25.0)
+    assert failure.spent(tmp_path, before) == before["seconds"]  # without a progress.json
+    state = dict(started="2026-01-31T12:00:00+00:00", updated="2026-01-31T12:01:00+00:00")
+    (tmp_path / "progress.json").write_text(json.dumps(state))
+    # a minute, of which 15 s are among the 40 already
+    assert failure.spent(tmp_path, before) == {"preflight": 10.0, "training": 75.0}
+    assert failure.spent(tmp_path, before | dict(status="interrupted")) == before["seconds"]
 
 
 # ------------------------------------------------------------------------------------------------ progress

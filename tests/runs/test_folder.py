@@ -132,7 +132,7 @@ def test_of_processes_that_claim_together_one_wins(tmp_path):
     for process in processes:
         process.join(30)
     for out in outs:
-        assert sorted(said for name, said in results if name == str(out)) == ["RuntimeError", "RuntimeError", "new"]
+        assert sorted(said for name, said in results if name == str(out)) == ["InUse", "InUse", "new"]
         assert (tmp_path / f"{out.name}.previous-1/old").exists() and not (tmp_path / f"{out.name}.previous-2").exists()
 
 

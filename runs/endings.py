@@ -57,20 +57,25 @@ def failed(settings, out: Optional[Path], info: dict, details: dict) -> None:
             why = f"{details['type']}: {why}"
         if details["where"] and details["where"] not in why:
             why += f", at {details['where']}"
-        _end(settings, out, info, dict(verdict="failed", why=why, phase=details["phase"], advice=details["advice"]))
+        _end(settings, out, info, _failed(why, details["phase"], details["advice"]))
 
 
 def refused(details: dict) -> None:
     """Tell that a command line is none, or that its folder is another process's: no run, no line of the ledger."""
     with _harmless():
-        _tell(dict(verdict="failed", why=details["message"], phase=details["phase"], advice=details["advice"]), None)
+        _tell(_failed(details["message"].splitlines()[0], details["phase"], details["advice"]), None)
 
 
 def interrupted(settings, out: Path, info: dict, signal: str) -> None:
     """Tell that a signal ended a run, which the same command continues."""
     with _harmless():
         why = f"interrupted by {signal}; the same command continues"
-        _end(settings, out, info, dict(verdict="failed", why=why, phase=info["phase"], advice="run it again"))
+        _end(settings, out, info, _failed(why, info["phase"], "run it again"))
+
+
+def _failed(cause: str, phase: str, advice: str) -> dict:
+    """What a verdict says of a run without a result: `why`, as every verdict does, which here is its cause."""
+    return dict(verdict="failed", why=cause, phase=phase, cause=cause, advice=advice)
 
 
 def _end(settings, out: Optional[Path], info: dict, said: dict) -> None:

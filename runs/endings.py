@@ -63,7 +63,8 @@ def failed(settings, out: Optional[Path], info: dict, details: dict) -> None:
 def refused(details: dict) -> None:
     """Tell that a command line is none, or that its folder is another process's: no run, no line of the ledger."""
     with _harmless():
-        _tell(_failed(details["message"].splitlines()[0], details["phase"], details["advice"]), None)
+        why = (details["message"] or details["type"]).splitlines()[0]
+        _tell(_failed(why, details["phase"], details["advice"]), None)
 
 
 def interrupted(settings, out: Path, info: dict, signal: str) -> None:

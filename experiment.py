@@ -420,6 +420,13 @@ def token_stream(source, lm: LanguageModel, settings: Settings, cursor: Optional
 # =================================================================================================== activation buffer
 
 
+def block_key(settings: Settings, lm: LanguageModel, stream: TokenStream, wanted: list, b: int) -> dict:
+    """What the activations of block b depend on, by which they are kept."""
+    return dict(model=lm.digest, layers=layers_of(settings), data=stream.digest, context=settings.context,
+                plan=block_plan(settings)[:b + 1], keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size,
+                attention=sorted(map(str, wanted)), **passes.kind(lm, stream.pass_rows > 1 and not wanted))
+
+
 def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream, cache, first: int,
                       wanted: list[contexts.Attention], track=track):
     """Yield (b, block, ahead) from block `first` on, on the training device, residuals in the language model's dtype.
@@ -433,10 +440,7 @@ def activation_blocks(settings: Settings, lm: LanguageModel, stream: TokenStream
     carried = {}  # block: {layer: residuals of its first rows [r, T, D]}, from the last pass of the block before
     work, made = {}, {}  # block: what makes it, pass by pass; itself
 
-    def key(b: int) -> dict:
-        return dict(model=lm.digest, layers=layers, data=stream.digest, context=settings.context,
-                    plan=plan[:b + 1], keep_bos=settings.keep_bos, lm_batch_size=settings.lm_batch_size,
-                    attention=sorted(map(str, wanted)), **passes.kind(lm, stream.pass_rows > 1 and not wanted))
+    key = functools.partial(block_key, settings, lm, stream, wanted)
 
     def may_begin(b: int) -> bool:
         if stream.pass_rows == 1 or wanted or b == len(plan) or cache.holds("train", key(b)):
@@ -538,17 +542,17 @@ def train_step(sae: base.SAE, optimizer, batch: base.Batch, progress: base.Progr
     return loss, terms
 
 
-def in_time(settings: Settings, lm: LanguageModel, source, limit) -> Settings:
+def in_time(settings: Settings, lm: LanguageModel, source, cache, limit) -> Settings:
     """Under --minutes: as many tokens as fit beside the evals, by what a few small blocks of this run take here."""
     if not limit.on:
         return settings
-    measured = pace_of(settings, lm, source, limit)
+    measured, kept = pace_of(settings, lm, source, cache, limit)
     saes = len(hypers_of(settings, variants.load(settings.variant)))
-    return limit.plan(settings, measured, evals_of(settings), lm, layers_of(settings), saes)
+    return limit.plan(settings, measured, kept, evals_of(settings), lm, layers_of(settings), saes)
 
 
-def pace_of(settings: Settings, lm: LanguageModel, source, limit) -> pace.Pace:
-    """The seconds that a token of texts and language model takes, and a step of all SAEs; nothing of it is kept."""
+def pace_of(settings: Settings, lm: LanguageModel, source, cache, limit) -> tuple[pace.Pace, bool]:
+    """What a token of texts and model takes, and a step of all SAEs, by a trial; whether all blocks are kept."""
     few, total = pace.trial(settings), count_steps(settings)
     jobs, seconds = make_jobs(settings, lm), []
     ranks.train_together(all(job.sae.data_parallel for job in jobs))
@@ -563,7 +567,10 @@ def pace_of(settings: Settings, lm: LanguageModel, source, limit) -> pace.Pace:
                 progress = base.Progress(step, total, step * settings.batch_size, total * settings.batch_size)
                 step_all(jobs, batch_of_job, progress, now)
     ranks.train_together(False)
-    return pace.pace(seconds, few, lm, token_stream(source, lm, few).block(0)[0])
+    stream, blocks = token_stream(source, lm, settings), range(len(block_plan(settings)))
+    kept = ranks.count() == 1 and all(cache.holds("train", block_key(settings, lm, stream, attention_of(jobs), b))
+                                      for b in blocks)
+    return pace.pace(seconds, few, lm, token_stream(source, lm, few).block(0)[0]), kept
 
 
 def make_jobs(settings: Settings, lm: LanguageModel) -> list[Job]:
@@ -680,7 +687,7 @@ def snapshot(settings: Settings, lm: LanguageModel, jobs: list[Job], source, cac
     """Measure copies of the SAEs as they are, into snapshots/step_<n>; an eval that crashes there costs that alone."""
     now.clock.lap("sae")
     place = run_snapshots.begin(out, now.step, snapshots_of(settings))
-    asked = dataclasses.replace(settings, evals=",".join(limit.kept(snapshots_of(settings))) or "none")
+    asked = dataclasses.replace(settings, evals=",".join(limit.planned(snapshots_of(settings))) or "none")
     for layer in layers_of(settings):  # a layer at a time: copies take memory
         own = [job for job in jobs if job.layer == layer]
         try:
@@ -836,7 +843,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         info["model_digest"] = lm.digest
         say(f"{lm.title}, d_model {lm.d_model}, {settings.dtype} on {settings.device}")
     with phase("training", info, out):
-        settings = in_time(settings, lm, source, limit)
+        settings = in_time(settings, lm, source, cache, limit)
         limit.leave_out({}, out)
         info["steps"] = count_steps(settings)
         jobs = make_jobs(settings, lm)
@@ -849,8 +856,7 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
     with phase("report", info, out):
         unreported = own_report.reported(settings, lm, own, source, out, limit)
     with phase("evals", info, out):
-        asked = dataclasses.replace(settings, evals=",".join(limit.kept(evals_of(settings))) or "none")
-        crashed, left_out = evaluate(asked, lm, jobs, source, cache, out, limit)
+        crashed, left_out = evaluate(settings, lm, jobs, source, cache, out, limit)
         limit.leave_out(left_out, out)
     if ranks.number():  # the first goes on alone
         return {}

@@ -38,7 +38,7 @@ REMEMBERED = 1000  # evals' times that are kept
 LAST_WORDS = 2.0  # seconds in which a run that is out of time says so
 
 
-PLANNED = ("headline", "pace", "forecast", "parts", "left_out", "num_tokens")  # of a Limit, what `plan` decides
+PLANNED = ("headline", "pace", "forecast", "parts", "without", "num_tokens")  # of a Limit, what `plan` decides
 
 
 class OutOfTime(BaseException):
@@ -63,7 +63,8 @@ class Limit:
     pace: Pace | None = None  # as it was measured at the start
     forecast: dict[str, float] = field(default_factory=dict)  # seconds of each eval, over all SAEs and layers
     parts: dict[str, int] = field(default_factory=dict)  # and in how many parts it is measured: layers, snapshots
-    left_out: dict[str, str] = field(default_factory=dict)  # {eval: why}
+    without: list[str] = field(default_factory=list)  # evals for which no time is kept: measured if some is left
+    left_out: dict[str, str] = field(default_factory=dict)  # {eval: why} of those that were not measured
     done: dict[str, int] = field(default_factory=dict)  # and how many of them are
     slower: float = 1.0  # times as long as measured at the start training takes now
     slowness: float = 1.0  # and evals, than forecast
@@ -106,7 +107,7 @@ class Limit:
     def _of_evals(self) -> float:
         """Forecast seconds of the evals that are still to come."""
         return sum(seconds * (1 - self.done.get(name, 0) / self.parts.get(name, 1))
-                   for name, seconds in self.forecast.items() if name not in self.left_out)
+                   for name, seconds in self.forecast.items() if name not in self.without)
 
     # -- the clock
 
@@ -141,21 +142,24 @@ class Limit:
 
     # -- what fits
 
-    def plan(self, settings, pace: Pace, chosen: dict[str, dict], lm, layers: list[int], saes: int):
-        """The settings with the tokens that fit beside the evals, of which those without time are left out; said.
+    def plan(self, settings, pace: Pace, kept: bool, chosen: dict[str, dict], lm, layers: list[int], saes: int):
+        """The settings with the tokens that fit beside the evals, but for those of which there is no time; said.
 
-        `saes`: of each layer. ValueError where no training fits. All ranks go by the first one's clock.
+        `kept`: whether the activations of all blocks are; `saes`: of each layer. ValueError where no training fits. All
+        ranks go by the first one's clock.
         """
         def planned():
-            cut = self._plan(settings, pace, chosen, lm, layers, saes)
+            cut = self._plan(settings, pace, kept, chosen, lm, layers, saes)
             return cut, {name: getattr(self, name) for name in PLANNED}
 
         cut, decided = ranks.agreed(planned)
         self.__dict__.update(decided)
         return cut
 
-    def _plan(self, settings, pace: Pace, chosen: dict[str, dict], lm, layers: list[int], saes: int):
+    def _plan(self, settings, pace: Pace, kept: bool, chosen: dict[str, dict], lm, layers: list[int], saes: int):
         self.pace = pace
+        if kept:  # nothing is passed; but a run that is cut has another last block
+            self.pace = dataclasses.replace(pace, token=0.0)
         names = [metric.partition(".")[0] for metric in HEADLINES]
         self.headline = self.headline or next((name for name in names if name in chosen), "")
         keys = {name: [eval_key(name, config, lm, layer, settings.d_sae) for layer in layers]
@@ -165,6 +169,9 @@ class Limit:
         if self.num_tokens is not None:  # decided before this run was interrupted
             return dataclasses.replace(settings, num_tokens=self.num_tokens)
         tokens = self.tokens(settings) if settings.num_tokens else 0
+        if kept and tokens < settings.num_tokens:
+            self.pace = pace
+            tokens = self.tokens(settings)
         steps = settings.passes * tokens // settings.batch_size
         if settings.num_tokens and tokens < settings.num_tokens and steps < FEWEST:
             raise self._too_short(settings, steps)
@@ -225,7 +232,8 @@ class Limit:
 
         `token`: the seconds that a token of it takes. ValueError where nothing was and nothing can be trained.
         """
-        self.slower = max(1.0, token / self.pace.token)
+        self.slower = max(1.0, token / (self.pace.token or token))
+        self.pace.token = self.pace.token or token
         done = sum(before)
         tokens = min(self.tokens(settings, done), settings.num_tokens - settings.batch_size)
         if not done and settings.passes * (tokens // settings.batch_size) < FEWEST:
@@ -270,14 +278,20 @@ class Limit:
     # -- evals
 
     def order(self, names: Iterable[str]) -> list[str]:
-        """The evals in the order in which they are measured: what the verdict is made of first, where time is short."""
+        """The evals in the order in which they are measured: where time is short what the verdict is made of first, and
+        those for which none was kept last.
+        """
         if not self.on:
             return list(names)
-        return sorted(names, key=lambda name: name != self.headline)
+        return sorted(names, key=lambda name: (name != self.headline, name in self.without))
 
     def kept(self, chosen: dict[str, dict]) -> dict[str, dict]:
         """The evals that are not left out, with their settings."""
         return {name: config for name, config in chosen.items() if name not in self.left_out}
+
+    def planned(self, names: Iterable[str]) -> list[str]:
+        """The evals for which time is kept."""
+        return [name for name in names if name not in self.without]
 
     def leave_out(self, found: dict[str, str], out: Path) -> None:
         """Note evals that were left out, {eval: why}."""
@@ -308,16 +322,18 @@ class Limit:
         return self.pace.token + settings.passes * self.pace.step / settings.batch_size
 
     def _choose(self, chosen: dict[str, dict], training: float) -> None:
-        """Leave out evals, the last first, while all take more than their share, or than a training of so many seconds
-        leaves; never the headline's.
+        """Keep time for evals, the headline's first, as long as they fit into their share, or into what a training of
+        so many seconds leaves.
         """
         room = self.left() - self.spare
         share = max(EVALS * room, room - training)
-        for name in reversed(self.order(chosen)):
-            seconds = MARGIN * sum(self.forecast[other] for other in self.kept(chosen))
-            if seconds > share and name != self.headline and self.forecast[name] > 0:
-                self.left_out[name] = (f"it takes about {duration(self.forecast[name])}, and {duration(self.left())} "
-                                       f"are left of --minutes={self.minutes:g}")
+        self.without = []
+        for name in self.order(chosen):
+            seconds = MARGIN * self.forecast[name]
+            if seconds <= share or name == self.headline:
+                share -= seconds
+            else:
+                self.without.append(name)
 
     @contextmanager
     def measuring(self, name: str, key: str, saes: int) -> Iterator[None]:
@@ -358,7 +374,7 @@ class Limit:
         try:
             folder.write_json(out / NOTE, dict(minutes=self.minutes, num_tokens=self.num_tokens,
                                                cut_again=self.cut_again, forecast_seconds=self.forecast,
-                                               left_out=self.left_out))
+                                               without=self.without, left_out=self.left_out))
         except OSError as error:
             say(f"note: no {NOTE}: {error.strerror or error}")
 
@@ -378,12 +394,13 @@ class Limit:
             return []
 
     def _told(self, asked: int, tokens: int) -> None:
-        planned = [f"{name} {duration(seconds)}" for name, seconds in self.kept(self.forecast).items()]
+        planned = [f"{name} {duration(self.forecast[name])}" for name in self.planned(self.forecast)]
         say(f"--minutes={self.minutes:g}: {duration(self.left())} are left, {', '.join(planned) or 'no'} of it for "
             f"evals; a token takes {self.pace.token * 1e6:.3g} µs of texts and language model, a step "
             f"{self.pace.step * 1e3:.3g} ms")
-        for name, why in self.left_out.items():
-            say(f"note: the eval {name} is left out: {why}")
+        for name in self.without:
+            say(f"note: no time is kept for the eval {name}, which takes about {duration(self.forecast[name])}: it is "
+                "measured if some is left")
         if tokens < asked:
             say(f"note: {tokens:,} of {asked:,} training tokens fit: all schedules are those of such a run "
                 f"(--num_tokens={tokens} without --minutes is the same)")

@@ -35,12 +35,13 @@ class Settings:
     d_sae: int = 8
 
 
-def planned(minutes: float, costs: dict[str, float], monkeypatch, pace=None, **given):
+def planned(minutes: float, costs: dict[str, float], monkeypatch, pace=None, kept=False, **given):
     """A limit after its plan, and the settings it gave; evals cost so many seconds of a model of a second a token."""
     monkeypatch.setattr(evals, "cost", lambda name, profile, config: (costs[name], 0.0))
     limit = Limit(minutes, 0.0)
     lm = SimpleNamespace(digest="lm", device="cpu")
-    return limit, limit.plan(Settings(**given), pace or Pace(1e-4, 0.1, 1.0), {name: {} for name in costs}, lm, [3], 1)
+    pace = pace or Pace(1e-4, 0.1, 1.0)
+    return limit, limit.plan(Settings(**given), pace, kept, {name: {} for name in costs}, lm, [3], 1)
 
 
 def test_training_is_cut_to_what_fits_beside_evals_end_and_margin(now, monkeypatch):
@@ -54,17 +55,26 @@ def test_training_is_cut_to_what_fits_beside_evals_end_and_margin(now, monkeypat
     assert whole.num_tokens == 1_986_956
 
 
-def test_evals_that_would_take_more_than_half_are_left_out_by_name_but_for_the_headline(now, monkeypatch):
-    """Fails if another eval is left out than the last chosen ones, or the one that the verdict is made of."""
+def test_time_is_kept_for_evals_in_their_order_as_long_as_they_fit(now, monkeypatch, capsys):
+    """Fails if time is kept for more than half, or for others than the headline's and the first chosen that fit."""
     costs = dict(absorption=100, core=150, scr=200, tpp=60)
     limit, _ = planned(10, costs, monkeypatch, num_tokens=10**8)
-    # half of 572 s are 286; 1.15·510 = 587; without tpp 518, without scr 288: absorption goes too
-    assert list(limit.left_out) == ["tpp", "scr", "absorption"]
-    assert list(limit.kept(dict.fromkeys(("absorption", "core", "scr", "tpp"), {}))) == ["core"]
-    assert "2m30s" not in str(limit.left_out) and "3m20s" in limit.left_out["scr"]
-    # a training of 500,000 tokens takes 1.15·100 s: 457 are left for evals, enough for all but scr and tpp
+    # half of 572 s are 286: core 1.15·150 = 172.5, then neither absorption's 115 nor scr's 230, but tpp's 69
+    assert limit.without == ["absorption", "scr"] and limit.order(costs) == ["core", "tpp", "absorption", "scr"]
+    assert "no time is kept for the eval scr, which takes about 3m20s" in capsys.readouterr().out
+    # a training of 500,000 tokens takes 1.15·100 s: 457 are left for evals, enough for all but scr
     limit, cut = planned(10, costs, monkeypatch, num_tokens=500_000)
-    assert list(limit.left_out) == ["tpp", "scr"] and cut.num_tokens == 500_000
+    assert limit.without == ["scr"] and cut.num_tokens == 500_000
+
+
+def test_activations_that_are_kept_take_no_time(now, monkeypatch):
+    """Fails if a run whose blocks all lie in the cache is cut as if they were to be made, or one that is cut all the
+    same as if they lay there: its last block is another.
+    """
+    # without the model's part 4,000,000 tokens take 1.15·400 s, with it 1.15·800 of 572
+    assert planned(10, dict(core=0), monkeypatch, num_tokens=4_000_000)[1].num_tokens == 2_400_000
+    assert planned(10, dict(core=0), monkeypatch, kept=True, num_tokens=4_000_000)[1].num_tokens == 4_000_000
+    assert planned(10, dict(core=0), monkeypatch, kept=True, num_tokens=9_000_000)[1].num_tokens == 2_400_000
 
 
 def test_no_time_to_train_is_said_before_anything_is_trained(now, monkeypatch):

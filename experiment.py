@@ -327,6 +327,7 @@ def preflight(settings: Settings, source) -> dict:
     facts["dense"] = {suffix: found.active for suffix, found in findings.items() if found.active > learning.ALWAYS_ON}
     for note in eval_settings.check_requirements(evals_of(settings), settings.eval_config, facts):
         say(f"note: {note}")
+    snapshots_of(settings)
     run_snapshots.check(settings.snapshots, count_steps(settings))
     facts |= needs.forecast(settings, layers_of(settings), count_steps(settings), shape, list(findings.values()),
                             bool(evals_of(settings)), sharing)

@@ -36,8 +36,6 @@ FEWEST = 10  # steps that are a training
 WINDOW, SECONDS = 10, 3.0  # rows of the log, and seconds at least, by which it is told how fast training is
 REMEMBERED = 1000  # evals' times that are kept
 LAST_WORDS = 2.0  # seconds in which a run that is out of time says so
-
-
 PLANNED = ("headline", "pace", "forecast", "parts", "without", "num_tokens")  # of a Limit, what `plan` decides
 
 
@@ -306,9 +304,9 @@ class Limit:
     def _expect(self, chosen: dict[str, dict], keys: dict[str, list[str]], saes: int, settings) -> None:
         """Forecast the evals' seconds: as long as they took here before, by their `keys` (one a layer), or by cost."""
         known = self._known()
-        along = settings.snapshots * len(settings.snapshot_evals.split(",")) if settings.snapshots else 0
+        along = [name.strip() for name in settings.snapshot_evals.split(",")]
         for name, config in chosen.items():
-            times = 1 + (settings.snapshots if along and name in settings.snapshot_evals.split(",") else 0)
+            times = 1 + settings.snapshots if name in along else 1
             before = [known[key] for key in keys[name] if key in known]
             self.parts[name] = len(keys[name]) * times
             once, each = evals.cost(name, settings.profile, config)

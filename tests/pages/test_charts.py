@@ -1,0 +1,56 @@
+"""Charts of the pages: the same data drawn by matplotlib, and by Chart.js in a real browser."""
+
+import re
+
+import pytest
+
+from runs.page import charts, shell
+
+SPEC = {"title": "CE loss score", "kind": "points",
+        "x": {"label": "L0", "log": True}, "y": {"label": "share", "log": False},
+        "series": [{"name": "this <run>", "role": "run", "line": True,
+                    "points": [[10, .8, .01, "k_10", "#k10"], [100, .9, .02, "k_100", "javascript:alert(1)"],
+                               [0, .5, 0, "no place on a log axis"], [20, float("nan"), 0, "no number"]]},
+                   {"name": "baseline", "role": "baseline", "line": False, "points": []}]}
+BARS = {"title": "Density", "kind": "bars",
+        "x": {"label": "log10", "log": False}, "y": {"label": "features", "log": False},
+        "series": [{"name": "run", "role": "run", "edges": [-4, -3, -2], "counts": [5, 7]}]}
+
+
+def test_a_chart_without_a_point_is_none():
+    """Fails if an empty chart is drawn, or points that have no place on the axes stay in its data."""
+    none = SPEC | {"series": [SPEC["series"][1]]}
+    assert charts.figure(none) == "" and charts.menu("metric", {"a": none}) == ""
+    kept = charts.finite(SPEC)["series"]
+    assert [one["name"] for one in kept] == ["this <run>"] and [p[0] for p in kept[0]["points"]] == [10, 100]
+
+
+def test_a_still_is_in_the_pages_colours():
+    """Fails if the still picture is not one SVG in colours of the page, or says a name as HTML."""
+    svg = charts.still(charts.finite(SPEC))
+    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>")
+    assert not re.search(r"#0000\d\d", svg) and "var(--c0)" in svg and "<run>" not in svg
+
+
+@pytest.mark.slow
+def test_charts_in_a_browser(browser, tmp_path):
+    """Fails if a chart is not made, an address with a scheme is reached, or anything is asked for or complained of."""
+    page = tmp_path / "page.html"
+    page.write_text(shell.page("charts", [charts.figure(SPEC), charts.figure(BARS),
+                                          charts.menu("metric", {"CE": SPEC, "density": BARS})], shell.CHARTS))
+    browser.open(page)
+    assert browser.js("return document.querySelectorAll('canvas').length") == 3
+    assert browser.js("return document.querySelectorAll('figure .still svg').length") == 0
+    assert browser.js("return Pages.address('javascript:alert(1)')") is None
+    assert browser.js("return Pages.address(' \\tjava\\nscript:alert(1)')") is None
+    assert browser.js("return Pages.address('//elsewhere.org/')") is None
+    assert browser.js("return Pages.address('features/layer_9.html#5')") == "features/layer_9.html#5"
+    browser.js("const s = document.querySelector('select'); s.value = 'density'; s.dispatchEvent(new Event('change'))")
+    label = browser.js("return document.querySelector('figure.menu canvas').getAttribute('aria-label')")
+    assert label.startswith("Density")
+    assert browser.console() == [] and browser.requests() == [page.as_uri()]
+    assert browser.violations() == []
+    browser.open(page, scripts=False)
+    wide = "svg => svg.getBoundingClientRect().width > 0"
+    shown = f"return [...document.querySelectorAll('.still svg')].filter({wide}).length"
+    assert browser.js(shown) == 4 and browser.js("return document.querySelectorAll('canvas').length") == 0

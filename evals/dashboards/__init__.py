@@ -18,8 +18,8 @@ runs/neuronpedia.py). F features; activations and norms in units of the raw resi
     vocab       the texts of the tokens that contexts use, by number
     features    {"123": a dashboard}
     baseline    None, or {"name": of the SAE that is compared with, "variant", "l0", "problem": None or why there are no
-                dashboards, "features": {"77": a dashboard of the baseline's}}: the nearest of each of `features`, on the
-                same text
+                dashboards, "features": {"77": a dashboard of the baseline's}}: the nearest of each of `features`, on
+                the same text
     passages    [{"title", "tokens": [text], "run": of each token up to 5 [feature, activation], strongest first,
                 "baseline": the same, or None}]
 
@@ -41,6 +41,6 @@ A dashboard is
     letters     ["s", …] whose first-letter probe it serves
     explanation, score    of autointerp, or None
 
-A context is {"tokens": [number in vocab], "values": [[place in tokens, activation], …] where it fires, "peak": the place
-it was chosen for, "row": of the text, "cut": [whether text before, after it was left out]}.
+A context is {"tokens": [number in vocab], "values": [[place in tokens, activation], …] where it fires, "peak": the
+place it was chosen for, "row": of the text, "cut": [whether text before, after it was left out]}.
 """

@@ -1,13 +1,15 @@
-"""A board as evals/dashboards describes it, made by hand: small, and if asked of texts that would harm a careless page."""
+"""A board as evals/dashboards describes it, made by hand: small, and if asked of texts that harm a careless page."""
 
 from __future__ import annotations
 
 import random
 
-HARMFUL = ("<script>document.title='harmed'</script>", "<img src=x onerror=\"document.title='harmed'\">", "</script><b>",
-           "\" onmouseover=\"document.title='harmed'", "javascript:document.title='harmed'", "&lt;&amp;", "]]>", "<!--",
-           "\u202egnol", "\u2028", "\u0000", "'); document.title='harmed'; ('", "${document.title='harmed'}", "__proto__")
-PLAIN = (" the", " cat", " sat", " on", " mats", ".", "\n", " in", " Paris", " and", " then", " slept", " 42", " é", "中")
+HARMFUL = ("<script>document.title='harmed'</script>", "<img src=x onerror=\"document.title='harmed'\">",
+           "</script><b>", "\" onmouseover=\"document.title='harmed'", "javascript:document.title='harmed'", "&lt;&amp;", "]]>", "<!--",
+           "\u202egnol", "\u2028", "\u0000",
+           "'); document.title='harmed'; ('", "${document.title='harmed'}", "__proto__")
+PLAIN = (" the", " cat", " sat", " on", " mats", ".", "\n", " in", " Paris", " and", " then", " slept", " 42", " é",
+         "中")
 
 
 def board(sae: str = "layer_9", features: int = 40, boards: int = 12, hostile: bool = False, baseline: bool = True,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 HARMFUL = ("<script>document.title='harmed'</script>", "<img src=x onerror=\"document.title='harmed'\">",
-           "</script><b>", "\" onmouseover=\"document.title='harmed'", "javascript:document.title='harmed'", "&lt;&amp;", "]]>", "<!--",
-           "\u202egnol", "\u2028", "\u0000",
-           "'); document.title='harmed'; ('", "${document.title='harmed'}", "__proto__")
+           "</script><b>", "\" onmouseover=\"document.title='harmed'", "javascript:document.title='harmed'",
+           "&lt;&amp;", "]]>", "<!--", "\u202egnol", "\u2028", "\u0000", "'); document.title='harmed'; ('",
+           "${document.title='harmed'}", "__proto__")
 PLAIN = (" the", " cat", " sat", " on", " mats", ".", "\n", " in", " Paris", " and", " then", " slept", " 42", " é",
          "中")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from runs.comparison import HEADLINES, Compared
 from runs.frontier import ALIVE, L0, l0_of
+from runs.outward import no_paths
 from runs.reading import Run, setting
 from runs.wording import beyond, number, random_line, short, signed
 
@@ -129,8 +130,8 @@ def _about(saes: list[Published], license_id: str) -> list[str]:
 def _figures(saes: list[Published]) -> list[str]:
     parts = ["## Figures",
              "± is one standard error, where one can be stated; *yes* where a difference exceeds two of them, *?* "
-             "where that is not known. *random* is what a frozen random decoder reaches at that L0. All that was "
-             "measured is in `final_info.json`, SAEBench's own files are in `eval_results/`."]
+             "where that is not known. *random* is what a frozen random decoder reaches at that L0, or at the "
+             "nearest one stored. All that was measured is in `final_info.json`, SAEBench's own files are in `eval_results/`."]
     for sae in saes:
         one = sae.judged
         if len(saes) > 1:
@@ -161,7 +162,7 @@ def _figures(saes: list[Published]) -> list[str]:
         if one.floor is None:
             said = ["No frozen random decoder is stored for this model, layer and width: how much of these figures a "
                     "dictionary that learned nothing has as well is not known."]
-        parts += said or ["**Random line:** surely better than a frozen random decoder wherever the error is known."]
+        parts += said or ["**Random line:** better than a frozen random decoder in each headline metric of known error."]
     return parts
 
 
@@ -280,8 +281,9 @@ def table(rows: list[list[str]]) -> str:
 
 
 def one_line(value) -> str:
-    """A text on one line, without characters that steer what shows it."""
-    return "".join(char if char.isprintable() else " " for char in " ".join(str(value).split()))
+    """A text on one line, without paths of a machine and characters that steer what shows it."""
+    said = no_paths(" ".join(str(value).split()))
+    return "".join(char if char.isprintable() else " " for char in said)
 
 
 def escaped(value) -> str:

@@ -29,7 +29,7 @@ SECRETS = re.compile(r"(?<![\w-])(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh
                      r"|github_pat_\w{30,}|AKIA[0-9A-Z]{16}|xox[abprs]-[A-Za-z0-9-]{10,})(?![\w-])"
                      r"|-----BEGIN [A-Z ]*PRIVATE KEY|https?://[^\s/:@\"']+:[^\s/:@\"']+@")
 NAMED_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)$")  # environment variables that hold one
-ABSOLUTE = re.compile(r"(?<![\w/:.<])(?:/[\w.@+~-]+){2,}|(?<!\w)[A-Za-z]:(?:\\+[\w.@+~ -]+){2,}")
+ABSOLUTE = re.compile(r"(?<![\w/:.<])~?(?:/[\w.@+~-]+){2,}|(?<!\w)[A-Za-z]:(?:\\+[\w.@+~ -]+){2,}")
 HEADER = 100_000_000  # bytes at most that are taken for the header of a file of weights
 
 # ------------------------------------------------------------------------------------------------ new folders
@@ -65,15 +65,20 @@ def check_free(out: Path) -> None:
 def places(run: Path) -> list[str]:
     """Folders of this machine that nothing handed on may name, longest first."""
     folders = {Path.home(), Path.cwd(), PROJECT, Path(tempfile.gettempdir()), run.absolute(), run.resolve(),
-               run.resolve().parent}
+               run.resolve().parent} - {Path("/tmp")}  # of every machine, and of the texts that models are trained on
     return sorted({str(folder) for folder in folders if len(folder.parts) > 1}, key=len, reverse=True)
 
 
-def by_name(text: str, run: Path, everywhere: bool = False) -> str:
-    """The text with the name at its end for each path into `places`; `everywhere`: for every absolute path."""
+def by_name(text: str, run: Path) -> str:
+    """The text with the name at its end for each path into `places`."""
     for place in places(run):
         text = re.sub(_written(place) + r"(?:[/\\]+[^\s\"'<>`,;:)\]]*)?", _last, text)
-    return ABSOLUTE.sub(_last, text) if everywhere else text
+    return text
+
+
+def no_paths(text: str) -> str:
+    """The text with the name at its end for every absolute path. Not for texts that a language model read or wrote."""
+    return ABSOLUTE.sub(_last, text)
 
 
 def _last(path: re.Match) -> str:
@@ -90,15 +95,19 @@ def _written(place: str) -> str:
     return rf"(?<![\w.])(?:{'|'.join(map(re.escape, sorted(spellings)))})(?![\w.-]){below}"
 
 
-def hand_on(source: Path, target: Path, run: Path) -> None:
-    """Copy a file; of a text, paths of this machine become names, and all else stays byte for byte."""
+def hand_on(source: Path, target: Path, run: Path, ours: bool = False) -> None:
+    """Copy a file; of a text, paths of this machine become names, and all else stays byte for byte.
+
+    `ours`: all its texts are a run's own words, so that every absolute path in it becomes a name.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix in TEXTS:
-        text = source.read_bytes().decode("utf-8", "surrogateescape")
-        named = by_name(text, run, everywhere=source.suffix in (".json", ".jsonl"))
-        target.write_bytes(named.encode("utf-8", "surrogateescape"))
-    else:
+    if source.suffix not in TEXTS:
         shutil.copyfile(source, target)
+        return
+    text = by_name(source.read_bytes().decode("utf-8", "surrogateescape"), run)
+    if ours:
+        text = no_paths(text)
+    target.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def check_clean(folder: Path, run: Path) -> None:

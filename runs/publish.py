@@ -48,7 +48,7 @@ def publish(run: Path, out: Path, chosen: list[str], repo: str = UNNAMED, licens
     with outward.new_folder(out) as target:
         for name in RESULTS:
             if (run / name).is_file():
-                outward.hand_on(run / name, target / name, run)
+                outward.hand_on(run / name, target / name, run, ours=True)
         left_out = pages(run, target, saes)
         for sae in saes:
             hand_on_sae(run, target, sae)
@@ -127,7 +127,7 @@ def hand_on_sae(run: Path, target: Path, sae: Published) -> None:
     place = target / sae.folder
     for file in sorted((run / "sae" / sae.name).iterdir()):
         if file.is_file() and not file.name.startswith("."):
-            outward.hand_on(file, place / file.name, run)
+            outward.hand_on(file, place / file.name, run, ours=True)
     check_round_trip(run / "sae" / sae.name, place, sae.for_saelens)
     for file in sorted((run / "eval_results").glob("*/*_eval_results.json")):
         if file.name.endswith(f"_{sae.name}_eval_results.json"):

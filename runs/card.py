@@ -131,7 +131,8 @@ def _figures(saes: list[Published]) -> list[str]:
     parts = ["## Figures",
              "± is one standard error, where one can be stated; *yes* where a difference exceeds two of them, *?* "
              "where that is not known. *random* is what a frozen random decoder reaches at that L0, or at the "
-             "nearest one stored. All that was measured is in `final_info.json`, SAEBench's own files are in `eval_results/`."]
+             "nearest one stored. All that was measured is in `final_info.json`, SAEBench's own files are in "
+             "`eval_results/`."]
     for sae in saes:
         one = sae.judged
         if len(saes) > 1:
@@ -162,7 +163,8 @@ def _figures(saes: list[Published]) -> list[str]:
         if one.floor is None:
             said = ["No frozen random decoder is stored for this model, layer and width: how much of these figures a "
                     "dictionary that learned nothing has as well is not known."]
-        parts += said or ["**Random line:** better than a frozen random decoder in each headline metric of known error."]
+        parts += said or ["**Random line:** better than a frozen random decoder in every headline metric whose error "
+                          "is known."]
     return parts
 
 

@@ -173,7 +173,8 @@ def write(board: dict, folder: Path, model_id: str, sae_set: str) -> Path:
     for number, batch in enumerate(found):
         _write(target / f"batch-{number}.json", batch)
     _write(target / "run_settings.json", settings(board, model_id, sae_set))
-    silent = [index for index, share in enumerate(board["list"]["density"]) if share == 0]
+    columns = zip(board["list"]["density"], board["list"]["max"])
+    silent = [index for index, (share, largest) in enumerate(columns) if not share and not largest]
     _write(target / "skipped_indexes.json", {"model_id": model_id, "layer": str(board["layer"]), "sae_set": sae_set,
                                              "log_sparsity": 0, "skipped_indexes": silent})
     lines = explanations(board, model_id, sae_set)

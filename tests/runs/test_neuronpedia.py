@@ -70,7 +70,7 @@ def small():
         "sae": "layer_9.k_20", "variant": "my variant!", "model": "google/gemma-2-2b", "d_sae": 16384,
         "vocab": ["a\0", "b"], "features": {"2": told}, "text": {"dataset": "held-out", "tokens": 100, "rows": 4,
                                                                  "context": 25},
-        "list": boards.board()["list"] | {"density": [0.0, 0.2, 0.1]}}
+        "list": boards.board()["list"] | {"density": [0.0, 0.2, 0.1], "max": [0.0, 4.0, 10.0]}}
 
 
 def test_every_field_means_what_it_says(tmp_path):

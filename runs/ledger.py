@@ -154,7 +154,7 @@ def found(folder: Path, rows: Iterable[dict] = ()) -> list[dict]:
     A run that is under way or was killed has no line yet; one that was moved aside (run_1.previous-1) has its line
     under its former name, one that failed in preflight has no variant.py.
     """
-    lines = {mark for one in rows for mark in (_mark(one), _mark(one | dict(hash=None)))}
+    lines = {mark for one in rows for mark in (mark(one), mark(one | dict(hash=None)))}
     read_now = []
     try:
         inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
@@ -163,14 +163,14 @@ def found(folder: Path, rows: Iterable[dict] = ()) -> list[dict]:
     for path in map(Path, inside):
         try:
             one = _of_folder(path)
-            if one is not None and _mark(one) not in lines:
+            if one is not None and mark(one) not in lines:
                 read_now.append(one)
         except (OSError, TypeError, ValueError, AttributeError, LookupError):  # another program's, or not ours to read
             continue
     return read_now
 
 
-def _mark(one: dict) -> tuple:
+def mark(one: dict) -> tuple:
     """What a run's line and its folder agree in, whatever the folder is called now."""
     name = re.sub(r"\.previous-\d+$", "", " ".join(str(one["run"]).split()))  # as a line has it
     live = one["verdict"] if one["verdict"] in ("killed", "running") else ""  # no line says that

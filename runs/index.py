@@ -104,8 +104,10 @@ def _time(one: dict) -> str:
 
 def plain(one: dict) -> dict:
     """A line of the ledger as what it should hold: numbers, and texts of a bounded length."""
-    found = {column: number(one.get(column)) if column in ledger.NUMBERS else text(one.get(column), TEXT.get(column, SHORT))
-             for column in ledger.COLUMNS}
+    numbers = {column: number(one.get(column)) for column in ledger.COLUMNS if column in ledger.NUMBERS}
+    texts = {column: text(one.get(column), TEXT.get(column, SHORT)) for column in ledger.COLUMNS
+             if column not in ledger.NUMBERS}
+    found = numbers | texts
     return found | dict(folder=one["folder"], run=found["run"] or "?")
 
 
@@ -136,9 +138,8 @@ def details(out: Path) -> dict:
     return found
 
 
-NOTHING = dict(l0=None, difference_stderr=None, lines_changed=None, why=None, tokens_per_s=None, phase=None, advice=None,
-               profile=None, settings=None, progress=None, peak_memory_gb=None, peak_gpu_memory_gb=None, href=None,
-               saes=[])
+NOTHING = dict.fromkeys(("l0", "difference_stderr", "lines_changed", "why", "tokens_per_s", "phase", "advice",
+                         "profile", "settings", "progress", "peak_memory_gb", "peak_gpu_memory_gb", "href"))
 
 
 def _settings(settings: dict, info: dict) -> dict[str, str] | None:
@@ -315,8 +316,7 @@ def _groups(rows: list[dict]) -> list[int]:
 
 
 def ordered(seen: dict) -> list[int]:
-    """The rows' numbers in the order of the table: the newest or the best first, texts by the alphabet, what lacks last.
-    """
+    """The rows' numbers in the order of the table: the newest or the best first, texts by alphabet, what lacks last."""
     rows, by = seen["rows"], seen["by"]
     numbers = list(range(len(rows)))
     if by == "time":

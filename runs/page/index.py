@@ -15,12 +15,13 @@ MARK = '<meta name=generator content="sae_experiment runs.index">'  # by which a
 SCRIPTS = (*shell.CHARTS, "index.js")
 # {a column's name in --by and in the heading: its key in a row}
 KEYS = {"run": "run", "verdict": "verdict", "value": "value", "stderr": "stderr", "difference": "difference",
-        "l0": "l0", "variant": "variant", "model": "model", "metric": "metric", "hyper": "hyper", "seed": "seed",
-        "lines": "lines_changed", "minutes": "minutes", "tokens_per_s": "tokens_per_s", "memory": "peak_memory_gb",
-        "note": "note", "time": "time"}
+        "l0": "l0", "variant": "variant", "model": "model", "metric": "metric", "hyper": "hyper", "note": "note",
+        "seed": "seed", "lines": "lines_changed", "minutes": "minutes", "tokens_per_s": "tokens_per_s",
+        "memory": "peak_memory_gb", "time": "time"}
 HEADINGS = {"stderr": "±", "l0": "L0", "lines": "lines changed", "tokens_per_s": "tokens/s", "memory": "memory, GB",
             "hyper": "hyper-parameters"}
 LEFT = {"run", "verdict", "variant", "model", "metric", "hyper", "note", "time"}
+ROUGH = {"stderr", "minutes", "memory"}
 FULL = {"run", "verdict", "value", "difference", "l0", "variant", "note", "time"}  # shown even if empty
 # {verdict: (its sign, its colour in charts, its shape there)}
 VERDICTS = {"better": ("▲", 2, "run"), "worse": ("▼", 7, "other"), "within_noise": ("≈", 0, "seed"),
@@ -32,6 +33,7 @@ FAILED = ("failed", "killed")
 STEP, FRONT, RUNS, BASELINE = 1, 1, 0, 6
 OF_LINES = {"baseline": (BASELINE,), "random": (3, 4)}
 OPEN = 3  # kinds of failure that are not folded
+ORDER = "runs, in the order of their end"
 NAMED = 12  # runs of one kind
 STILL_POINTS = 1500  # of a still picture: each takes 80 characters
 STILLS = 3  # frontiers without scripts
@@ -91,8 +93,8 @@ def progress(seen: dict, group: tuple, what: str) -> dict:
                   if row["verdict"] == verdict and row[what] is not None]
         series.append(dict(name=word(verdict), role=role, colour=colour, line=False, points=points))
     line = dict(name="best so far", role="seed", colour=STEP, line=True, points=steps(best, counted))
-    label = "difference to the baseline" if what == "difference" else "value"
-    return _spec(f"{group[1]}, {group[0]}", "runs, in the order of their end", f"{label}, {group[1]}", [line, *series])
+    label = "difference to the baseline" if what == "difference" else group[1]
+    return _spec(f"{group[1]}, {group[0]}", ORDER, label, [line, *series])
 
 
 def steps(best: list[int], values: list[float | None]) -> list[list]:
@@ -121,12 +123,12 @@ def frontier(seen: dict, place: int, metric: str) -> dict:
         if sae["place"] == place and (sae["l0"] or 0) > 0:
             known = seen["rows"][sae["run"]]["verdict"] not in ("suspect", *FAILED)
             (sound if known else doubtful).append([sae["l0"], value, error or 0])
-    front = pareto([(x, y) for x, y, _ in sound], one["way"])
-    series = [dict(name="best of the runs", role="seed", colour=FRONT, line=True, points=[sound[i] for i in front])]
+    front = [[*sound[i][:2], 0] for i in pareto([(x, y) for x, y, _ in sound], one["way"])]
+    series = [dict(name="best of the runs", role="seed", colour=FRONT, line=True, points=front)]
     series += _stored(seen["places"][place]["lines"], metric)
     series += [dict(name="runs", role="run", colour=RUNS, line=False, points=sound),
                dict(name="suspect or failed", role="random", colour=5, line=False, points=doubtful)]
-    return _spec(f"{metric}, {seen['places'][place]['name']}", "L0", metric, series, log=True)
+    return _spec(seen["places"][place]["name"], "L0", metric, series, log=True)
 
 
 def _stored(lines: list[dict], metric: str) -> list[dict]:
@@ -176,12 +178,19 @@ def figure(value) -> str:
     """A number in at most four digits, as tables have it; "" for what is not known."""
     if value is None:
         return ""
-    if isinstance(value, int) or value == 0:
+    if isinstance(value, int):
         return f"{value:,}"
-    if 1e-4 <= abs(value) < 1e7:
-        digits = max(0, 3 - len(f"{abs(value):.0f}")) if abs(value) >= 1 else 4
-        return f"{value:,.{digits}f}" if abs(value) >= 1e-3 else f"{value:.6f}"
-    return f"{value:.3g}"
+    if not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.3g}"
+    whole = len(f"{abs(value):.0f}") if abs(value) >= 1 else 0
+    return f"{value:,.{max(0, 4 - whole)}f}" if abs(value) >= 1e-3 else f"{value:.6f}"
+
+
+def rough(value) -> str:
+    """A number to two digits, as errors and costs are written."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
 def _difference(value) -> str:
@@ -241,8 +250,8 @@ def _best(seen: dict, top: list[tuple]) -> str:
     for key in top:
         if key in last:
             row = last[key]
-            error = f" ± {figure(row['stderr'])}" if row["stderr"] else ""
-            against = f" ± {figure(row['difference_stderr'])}" if row["difference_stderr"] else ""
+            error = f" ± {rough(row['stderr'])}" if row["stderr"] else ""
+            against = f" ± {rough(row['difference_stderr'])}" if row["difference_stderr"] else ""
             lines.append([escape(str(key[0])), _link(row), escape(str(key[1])), figure(row["value"]) + error,
                           _difference(row["difference"]) + against, _verdict(row["verdict"]), figure(row["l0"]),
                           escape(row["variant"] or "")])
@@ -275,9 +284,7 @@ def _failed(rows: list[dict]) -> str:
     kinds: dict[tuple, list[dict]] = {}
     for row in reversed(rows):
         if row["verdict"] in FAILED:
-            why = row["why"] or ("no process holds its folder, and it left no word" if row["verdict"] == "killed" else
-                                 "its folder is gone" if row["folder"] is None else "no cause is known")
-            advice = row["advice"] or ("the same command continues it" if row["verdict"] == "killed" else "")
+            why, advice = _cause(row)
             kinds.setdefault((why, row["phase"], advice), []).append(row)
     if not kinds:
         return ""
@@ -286,13 +293,25 @@ def _failed(rows: list[dict]) -> str:
         names = ", ".join(_link(row) for row in members[:NAMED])
         more = f" and {len(members) - NAMED:,} more" if len(members) > NAMED else ""
         where = f"<span class=mut>in {escape(phase)}: </span>" if phase else ""
-        to_do = f"<br><span class=mut>to do:</span> {escape(advice)}" if advice else ""
-        html.append(f"<li>{where}{escape(why)}{to_do}<br><span class=mut>{names}{more}</span>")
+        to_do = f" · to do: {escape(advice)}" if advice else ""
+        html.append(f"<li>{where}{escape(why)}<br><span class=mut>{names}{more}{to_do}</span>")
     folded = html[OPEN:]
-    rest = (f"<details><summary>{_counted(len(folded), 'more cause')}</summary><ul class=why>{''.join(folded)}</ul>"
-            "</details>") if folded else ""
+    rest = ""
+    if folded:
+        rest = (f"<details><summary>{_counted(len(folded), 'more cause')}</summary>"
+                f"<ul class=why>{''.join(folded)}</ul></details>")
     count = sum(map(len, kinds.values()))
     return f"<h2>Failed: {count:,}</h2><ul class=why>{''.join(html[:OPEN])}</ul>{rest}"
+
+
+def _cause(row: dict) -> tuple[str, str]:
+    """(why a run has no result, what to do)."""
+    why, advice = row["why"] or "no cause is known", row["advice"] or ""
+    if row["verdict"] == "killed":
+        return "killed without a word, often for lack of memory", advice or "the same command continues"
+    if row["folder"] is None:
+        why = row["why"] or "its folder is gone"
+    return why, advice
 
 
 def _under_way(rows: list[dict]) -> str:
@@ -312,10 +331,7 @@ def _under_way(rows: list[dict]) -> str:
 
 
 def _progress(seen: dict, top: list[tuple]) -> str:
-    stills = []
-    for what in ("difference", "value"):
-        for group in top[:STILLS]:
-            stills.append(_still(progress(seen, group, what)))
+    stills = [_still(progress(seen, group, what)) for what in ("difference", "value") for group in top[:STILLS]]
     if not any(stills):
         return ""
     choices = "<label>of <select class=group></select></label><label>shown <select class=what></select></label>"
@@ -326,17 +342,13 @@ def _progress(seen: dict, top: list[tuple]) -> str:
 
 
 def _frontier(seen: dict) -> str:
-    stills = []
-    for metric in list(seen["metrics"])[:STILLS]:
-        if seen["places"]:
-            stills.append(_still(frontier(seen, 0, metric)))
-    if not any(stills):
+    if not seen["metrics"] or not any((sae["l0"] or 0) > 0 for sae in seen["saes"]):
         return ""
+    stills = [_still(frontier(seen, 0, metric)) for metric in list(seen["metrics"])[:STILLS]]
     choices = "<label>metric <select class=metric></select></label><label>of <select class=place></select></label>"
     left_out = ""
     if seen["left_out"]:
-        left_out = (f" {_counted(seen['left_out'], 'metric')} that few runs have are not on this page, which would grow "
-                    "too large.")
+        left_out = f" {_counted(seen['left_out'], 'metric')} of few runs left out, for the page's size."
     return ("<h2>Against L0</h2><p class=mut>Every SAE of every run; beside them what is stored with the project: the "
             f"baseline and random dictionaries.{left_out}</p>"
             f"<section class=seen id=frontier aria-label='against L0'><p class=choices hidden>{choices}</p>"
@@ -345,13 +357,13 @@ def _frontier(seen: dict) -> str:
 
 def _table(seen: dict) -> str:
     rows, metric = seen["rows"], seen["by"] if seen["by"] in seen["metrics"] else None
-    names = [name for name in KEYS if name in FULL or len({row[KEYS[name]] for row in rows}) > 1
-             or (name not in ("model", "metric") and rows[0][KEYS[name]] is not None)]
+    values = {name: {row[key] for row in rows} - {None} for name, key in KEYS.items()}
+    names = [name for name, each in values.items()
+             if name in FULL or len(each) > 1 or (each and name not in ("model", "metric"))]
     extra = of_runs(seen, metric) if metric else {}
-    heads = [f'<th scope=col data-key={KEYS[name]}{" class=l" if name in LEFT else ""}>{HEADINGS.get(name, name)}'
-             for name in names]
+    heads = [_heading(KEYS[name], HEADINGS.get(name, name), name in LEFT, _sorted(seen, name)) for name in names]
     if metric:
-        heads.insert(2, f"<th scope=col data-key=extra>{escape(metric)}")
+        heads.insert(2, _heading("extra", metric, False, _sorted(seen, metric)))
     body = []
     for i in seen["order"]:
         cells = [_cell(name, rows[i]) for name in names]
@@ -361,9 +373,8 @@ def _table(seen: dict) -> str:
     filters = "".join(f"<label>{name} <select data-key={name}></select></label>"
                       for name in ("model", "variant", "verdict", "profile"))
     only = ""
-    metrics = {row["metric"] for row in rows} - {None}
-    if len(metrics) == 1:
-        only = f"value, ± and difference to the baseline: {escape(str(next(iter(metrics))))}. "
+    if len(values["metric"]) == 1:
+        only = f"value, ± and difference to the baseline: {escape(next(iter(values['metric'])))}. "
     return (f"<h2>All runs</h2><p class=mut>{only}★ was better than all runs before it.</p>"
             "<p class=choices id=filters hidden><label>search <input type=search id=search></label>"
             f"{filters}<button type=button id=clear>show all</button></p>"
@@ -374,6 +385,22 @@ def _table(seen: dict) -> str:
                                      f"<tbody>{''.join(body)}</tbody></table>"))
 
 
+def _heading(key: str, text: str, left: bool, order: str) -> str:
+    side, sort = " class=l" if left else "", f" aria-sort={order}" if order else ""
+    return f"<th scope=col data-key={key}{side}{sort}>{escape(text)}"
+
+
+def _sorted(seen: dict, name: str) -> str:
+    """The order in which the table is first shown by a column, "" where by another."""
+    if name != seen["by"]:
+        return ""
+    if name in LEFT and name != "time":
+        return "ascending"
+    ways = {seen["metrics"][name]["way"]} if name in seen["metrics"] else set(seen["directions"].values()) - {""}
+    best_is_low = name not in KEYS or name in ("value", "difference")
+    return "ascending" if best_is_low and ways == {"lower"} else "descending"
+
+
 def _cell(name: str, row: dict) -> str:
     value = row[KEYS[name]]
     if name == "run":
@@ -382,7 +409,7 @@ def _cell(name: str, row: dict) -> str:
     if name == "verdict":
         return f"<td class=l>{_verdict(value)}"
     if name in ("note", "hyper"):
-        return f"<td class='l note'>{escape(value or '')}"
+        return f"<td class='l {name}'>{escape(value or '')}"
     if name == "time":
         return f"<td class=l>{escape((value or '')[:16].replace('T', ' '))}"
     if name == "difference":
@@ -391,14 +418,14 @@ def _cell(name: str, row: dict) -> str:
         return f"<td class=l>{escape(value or '')}"
     if name == "seed":
         return f"<td>{'' if value is None else value}"
-    return f"<td>{figure(value)}"
+    return f"<td>{rough(value) if name in ROUGH else figure(value)}"
 
 
 # ------------------------------------------------------------------------------------------------ for the scripts
 
 SENT = ("run", "href", "model", "variant", "metric", "value", "stderr", "difference", "difference_stderr", "verdict",
-        "l0", "hyper", "seed", "lines_changed", "minutes", "tokens_per_s", "peak_memory_gb", "peak_gpu_memory_gb", "note",
-        "time", "profile", "group", "best", "folder")
+        "l0", "hyper", "seed", "lines_changed", "minutes", "tokens_per_s", "peak_memory_gb", "peak_gpu_memory_gb",
+        "note", "time", "profile", "group", "best", "folder")
 
 
 def _data(seen: dict, top: list[tuple]) -> dict:
@@ -416,7 +443,8 @@ def _data(seen: dict, top: list[tuple]) -> dict:
                 places=[place | dict(lines=_coloured(place["lines"])) for place in seen["places"]],
                 directions={str(metric): way for metric, way in seen["directions"].items()}, groups=top,
                 verdicts=verdicts, best=sorted(BEST), failed=["suspect", *FAILED],
-                by=seen["by"] if seen["by"] in seen["metrics"] else None, colours=dict(step=STEP, front=FRONT, runs=RUNS))
+                by=seen["by"] if seen["by"] in seen["metrics"] else None,
+                colours=dict(step=STEP, front=FRONT, runs=RUNS))
 
 
 def _coloured(lines: list[dict]) -> list[dict]:

@@ -17,8 +17,7 @@
 
   // ---------------------------------------------------------------------------------------------- what charts show
 
-  let shown = all;  // rows that the filters leave
-  let inside = new Set(all);
+  let inside = new Set(all);  // rows that the filters leave
 
   // places of the values that are better than all before them
   function runningBest(values, way) {
@@ -99,7 +98,7 @@
       series.get(name).points.push([n + 1, value, error || 0, label(i), rows.href[i] || ""]);
     });
     const name = metrics.has(what) ? what : metric;
-    const y = what === "difference" ? `difference to the baseline, ${metric}` : name;
+    const y = what === "difference" ? "difference to the baseline" : name;
     return spec(`${name}, ${model}`, "runs, in the order of their end", y,
       [{name: "best so far", role: "seed", colour: data.colours.step, line: true, points: line}, ...series.values()], false);
   }
@@ -115,7 +114,7 @@
     });
     const stored = data.places[place].lines.map(line => ({...line, line: true, points: line.metrics[name] || []}));
     const front = pareto(sound, metric.way).map(i => [...sound[i].slice(0, 2), 0, ...sound[i].slice(3)]);
-    return spec(`${name}, ${data.places[place].name}`, "L0", name, [
+    return spec(data.places[place].name, "L0", name, [
       {name: "best of the runs", role: "seed", colour: data.colours.front, line: true, points: front}, ...stored,
       {name: "runs", role: "run", colour: data.colours.runs, line: false, points: sound},
       {name: "suspect or failed", role: "random", colour: 5, line: false, points: doubtful}], true);
@@ -126,7 +125,7 @@
     plots.className = "plots";
     const before = plots.querySelector("canvas");
     if (before) Chart.getChart(before)?.destroy();
-    if (chart.series.some(one => !one.line || one.points.length)) Pages.chart(plots, chart);
+    if (chart.series.length) Pages.chart(plots, chart);
     else plots.replaceChildren(make("p", {className: "mut", textContent: "no run here has both figures"}));
   }
 
@@ -234,9 +233,8 @@
     const sought = get("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const asked_of = filters.filter(({select}) => select.value !== "0");
     const text = i => words[i] ?? (words[i] = lines[i].textContent.toLowerCase());
-    shown = all.filter(i => asked_of.every(({select, values, of}) => of[i] === values[select.value - 1])
-      && sought.every(one => text(i).includes(one)));
-    inside = new Set(shown);
+    inside = new Set(all.filter(i => asked_of.every(({select, values, of}) => of[i] === values[select.value - 1])
+      && sought.every(one => text(i).includes(one))));
     leaf = 0;
     lay();
     clearTimeout(waiting);
@@ -265,8 +263,8 @@
     return "python -m runs.compare " + places.map(place => quoted(path(place).replace(/^-/, "./-"))).join(" ");
   }
 
-  // rows of [name, a, b] as a table, those that differ marked
-  function beside(title, [a, b], entries) {
+  // rows of [name, a, b] as a table, those that differ with a sign
+  function beside(title, [a, b], entries, marked = "") {
     const inner = make("tbody");
     for (const [name, x, y] of entries) {
       const differs = x !== y;
@@ -278,7 +276,7 @@
       make("th", {className: "l", textContent: rows.run[a], scope: "col"}),
       make("th", {className: "l", textContent: rows.run[b], scope: "col"}));
     const scroll = make("div", {className: "scroll", tabIndex: 0, ariaLabel: `${title} of both runs`},
-      make("table", {className: "beside"}, make("thead", {}, head), inner));
+      make("table", {className: `beside ${marked}`}, make("thead", {}, head), inner));
     scroll.setAttribute("role", "region");
     return scroll;
   }
@@ -322,7 +320,7 @@
       parts.push(make("p", {className: "command"}, code, " ", copy));
     }
     parts.push(beside("figures", chosen, headings.slice(1).map((th, n) => [th.textContent, cell(a, n + 1), cell(b, n + 1)])));
-    parts.push(differing.length ? beside("settings that differ", chosen, differing)
+    parts.push(differing.length ? beside("settings that differ", chosen, differing, "marked")
       : make("p", {className: "mut", textContent: "no setting differs"}));
     if (measured.length) parts.push(folded(`${measured.length} metrics`, beside("metrics", chosen, measured)));
     if (same.length) parts.push(folded(`${same.length} settings that both have`, beside("settings", chosen, same)));

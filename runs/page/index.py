@@ -44,10 +44,11 @@ STILLS = 3  # frontiers without scripts
 def running_best(values: list[float | None], way: str) -> list[int]:
     """The places of the values that are better than all before them; none where no way is better."""
     found: list[int] = []
+    sign = 1 if way == "higher" else -1
     for i, value in enumerate(values):
         if value is None or not way:
             continue
-        if not found or (value > values[found[-1]] if way == "higher" else value < values[found[-1]]):
+        if not found or sign * value > sign * values[found[-1]]:
             found.append(i)
     return found
 

@@ -1,4 +1,4 @@
-// All runs on one page (runs/page/index.py): its charts, and a table that is filtered, sorted, leafed through and paired.
+// All runs on one page (runs/page/index.py): its charts, and a table to filter, sort and leaf through, two runs paired.
 "use strict";
 (() => {
   const LEAF = 100;  // rows at a time
@@ -49,7 +49,8 @@
     const others = ofSetting.get(rows.group[i]).filter(j => j !== i);
     if (rows.seed[i] !== null && others.length) {
       const told = others.slice(0, 3).map(j => `${cut(rows.run[j], 20)} (seed ${rows.seed[j]})`).join(", ");
-      lines.push(cut(`seed ${rows.seed[i]}; also ${told}${others.length > 3 ? ` and ${others.length - 3} more` : ""}`, 90));
+      const more = others.length > 3 ? ` and ${others.length - 3} more` : "";
+      lines.push(cut(`seed ${rows.seed[i]}; also ${told}${more}`, 90));
     }
     return lines.join("\n");
   }
@@ -99,8 +100,8 @@
     });
     const name = metrics.has(what) ? what : metric;
     const y = what === "difference" ? "difference to the baseline" : name;
-    return spec(`${name}, ${model}`, "runs, in the order of their end", y,
-      [{name: "best so far", role: "seed", colour: data.colours.step, line: true, points: line}, ...series.values()], false);
+    const best = {name: "best so far", role: "seed", colour: data.colours.step, line: true, points: line};
+    return spec(`${name}, ${model}`, "runs, in the order of their end", y, [best, ...series.values()], false);
   }
 
   function frontier(place, name) {
@@ -109,7 +110,8 @@
       const sae = metric.i ? metric.i[n] : n, run = data.saes.run[sae], l0 = data.saes.l0[sae];
       if (data.saes.place[sae] !== place || !(l0 > 0) || !inside.has(run)) return;
       const several = data.saes.run[sae - 1] === run || data.saes.run[sae + 1] === run;
-      const point = [l0, value, metric.e?.[n] ?? 0, label(run, several ? data.saes.name[sae] : ""), rows.href[run] || ""];
+      const told = label(run, several ? data.saes.name[sae] : "");
+      const point = [l0, value, metric.e?.[n] ?? 0, told, rows.href[run] || ""];
       (failed.has(rows.verdict[run]) ? doubtful : sound).push(point);
     });
     const stored = data.places[place].lines.map(line => ({...line, line: true, points: line.metrics[name] || []}));
@@ -179,10 +181,10 @@
     headings.forEach(other => other.removeAttribute("aria-sort"));
     th.setAttribute("aria-sort", up ? "ascending" : "descending");
     const empty = i => values[i] === null || values[i] === "";
-    const order_of = new Intl.Collator(undefined, {numeric: true}).compare;
-    const compare = th.classList.contains("l") ? order_of : (a, b) => a - b;
-    order = [...all].sort((a, b) => empty(a) - empty(b) || (empty(a) ? 0 : (up ? 1 : -1) * compare(values[a], values[b]))
-      || a - b);
+    const by_name = new Intl.Collator(undefined, {numeric: true}).compare;
+    const compare = th.classList.contains("l") ? by_name : (a, b) => a - b;
+    const known = (a, b) => empty(a) ? 0 : (up ? 1 : -1) * compare(values[a], values[b]);
+    order = [...all].sort((a, b) => empty(a) - empty(b) || known(a, b) || a - b);
     leaf = 0;
     lay();
   }
@@ -220,7 +222,8 @@
   // ---------------------------------------------------------------------------------------------- filters
 
   const filters = [...get("filters").querySelectorAll("select")].map(select => {
-    const values = [...new Set(rows[select.dataset.key])].sort((a, b) => (a === null) - (b === null) || (a < b ? -1 : 1));
+    const values = [...new Set(rows[select.dataset.key])];
+    values.sort((a, b) => (a === null) - (b === null) || (a < b ? -1 : 1));
     const name = value => value === null ? "none" : select.dataset.key === "verdict" ? word(value) : value;
     fill(select, ["all", ...values.map(name)]);
     select.parentNode.hidden = values.length < 2;
@@ -292,7 +295,8 @@
     const place = get("pair");
     place.hidden = chosen.length === 0;
     if (chosen.length === 1) {
-      place.replaceChildren(make("p", {textContent: `${rows.run[chosen[0]]}: choose a second run to see both side by side`}));
+      const said = `${rows.run[chosen[0]]}: choose a second run to see both side by side`;
+      place.replaceChildren(make("p", {textContent: said}));
     }
     if (chosen.length < 2) return;
     const [a, b] = chosen;
@@ -319,7 +323,8 @@
       });
       parts.push(make("p", {className: "command"}, code, " ", copy));
     }
-    parts.push(beside("figures", chosen, headings.slice(1).map((th, n) => [th.textContent, cell(a, n + 1), cell(b, n + 1)])));
+    const figures = headings.slice(1).map((th, n) => [th.textContent, cell(a, n + 1), cell(b, n + 1)]);
+    parts.push(beside("figures", chosen, figures));
     parts.push(differing.length ? beside("settings that differ", chosen, differing, "marked")
       : make("p", {className: "mut", textContent: "no setting differs"}));
     if (measured.length) parts.push(folded(`${measured.length} metrics`, beside("metrics", chosen, measured)));

@@ -240,7 +240,7 @@ def _head(seen: dict) -> str:
         notes.append(f"left out: {_counted(seen['continued'], 'line')} of runs that failed and went on later")
     times = sorted(row["time"] for row in rows if row["time"])
     if times:
-        notes.insert(0, f"{escape(times[0][:10])} to {escape(times[-1][:10])}")
+        notes.insert(0, escape(" to ".join(dict.fromkeys((times[0][:10], times[-1][:10])))))
     return (f"<h1>Runs</h1><p>{' · '.join(told)}</p>" + (f"<p class=mut>{' · '.join(notes)}</p>" if notes else ""))
 
 
@@ -336,7 +336,7 @@ def _progress(seen: dict, top: list[tuple]) -> str:
     if not any(stills):
         return ""
     choices = "<label>of <select class=group></select></label><label>shown <select class=what></select></label>"
-    return ("<h2>Progress</h2><p class=mut>Each run in the order of their end; bars are one standard error. "
+    return ("<h2>Progress</h2><p class=mut>The runs in the order of their end; bars are one standard error. "
             "The line is the best so far among those whose difference means something.</p>"
             f"<section class=seen id=progress aria-label=progress><p class=choices hidden>{choices}</p>"
             f"<div class='plots charts'>{''.join(filter(None, stills))}</div></section>")

@@ -212,7 +212,7 @@
     body.replaceChildren(...left.slice(leaf * LEAF, (leaf + 1) * LEAF).map(ready));
     const from = left.length ? leaf * LEAF + 1 : 0, to = Math.min(left.length, (leaf + 1) * LEAF);
     const of = left.length < total ? `${left.length.toLocaleString("en")} of ${total.toLocaleString("en")} runs`
-      : `${total.toLocaleString("en")} runs`;
+      : `${total.toLocaleString("en")} ${total === 1 ? "run" : "runs"}`;
     get("count").textContent = last ? `${from} to ${to} of ${of}` : of;
     get("back").disabled = leaf === 0;
     get("on").disabled = leaf === last;

@@ -14,7 +14,7 @@ import pytest
 
 import experiment
 import variants
-from runs import compare, ledger, seeds
+from runs import compare, index, ledger, seeds
 from tests import GOLDEN, OWN_VARIANTS, PROJECT
 from tests.benchmarks import compare as comparing
 from tests.benchmarks import scaling
@@ -158,6 +158,9 @@ def test_a_command_runs(command, place, monkeypatch, capsys):
         return
     if words[1:3] == ["-m", "runs.ledger"]:
         assert ledger.main(words[3:]) == 0
+        return
+    if words[1:3] == ["-m", "runs.index"]:
+        assert index.main(words[3:]) == 0
         return
     if words[1] == "-m":
         program = {"runs.compare": compare.main, "runs.seeds": seeds.main}[words[2]]

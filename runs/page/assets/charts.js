@@ -32,7 +32,7 @@ const Pages = (() => {
   const address = text => text && !/^[a-z][a-z0-9+.-]*:|^[\\/]{2}/i.test(text.replace(/[\u0000-\u0020]/g, "")) ? text : null;
 
   function dataset(spec, one, i) {
-    const colour = css("--c" + i % 8);
+    const colour = css("--c" + (one.colour ?? i) % 8);
     if (spec.kind === "bars") {
       return {type: "bar", label: one.name, data: one.counts.map((y, n) => ({x: (one.edges[n] + one.edges[n + 1]) / 2, y})),
         edges: one.edges, backgroundColor: colour + "aa", borderColor: colour, barPercentage: 1, categoryPercentage: 1,
@@ -64,7 +64,7 @@ const Pages = (() => {
       const {raw, dataset: {edges}, dataIndex} = item;
       if (edges) return `${number(edges[dataIndex])} to ${number(edges[dataIndex + 1])}: ${number(raw.y)}`;
       const y = `${number(raw.y)}${raw.e ? " ± " + number(raw.e) : ""}`;
-      return [...(raw.label ? [raw.label] : []), `${spec.y.label}: ${y}`, `${spec.x.label}: ${number(raw.x)}`];
+      return [...(raw.label ? raw.label.split("\n") : []), `${spec.y.label}: ${y}`, `${spec.x.label}: ${number(raw.x)}`];
     }};
   }
 

@@ -90,7 +90,7 @@ class Asked:
 
     variant: str = ""
     dataset: str = ""  # the name of the text
-    classes: dict[str, list[int]] = field(default_factory=dict)  # the features that each class's probe chose, best first
+    classes: dict[str, list[int]] = field(default_factory=dict)  # what each class's probe chose, the best first
     letters: dict[str, list[int]] = field(default_factory=dict)  # and each first letter's
     explanations: dict[int, tuple[str, float | None]] = field(default_factory=dict)  # of features, and their scores
     baseline: Beside | None = None
@@ -163,25 +163,24 @@ def _board(read: text.Text, name: str, sae, asked: Asked, seen: dict, looks: dic
                "nearest": beside and beside.nearest, "cosine": beside and beside.cosine,
                "encoder_cosine": directions.encoder_cosine(sae)}
     said = dict(dataset=asked.dataset, tokens=own.tokens, rows=R, context=T)
+    of_baseline = None
+    if beside:
+        of_baseline = _baseline(read, beside, seen, looks, {beside.nearest[feature] for feature in why}, vocab)
     return {"sae": name, "variant": asked.variant, "model": setup.lm.name, "hook_name": setup.hook_name,
             "layer": setup.layer, "d_in": W_FD.shape[1], "d_sae": len(W_FD), "either_sign": either_sign,
             "text": said if texts else None,
             "list": {column: values and rounded(values) for column, values in columns.items()},
             "health": {"l0": _l0(torch.cat(own.l0)), "norms": rounded(own.norms), "errors": rounded(own.errors)},
             "features": {str(feature): dashboard for feature, dashboard in features.items()},
-            "baseline": _baseline(read, beside, seen, looks, [beside.nearest[f] for f in why], vocab) if beside else None,
-            "passages": _passages(setup, sae, beside) if texts else [],
-            "vocab": vocab.texts()}
+            "baseline": of_baseline, "passages": _passages(setup, sae, beside) if texts else [], "vocab": vocab.texts()}
 
 
-def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: list[int], vocab: Vocabulary) -> dict:
+def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: set[int], vocab: Vocabulary) -> dict:
     found = {"name": beside.name, "variant": beside.variant, "l0": beside.l0, "problem": beside.problem, "features": {}}
     if beside.sae is not None and read.setup.lm.reads_text:
         key = id(beside.sae)
-        every = looks[key].index_C.tolist()
-        look = looks[key]
-        made = _dashboards(read, beside.sae, seen[key], look, vocab, set(wanted))
-        found["features"] = {str(feature): made[feature] for feature in every if feature in made}
+        made = _dashboards(read, beside.sae, seen[key], looks[key], vocab, wanted)
+        found["features"] = {str(feature): dashboard for feature, dashboard in made.items()}
     return found
 
 

@@ -1,5 +1,5 @@
-"""features/<SAE>.html: all features of an SAE in one list, dashboards of some of them beside the baseline's nearest, and
-how the SAE reads a few passages.
+"""features/<SAE>.html: all features of an SAE in one list, dashboards of some beside the baseline's nearest, and how it
+reads a few passages.
 
     python -m runs.page.features run_1    writes these pages of a run again, from its boards
 
@@ -250,7 +250,8 @@ def _left_out(board: dict, rows: int, boards: int) -> str:
     if not said:
         return ""
     file = features.place(Path(), board["sae"]).name
-    return f"<p class=warn>To keep this page under 3 MB it lacks {escape(' and '.join(said))}. {escape(file)} has all.</p>"
+    lacks = f"To keep this page under 3 MB it lacks {' and '.join(said)}. {file} has all."
+    return f"<p class=warn>{escape(lacks)}</p>"
 
 
 def _densities(board: dict) -> str:
@@ -267,7 +268,7 @@ def _densities(board: dict) -> str:
     spec = {"title": "How often features fire", "kind": "bars",
             "x": {"label": "log10 of the share of tokens", "log": False}, "y": {"label": "features", "log": False},
             "series": [{"name": "this run", "role": "run", "edges": edges, "counts": counts}]}
-    return f"<h2>Densities</h2><div class=charts>{charts.figure(spec)}</div>"
+    return f"<h2>Densities</h2><div class=narrow>{charts.figure(spec)}</div>"
 
 
 def _app(board: dict) -> str:
@@ -278,9 +279,9 @@ def _app(board: dict) -> str:
     if board["list"]["density"] is not None:
         filters.append(("dead", "never firing"))
     boxes = "".join(f"<label><input type=checkbox id=only-{name}> {said}</label>" for name, said in filters)
-    reasons = {why: None for why in REASONS} | {why: None for one in board["features"].values() for why in one["why"]}
     there = {why for one in board["features"].values() for why in one["why"]}
-    options = "".join(f"<option>{escape(why)}</option>" for why in reasons if why in there)
+    reasons = [*(why for why in REASONS if why in there), *sorted(there - set(REASONS))]
+    options = "".join(f"<option>{escape(why)}</option>" for why in reasons)
     chosen = f'<label>chosen as <select id=why><option value="">any</option>{options}</select></label>'
     keys = ("<kbd>/</kbd> search · in the list <kbd>↑</kbd> <kbd>↓</kbd> and <kbd>Enter</kbd> · "
             "<kbd>j</kbd> <kbd>k</kbd> next and previous dashboard · on a token <kbd>←</kbd> <kbd>→</kbd>")
@@ -317,8 +318,9 @@ def _static(board: dict) -> str:
         rows.append(f'<tr>{figures}<td class="l w">{words}</td><td class="l w">{shown}</td></tr>')
     head = "".join(f"<th>{name}</th>" for name in heads) + "<th class=l>chosen as, classes</th><th class=l>context</th>"
     said = f"<h2>{len(rows)} of the {len(board['features']):,} features with dashboards</h2>"
-    table = f'<div class=scroll tabindex=0 role=region aria-label="features"><table><tr>{head}</tr>{"".join(rows)}</table>'
-    return f"<div id=plain>{said}{note}{table}</div></div>"
+    table = f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    scroll = f"<div class=scroll tabindex=0 role=region aria-label=features>{table}</div>"
+    return f"<div id=plain>{said}{note}{scroll}</div>"
 
 
 def _card(board: dict, feature: str) -> str:

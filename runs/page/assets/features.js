@@ -192,7 +192,8 @@ const Features = (() => {
     }
     list.shown = sorted(Uint32Array.from(rows));
     list.at = 0;
-    get("found").textContent = rows.length ? `${comma(rows.length)} of ${comma(board.d_sae)}` : "no feature is like that";
+    const many = `${comma(rows.length)} of ${comma(board.d_sae)}`;
+    get("found").textContent = rows.length ? many : "no feature is like that";
     list.grid.setAttribute("aria-rowcount", rows.length + 1);
     list.body.style.height = rows.length * ROW + "px";
     list.grid.scrollTop = 0;
@@ -337,7 +338,8 @@ const Features = (() => {
   function token(text, value, max, say, peak = false) {
     const made = el("span", {class: "t" + (value ? ` on ${value < 0 ? "neg" : "pos"}` : "") + (peak ? " peak" : ""),
       tabindex: -1, text: visible(text)});
-    if (value) made.style.setProperty("--a", Math.min(1, Math.max(.08, Math.abs(value) / (Math.abs(max) || 1))).toFixed(3));
+    const share = Math.abs(value) / (Math.abs(max) || 1);
+    if (value) made.style.setProperty("--a", Math.min(1, Math.max(.08, share)).toFixed(3));
     if (text.includes("\n")) made.append(el("span", {class: "lb", "aria-hidden": "true", text: "\n"}));
     told.set(made, say);
     return made;
@@ -378,14 +380,14 @@ const Features = (() => {
     const made = tokens.map((place, i) => {
       const text = board.vocab[place], value = at.get(i);
       const said = value ? `activation ${number(value)}` : "does not fire";
-      return token(text, value, max, () => `“${visible(text)}”  ${said}\nposition ${i + 1} of ${tokens.length}, row ${row}`,
-        i === peak);
+      const say = () => `“${visible(text)}”  ${said}\nposition ${i + 1} of ${tokens.length}, row ${row}`;
+      return token(text, value, max, say, i === peak);
     });
     reachable(made, peak);
     const dots = cut => cut ? "…" : "";
-    return el("div", {class: "ctx"}, el("span", {class: "v", text: number(at.get(peak) ?? 0)}), el("div", {class: "line"},
-      el("span", {class: "before"}, dots(before), ...made.slice(0, peak)), ...made.slice(peak, peak + 1),
-      el("span", {class: "after"}, ...made.slice(peak + 1), dots(after))));
+    const line = el("div", {class: "line"}, el("span", {class: "before"}, dots(before), ...made.slice(0, peak)),
+      ...made.slice(peak, peak + 1), el("span", {class: "after"}, ...made.slice(peak + 1), dots(after)));
+    return el("div", {class: "ctx"}, el("span", {class: "v", text: number(at.get(peak) ?? 0)}), line);
   }
 
   const TOP = 5;
@@ -394,7 +396,8 @@ const Features = (() => {
     for (const [name, from, to, contexts] of one.groups) {
       const made = these => these.map(each => context(each, one.max));
       if (name === "top") {
-        const part = el("div", {}, el("h4", {text: `${contexts.length} strongest contexts`}), ...made(contexts.slice(0, TOP)));
+        const heading = el("h4", {text: `${contexts.length} strongest contexts`});
+        const part = el("div", {}, heading, ...made(contexts.slice(0, TOP)));
         if (contexts.length > TOP) {
           const more = el("button", {type: "button", class: "plainbutton", text: `${contexts.length - TOP} more`});
           more.addEventListener("click", () => {
@@ -423,7 +426,8 @@ const Features = (() => {
     const filled = bars.counts.filter(Boolean);
     if (!filled.length) return [];
     const log = Math.max(...filled) > SPREAD * Math.min(...filled);
-    const spec = {title, kind: "bars", x: {label: unit, log: false}, y: {label: log ? `${counted} (log)` : counted, log},
+    const label = log ? `${counted} (log)` : counted;
+    const spec = {title, kind: "bars", x: {label: unit, log: false}, y: {label, log},
       series: [{name, role: name, edges: edges(bars), counts: bars.counts}]};
     return [[el("div"), spec]];
   }
@@ -446,30 +450,32 @@ const Features = (() => {
     return part;
   }
 
-  // [[feature, value]] as links
-  function links(pairs, sign, of = feature => ({href: "#" + feature})) {
+  // [[feature, value]] as links to features of the run, or, with an `of` that gives null, as plain numbers
+  const here = feature => ({href: "#" + feature});
+  function links(pairs, sign, of = here) {
     return el("dd", {class: "links"}, ...pairs.map(([feature, value]) => {
       const to = of(feature);
       const name = to ? el("a", {...to, text: feature}) : document.createTextNode(feature);
-      const said = sign ? ` ${sign} ${number(value)}` : "";
-      const more = words(feature) && to && of.length ? ` ${visible(words(feature)).slice(0, 40)}` : "";
-      return el("span", {}, name, el("span", {class: "mut", text: said + more}));
+      const more = to && words(feature) ? ` ${visible(words(feature)).slice(0, 40)}` : "";
+      return el("span", {}, name, el("span", {class: "mut", text: ` ${sign} ${number(value)}${more}`}));
     }));
   }
 
   // [[term, what]] without those of which nothing is known
   function facts(pairs) {
-    const told = pairs.filter(([, what]) => what !== null && what !== "" && !(what instanceof Element && !what.textContent));
+    const said = what => what instanceof Element ? what.textContent : what;
+    const told = pairs.filter(([, what]) => said(what));
     return el("dl", {class: "facts"}, ...told.flatMap(([term, what]) =>
       [el("dt", {text: term}), what instanceof Element ? what : el("dd", {text: what})]));
   }
 
   function figures(row) {
     const nearest = column("nearest", row), own = column("own_nearest", row);
-    const pair = (feature, value, to) => feature === null || feature < 0 ? null : links([[feature, value]], "cosine", to);
+    const none = feature => feature === null || feature < 0;
+    const pair = (feature, value, to) => none(feature) ? null : links([[feature, value]], "cosine", to);
     return [["density", column("density", row) === null ? null : rate(column("density", row))],
       ["largest activation", column("max", row) === null ? null : number(column("max", row))],
-      ["nearest here", pair(own, cosine("own_cosine", row), feature => ({href: "#" + feature}))],
+      ["nearest here", pair(own, cosine("own_cosine", row), here)],
       ["nearest in the baseline", pair(nearest, cosine("cosine", row), () => null)],
       ["encoder with decoder", column("encoder_cosine", row) === null ? null
         : `cosine ${number(cosine("encoder_cosine", row))}`]];
@@ -477,12 +483,11 @@ const Features = (() => {
 
   function about(feature, one, row) {
     const [why, classes, letters, explanation, score] = note(feature) || [[], [], [], null, null];
-    const here = feature => ({href: "#" + feature});
     const scored = score === null ? "" : ` (score ${number(score)})`;
     return facts([["explanation", explanation === null ? null : visible(explanation) + scored],
       ["classes", visible(classes.join(", "))], ["first letters", letters.join(", ")], ["chosen as", why.join(", ")],
-      ...one ? [["nearest here", links(one.own, "", feature => here(feature))],
-        ["fires together with", links(one.cofiring, "φ", feature => here(feature))],
+      ...one ? [["nearest here", links(one.own, "cosine")],
+        ["fires together with", links(one.cofiring, "φ")],
         ["nearest in the baseline", links(one.theirs, "cosine", () => null)],
         ["encoder with decoder", figures(row)[4][1]]] : figures(row)]);
   }
@@ -525,7 +530,7 @@ const Features = (() => {
     else if (text === null) reason = "The model reads no text, so that there are no dashboards.";
     else if (note(feature)) reason = "Its dashboard was left out to keep this page under 3 MB.";
     else if (!fires(row)) reason = `It never fired on the ${comma(text.tokens)} tokens looked at.`;
-    else reason = `Only ${comma(Object.keys(board.notes).length)} features have a dashboard, and it was not among those chosen.`;
+    else reason = `It was not among the ${comma(Object.keys(board.notes).length)} features chosen for one.`;
     const near = row < 0 ? [] : mentions(feature);
     const dd = el("dd", {class: "links"}, ...near.map(([other, value, sign]) => el("span", {},
       el("a", {href: "#" + other, text: other}), el("span", {class: "mut", text: ` ${sign} ${number(value)}`}))));
@@ -555,7 +560,8 @@ const Features = (() => {
     const button = (text, by, name) => el("button", {type: "button", class: "plainbutton", text, "aria-label": name,
       on: {click: () => { step(by); get("one").querySelector(`[aria-label="${name}"]`)?.focus(); }}});
     const place = at < 0 ? "" : `${comma(at + 1)} of ${comma(all.length)} dashboards in the list`;
-    const parts = [heading, el("span", {}, button("‹", -1, "previous dashboard"), " ", button("›", 1, "next dashboard")),
+    const turn = el("span", {}, button("‹", -1, "previous dashboard"), " ", button("›", 1, "next dashboard"));
+    const parts = [heading, turn,
       el("span", {class: "mut", role: "status", text: place})];
     if (!one) return el("div", {class: "bar"}, ...parts);
     const box = (text, name) => {
@@ -595,7 +601,8 @@ const Features = (() => {
       const other = beside(feature, one, row, charts);
       const own = side(el("h3", {text: `This run: feature ${feature}`}),
         `density ${rate(one.density)} · max ${number(one.max)}`, one, "run", charts);
-      parts.push(about(feature, one, row), el("div", {class: other ? "pair" : "pair alone"}, own, ...other ? [other] : []));
+      const pair = el("div", {class: other ? "pair" : "pair alone"}, own, ...other ? [other] : []);
+      parts.push(about(feature, one, row), pair);
     } else parts.push(...without(feature, row));
     get("one").replaceChildren(...parts);
     shape();
@@ -615,15 +622,24 @@ const Features = (() => {
       return value ?? 0;
     });
 
+    function press(text, attributes, click) {
+      return el("button", {type: "button", class: "plainbutton", text, on: {click}, ...attributes});
+    }
+
     function controls() {
-      const buttons = sides.length < 2 ? [] : sides.map(name => el("button", {type: "button", class: "plainbutton",
-        "aria-pressed": String(view.side === name), text: names[name],
-        on: {click: () => { show(name, null); [...head.querySelectorAll("[aria-pressed]")][sides.indexOf(name)].focus(); }}}));
+      const buttons = sides.length < 2 ? [] : sides.map(name =>
+        press(names[name], {"aria-pressed": String(view.side === name)}, () => {
+          show(name, null);
+          head.querySelectorAll("[aria-pressed]")[sides.indexOf(name)].focus();
+        }));
       const what = view.feature === null ? "shaded by the strongest feature of each token"
         : `shaded by feature ${view.feature} of ${names[view.side]}, where it is among the five strongest`;
-      const back = view.feature === null ? [] : [el("button", {type: "button", class: "plainbutton",
-        text: "by the strongest", on: {click: () => { show(view.side, null); head.querySelector("button")?.focus(); }}})];
-      head.replaceChildren(el("h3", {text: visible(one.title)}), ...buttons, el("span", {class: "mut", text: what}), ...back);
+      const back = view.feature === null ? [] : [press("by the strongest", {}, () => {
+        show(view.side, null);
+        flow.querySelector("[tabindex='0']").focus();
+      })];
+      const title = el("h3", {text: visible(one.title)});
+      head.replaceChildren(title, ...buttons, el("span", {class: "mut", text: what}), ...back);
     }
 
     function show(side, feature) {
@@ -637,21 +653,28 @@ const Features = (() => {
         return `“${visible(text)}”  ${said}\nposition ${i + 1} of ${one.tokens.length}`;
       }));
       reachable(made, view.at ?? 0);
-      made.forEach((each, i) => ["focus", "mouseenter"].forEach(event => each.addEventListener(event, () => explain(i))));
+      made.forEach((each, i) => {
+        each.addEventListener("focus", () => explain(i));
+        each.addEventListener("mouseenter", () => explain(i));
+      });
       flow.replaceChildren(...made);
     }
 
     function strongest(name, i) {
       const told = one[name][i].map(([feature, value]) => {
-        const shade = el("button", {type: "button", class: "plainbutton", text: feature,
-          "aria-label": `shade the passage by feature ${feature} of ${names[name]}`,
-          on: {click: () => { show(name, feature); head.querySelector("button:last-child")?.focus(); }}});
+        const label = `${feature}: shade the passage by this feature of ${names[name]}`;
+        const shade = press(feature, {"aria-label": label}, () => {
+          show(name, feature);
+          head.querySelector("button:last-child").focus();
+        });
         const near = name === "run" ? feature : nearestHere(feature);
-        const link = near === undefined ? "" : el("a", {href: "#" + near, text: name === "run" ? "look" : `like ${near} here`});
+        const where = name === "run" ? "look" : `like ${near} here`;
+        const link = near === undefined ? "" : el("a", {href: "#" + near, text: where});
         const said = name === "run" ? visible(words(feature)) : "";
         return el("p", {}, shade, el("span", {text: number(value)}), link, el("span", {class: "mut", text: said}));
       });
-      return el("div", {}, el("h4", {text: names[name]}), ...told.length ? told : [el("p", {class: "mut", text: "nothing fires"})]);
+      const none = el("p", {class: "mut", text: "nothing fires"});
+      return el("div", {}, el("h4", {text: names[name]}), ...told.length ? told : [none]);
     }
 
     function explain(i) {
@@ -716,7 +739,8 @@ const Features = (() => {
     document.addEventListener("keydown", event => {
       if (event.ctrlKey || event.altKey || event.metaKey) return;
       if (event.key === "Escape") tell(null);
-      if (event.target instanceof Element && event.target.closest("input:not([type=checkbox]), select, textarea")) return;
+      const writes = "input:not([type=checkbox]), select, textarea";
+      if (event.target instanceof Element && event.target.closest(writes)) return;
       if (event.key === "/") {
         event.preventDefault();
         get("query").focus();
@@ -733,13 +757,15 @@ const Features = (() => {
   async function start() {
     const plain = get("plain-note");
     if (typeof DecompressionStream === "undefined") {
-      plain.textContent = "This browser cannot unpack the page’s data (no DecompressionStream): a newer one shows all features.";
+      plain.textContent = "This browser cannot unpack the page’s data, for it has no DecompressionStream; "
+        + "a newer one shows all features.";
       return;
     }
     try {
       await unpack();
     } catch (error) {
-      plain.textContent = `The page’s data is damaged: ${error.message}. python -m runs.page.features writes it again.`;
+      plain.textContent = `The page’s data is damaged: ${error.message}. `
+        + "python -m runs.page.features writes it again.";
       return;
     }
     get("plain").hidden = true;
@@ -751,6 +777,6 @@ const Features = (() => {
     follow();
   }
 
-  const ready = start();
-  return {ready, state: () => ({opened, shown: list.shown.length, features: [...list.shown.slice(0, 1000)].map(featureAt)})};
+  // for tests: a promise of the page, and what the list shows
+  return {ready: start(), shown: () => Array.from(list.shown, featureAt)};
 })();

@@ -749,6 +749,7 @@ const Features = (() => {
       if (event.key === "k") step(-1);
     });
     get("app").addEventListener("mouseover", event => tell(event.target));
+    get("app").addEventListener("mouseleave", () => tell(document.activeElement));
     get("app").addEventListener("focusin", event => tell(event.target));
     get("app").addEventListener("focusout", () => tell(null));
     addEventListener("scroll", () => tell(document.activeElement), {passive: true});
@@ -771,7 +772,7 @@ const Features = (() => {
     get("plain").hidden = true;
     get("app").hidden = false;
     makeList();
-    board.passages.forEach(one => get("passages").append(passage(one)));
+    board.passages.filter(one => one.tokens.length).forEach(one => get("passages").append(passage(one)));
     listen();
     arriving = location.hash !== "";
     follow();

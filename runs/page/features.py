@@ -17,7 +17,7 @@ import math
 import sys
 import zlib
 from base64 import b64encode
-from collections import deque
+from collections import Counter, deque
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,7 @@ SCRIPTS = (*shell.CHARTS, "features.js")
 STYLES = ("features.css",)  # which `preview` needs too
 SIZE = 2_950_000  # bytes of a page at most
 FEWEST = 60  # dashboards that stay while rows of the list can go instead
+TOP = 20  # strongest contexts of a dashboard
 STATIC = 50  # features in the table without scripts
 SAMPLE = 20_000  # rows by which the size of a longer list is estimated
 REASONS = ("new", "best probe", "absorbed letter", "explained", "densest", "rarest", "random")
@@ -77,7 +78,7 @@ def _packed(board: dict, room: int) -> tuple[bytes, int, int]:
 
     Where it is larger, dashboards go from the end, down to FEWEST, then rows of features, the rarest first.
     """
-    lines = [_line(board, feature) for feature in board["features"]]
+    lines = _lines(board)
     fewest = len(zlib.compress("".join(lines[:FEWEST]).encode()))
     order = _by_need(board)
     bare = len(zlib.compress(_first(board, []).encode()))
@@ -94,19 +95,14 @@ def _packed(board: dict, room: int) -> tuple[bytes, int, int]:
         if used + fewest <= room or rows == 0:
             break
         rows = int(rows * 0.98 * max(room - bare - fewest, 0) / max(used - bare, 1))
-    boards, told = 0, set()
-    for feature, line in zip(board["features"], lines):
+    boards = 0
+    for line in lines:
         trial = stream.copy()
-        shared = _beside(board, feature)
-        text = line
-        if shared is not None and shared not in told:
-            text = f"b{shared}\t{_text(_dashboard(board['baseline']['features'][shared]))}\n{line}"
-        chunk = _put(trial, text)
-        if used + len(chunk) + 16 > room:
+        chunk = _put(trial, line)
+        if used + len(chunk) + 16 > room:  # 16: the end of the stream
             break
         stream, used, boards = trial, used + len(chunk), boards + 1
         kept.append(chunk)
-        told.add(shared)
     return b"".join([*kept, stream.flush()]), rows, boards
 
 
@@ -129,7 +125,7 @@ def _first(board: dict, rows: list[int]) -> str:
         values = board["list"][name]
         if values is not None:
             columns[name] = [_shown(values[row], name) for row in rows]
-    notes = {feature: [one["why"], one["classes"], one["letters"], one["explanation"], one["score"]]
+    notes = {feature: [one["why"], one["classes"], one["letters"], one["explanation"], one["score"], _peaks(board, one)]
              for feature, one in board["features"].items()}
     baseline = board["baseline"]
     if baseline is not None:
@@ -137,6 +133,12 @@ def _first(board: dict, rows: list[int]) -> str:
     named = {key: board[key] for key in ("sae", "variant", "either_sign", "d_sae", "text", "vocab")}
     return _text(named | {"new": NEW, "rows": None if len(rows) == board["d_sae"] else rows, "columns": columns,
                           "notes": notes, "baseline": baseline, "passages": _passages(board)}) + "\n"
+
+
+def _peaks(board: dict, one: dict, n: int = 3) -> list[str]:
+    """The tokens at the peaks of a dashboard's strongest contexts, the most frequent first."""
+    counted = Counter(board["vocab"][context["tokens"][context["peak"]]] for context in _strongest(one, TOP))
+    return [token for token, _ in counted.most_common(n)]
 
 
 def _shown(value, column: str):
@@ -168,9 +170,16 @@ def _beside(board: dict, feature: str) -> str | None:
     return next((str(other) for other, _ in theirs if str(other) in baseline["features"]), None)
 
 
-def _line(board: dict, feature: str) -> str:
-    one = board["features"][feature]
-    return f"{feature}\t{_text(_dashboard(one) | {'beside': _beside(board, feature)})}\n"
+def _lines(board: dict) -> list[str]:
+    """Of each feature its dashboard's line, after that of the baseline's beside it where that did not come before."""
+    lines, told = [], {None}
+    for feature, one in board["features"].items():
+        other, line = _beside(board, feature), ""
+        if other not in told:
+            line = f"b{other}\t{_text(_dashboard(board['baseline']['features'][other]))}\n"
+            told.add(other)
+        lines.append(f"{line}{feature}\t{_text(_dashboard(one) | {'beside': other})}\n")
+    return lines
 
 
 def _dashboard(one: dict) -> dict:

@@ -63,9 +63,10 @@ const Features = (() => {
   const fires = row => Boolean(column("density", row));
   const has = feature => lines.has(String(feature));
   const rate = density => density ? `${number(density)} (1 of ${comma(Math.round(1 / density))} tokens)` : "0";
+  const peaks = known => known[5].map(token => visible(token.trim() || token)).join("  ");  // tokens it fires on most
   const words = feature => {  // what is said of a feature in short
     const known = note(feature);
-    return known ? known[3] || known[1].join(", ") : "";
+    return known ? known[3] || known[1].join(", ") || peaks(known) : "";
   };
 
   // ---------------------------------------------------------------------------------------------- the list
@@ -88,6 +89,7 @@ const Features = (() => {
       ...some("nearest", {...plain("nearest", "its nearest", 104), say: String}),
       ...some("own_cosine", {...cosines("own_cosine", "own nearest", 116), say: fixed}),
       ...some("encoder_cosine", {...cosines("encoder_cosine", "encoder", 92), say: fixed}),
+      ...told(5, text("peaks", "fires on", 180, peaks)),
       ...told(0, text("why", "chosen as", 150, one => one[0].join(", "))),
       ...told(1, text("classes", "classes", 190, one => one[1].join(", "))),
       ...told(2, text("letters", "letters", 82, one => one[2].join(", "))),
@@ -482,7 +484,7 @@ const Features = (() => {
   }
 
   function about(feature, one, row) {
-    const [why, classes, letters, explanation, score] = note(feature) || [[], [], [], null, null];
+    const [why, classes, letters, explanation, score] = note(feature) || [[], [], [], null, null, []];
     const scored = score === null ? "" : ` (score ${number(score)})`;
     return facts([["explanation", explanation === null ? null : visible(explanation) + scored],
       ["classes", visible(classes.join(", "))], ["first letters", letters.join(", ")], ["chosen as", why.join(", ")],
@@ -564,6 +566,9 @@ const Features = (() => {
     const parts = [heading, turn,
       el("span", {class: "mut", role: "status", text: place})];
     if (!one) return el("div", {class: "bar"}, ...parts);
+    const signs = board.either_sign ? [el("span", {class: "mut"}, "shaded ",
+      el("span", {class: "on pos full", text: "where positive"}), " ",
+      el("span", {class: "on neg full", text: "where negative"}))] : [];
     const box = (text, name) => {
       const input = el("input", {type: "checkbox"});
       input.checked = look[name];
@@ -576,7 +581,7 @@ const Features = (() => {
       });
       return el("label", {}, input, " " + text);
     };
-    return el("div", {class: "bar"}, ...parts, box("whole contexts", "whole"), box("line breaks", "breaks"));
+    return el("div", {class: "bar"}, ...parts, box("whole contexts", "whole"), box("line breaks", "breaks"), ...signs);
   }
 
   function shape() {

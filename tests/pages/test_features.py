@@ -295,7 +295,7 @@ def test_a_dashboard_and_what_stands_beside_it(browser, tmp_path):
     near, cosine = next(one for one in beside if str(one[0]) in made["baseline"]["features"])
     assert browser.js("return document.querySelectorAll('#one canvas').length") == 4
     heads = browser.js("return [...document.querySelectorAll('#one h3')].map(one => one.textContent)")
-    assert heads == [f"This run: feature {feature}", f"Baseline: feature {near}"]
+    assert heads == [f"This run: feature {feature}", f"Baseline: feature {near} topk at L0 32, L0 40.5"]
     assert f"cosine {cosine:g}" in text_of(browser, "#one .pair > :last-child > p")
     count = "return document.querySelector('#one .pair > div').querySelectorAll('.ctx').length"
     assert browser.js(count) == 5

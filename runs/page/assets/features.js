@@ -498,17 +498,17 @@ const Features = (() => {
     const {baseline} = board;
     if (baseline === null) return null;
     const nearest = one.beside ?? one.theirs[0]?.[0] ?? column("nearest", row);
-    const heading = el("h3", {text: `Baseline: feature ${nearest ?? "–"}`});
+    const named = ` ${visible(baseline.name)}${baseline.l0 === null ? "" : `, L0 ${number(baseline.l0)}`}`;
+    const heading = el("h3", {text: `Baseline: feature ${nearest ?? "–"}`}, el("span", {class: "mut", text: named}));
     const other = one.beside === null ? null : dashboard("b" + one.beside);
     const near = one.theirs.find(([name]) => String(name) === String(nearest))?.[1] ?? cosine("cosine", row);
     const like = near === null ? "" : `cosine ${number(near)} · `;
-    const named = `${visible(baseline.name)}${baseline.l0 === null ? "" : `, L0 ${number(baseline.l0)}`}`;
     if (other) {
-      const said = `${like}density ${rate(other.density)} · max ${number(other.max)} · ${named}`;
+      const said = `${like}density ${rate(other.density)} · max ${number(other.max)}`;
       return side(heading, said, other, "baseline", charts);
     }
     const reason = baseline.problem ? visible(baseline.problem) : "There is no dashboard of it.";
-    return el("div", {}, heading, el("p", {class: "mut", text: like + named}), el("p", {text: reason}));
+    return el("div", {}, heading, el("p", {class: "mut", text: like.replace(" · ", "")}), el("p", {text: reason}));
   }
 
   // features with dashboards that name this one as near or firing together

@@ -77,7 +77,7 @@ const Pages = (() => {
       data: {datasets: spec.series.map((one, i) => dataset(spec, one, i))}, plugins: [errorBars],
       options: {animation: false, responsive: true, maintainAspectRatio: false, parsing: false, normalized: true,
         interaction: {mode: "nearest", intersect: few, axis: few ? "xy" : "x"},
-        scales: {x: {...scale(spec, "x"), offset: false}, y: {...scale(spec, "y"), beginAtZero: !few && !spec.y.log}},
+        scales: {x: {...scale(spec, "x"), offset: false}, y: {...scale(spec, "y"), beginAtZero: !few}},
         onHover: (event, found) => { canvas.style.cursor = address(found[0]?.element.$context.raw.href) ? "pointer" : ""; },
         onClick: (event, found) => {
           const to = address(found[0]?.element.$context.raw.href);
@@ -134,6 +134,11 @@ const Pages = (() => {
     const canvas = document.createElement("canvas");
     plot.append(canvas);
     place.replaceChildren(plot, numbers(spec));
+    drawn.forEach(([old], gone) => {  // of what the page has replaced
+      if (gone.isConnected) return;
+      old.destroy();
+      drawn.delete(gone);
+    });
     draw(canvas, spec);
   }
 

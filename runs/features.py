@@ -74,9 +74,12 @@ def _made(out: Path, looked_at: dict, comparisons: list[Comparison], say: Callab
     if files:
         features = sum(len(board["features"]) for board in boards.values())
         tokens = max((board["text"]["tokens"] for board in boards.values() if board["text"]), default=0)
+        what = f"{features:,} features, {tokens:,} tokens of held-out text"
+        if not tokens:
+            what = "none, as the model reads no text; all features in figures"
         size = sum(file.stat().st_size for file in files) / 1e6
-        say(f"dashboards: {features:,} features, {tokens:,} tokens of held-out text; "
-            f"{duration(time.monotonic() - begun)}, {FOLDER}/ {size:.2g} MB")
+        say(f"dashboards: {what}; {duration(time.monotonic() - begun)}, {FOLDER}/ {size:.2g} MB")
+
 
 
 def _compared(out: Path, comparisons: list[Comparison]) -> Iterator[tuple[str, Compared]]:

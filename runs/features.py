@@ -28,7 +28,7 @@ def write(out: Path, board: dict) -> Path:
     text = json.dumps(board, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     file = place(out, board["sae"])
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(file, gzip.compress(text.encode(), mtime=0))
+    write_bytes(file, gzip.compress(text.encode(), compresslevel=6, mtime=0))
     return file
 
 

@@ -318,6 +318,8 @@ def _write(file: Path, what: dict, run: Run, other: Run | None) -> None:
         beside_it = side is not None and file.parent.resolve() == side.path.parent.resolve()
         if beside_it and (side.path.parent / features.FOLDER / f"{side.section}.html").is_file():
             links[name] = f"{features.FOLDER}/{side.section}.html"
+    if file.parent.resolve() == run.path.parent.resolve() and (run.path.parent / "report.html").is_file():
+        links["report"] = "report.html"
     html = look.page(what, title(what), title(what["baseline"]) if what["baseline"] else "", says, links)
     with open(file, "x", encoding="utf-8", errors="replace") as opened:
         opened.write(html)

@@ -12,7 +12,7 @@ SIDES = ("run", "baseline")
 
 def page(what: dict, run: str, baseline: str, says: Callable[[dict], str], links: dict[str, str]) -> str:
     """A whole page. `what`: runs.look.found's; run, baseline: what the SAEs are called; says: a feature in words;
-    links: {side: address of its dashboards, relative}.
+    links: {side: address of its dashboards, relative; "report": that of the run's report}.
     """
     names = {"run": run, "baseline": baseline}
     sides = [side for side in SIDES if what["passage"][side] is not None]
@@ -22,17 +22,19 @@ def page(what: dict, run: str, baseline: str, says: Callable[[dict], str], links
              "values": {feature: one["values"] for feature, one in what["features"][side].items()},
              "page": links.get(side, "")} for side in sides]
     block = shell.data({"tokens": list(map(shell.visible, passage["tokens"])), "sides": told}, id="look")
-    parts = [f"<h1>{escape(shell.visible(run))}</h1>", *_about(what, names, len(sides) > 1),
+    parts = [f"<h1>{escape(shell.visible(run))}</h1>", *_about(what, names, len(sides) > 1, links.get("report", "")),
              f'<div class="look card"><div class=text>{_text(passage)}</div></div>',
              "<details class=table open><summary>all tokens as a table</summary>"
              f"{_table(passage, {side: names[side] for side in sides}, known, links)}</details>", block]
     return shell.page(f"A text read by {shell.visible(run)}", parts, ("look.js",), ("look.css",))
 
 
-def _about(what: dict, names: dict[str, str], two: bool) -> list[str]:
+def _about(what: dict, names: dict[str, str], two: bool, report: str) -> list[str]:
     model, layer, n = what["model"], what["layer"], len(what["passage"]["tokens"])
     beside = f"beside {names['baseline']} · " if two else ""
-    lines = [f"<p class=mut>{escape(shell.visible(f'{beside}{model}, after block {layer} · {n} tokens'))}</p>"]
+    about = escape(shell.visible(f"{beside}{model}, after block {layer} · {n} tokens"))
+    back = f' · <a href="{escape(report)}">the run’s report</a>' if report else ""
+    lines = [f"<p class=mut>{about}{back}</p>"]
     if what["problem"]:
         lines.append(f"<p class=warn>No baseline beside it: {escape(shell.visible(what['problem']))}</p>")
     if what["left_out"]:
@@ -50,9 +52,9 @@ def _text(passage: dict) -> str:
 
 def _token(token: str, share: float) -> str:
     sign = " neg" if share < 0 else ""
-    line = " line" if "\n" in token else ""
     shade = f' style="--a:{0.08 + 0.42 * abs(share):.2f}"' if share else ""
-    return f'<span class="tok{sign}{line}"{shade}>{escape(shell.visible(token))}</span>'
+    text = shell.visible(token).replace("↵", "↵\n")  # the line ends behind its sign
+    return f'<span class="tok{sign}"{shade}>{escape(text)}</span>'
 
 
 def _table(passage: dict, names: dict[str, str], known: dict, links: dict[str, str]) -> str:
@@ -70,5 +72,6 @@ def _features(pairs: list, known: dict[str, str], link: str) -> str:
     lines = []
     for feature, activation in pairs:
         name = f'<a href="{escape(link)}#{feature}">{feature}</a>' if link else str(feature)
-        lines.append(f"<div>{name} <b>{activation:.4g}</b> <span class=mut>{escape(known[str(feature)])}</span></div>")
+        said = f"<span class=mut>{escape(known[str(feature)])}</span>"
+        lines.append(f"<div><span class=n>{name}</span> <b>{activation:.4g}</b> {said}</div>")
     return "".join(lines)

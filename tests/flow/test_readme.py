@@ -40,6 +40,7 @@ ELSEWHERE = (
     ("--out_dir=run_0", "tests/runs/test_template.py", r"--out_dir=run_"),
     ("python plot.py", "tests/runs/test_template.py", r"plot\.py"),
     ("python -m runs.stability", "tests/runs/test_stability.py", r"stability\.main\("),
+    ("python -m runs.look", "tests/runs/test_look.py", r"look\.main\("),
     ("--exit-status", "tests/runs/test_verdict.py", r'"--exit-status"'),
     ("--store", "tests/runs/test_seeds.py", r'"--store"'),
     ("openai-community/gpt2", "tests/evals/test_inputs.py", r"run\(cache, gpt2, texts, "))
@@ -49,8 +50,8 @@ SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--eva
          "cache": ["--gb=0.01"],
          "steps": ["--device=cpu", "--d_in=32", "--width=256", "--k=4", "--batch_size=64", "--variants=topk,standard"],
          "evals": ["--help"]}  # minutes of the embedded model
-OTHER_PROGRAMS = {"--all", "--baseline", "--by", "--csv", "--exit-status", "--json", "--markdown", "--rebuild",
-                  "--saebench", "--store"}
+OTHER_PROGRAMS = {"--all", "--baseline", "--by", "--csv", "--exit-status", "--file", "--json", "--markdown", "--page",
+                  "--rebuild", "--sae", "--saebench", "--store", "--text", "--top"}
 COMMANDS = r"(python3?|torchrun|pip|diff) "
 REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
 

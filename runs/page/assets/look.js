@@ -71,7 +71,7 @@
     const cells = [make("td", {}, button), make("td", {textContent: short(value)}),
       make("td", {className: "mut", textContent: said, title: said})];
     if (side.page) {
-      const link = make("a", {href: `${side.page}#${feature}`, textContent: "dashboard"});
+      const link = make("a", {href: `${side.page}#${feature}`, textContent: "open", title: "its dashboard"});
       link.setAttribute("aria-label", `dashboard of feature ${feature}`);
       cells.push(make("td", {}, link));
     }
@@ -128,6 +128,7 @@
     span.setAttribute("role", "option");
     span.setAttribute("aria-selected", "false");
     span.tabIndex = place ? -1 : 0;
+    if (!tokens[place].trim()) span.setAttribute("aria-label", "space");
     span.addEventListener("pointerenter", () => show(place));
     span.addEventListener("focus", () => { if (selected !== place) select(place, false); });
     span.addEventListener("click", () => select(place, true));

@@ -17,6 +17,7 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
+from urllib.parse import quote
 
 from runs import beside, compare, features
 from runs.frontier import l0_of
@@ -317,7 +318,7 @@ def _write(file: Path, what: dict, run: Run, other: Run | None) -> None:
     for name, side in (("run", run), ("baseline", other)):
         beside_it = side is not None and file.parent.resolve() == side.path.parent.resolve()
         if beside_it and (side.path.parent / features.FOLDER / f"{side.section}.html").is_file():
-            links[name] = f"{features.FOLDER}/{side.section}.html"
+            links[name] = f"{features.FOLDER}/{quote(side.section)}.html"
     if file.parent.resolve() == run.path.parent.resolve() and (run.path.parent / "report.html").is_file():
         links["report"] = "report.html"
     html = look.page(what, title(what), title(what["baseline"]) if what["baseline"] else "", says, links)

@@ -8,30 +8,63 @@ from html import escape
 from runs.page import shell
 
 SIDES = ("run", "baseline")
+CELLS = 5_000  # features of tokens on a page, each side; fewer where it would not stay under MOST bytes
+MOST = 3_000_000
+WORDS = 120  # characters that are said of a feature
 
 
 def page(what: dict, run: str, baseline: str, says: Callable[[dict], str], links: dict[str, str]) -> str:
     """A whole page. `what`: runs.look.found's; run, baseline: what the SAEs are called; says: a feature in words;
     links: {side: address of its dashboards, relative; "report": that of the run's report}.
     """
-    names = {"run": run, "baseline": baseline}
+    names, cells = {"run": run, "baseline": baseline}, CELLS
+    while True:
+        html = _page(_beginning(what, cells), len(what["passage"]["tokens"]), names, says, links)
+        if len(html.encode("utf-8", "replace")) < MOST or cells == 1:
+            return html
+        cells //= 2
+
+
+def _page(what: dict, tokens: int, names: dict[str, str], says: Callable[[dict], str], links: dict[str, str]) -> str:
+    """The page of a text of so many tokens, of which `what` holds the first."""
+    run = names["run"]
     sides = [side for side in SIDES if what["passage"][side] is not None]
-    known = {side: {feature: says(one) for feature, one in what["features"][side].items()} for side in sides}
+    known = {side: {feature: says(one)[:WORDS] for feature, one in what["features"][side].items()} for side in sides}
     passage = what["passage"]
     told = [{"name": shell.visible(names[side]), "tokens": passage[side], "says": known[side],
              "values": {feature: one["values"] for feature, one in what["features"][side].items()},
              "page": links.get(side, "")} for side in sides]
     block = shell.data({"tokens": list(map(shell.visible, passage["tokens"])), "sides": told}, id="look")
-    parts = [f"<h1>{escape(shell.visible(run))}</h1>", *_about(what, names, len(sides) > 1, links.get("report", "")),
+    parts = [f"<h1>{escape(shell.visible(run))}</h1>", *_about(what, names, tokens, links.get("report", "")),
              f'<div class="look card"><div class=text>{_text(passage)}</div></div>',
              "<details class=table open><summary>all tokens as a table</summary>"
              f"{_table(passage, {side: names[side] for side in sides}, known, links)}</details>", block]
     return shell.page(f"A text read by {shell.visible(run)}", parts, ("look.js",), ("look.css",))
 
 
-def _about(what: dict, names: dict[str, str], two: bool, report: str) -> list[str]:
-    model, layer, n = what["model"], what["layer"], len(what["passage"]["tokens"])
-    beside = f"beside {names['baseline']} · " if two else ""
+def _beginning(what: dict, cells: int) -> dict:
+    """As many tokens as have `cells` features, and of the features that these show ten times as many places, the
+    strongest; thinned: not all of them."""
+    passage, kept, thinned = what["passage"], {}, False
+    of_token = max(len(pairs) for side in SIDES for pairs in passage[side] or [[]])
+    room = max(1, cells // max(of_token, 1))
+    passage = {name: values and values[:room] for name, values in passage.items()}
+    for side in SIDES:
+        shown = {str(feature) for pairs in passage[side] or [] for feature, _ in pairs}
+        places = {feature: [pair for pair in what["features"][side][feature]["values"] if pair[0] < room]
+                  for feature in sorted(shown, key=int)}
+        most = 10 * cells // max(len(shown), 1)
+        if sum(map(len, places.values())) > 10 * cells:
+            thinned = True
+            places = {feature: sorted(sorted(values, key=lambda pair: -abs(pair[1]))[:most])
+                      for feature, values in places.items()}
+        kept[side] = {feature: what["features"][side][feature] | {"values": places[feature]} for feature in places}
+    return what | {"passage": passage, "features": kept, "thinned": thinned}
+
+
+def _about(what: dict, names: dict[str, str], n: int, report: str) -> list[str]:
+    model, layer, shown = what["model"], what["layer"], len(what["passage"]["tokens"])
+    beside = f"beside {names['baseline']} · " if what["baseline"] else ""
     about = escape(shell.visible(f"{beside}{model}, after block {layer} · {n} tokens"))
     back = f' · <a href="{escape(report)}">the run’s report</a>' if report else ""
     lines = [f"<p class=mut>{about}{back}</p>"]
@@ -40,6 +73,11 @@ def _about(what: dict, names: dict[str, str], two: bool, report: str) -> list[st
     if what["left_out"]:
         lines.append(f"<p class=warn>The text is cut after {n - 1:,} tokens, the context that the SAE was trained on: "
                      f"{what['left_out']:,} are left out.</p>")
+    if shown < n:
+        lines.append(f"<p class=warn>The first {shown:,} tokens are shown: a page has no room for more.</p>")
+    if what["thinned"]:
+        lines.append("<p class=warn>The SAE is dense: a feature that is picked shades only the tokens on which it "
+                     "fires most.</p>")
     return lines
 
 

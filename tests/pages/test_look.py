@@ -1,5 +1,8 @@
 """The page of a text of one's own, in a real browser."""
 
+import json
+import re
+
 import pytest
 
 from runs.page import look
@@ -36,6 +39,22 @@ def test_the_page_without_a_browser(tmp_path):
     text = written(tmp_path, list(PLAIN), {"run": "features/a.html", "report": "report.html"}, two=False).read_text()
     assert text.count("<tr>") == len(PLAIN) + 1 and 'href="features/a.html#7"' in text
     assert "No baseline beside it" in text and "5 are left out" in text and HARMFUL[0] not in text
+
+
+def test_a_long_text_stays_a_page(tmp_path):
+    """Fails if a page of a long text and a dense SAE has no bound, or leaves tokens out without a word."""
+    what = read_by([PLAIN[place % len(PLAIN)] for place in range(4000)])
+    every = {str(feature): WORDS | {"explanation": "x" * 500, "values": [[place, 1.5] for place in range(4000)]}
+             for feature in range(400)}
+    pairs = [[[(place + n) % 400, 1.5] for n in range(5)] for place in range(4000)]
+    what["passage"] |= {"run": pairs, "baseline": pairs}
+    what["features"] = {"run": every, "baseline": every}
+    text = look.page(what, "run", "base", lambda one: one["explanation"], {})
+    assert text.count("<tr>") == 501 and "The first 500 tokens are shown" in text and "4000 tokens" in text
+    assert "The SAE is dense" in text and len(text.encode()) < 3e6
+    kept = json.loads(re.search(r'id="look">(.*?)</script>', text)[1])
+    # 400 features share 25,000 places
+    assert {len(values) for values in kept["sides"][0]["values"].values()} == {62}
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ import evals
 import evals.cache
 import runs.folder
 import variants
-from evals.common import dashboards, stored
 from evals.common import settings as eval_settings
+from evals.common import stored
 from evals.model import checks as model_checks
 from evals.model import language_model, memory, passes, places, synthetic
 from evals.model.language_model import LanguageModel
@@ -57,6 +57,7 @@ from runs import (
     endings,
     environment,
     failure,
+    features,
     hopeless,
     identity,
     needs,
@@ -868,8 +869,8 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         mine = reading.read(out)
         looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache, job.max_norm),
                                 TrainedSAE(job.sae, job.scale)) for job in jobs}
-        boards = limit.boards(lambda: dashboards.boards(looked_at, say))
-        report.write(out, mine, compare.stored_baselines(mine), now.log, boards)
+        limit.boards(lambda: features.make(out, looked_at, compare.of_run(out), say))
+        report.write(out, mine, compare.stored_baselines(mine), now.log)
         for reason, n in source.skipped.items():
             say(f"texts: {n:,} rows skipped: {reason}")
         say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most "

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from evals.common import stored
+from runs import stability
+from runs.comparison import Compared, Comparison
 from runs.folder import write_bytes
+from runs.frontier import l0_of
+from runs.voice import duration
 
 FOLDER = "features"
 
@@ -37,3 +44,113 @@ def read(out: Path, sae: str) -> dict:
 def kept(out: Path) -> list[str]:
     """The SAEs of which a run's folder holds a board, in order."""
     return sorted(file.name.removesuffix(".json.gz") for file in (Path(out) / FOLDER).glob("*.json.gz"))
+
+
+# ------------------------------------------------------------------------------------------------ making
+
+
+def make(out: Path, looked_at: dict[str, tuple], comparisons: Iterable[Comparison], say: Callable[[str], None]) -> None:
+    """Make and keep the boards of a run's SAEs {name: (evals.Setup, TrainedSAE)} in place of earlier ones; what keeps
+    that from being done is said, and costs nothing else.
+    """
+    begun = time.monotonic()
+    try:
+        for sae in kept(out):  # those of another training, if this fails
+            place(out, sae).unlink()
+        _made(Path(out), looked_at, list(comparisons), say, begun)
+    except Exception as error:  # noqa: BLE001  whatever it is, the run's results are not lost for it
+        what = str(error).split("\n")[0]
+        say(f"report: no feature dashboards: {type(error).__name__}: {what}")
+
+
+def _made(out: Path, looked_at: dict, comparisons: list[Comparison], say: Callable, begun: float) -> None:
+    from evals import dashboards
+
+    beside: dict = {}
+    asked = {sae: _asked(out, sae, one, beside, looked_at[sae][0].lm.device)
+             for sae, one in _compared(out, comparisons) if sae in looked_at}
+    boards = dashboards.boards(looked_at, asked, say)
+    files = [write(out, board) for board in boards.values()]
+    if files:
+        features = sum(len(board["features"]) for board in boards.values())
+        tokens = max((board["text"]["tokens"] for board in boards.values() if board["text"]), default=0)
+        size = sum(file.stat().st_size for file in files) / 1e6
+        say(f"dashboards: {features:,} features, {tokens:,} tokens of held-out text; "
+            f"{duration(time.monotonic() - begun)}, {FOLDER}/ {size:.2g} MB")
+
+
+def _compared(out: Path, comparisons: list[Comparison]) -> Iterator[tuple[str, Compared]]:
+    """The SAEs of the run in `out` and what they are compared with."""
+    for comparison in comparisons:
+        for one in comparison.saes:
+            if one.run.path.parent == out.resolve():
+                yield one.run.section, one
+
+
+def _asked(out: Path, sae: str, one: Compared, beside: dict, device):
+    """What is known of an SAE: evals.dashboards.Asked. `beside` keeps the SAEs of baselines, by their place."""
+    from evals.dashboards import Asked
+
+    config = one.run.config
+    return Asked(config.get("variant", ""), config.get("core_dataset", ""), classes_of(out, sae), letters_of(out, sae),
+                 explanations_of(out, sae), _baseline(one, beside, device))
+
+
+def _baseline(one: Compared, known: dict, device):
+    """The SAE of the baseline that a run's features are compared with: evals.dashboards.Beside, or None without one."""
+    from evals.dashboards import Beside
+
+    new = one.new()
+    if new is None or not new.nearest:
+        return None
+    run = new.baseline
+    if (run.path, run.section) not in known:
+        known[run.path, run.section] = _encoder(run, device)
+    sae, problem = known[run.path, run.section]
+    return Beside(run.name, run.config.get("variant", ""), l0_of(run), new.nearest, new.cosine,
+                  stability.decoder(stability.folder_of(run)), sae, problem)
+
+
+def _encoder(run, device) -> tuple:
+    """(TrainedSAE, None), or (None, why there is none)."""
+    try:
+        from runs import beside
+
+        return beside.trained(run).to(device), None
+    except ImportError:
+        return None, "its encoder is not stored"
+    except Exception as error:  # noqa: BLE001  of code that is not ours, too: the run's own features are shown all the same
+        return None, str(error).split("\n")[0] or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------ from the evals
+
+
+def classes_of(out: Path, sae: str) -> dict[str, list[int]]:
+    """{"data set: class": the features that its sparse probe chose, best first}, as far as evals have said."""
+    found = {}
+    for dataset, values in _unstructured(out, "sparse_probing", sae).items():
+        for name, features in (values.get("sae_features_fixed_draw") or {}).items():
+            found[f"{dataset.removesuffix('_results')}: {name}"] = features
+    for dataset, values in _unstructured(out, "sae_probes", sae).items():
+        if values.get("sae_features"):
+            found[dataset] = values["sae_features"]
+    return found
+
+
+def letters_of(out: Path, sae: str) -> dict[str, list[int]]:
+    """{letter: the features that tell words which begin with it} of absorption."""
+    split = _unstructured(out, "absorption", sae).get("split_features") or {}
+    return {letter: values["split_features"] for letter, values in split.items()}
+
+
+def explanations_of(out: Path, sae: str) -> dict[int, tuple[str, float | None]]:
+    """{feature: (explanation, score)} of autointerp."""
+    return {int(feature): (values["explanation"], values["score"])
+            for feature, values in _unstructured(out, "autointerp", sae).items()}
+
+
+def _unstructured(out: Path, name: str, sae: str) -> dict:
+    """What an eval tells beside its metrics; {} where it did not run."""
+    file = stored.path(out, name, sae)
+    return json.loads(file.read_text(encoding="utf-8"))["eval_result_unstructured"] if file else {}

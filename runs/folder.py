@@ -27,7 +27,7 @@ LOCK = ".lock"
 NOTHING_BUT_WORDS = {"run_info.json", "error.json", "log.txt", "verdict.json", "progress.json", "events.jsonl"}
 RESULTS = ("sae", "eval_results", "variant_report", "snapshots")  # folders that hold results, beside final_info.json
 HALF_WRITTEN = (".*.tmp", "sae/.*.tmp", "eval_results/*/.*.tmp", "snapshots/*/eval_results/*/.*.tmp",
-                "variant_report/*/.*.tmp")
+                "variant_report/*/.*.tmp", "features/.*.tmp")
 
 # ------------------------------------------------------------------------------------------------ writing
 

@@ -154,23 +154,30 @@ def found(folder: Path, rows: Iterable[dict] = ()) -> list[dict]:
     A run that is under way or was killed has no line yet; one that was moved aside (run_1.previous-1) has its line
     under its former name, one that failed in preflight has no variant.py.
     """
-    lines = {mark for one in rows for mark in (_mark(one), _mark(one | dict(hash=None)))}
+    lines = {known_as for one in rows for known_as in (mark(one), mark(one | dict(hash=None)))}
     read_now = []
     try:
-        inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+        inside = sorted(entry.path for entry in os.scandir(folder) if _is_folder(entry))
     except OSError as error:
         raise FileNotFoundError(f"no folder {folder}: {error.strerror}\ngive the folder that holds the runs") from None
     for path in map(Path, inside):
         try:
             one = _of_folder(path)
-            if one is not None and _mark(one) not in lines:
+            if one is not None and mark(one) not in lines:
                 read_now.append(one)
-        except (OSError, TypeError, ValueError, AttributeError, LookupError):  # another program's, or not ours to read
+        except Exception:  # noqa: BLE001  another program's, or not ours to read; a number beyond every float, a pit
             continue
     return read_now
 
 
-def _mark(one: dict) -> tuple:
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
+
+
+def mark(one: dict) -> tuple:
     """What a run's line and its folder agree in, whatever the folder is called now."""
     name = re.sub(r"\.previous-\d+$", "", " ".join(str(one["run"]).split()))  # as a line has it
     live = one["verdict"] if one["verdict"] in ("killed", "running") else ""  # no line says that
@@ -193,7 +200,7 @@ def _of_folder(out: Path) -> dict | None:
         said, written = _judged_now(out, info, status), out / "run_info.json"
     source = None
     with contextlib.suppress(OSError):
-        source = (out / "variant.py").read_bytes()
+        source = _bytes(out / "variant.py")
     at = next((file.stat().st_mtime for file in (written, out / "final_info.json") if file.is_file()), 0.0)
     return row(said | dict(run=out.name), source, info.get("commit"), settings.get("hyper") or "",
                settings.get("sweep") or "", note, at)
@@ -239,10 +246,17 @@ def _held(out: Path) -> bool:
 
 def _json(file: Path) -> dict:
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(_bytes(file))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _bytes(file: Path) -> bytes:
+    """What a file holds; OSError of a pipe or a device, which would never end."""
+    if not file.is_file():
+        raise FileNotFoundError(file)
+    return file.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ in order

@@ -382,14 +382,13 @@ class Limit:
             found = json.loads((out / NOTE).read_bytes())
             self.num_tokens, self.cut_again = int(found["num_tokens"]), list(found["cut_again"])
 
-    def boards(self, make: Callable[[], list]) -> list:
-        """The report's dashboards, or none where they would take the last seconds."""
+    def boards(self, make: Callable[[], None]) -> None:
+        """Make the dashboards, or not, where they would take the last seconds."""
         try:
             with self.within(self.spare / 3, lambda: "making dashboards"):
-                return make()
+                make()
         except OutOfTime:
             say("report: no feature dashboards: no time is left for them")
-            return []
 
     def _told(self, asked: int, tokens: int) -> None:
         planned = [f"{name} {duration(self.forecast[name])}" for name in self.planned(self.forecast)]

@@ -1,5 +1,6 @@
 """What can be looked at in a trained SAE: all of its features in figures, some hundreds of them in dashboards, and how
-it reads a few passages. Made from held-out text in one pass of the language model for all SAEs of a layer.
+it reads a few passages. Made from held-out text in one pass of the language model for all SAEs of a layer, which two
+sweeps of the SAEs' encoders follow: what fires, then the contexts of what was chosen.
 
 A *board* is what is known of one SAE, plain JSON (kept by runs/features.py, shown by runs/page/features.py, exported by
 runs/neuronpedia.py). F features; activations and norms in units of the raw residual stream; a token is its text.
@@ -16,7 +17,7 @@ runs/neuronpedia.py). F features; activations and norms in units of the raw resi
     health      {"l0": {"edges", "counts"}: tokens by active features; "norms", "errors": ‖x‖ and ‖x − x̂‖ of up to a
                 thousand tokens, evenly spread}
     vocab       the texts of the tokens that contexts use, by number
-    features    {"123": a dashboard}
+    features    {"123": a dashboard}, of features that fire in the text; the first ones are some of each reason
     baseline    None, or {"name": of the SAE that is compared with, "variant", "l0", "problem": None or why there are no
                 dashboards, "features": {"77": a dashboard of the baseline's}}: the nearest of each of `features`, on
                 the same text
@@ -29,9 +30,11 @@ A dashboard is
                 "explained"; of the baseline's: []
     density, max
     groups      [{"name": "top" or "interval 3", "from", "to": activations, "contexts": […]}]: 20 of the strongest (each
-                another row while there are enough), then 5 each of 10 equal intervals from 0 to max, the highest first;
-                intervals without a context are left out
-    histogram   {"edges": 51, "counts": 50} of the activations that are not 0
+                another row while there are enough; from the weakest to the strongest of them), then 5 each of 10 equal
+                intervals from 0 to max, drawn, the highest first; intervals without a context are left out. Magnitudes
+                decide; of the baseline's there are 10 of the strongest alone
+    histogram   {"edges": 51, "counts": 50} of the activations that are not 0, with their sign: from the smallest, or 0,
+                to the largest, or 0
     logits      None where the model has no head for directions, or {"top": [[token, logit] × 10], "bottom": the same,
                 lowest first, "edges": 51, "counts": 50, over the vocabulary}
     own         [[feature, cosine] × 5]: the rows of its own decoder that are most like it
@@ -42,5 +45,277 @@ A dashboard is
     explanation, score    of autointerp, or None
 
 A context is {"tokens": [number in vocab], "values": [[place in tokens, activation], …] where it fires, "peak": the
-place it was chosen for, "row": of the text, "cut": [whether text before, after it was left out]}.
+place it was chosen for, "row": of the text, "cut": [whether text of the row before, after it was left out]}.
+
+Numbers have four significant digits. Cosines of features that fire with either sign are magnitudes.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evals import Setup
+from evals.dashboards import chosen, directions, sweeps, text
+from evals.storage import network
+from evals.texts import packing
+
+FEW = 5  # features of a probe for which it is one with few
+OWN, THEIRS, COFIRING = 5, 3, 5  # features named beside one
+OF_BASELINE = 10  # contexts
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The SAE of a baseline with which one is compared."""
+
+    name: str
+    variant: str
+    l0: float | None
+    nearest: list[int]  # of each feature of the run's the one here that is most like it
+    cosine: list[float]  # and the cosine with that one
+    decoder: Tensor | None = None  # [G, D]
+    sae: Any = None  # the TrainedSAE, on the model's device
+    problem: str | None = None  # why there is none
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of an SAE beside its weights; all of it may be left out."""
+
+    variant: str = ""
+    dataset: str = ""  # the name of the text
+    classes: dict[str, list[int]] = field(default_factory=dict)  # what each class's probe chose, the best first
+    letters: dict[str, list[int]] = field(default_factory=dict)  # and each first letter's
+    explanations: dict[int, tuple[str, float | None]] = field(default_factory=dict)  # of features, and their scores
+    baseline: Beside | None = None
+
+
+def boards(looked_at: dict[str, tuple[Setup, Any]], asked: dict[str, Asked],
+           say: Callable[[str], None]) -> dict[str, dict]:
+    """{SAE: its board} of the SAEs {name: (setup, TrainedSAE)}; none, said, for want of text.
+
+    The global random state, the model and the SAEs stay as they are.
+    """
+    found = {}
+    by_layer = sorted(looked_at, key=lambda name: looked_at[name][0].layer)
+    try:
+        for _, names in groupby(by_layer, key=lambda name: looked_at[name][0].layer):
+            names = list(names)
+            setup, saes = looked_at[names[0]][0], {name: looked_at[name][1] for name in names}
+            found |= _of_layer(setup, saes, {name: asked.get(name, Asked()) for name in names}, len(looked_at))
+    except (packing.TooLittleText, OSError) as error:
+        say(f"report: no feature dashboards: {network.first_line(error)}")
+        return {}
+    return {name: found[name] for name in looked_at}
+
+
+@torch.no_grad()
+def _of_layer(setup: Setup, saes: dict, asked: dict[str, Asked], of_run: int) -> dict[str, dict]:
+    """The boards of the SAEs of a layer, in a run of so many."""
+    read = text.read(setup)
+    # an SAE of a baseline may stand beside several of a run
+    theirs = {id(one.baseline.sae): one.baseline.sae for one in asked.values() if one.baseline and one.baseline.sae}
+    if not setup.lm.reads_text:
+        theirs = {}
+    seen = sweeps.first(read, {**saes, **theirs})
+    why = {name: chosen.choose(asked[name], seen[name].fired_F, setup.seed, name, of_run)
+           if setup.lm.reads_text else {} for name in saes}
+    looks = {name: sweeps.Look.nothing(list(why[name]), seen[name], setup.lm.device) for name in saes}
+    for key in theirs:
+        beside = (f for name, one in asked.items() if one.baseline and id(one.baseline.sae) == key
+                  for f in (one.baseline.nearest[feature] for feature in why[name]))
+        looks[key] = sweeps.Look.nothing(sorted(set(beside)), seen[key], setup.lm.device, OF_BASELINE, alone=True)
+    if setup.lm.reads_text:
+        sweeps.second(read, looks, {**saes, **theirs})
+    return {name: _board(read, name, sae, asked[name], seen, looks, why[name]) for name, sae in saes.items()}
+
+
+def _board(read: text.Text, name: str, sae, asked: Asked, seen: dict, looks: dict, why: dict) -> dict:
+    setup, vocab, beside = read.setup, Vocabulary(read.setup.lm.tokenizer), asked.baseline
+    own, W_FD = seen[name], sae.W_dec
+    either_sign = bool((own.low_F < 0).any())
+    texts, R, T = setup.lm.reads_text, *read.tokens_RT.shape
+    features = _dashboards(read, sae, own, looks[name], vocab)
+    for feature, dashboard in features.items():
+        dashboard["why"] = why[feature]
+        dashboard["classes"] = [label for label, chose in asked.classes.items() if feature in chose[:FEW]]
+        dashboard["letters"] = [letter for letter, serve in asked.letters.items() if feature in serve]
+        dashboard["explanation"], dashboard["score"] = asked.explanations.get(feature, (None, None))
+        dashboard["score"] = dashboard["score"] if dashboard["score"] is None else rounded(dashboard["score"])
+    if features:
+        index_C = looks[name].index_C
+        alike = directions.nearest(W_FD[index_C], W_FD, OWN, either_sign, index_C)
+        pairs = {"own": alike, "cofiring": _cofiring(own, looks[name])}
+        if beside and beside.decoder is not None:
+            pairs["theirs"] = directions.nearest(W_FD[index_C], beside.decoder.to(W_FD), THEIRS, either_sign)
+        for kind, (index_CK, value_CK) in pairs.items():
+            for dashboard, others, values in zip(features.values(), index_CK.tolist(), value_CK.tolist()):
+                dashboard[kind] = [[f, rounded(v)] for f, v in zip(others, values) if v > -torch.inf]
+    nearest = directions.own_nearest(W_FD, either_sign)
+    columns = {"density": (own.fired_F / max(1, own.tokens)).tolist(), "max": own.max_F.tolist(),
+               "own_nearest": nearest and nearest[0], "own_cosine": nearest and nearest[1],
+               "nearest": beside and beside.nearest, "cosine": beside and beside.cosine,
+               "encoder_cosine": directions.encoder_cosine(sae)}
+    said = dict(dataset=asked.dataset, tokens=own.tokens, rows=R, context=T)
+    of_baseline = None
+    if beside:
+        of_baseline = _baseline(read, beside, seen, looks, {beside.nearest[feature] for feature in why}, vocab)
+    return {"sae": name, "variant": asked.variant, "model": setup.lm.name, "hook_name": setup.hook_name,
+            "layer": setup.layer, "d_in": W_FD.shape[1], "d_sae": len(W_FD), "either_sign": either_sign,
+            "text": said if texts else None,
+            "list": {column: values and rounded(values) for column, values in columns.items()},
+            "health": {"l0": _l0(torch.cat(own.l0)), "norms": rounded(own.norms), "errors": rounded(own.errors)},
+            "features": {str(feature): dashboard for feature, dashboard in features.items()},
+            "baseline": of_baseline, "passages": _passages(setup, sae, beside) if texts else [], "vocab": vocab.texts()}
+
+
+def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: set[int], vocab: Vocabulary) -> dict:
+    found = {"name": beside.name, "variant": beside.variant, "l0": beside.l0, "problem": beside.problem, "features": {}}
+    if beside.sae is not None and read.setup.lm.reads_text:
+        key = id(beside.sae)
+        made = _dashboards(read, beside.sae, seen[key], looks[key], vocab, wanted)
+        found["features"] = {str(feature): dashboard for feature, dashboard in made.items()}
+    return found
+
+
+def _passages(setup: Setup, sae, beside: Beside | None) -> list[dict]:
+    try:
+        from evals.dashboards import passages
+    except ImportError:
+        return []
+    return passages.of(setup.lm, setup.layer, sae, beside and beside.sae, setup.max_norm)
+
+
+# ------------------------------------------------------------------------------------------------ the parts of a board
+
+
+class Vocabulary:
+    """The texts of tokens, numbered in the order in which they are asked for."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.number = tokenizer, {}
+
+    def numbers(self, ids: list[int]) -> list[int]:
+        return [self.number.setdefault(i, len(self.number)) for i in ids]
+
+    def texts(self) -> list[str]:
+        return spelled(self.tokenizer, list(self.number))
+
+
+def spelled(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token."""
+    return tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False) if ids else []
+
+
+def rounded(value):
+    """A number, or each of a list, with four significant digits; whole ones stay as they are."""
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _l0(l0_N: Tensor) -> dict:
+    """Tokens by active features, in at most 40 bins of one width."""
+    low, high = (int(l0_N.min()), int(l0_N.max())) if len(l0_N) else (0, 0)
+    width = -(-(high - low + 1) // 40)
+    edges = list(range(low, high + width + 1, width))
+    counts = ((l0_N - low) // width).bincount(minlength=len(edges) - 1)
+    return {"edges": edges, "counts": counts.tolist()}
+
+
+def _dashboards(read: text.Text, sae, seen: sweeps.Seen, look: sweeps.Look, vocab: Vocabulary,
+                wanted: set[int] | None = None) -> dict[int, dict]:
+    """{feature: what sweeps and decoder tell of it}, of those that were looked at, or the wanted ones of them."""
+    index = look.index_C.tolist()
+    asked = [c for c, feature in enumerate(index) if wanted is None or feature in wanted]
+    if not asked:
+        return {}
+    logits = directions.promoted(read.setup.lm, sae.W_dec[look.index_C[asked]]) or [None for _ in asked]
+    groups = _groups(read, look, seen, set(asked), vocab)
+    found = {}
+    for c, promoted in zip(asked, logits):
+        feature = index[c]
+        low, high = float(look.low_C[c]), float(look.high_C[c])
+        edges = torch.linspace(low, high, sweeps.BINS + 1, dtype=torch.float64).tolist()
+        if promoted is not None:
+            promoted = {key: _named(read.setup.lm.tokenizer, value) if key in ("top", "bottom") else rounded(value)
+                        for key, value in promoted.items()}
+        found[feature] = {
+            "why": [], "density": rounded(float(seen.fired_F[feature] / max(1, seen.tokens))),
+            "max": rounded(float(seen.max_F[feature])), "groups": groups[c],
+            "histogram": {"edges": rounded(edges), "counts": look.counts_CB[c].tolist()}, "logits": promoted,
+            "own": [], "theirs": [], "cofiring": [], "classes": [], "letters": [], "explanation": None, "score": None}
+    return found
+
+
+def _named(tokenizer, ends: list[tuple[int, float]]) -> list[list]:
+    texts = spelled(tokenizer, [token for token, _ in ends])
+    return [[token, rounded(value)] for token, (_, value) in zip(texts, ends)]
+
+
+def _groups(read: text.Text, look: sweeps.Look, seen: sweeps.Seen, asked: set[int], vocab: Vocabulary,
+            ) -> dict[int, list[dict]]:
+    """The contexts of features, by their number among those looked at."""
+    def listed(firings: sweeps.Firings | None, numbers: list[int]) -> dict:
+        """{(c, number): [(place, value, window), …]}"""
+        found: dict = {}
+        if firings is not None:
+            columns = (firings.c_E, firings.place_E, firings.value_E, firings.window_EW)
+            for number, c, *one in zip(numbers, *(column.tolist() for column in columns)):
+                found.setdefault((c, number), []).append(one)
+        return found
+
+    def none(firings: sweeps.Firings | None) -> list[int]:
+        return [0 for _ in range(0 if firings is None else len(firings.c_E))]
+
+    def strongest(found: list) -> list:
+        return sorted(found, key=lambda one: (-abs(one[1]), one[0]))
+
+    intervals = [] if look.drawn is None else sweeps.interval(look, look.drawn).tolist()
+    by_row, anywhere = (listed(kept, none(kept)) for kept in (look.by_row, look.strongest))
+    drawn = listed(look.drawn, intervals)
+    groups = {}
+    for c in asked:
+        largest = float(seen.max_F[look.index_C[c]])
+        top = by_row.get((c, 0), [])
+        places = {place for place, *_ in top}
+        more = [one for one in strongest(anywhere.get((c, 0), [])) if one[0] not in places]
+        top = strongest(top + more[:look.top - len(top)])
+        groups[c] = [{"name": "top", "from": rounded(top[-1][1]), "to": rounded(top[0][1]),
+                      "contexts": [_context(read, vocab, *one) for one in top]}] if top else []
+        for number in range(sweeps.INTERVALS, 0, -1):
+            some = strongest(drawn.get((c, number), []))
+            ends = (rounded(largest * end / sweeps.INTERVALS) for end in (number - 1, number))
+            if some:
+                groups[c].append({"name": f"interval {number}", **dict(zip(("from", "to"), ends)),
+                                  "contexts": [_context(read, vocab, *one) for one in some]})
+    return groups
+
+
+def _context(read: text.Text, vocab: Vocabulary, place: int, value: float, window: list[float]) -> dict:
+    T = read.tokens_RT.shape[1]
+    row, at = divmod(place, T)
+    start, end = max(1, at - sweeps.WINDOW), min(T, at + sweeps.WINDOW + 1)  # without the BOS of the row
+    values = window[start - at + sweeps.WINDOW:end - at + sweeps.WINDOW]
+    return {"tokens": vocab.numbers(read.tokens_RT[row, start:end].tolist()),
+            "values": [[i, rounded(v)] for i, v in enumerate(values) if v], "peak": at - start, "row": row,
+            "cut": [start > 1, end < T]}
+
+
+def _cofiring(seen: sweeps.Seen, look: sweeps.Look) -> tuple[Tensor, Tensor]:
+    """Of the features that were looked at those with the largest φ, and φ; −∞ where it is not above 0."""
+    N, n_F = seen.tokens, seen.fired_F.double()
+    index_C, both_CF = look.index_C.cpu(), look.together_CF.double().cpu()
+    n_C1 = n_F[index_C][:, None]
+    spread_CF = (n_C1 * (N - n_C1) * n_F * (N - n_F)).sqrt()
+    phi_CF = (both_CF * N - n_C1 * n_F) / spread_CF
+    phi_CF.scatter_(1, index_C[:, None], 0.0)
+    phi_CF = torch.where(phi_CF > 0, phi_CF, -torch.inf)  # of those that never, or always fire it is not a number
+    found = phi_CF.topk(min(COFIRING, len(n_F)), dim=1)
+    return found.indices, found.values

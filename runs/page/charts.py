@@ -7,9 +7,10 @@ A chart, `spec`, is
      "x": {"label": str, "log": bool}, "y": {"label": str, "log": bool},
      "series": [{"name": str, "role": one of ROLES, "line": bool, "points": [[x, y, stderr or 0, label, href], …]}]}
 
-label is what hovering says of a point beside its values, href where a click leads, a relative address or "#…"; both may
-be "" or left out. Bars, a histogram: in place of "line" and "points" a series has "edges", n + 1 numbers, and "counts",
-n. A role decides colour and shape: "run", "baseline", "random" (a dashed line), "seed" (small points), "other".
+label is what hovering says of a point beside its values, in lines, href where a click leads, a relative address or
+"#…"; both may be "" or left out. Bars, a histogram: in place of "line" and "points" a series has "edges", n + 1
+numbers, and "counts", n. A role decides the shape: "run", "baseline", "random" (a dashed line), "seed" (small points),
+"other". Colours go by a series' place, or by its "colour", a number of COLOURS, where what it shows is to keep one.
 Points that are not finite, and those not positive on a log axis, are left out.
 """
 
@@ -90,7 +91,7 @@ def still(spec: dict) -> str:
         axes.set_axisbelow(True)
         axes.set_title(spec["title"], loc="left", fontsize=10, color=_ink("fg"))
         for number, one in enumerate(spec["series"]):
-            _draw(axes, spec, one, _ink(str(number % len(COLOURS))))
+            _draw(axes, spec, one, _ink(str(one.get("colour", number) % len(COLOURS))))
         for axis in "xy":
             getattr(axes, f"set_{axis}label")(spec[axis]["label"])
             if spec[axis].get("log"):

@@ -14,7 +14,7 @@ import pytest
 
 import experiment
 import variants
-from runs import compare, ledger, seeds
+from runs import compare, index, ledger, seeds
 from tests import GOLDEN, OWN_VARIANTS, PROJECT
 from tests.benchmarks import compare as comparing
 from tests.benchmarks import scaling
@@ -41,6 +41,8 @@ ELSEWHERE = (
     ("python plot.py", "tests/runs/test_template.py", r"plot\.py"),
     ("python -m runs.stability", "tests/runs/test_stability.py", r"stability\.main\("),
     ("python -m runs.look", "tests/runs/test_look.py", r"look\.main\("),
+    ("python -m runs.publish", "tests/runs/test_publish.py", r"publish\.main\("),
+    ("python -m runs.neuronpedia", "tests/runs/test_neuronpedia.py", r"neuronpedia\.main\("),
     ("--exit-status", "tests/runs/test_verdict.py", r'"--exit-status"'),
     ("--store", "tests/runs/test_seeds.py", r'"--store"'),
     ("openai-community/gpt2", "tests/evals/test_inputs.py", r"run\(cache, gpt2, texts, "))
@@ -50,8 +52,9 @@ SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--eva
          "cache": ["--gb=0.01"],
          "steps": ["--device=cpu", "--d_in=32", "--width=256", "--k=4", "--batch_size=64", "--variants=topk,standard"],
          "evals": ["--help"]}  # minutes of the embedded model
-OTHER_PROGRAMS = {"--all", "--baseline", "--by", "--csv", "--exit-status", "--file", "--json", "--markdown", "--page",
-                  "--rebuild", "--sae", "--saebench", "--store", "--text", "--top"}
+OTHER_PROGRAMS = {"--all", "--baseline", "--by", "--csv", "--despite_warnings", "--exit-status", "--file", "--json",
+                  "--markdown", "--model_id", "--page", "--rebuild", "--sae", "--saebench", "--set", "--store", "--text",
+                  "--top"}
 COMMANDS = r"(python3?|torchrun|pip|diff) "
 REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
 
@@ -157,6 +160,9 @@ def test_a_command_runs(command, place, monkeypatch, capsys):
         return
     if words[1:3] == ["-m", "runs.ledger"]:
         assert ledger.main(words[3:]) == 0
+        return
+    if words[1:3] == ["-m", "runs.index"]:
+        assert index.main(words[3:]) == 0
         return
     if words[1] == "-m":
         program = {"runs.compare": compare.main, "runs.seeds": seeds.main}[words[2]]

@@ -32,7 +32,7 @@ const Pages = (() => {
   const address = text => text && !/^[a-z][a-z0-9+.-]*:|^[\\/]{2}/i.test(text.replace(/[\u0000-\u0020]/g, "")) ? text : null;
 
   function dataset(spec, one, i) {
-    const colour = css("--c" + i % 8);
+    const colour = css("--c" + (one.colour ?? i) % 8);
     if (spec.kind === "bars") {
       return {type: "bar", label: one.name, data: one.counts.map((y, n) => ({x: (one.edges[n] + one.edges[n + 1]) / 2, y})),
         edges: one.edges, backgroundColor: colour + "aa", borderColor: colour, barPercentage: 1, categoryPercentage: 1,
@@ -64,7 +64,7 @@ const Pages = (() => {
       const {raw, dataset: {edges}, dataIndex} = item;
       if (edges) return `${number(edges[dataIndex])} to ${number(edges[dataIndex + 1])}: ${number(raw.y)}`;
       const y = `${number(raw.y)}${raw.e ? " ± " + number(raw.e) : ""}`;
-      return [...(raw.label ? [raw.label] : []), `${spec.y.label}: ${y}`, `${spec.x.label}: ${number(raw.x)}`];
+      return [...(raw.label ? raw.label.split("\n") : []), `${spec.y.label}: ${y}`, `${spec.x.label}: ${number(raw.x)}`];
     }};
   }
 
@@ -77,7 +77,7 @@ const Pages = (() => {
       data: {datasets: spec.series.map((one, i) => dataset(spec, one, i))}, plugins: [errorBars],
       options: {animation: false, responsive: true, maintainAspectRatio: false, parsing: false, normalized: true,
         interaction: {mode: "nearest", intersect: few, axis: few ? "xy" : "x"},
-        scales: {x: {...scale(spec, "x"), offset: false}, y: {...scale(spec, "y"), beginAtZero: !few && !spec.y.log}},
+        scales: {x: {...scale(spec, "x"), offset: false}, y: {...scale(spec, "y"), beginAtZero: !few}},
         onHover: (event, found) => { canvas.style.cursor = address(found[0]?.element.$context.raw.href) ? "pointer" : ""; },
         onClick: (event, found) => {
           const to = address(found[0]?.element.$context.raw.href);
@@ -134,6 +134,11 @@ const Pages = (() => {
     const canvas = document.createElement("canvas");
     plot.append(canvas);
     place.replaceChildren(plot, numbers(spec));
+    drawn.forEach(([old], gone) => {  // of what the page has replaced
+      if (gone.isConnected) return;
+      old.destroy();
+      drawn.delete(gone);
+    });
     draw(canvas, spec);
   }
 

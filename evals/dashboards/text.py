@@ -1,0 +1,84 @@
+"""The held-out text that dashboards are made from, and what the language model makes of it.
+
+Shapes: R rows, r rows of a part, T tokens of a row, D = d_model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from evals import Setup
+from evals.common import positions
+from evals.model import memory
+from evals.storage.identity import code_digest
+from evals.texts import packing
+
+# {kind of text: (rows, tokens of a row)}; a row of synthetic ones is BOS, the numbers of a draw and BOS
+SIZES = {"hub": (8192, 128), "embedded": (256, 128), "tiny": (64, 32), "synthetic": (32, 1026)}
+ON_A_CPU = 256  # rows at most: 32,768 tokens
+PART = {"cpu": 2**12, "cuda": 2**15}  # tokens of a part: on a GPU an entry of the cache that is written meanwhile
+
+
+@dataclass
+class Part:
+    """Some rows: x_rTD their residuals in the model's dtype, on the CPU; body_rT where features are looked at."""
+
+    first: int
+    x_rTD: Tensor
+    body_rT: Tensor
+
+
+@dataclass
+class Text:
+    """Rows of tokens, all parts of which are passed over again and again: their residuals are held if there is room,
+    else taken from the cache, and what that has no room for passes the language model once more.
+    """
+
+    setup: Setup
+    tokens_RT: Tensor
+    plain_RT: Tensor  # no special token
+    _held: dict[int, Part] = field(default_factory=dict)
+
+    def parts(self) -> Iterator[Part]:
+        """Its parts, in order."""
+        lm, cache = self.setup.lm, self.setup.cache
+        R, T = self.tokens_RT.shape
+        holds = R * T * lm.d_model * getattr(lm, "dtype", torch.float32).itemsize <= cache.most
+        size = max(1, PART[torch.device(lm.device).type] // T)
+        for first in range(0, R, size):
+            part = self._held.get(first) or self._made(first, first + size)
+            if holds:
+                self._held[first] = part
+            yield part
+
+    def _made(self, first: int, end: int) -> Part:
+        tokens_rT = self.tokens_RT[first:end]
+        of_tokens = hashlib.sha256(tokens_rT.contiguous().numpy().tobytes()).hexdigest()
+        depends_on = dict(model=self.setup.lm.digest, layer=self.setup.layer, tokens=of_tokens)
+        kept = self.setup.cache.get("dashboards", depends_on, lambda: dict(x=memory.residual(self.setup, tokens_rT)))
+        x_rTD = kept["x"].cpu()
+        return Part(first, x_rTD, positions.within(self.setup, x_rTD, self.plain_RT[first:end]))
+
+
+def read(setup: Setup) -> Text:
+    """As much held-out text as dashboards of the run's kind of texts look at, or as there is.
+
+    TooLittleText: not one row; OSError: it cannot be read.
+    """
+    lm = setup.lm
+    rows, context = SIZES[getattr(setup.data, "kind", "embedded")]
+    if torch.device(lm.device).type == "cpu":
+        rows = min(rows, ON_A_CPU)
+
+    def make() -> dict[str, Tensor]:
+        return dict(tokens=packing.pack(setup.texts(), lm.tokenizer, context, lm.bos, rows))
+
+    depends_on = dict(model=lm.digest, texts=setup.texts_digest, rows=rows, context=context, bos=lm.bos,
+                      code=code_digest(packing.__file__))
+    tokens_RT = setup.cache.get("dashboards-tokens", depends_on, make)["tokens"]
+    return Text(setup, tokens_RT, ~torch.isin(tokens_RT, torch.tensor(sorted(lm.special_ids))))

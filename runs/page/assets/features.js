@@ -1,0 +1,788 @@
+// The feature page (runs/page/features.py): the list of all features, dashboards beside the baseline's, passages.
+"use strict";
+const Features = (() => {
+  const get = id => document.getElementById(id);
+  const ROW = 27, AHEAD = 12;  // px of a row, as in features.css; rows kept above and below the visible ones
+  const SPREAD = 50;  // of counts, above which they are shown on a log axis
+  const number = value => Pages.number(value);
+  const comma = value => value.toLocaleString("en-US");
+  // as shell.visible has it
+  const visible = text => text.replace(/[\p{C}\p{Z}]/gu, c => ({"\n": "↵", "\t": "⇥", " ": " "})[c] ?? "·");
+
+  function el(tag, set = {}, ...inside) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(set)) {
+      if (value === null || value === undefined) continue;
+      if (name === "text") made.textContent = value;
+      else if (name === "on") Object.entries(value).forEach(([event, call]) => made.addEventListener(event, call));
+      else made.setAttribute(name, value);
+    }
+    made.append(...inside.filter(one => one !== null && one !== ""));
+    return made;
+  }
+
+  // ---------------------------------------------------------------------------------------------- what is known
+
+  let board, lines, parsed, rowOf, size;  // the first line; {name: text of a dashboard}; those read; row of a feature
+
+  async function unpack() {
+    const text = atob(JSON.parse(get("board").textContent));
+    const bytes = Uint8Array.from(text, c => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const all = (await new Response(stream).text()).split("\n");
+    board = JSON.parse(all[0]);
+    lines = new Map();
+    for (const line of all.slice(1)) {
+      const tab = line.indexOf("\t");
+      if (tab > 0) lines.set(line.slice(0, tab), line.slice(tab + 1));
+    }
+    parsed = new Map();
+    size = board.rows ? board.rows.length : board.d_sae;
+    rowOf = board.rows ? new Map(board.rows.map((feature, row) => [feature, row])) : null;
+  }
+
+  // a dashboard: of the run by its number, of the baseline by "b" and its number; null if there is none
+  function dashboard(name) {
+    name = String(name);
+    if (!lines.has(name)) return null;
+    if (!parsed.has(name)) parsed.set(name, JSON.parse(lines.get(name)));
+    return parsed.get(name);
+  }
+
+  const featureAt = row => board.rows ? board.rows[row] : row;
+  function rowAt(feature) {  // -1: not in the list
+    if (rowOf) return rowOf.get(feature) ?? -1;
+    return feature >= 0 && feature < board.d_sae ? feature : -1;
+  }
+  const note = feature => Object.hasOwn(board.notes, feature) ? board.notes[feature] : null;
+  const column = (name, row) => board.columns[name] && row >= 0 ? board.columns[name][row] : null;
+  const cosine = (name, row) => {
+    const value = column(name, row);
+    return value === null ? null : value / 1000;
+  };
+  const fires = row => Boolean(column("density", row));
+  const has = feature => lines.has(String(feature));
+  const rate = density => density ? `${number(density)} (1 of ${comma(Math.round(1 / density))} tokens)` : "0";
+  const peaks = known => known[5].map(token => visible(token.trim() || token)).join("  ");  // tokens it fires on most
+  const words = feature => {  // what is said of a feature in short
+    const known = note(feature);
+    return known ? known[3] || known[1].join(", ") || peaks(known) : "";
+  };
+
+  // ---------------------------------------------------------------------------------------------- the list
+
+  const list = {columns: [], shown: null, sort: null, at: 0, rows: new Map()};
+  let opened = null;  // the feature whose dashboard is shown
+
+  function columnsOfList() {
+    const plain = (key, title, width) => ({key, title, width, value: row => column(key, row)});
+    const cosines = (key, title, width) => ({key, title, width, value: row => cosine(key, row)});
+    const text = (key, title, width, say) => ({key, title, width, words: true,
+      value: row => note(featureAt(row)) ? say(note(featureAt(row))) : ""});
+    const notes = Object.values(board.notes);
+    const some = (key, made) => board.columns[key] ? [made] : [];
+    const told = (place, ...made) => notes.some(one => one[place] !== null && one[place].length !== 0) ? made : [];
+    const fixed = value => value.toFixed(3);
+    const columns = [{key: "feature", title: "feature", width: 92, value: featureAt, say: String},
+      ...some("density", plain("density", "density", 92)), ...some("max", plain("max", "max", 76)),
+      ...some("cosine", {...cosines("cosine", "cosine to baseline", 158), say: fixed}),
+      ...some("nearest", {...plain("nearest", "its nearest", 104), say: String}),
+      ...some("own_cosine", {...cosines("own_cosine", "own nearest", 116), say: fixed}),
+      ...some("encoder_cosine", {...cosines("encoder_cosine", "encoder", 92), say: fixed}),
+      ...told(5, text("peaks", "fires on", 180, peaks)),
+      ...told(0, text("why", "chosen as", 150, one => one[0].join(", "))),
+      ...told(1, text("classes", "classes", 190, one => one[1].join(", "))),
+      ...told(2, text("letters", "letters", 82, one => one[2].join(", "))),
+      ...told(3, text("explanation", "explanation", 300, one => one[3] || "")),
+      ...told(4, {key: "score", title: "score", width: 76, value: row => note(featureAt(row))?.[4] ?? null})];
+    return columns.map(one => ({say: number, ...one}));
+  }
+
+  function keys(of) {  // of all rows a number to sort by, NaN where there is nothing
+    if (of.keys) return of.keys;
+    of.keys = new Float64Array(size).fill(NaN);
+    if (of.words) {
+      const told = [];
+      for (const feature of Object.keys(board.notes)) {
+        const row = rowAt(Number(feature));
+        if (row >= 0 && of.value(row)) told.push([of.value(row), row]);
+      }
+      const order = [...new Set(told.map(([text]) => text))].sort();
+      const rank = new Map(order.map((text, i) => [text, i]));
+      told.forEach(([text, row]) => { of.keys[row] = rank.get(text); });
+    } else {
+      for (let row = 0; row < size; row++) of.keys[row] = of.value(row) ?? NaN;
+    }
+    return of.keys;
+  }
+
+  // rows by a column, those without a value last, equal ones by their number
+  function sorted(rows) {
+    const {key, down} = list.sort;
+    const by = keys(list.columns.find(one => one.key === key)), sign = down ? -1 : 1;
+    const filled = rows.filter(row => !Number.isNaN(by[row]));
+    filled.sort((a, b) => sign * (by[a] - by[b]) || a - b);
+    const all = new Uint32Array(rows.length);
+    all.set(filled);
+    all.set(rows.filter(row => Number.isNaN(by[row])), filled.length);
+    return all;
+  }
+
+  // the features that the search finds; null: all
+  let index = null;  // of each feature with a dashboard what of its tokens can be searched
+
+  function indexed() {
+    if (index) return index;
+    index = new Map();
+    for (const name of lines.keys()) {
+      if (name[0] === "b") continue;
+      const one = dashboard(name), fired = new Set();
+      for (const [, , , contexts] of one.groups)
+        for (const [tokens, values] of contexts) values.forEach(([place]) => fired.add(tokens[place]));
+      const promoted = one.logits ? [...one.logits.top, ...one.logits.bottom].map(([token]) => plainToken(token)) : [];
+      index.set(Number(name), {fired, promoted});
+    }
+    return index;
+  }
+  const plainToken = text => text.trim().toLowerCase() || visible(text);
+
+  function found(query, where) {
+    const text = query.trim().toLowerCase();
+    if (!text) return null;
+    const hits = new Set();
+    if (where === "any" && /^#?\d+$/.test(text)) {
+      const digits = text.replace("#", "");
+      for (let row = 0; row < size; row++) if (String(featureAt(row)).startsWith(digits)) hits.add(featureAt(row));
+    }
+    if (where === "any" || where === "words") {
+      for (const [feature, [, classes, letters, explanation]] of Object.entries(board.notes)) {
+        const said = [...classes, explanation || ""].join("\n").toLowerCase();
+        if (said.includes(text) || letters.includes(text)) hits.add(Number(feature));
+      }
+    }
+    if (where === "any" || where === "tokens") {
+      const same = token => token === text || text.length > 2 && token.startsWith(text);
+      const tokens = new Set();
+      board.vocab.forEach((token, place) => { if (same(plainToken(token))) tokens.add(place); });
+      for (const [feature, {fired, promoted}] of indexed())
+        if (promoted.some(same) || [...tokens].some(token => fired.has(token))) hits.add(feature);
+    }
+    if (where === "contexts") {
+      for (const feature of indexed().keys()) {
+        const texts = dashboard(feature).groups.flatMap(group => group[3]);
+        const said = ([tokens]) => tokens.map(token => board.vocab[token]).join("").toLowerCase().includes(text);
+        if (texts.some(said)) hits.add(feature);
+      }
+    }
+    return hits;
+  }
+
+  function choose() {  // which rows are shown, in which order
+    const hits = found(get("query").value, get("where").value);
+    const checked = name => get("only-" + name)?.checked;
+    const why = get("why")?.value;
+    const limit = board.new * 1000;
+    const rows = [];
+    for (let row = 0; row < size; row++) {
+      const feature = featureAt(row);
+      if (hits && !hits.has(feature)) continue;
+      if (checked("has") && !has(feature)) continue;
+      if (checked("new") && !(fires(row) && column("cosine", row) !== null && column("cosine", row) < limit)) continue;
+      if (checked("dead") && fires(row)) continue;
+      if (why && !note(feature)?.[0].includes(why)) continue;
+      rows.push(row);
+    }
+    list.shown = sorted(Uint32Array.from(rows));
+    list.at = 0;
+    const many = `${comma(rows.length)} of ${comma(board.d_sae)}`;
+    get("found").textContent = rows.length ? many : "no feature is like that";
+    list.grid.setAttribute("aria-rowcount", rows.length + 1);
+    list.body.style.height = rows.length * ROW + "px";
+    list.grid.scrollTop = 0;
+    again();
+  }
+
+  function again() {  // all rows anew
+    list.rows.forEach(row => row.remove());
+    list.rows.clear();
+    paint();
+  }
+
+  function line(place) {
+    const row = list.shown[place], feature = featureAt(row);
+    const made = el("div", {role: "row", id: "row-" + place, "aria-rowindex": place + 2});
+    made.style.top = place * ROW + "px";
+    made.style.gridTemplateColumns = list.template;
+    made.dataset.feature = feature;
+    if (feature === opened) made.setAttribute("aria-selected", "true");
+    for (const one of list.columns) {
+      const value = one.value(row);
+      const cell = el("span", {role: "gridcell", class: one.words ? "l" : null});
+      if (one.key === "feature") cell.append(el("a", {href: "#" + feature, tabindex: -1, text: feature}));
+      else if (one.words) cell.textContent = visible(value);
+      else if (value !== null) cell.textContent = one.say(value);
+      if (one.words && value) cell.title = visible(value);
+      made.append(cell);
+    }
+    return made;
+  }
+
+  // the rows that can be seen, and some beside them; no others are there
+  function paint() {
+    const {grid, body, rows, shown} = list;
+    const first = Math.max(0, Math.floor(grid.scrollTop / ROW) - AHEAD);
+    const last = Math.min(shown.length, Math.ceil((grid.scrollTop + grid.clientHeight) / ROW) + AHEAD);
+    rows.forEach((row, place) => {
+      if (place >= first && place < last) return;
+      row.remove();
+      rows.delete(place);
+    });
+    for (let place = first; place < last; place++) {
+      if (rows.has(place)) continue;
+      rows.set(place, line(place));
+      body.append(rows.get(place));
+    }
+    rows.forEach((row, place) => row.classList.toggle("at", place === list.at));
+    if (rows.has(list.at)) grid.setAttribute("aria-activedescendant", "row-" + list.at);
+    else grid.removeAttribute("aria-activedescendant");
+  }
+
+  function moveTo(place) {
+    const {grid, shown} = list;
+    if (!shown.length) return;
+    list.at = Math.min(shown.length - 1, Math.max(0, place));
+    const top = list.at * ROW, room = grid.clientHeight - ROW - 2;  // under the head
+    if (top < grid.scrollTop) grid.scrollTop = top;
+    if (top + ROW > grid.scrollTop + room) grid.scrollTop = top + ROW - room;
+    paint();
+  }
+
+  function sortBy(key) {
+    const of = list.columns.find(one => one.key === key);
+    const down = list.sort.key === key ? !list.sort.down : !(of.words || key === "feature");
+    list.sort = {key, down};
+    list.heads.forEach((head, name) => {
+      if (name === key) head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      else head.removeAttribute("aria-sort");
+    });
+    list.shown = sorted(list.shown.sort());
+    list.at = 0;
+    list.grid.scrollTop = 0;
+    again();
+  }
+
+  function makeList() {
+    list.columns = columnsOfList();
+    list.template = list.columns.map(one => one.width + "px").join(" ");
+    list.sort = {key: "feature", down: false};
+    list.heads = new Map();
+    const head = el("div", {role: "row", "aria-rowindex": 1});
+    head.style.gridTemplateColumns = list.template;
+    for (const one of list.columns) {
+      const button = el("button", {type: "button", text: one.title, on: {click: () => sortBy(one.key)}});
+      const cell = el("span", {role: "columnheader", class: one.words ? "l" : null}, button);
+      list.heads.set(one.key, cell);
+      head.append(cell);
+    }
+    list.heads.get("feature").setAttribute("aria-sort", "ascending");
+    list.body = el("div", {role: "rowgroup", class: "body"});
+    list.grid = el("div", {role: "grid", tabindex: 0, class: "grid", "aria-label": "all features",
+      "aria-colcount": list.columns.length}, el("div", {role: "rowgroup", class: "head"}, head), list.body);
+    let due = false;
+    list.grid.addEventListener("scroll", () => {
+      if (due) return;
+      due = true;
+      requestAnimationFrame(() => { due = false; paint(); });
+    }, {passive: true});
+    list.body.addEventListener("click", event => {
+      const row = event.target.closest("[role=row]");
+      if (!row) return;
+      list.at = Number(row.getAttribute("aria-rowindex")) - 2;
+      if (!event.target.closest("a")) go(Number(row.dataset.feature));
+    });
+    list.grid.addEventListener("keydown", event => {
+      if (event.target !== list.grid || event.ctrlKey || event.altKey || event.metaKey) return;
+      const page = Math.max(1, Math.floor(list.grid.clientHeight / ROW) - 2);
+      const to = {ArrowDown: list.at + 1, ArrowUp: list.at - 1, PageDown: list.at + page, PageUp: list.at - page,
+        Home: 0, End: list.shown.length - 1}[event.key];
+      if (to !== undefined) moveTo(to);
+      else if (event.key === "Enter" && list.shown.length) go(featureAt(list.shown[list.at]));
+      else return;
+      event.preventDefault();
+    });
+    get("list").replaceChildren(list.grid);
+    let waiting = 0;
+    get("query").addEventListener("input", () => {
+      clearTimeout(waiting);
+      waiting = setTimeout(choose, 120);
+    });
+    get("query").addEventListener("keydown", event => {
+      if (event.key !== "Enter" && event.key !== "ArrowDown") return;
+      event.preventDefault();
+      clearTimeout(waiting);
+      choose();
+      if (event.key === "ArrowDown") list.grid.focus();
+      else if (list.shown.length) go(exact() ?? featureAt(list.shown[0]));
+    });
+    for (const id of ["where", "why", "only-has", "only-new", "only-dead"]) get(id)?.addEventListener("change", choose);
+    choose();
+  }
+
+  function exact() {  // the feature whose number is searched for
+    const wanted = Number(get("query").value.trim().replace("#", "") || NaN);
+    return Number.isInteger(wanted) && rowAt(wanted) >= 0 ? wanted : null;
+  }
+
+  // ---------------------------------------------------------------------------------------------- tokens
+
+  const told = new WeakMap();  // token's element: () => what is said of it
+
+  function token(text, value, max, say, peak = false) {
+    const made = el("span", {class: "t" + (value ? ` on ${value < 0 ? "neg" : "pos"}` : "") + (peak ? " peak" : ""),
+      tabindex: -1, text: visible(text)});
+    const share = Math.abs(value) / (Math.abs(max) || 1);
+    if (value) made.style.setProperty("--a", Math.min(1, Math.max(.08, share)).toFixed(3));
+    if (text.includes("\n")) made.append(el("span", {class: "lb", "aria-hidden": "true", text: "\n"}));
+    told.set(made, say);
+    return made;
+  }
+
+  function tell(target) {
+    const tip = get("tip");
+    document.querySelectorAll("[aria-describedby=tip]").forEach(one => one.removeAttribute("aria-describedby"));
+    const one = target instanceof Element ? target.closest(".t") : null;
+    tip.hidden = !one;
+    if (!one) return;
+    tip.textContent = told.get(one)();
+    one.setAttribute("aria-describedby", "tip");
+    const box = one.getBoundingClientRect();
+    tip.style.left = Math.max(4, Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8)) + "px";
+    tip.style.top = (box.top > tip.offsetHeight + 8 ? box.top - tip.offsetHeight - 5 : box.bottom + 5) + "px";
+  }
+
+  // one token of a group can be reached by Tab, the others by arrows
+  function reachable(tokens, first) {
+    if (tokens[first]) tokens[first].tabIndex = 0;
+    tokens.forEach((one, place) => one.addEventListener("keydown", event => {
+      const to = {ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: tokens.length - 1}[event.key];
+      if (to === undefined || !tokens[to]) return;
+      event.preventDefault();
+      tokens.forEach(other => { other.tabIndex = -1; });
+      tokens[to].tabIndex = 0;
+      tokens[to].focus();
+    }));
+  }
+
+  // ---------------------------------------------------------------------------------------------- a dashboard
+
+  const look = {whole: false, breaks: false};
+
+  function context([tokens, values, peak, row, before, after], max) {
+    const at = new Map(values);
+    const made = tokens.map((place, i) => {
+      const text = board.vocab[place], value = at.get(i);
+      const said = value ? `activation ${number(value)}` : "does not fire";
+      const say = () => `“${visible(text)}”  ${said}\nposition ${i + 1} of ${tokens.length}, row ${row}`;
+      return token(text, value, max, say, i === peak);
+    });
+    reachable(made, peak);
+    const dots = cut => cut ? "…" : "";
+    const line = el("div", {class: "line"}, el("span", {class: "before"}, dots(before), ...made.slice(0, peak)),
+      ...made.slice(peak, peak + 1), el("span", {class: "after"}, ...made.slice(peak + 1), dots(after)));
+    return el("div", {class: "ctx"}, el("span", {class: "v", text: number(at.get(peak) ?? 0)}), line);
+  }
+
+  const TOP = 5;
+  function groups(one) {
+    const all = [];
+    for (const [name, from, to, contexts] of one.groups) {
+      const made = these => these.map(each => context(each, one.max));
+      if (name === "top") {
+        const heading = el("h4", {text: `${contexts.length} strongest contexts`});
+        const part = el("div", {}, heading, ...made(contexts.slice(0, TOP)));
+        if (contexts.length > TOP) {
+          const more = el("button", {type: "button", class: "plainbutton", text: `${contexts.length - TOP} more`});
+          more.addEventListener("click", () => {
+            const rest = made(contexts.slice(TOP));
+            more.replaceWith(...rest);
+            rest[0].querySelector("[tabindex='0']").focus();
+          });
+          part.append(more);
+        }
+        all.push(part);
+        continue;
+      }
+      const fold = el("details", {}, el("summary", {text: `${name}: ${number(from)} to ${number(to)}`}));
+      fold.addEventListener("toggle", () => { if (fold.childElementCount === 1) fold.append(...made(contexts)); });
+      all.push(fold);
+    }
+    return all;
+  }
+
+  function edges({edges: ends, counts}) {
+    if (ends.length !== 2) return ends;
+    return Array.from({length: counts.length + 1}, (_, i) => ends[0] + (ends[1] - ends[0]) * i / counts.length);
+  }
+
+  function histogram(title, unit, bars, counted, name) {
+    const filled = bars.counts.filter(Boolean);
+    if (!filled.length) return [];
+    const log = Math.max(...filled) > SPREAD * Math.min(...filled);
+    const label = log ? `${counted} (log)` : counted;
+    const spec = {title, kind: "bars", x: {label: unit, log: false}, y: {label, log},
+      series: [{name, role: name, edges: edges(bars), counts: bars.counts}]};
+    return [[el("div"), spec]];
+  }
+
+  function logits({top, bottom}) {
+    const side = (title, pairs) => el("table", {}, el("tr", {}, el("th", {class: "l", text: title}),
+      el("th", {text: "logit"})), ...pairs.map(([text, value]) => el("tr", {}, el("td", {class: "l"},
+      el("code", {text: visible(text)})), el("td", {text: number(value)}))));
+    return el("div", {class: "words"}, side("promotes", top), side("suppresses", bottom));
+  }
+
+  function side(title, figures, one, name, charts) {
+    const part = el("div", {}, title, el("p", {class: "mut", text: figures}));
+    const drawn = [...histogram("Activations", "activation", one.histogram, "tokens", name),
+      ...one.logits ? histogram("Logits", "logit", one.logits, "vocabulary", name) : []];
+    part.append(el("div", {class: "hist"}, ...drawn.map(([place]) => place)));
+    charts.push(...drawn);
+    if (one.logits) part.append(logits(one.logits));
+    part.append(...groups(one));
+    return part;
+  }
+
+  // [[feature, value]] as links to features of the run, or, with an `of` that gives null, as plain numbers
+  const here = feature => ({href: "#" + feature});
+  function links(pairs, sign, of = here) {
+    return el("dd", {class: "links"}, ...pairs.map(([feature, value]) => {
+      const to = of(feature);
+      const name = to ? el("a", {...to, text: feature}) : document.createTextNode(feature);
+      const more = to && words(feature) ? ` ${visible(words(feature)).slice(0, 40)}` : "";
+      return el("span", {}, name, el("span", {class: "mut", text: ` ${sign} ${number(value)}${more}`}));
+    }));
+  }
+
+  // [[term, what]] without those of which nothing is known
+  function facts(pairs) {
+    const said = what => what instanceof Element ? what.textContent : what;
+    const told = pairs.filter(([, what]) => said(what));
+    return el("dl", {class: "facts"}, ...told.flatMap(([term, what]) =>
+      [el("dt", {text: term}), what instanceof Element ? what : el("dd", {text: what})]));
+  }
+
+  function figures(row) {
+    const nearest = column("nearest", row), own = column("own_nearest", row);
+    const none = feature => feature === null || feature < 0;
+    const pair = (feature, value, to) => none(feature) ? null : links([[feature, value]], "cosine", to);
+    return [["density", column("density", row) === null ? null : rate(column("density", row))],
+      ["largest activation", column("max", row) === null ? null : number(column("max", row))],
+      ["nearest here", pair(own, cosine("own_cosine", row), here)],
+      ["nearest in the baseline", pair(nearest, cosine("cosine", row), () => null)],
+      ["encoder with decoder", column("encoder_cosine", row) === null ? null
+        : `cosine ${number(cosine("encoder_cosine", row))}`]];
+  }
+
+  function about(feature, one, row) {
+    const [why, classes, letters, explanation, score] = note(feature) || [[], [], [], null, null, []];
+    const scored = score === null ? "" : ` (score ${number(score)})`;
+    return facts([["explanation", explanation === null ? null : visible(explanation) + scored],
+      ["classes", visible(classes.join(", "))], ["first letters", letters.join(", ")], ["chosen as", why.join(", ")],
+      ...one ? [["nearest here", links(one.own, "cosine")],
+        ["fires together with", links(one.cofiring, "φ")],
+        ["nearest in the baseline", links(one.theirs, "cosine", () => null)],
+        ["encoder with decoder", figures(row)[4][1]]] : figures(row)]);
+  }
+
+  function beside(feature, one, row, charts) {
+    const {baseline} = board;
+    if (baseline === null) return null;
+    const nearest = one.beside ?? one.theirs[0]?.[0] ?? column("nearest", row);
+    const named = ` ${visible(baseline.name)}${baseline.l0 === null ? "" : `, L0 ${number(baseline.l0)}`}`;
+    const heading = el("h3", {text: `Baseline: feature ${nearest ?? "–"}`}, el("span", {class: "mut", text: named}));
+    const other = one.beside === null ? null : dashboard("b" + one.beside);
+    const near = one.theirs.find(([name]) => String(name) === String(nearest))?.[1] ?? cosine("cosine", row);
+    const like = near === null ? "" : `cosine ${number(near)} · `;
+    if (other) {
+      const said = `${like}density ${rate(other.density)} · max ${number(other.max)}`;
+      return side(heading, said, other, "baseline", charts);
+    }
+    const reason = baseline.problem ? visible(baseline.problem) : "There is no dashboard of it.";
+    return el("div", {}, heading, el("p", {class: "mut", text: like.replace(" · ", "")}), el("p", {text: reason}));
+  }
+
+  // features with dashboards that name this one as near or firing together
+  function mentions(feature) {
+    const named = [];
+    for (const other of indexed().keys()) {
+      const {own, cofiring} = dashboard(other);
+      const near = own.find(([name]) => name === feature), fired = cofiring.find(([name]) => name === feature);
+      if (near) named.push([other, near[1], "cosine"]);
+      else if (fired) named.push([other, fired[1], "φ"]);
+    }
+    named.sort((a, b) => b[1] - a[1]);
+    return named.slice(0, 8);
+  }
+
+  function without(feature, row) {
+    const {text} = board;
+    let reason;
+    if (row < 0) reason = feature < board.d_sae ? "It is not in this page’s list, which would be too large with it."
+      : `There is no feature ${feature}: they end at ${board.d_sae - 1}.`;
+    else if (text === null) reason = "The model reads no text, so that there are no dashboards.";
+    else if (note(feature)) reason = "Its dashboard was left out to keep this page under 3 MB.";
+    else if (!fires(row)) reason = `It never fired on the ${comma(text.tokens)} tokens looked at.`;
+    else reason = `It was not among the ${comma(Object.keys(board.notes).length)} features chosen for one.`;
+    const near = row < 0 ? [] : mentions(feature);
+    const dd = el("dd", {class: "links"}, ...near.map(([other, value, sign]) => el("span", {},
+      el("a", {href: "#" + other, text: other}), el("span", {class: "mut", text: ` ${sign} ${number(value)}`}))));
+    const parts = [el("p", {text: `No dashboard. ${reason}`})];
+    if (row >= 0) parts.push(about(feature, null, row), facts([["dashboards that name it", dd]]));
+    return parts;
+  }
+
+  // those with dashboards in the list's order
+  function neighbours(feature) {
+    const all = [];
+    for (const row of list.shown) if (has(featureAt(row))) all.push(featureAt(row));
+    return [all, all.indexOf(feature)];
+  }
+
+  function step(by) {
+    const [all, at] = neighbours(opened);
+    if (!all.length) return;
+    const to = at < 0 ? 0 : (at + by + all.length) % all.length;
+    history.replaceState(null, "", "#" + all[to]);
+    open(all[to]);
+  }
+
+  function bar(feature, one) {
+    const [all, at] = neighbours(feature);
+    const heading = el("h2", {id: "which", tabindex: -1, text: `Feature ${feature}`});
+    const button = (text, by, name) => el("button", {type: "button", class: "plainbutton", text, "aria-label": name,
+      on: {click: () => { step(by); get("one").querySelector(`[aria-label="${name}"]`)?.focus(); }}});
+    const place = at < 0 ? "" : `${comma(at + 1)} of ${comma(all.length)} dashboards in the list`;
+    const turn = el("span", {}, button("‹", -1, "previous dashboard"), " ", button("›", 1, "next dashboard"));
+    const parts = [heading, turn,
+      el("span", {class: "mut", role: "status", text: place})];
+    if (!one) return el("div", {class: "bar"}, ...parts);
+    const signs = board.either_sign ? [el("span", {class: "mut"}, "shaded ",
+      el("span", {class: "on pos full", text: "where positive"}), " ",
+      el("span", {class: "on neg full", text: "where negative"}))] : [];
+    const box = (text, name) => {
+      const input = el("input", {type: "checkbox"});
+      input.checked = look[name];
+      input.dataset.look = name;
+      input.addEventListener("change", () => {
+        look[name] = input.checked;
+        if (name === "breaks" && look.breaks) look.whole = true;
+        if (name === "whole" && !look.whole) look.breaks = false;
+        shape();
+      });
+      return el("label", {}, input, " " + text);
+    };
+    return el("div", {class: "bar"}, ...parts, box("whole contexts", "whole"), box("line breaks", "breaks"), ...signs);
+  }
+
+  function shape() {
+    for (const [name, on] of Object.entries(look)) {
+      get("one").classList.toggle(name, on);
+      get("one").querySelectorAll(`[data-look=${name}]`).forEach(input => { input.checked = on; });
+    }
+  }
+
+  function open(feature) {
+    const before = opened;
+    opened = feature;
+    list.rows.forEach(row => {
+      if (Number(row.dataset.feature) === feature) row.setAttribute("aria-selected", "true");
+      else if (Number(row.dataset.feature) === before) row.removeAttribute("aria-selected");
+    });
+    const row = rowAt(feature), place = row < 0 ? -1 : list.shown.indexOf(row);
+    if (place >= 0) moveTo(place);
+    const one = row < 0 ? null : dashboard(feature), charts = [];
+    const parts = [bar(feature, one)];
+    if (one) {
+      const other = beside(feature, one, row, charts);
+      const own = side(el("h3", {text: `This run: feature ${feature}`}),
+        `density ${rate(one.density)} · max ${number(one.max)}`, one, "run", charts);
+      const pair = el("div", {class: other ? "pair" : "pair alone"}, own, ...other ? [other] : []);
+      parts.push(about(feature, one, row), pair);
+    } else parts.push(...without(feature, row));
+    get("one").replaceChildren(...parts);
+    shape();
+    tell(null);
+    charts.forEach(([at, spec]) => Pages.chart(at, spec));
+  }
+
+  // ---------------------------------------------------------------------------------------------- passages
+
+  function passage(one) {
+    const sides = one.baseline ? ["run", "baseline"] : ["run"];
+    const names = {run: "this run", baseline: "baseline"};
+    const view = {side: "run", feature: null, at: null};
+    const flow = el("div", {class: "flow"}), panel = el("div"), head = el("div", {class: "bar"});
+    const values = () => one[view.side].map(told => {
+      const [, value] = (view.feature === null ? told[0] : told.find(([feature]) => feature === view.feature)) ?? [];
+      return value ?? 0;
+    });
+
+    function press(text, attributes, click) {
+      return el("button", {type: "button", class: "plainbutton", text, on: {click}, ...attributes});
+    }
+
+    function controls() {
+      const buttons = sides.length < 2 ? [] : sides.map(name =>
+        press(names[name], {"aria-pressed": String(view.side === name)}, () => {
+          show(name, null);
+          head.querySelectorAll("[aria-pressed]")[sides.indexOf(name)].focus();
+        }));
+      const what = view.feature === null ? "shaded by the strongest feature of each token"
+        : `shaded by feature ${view.feature} of ${names[view.side]}, where it is among the five strongest`;
+      const back = view.feature === null ? [] : [press("by the strongest", {}, () => {
+        show(view.side, null);
+        flow.querySelector("[tabindex='0']").focus();
+      })];
+      const title = el("h3", {text: visible(one.title)});
+      head.replaceChildren(title, ...buttons, el("span", {class: "mut", text: what}), ...back);
+    }
+
+    function show(side, feature) {
+      Object.assign(view, {side, feature});
+      controls();
+      const all = values(), max = Math.max(...all.map(Math.abs));
+      const made = one.tokens.map((text, i) => token(text, all[i], max, () => {
+        const strongest = one[view.side][i][0];
+        const shown = view.feature === null ? strongest : [view.feature, all[i]];
+        const said = shown && shown[1] ? `feature ${shown[0]}: ${number(shown[1])}` : "nothing fires";
+        return `“${visible(text)}”  ${said}\nposition ${i + 1} of ${one.tokens.length}`;
+      }));
+      reachable(made, view.at ?? 0);
+      made.forEach((each, i) => {
+        each.addEventListener("focus", () => explain(i));
+        each.addEventListener("mouseenter", () => explain(i));
+      });
+      flow.replaceChildren(...made);
+    }
+
+    function strongest(name, i) {
+      const told = one[name][i].map(([feature, value]) => {
+        const label = `${feature}: shade the passage by this feature of ${names[name]}`;
+        const shade = press(feature, {"aria-label": label}, () => {
+          show(name, feature);
+          head.querySelector("button:last-child").focus();
+        });
+        const near = name === "run" ? feature : nearestHere(feature);
+        const where = name === "run" ? "look" : `like ${near} here`;
+        const link = near === undefined ? "" : el("a", {href: "#" + near, text: where});
+        const said = name === "run" ? visible(words(feature)) : "";
+        return el("p", {}, shade, el("span", {text: number(value)}), link, el("span", {class: "mut", text: said}));
+      });
+      const none = el("p", {class: "mut", text: "nothing fires"});
+      return el("div", {}, el("h4", {text: names[name]}), ...told.length ? told : [none]);
+    }
+
+    function explain(i) {
+      if (view.at === i) return;
+      view.at = i;
+      panel.replaceChildren(el("p", {}, el("code", {text: visible(one.tokens[i])}),
+        el("span", {class: "mut", text: ` position ${i + 1} of ${one.tokens.length}, its strongest features`})),
+      el("div", {class: "sides"}, ...sides.map(name => strongest(name, i))));
+    }
+
+    show("run", null);
+    const first = one.run.findIndex(told => told.length);
+    explain(Math.max(0, first));
+    return el("div", {class: "passage"}, el("div", {}, head, flow), panel);
+  }
+
+  let reverse = null;  // {feature of the baseline: that of the run which is most like it}
+  function nearestHere(theirs) {
+    if (!reverse) {
+      reverse = new Map();
+      const best = new Map();
+      for (let row = 0; row < size; row++) {
+        const other = column("nearest", row), like = column("cosine", row);
+        if (other === null || like === null || !fires(row) || like <= (best.get(other) ?? -Infinity)) continue;
+        best.set(other, like);
+        reverse.set(other, featureAt(row));
+      }
+    }
+    return reverse.get(theirs);
+  }
+
+  // ---------------------------------------------------------------------------------------------- the page
+
+  let arriving = false;  // by a link or Enter: the dashboard is then shown and focused
+
+  function go(feature) {
+    arriving = true;
+    if (location.hash === "#" + feature) follow();
+    else location.hash = "#" + feature;
+  }
+
+  function follow() {
+    const asked = /^#(\d{1,9})$/.exec(location.hash);
+    const start = [...lines.keys()].find(name => name[0] !== "b");
+    if (asked) open(Number(asked[1]));
+    else if (location.hash === "" && start !== undefined) open(Number(start));
+    else if (location.hash === "" && opened === null && size) open(featureAt(0));
+    if (!arriving) return;
+    arriving = false;
+    get("which").focus({preventScroll: true});
+    get("one").scrollIntoView({block: "start"});
+  }
+
+  function listen() {
+    addEventListener("hashchange", follow);
+    document.addEventListener("click", event => {
+      const link = event.target instanceof Element ? event.target.closest("#app a[href^='#']") : null;
+      if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      go(Number(link.getAttribute("href").slice(1)));
+    });
+    document.addEventListener("keydown", event => {
+      if (event.ctrlKey || event.altKey || event.metaKey) return;
+      if (event.key === "Escape") tell(null);
+      const writes = "input:not([type=checkbox]), select, textarea";
+      if (event.target instanceof Element && event.target.closest(writes)) return;
+      if (event.key === "/") {
+        event.preventDefault();
+        get("query").focus();
+      }
+      if (event.key === "j") step(1);
+      if (event.key === "k") step(-1);
+    });
+    get("app").addEventListener("mouseover", event => tell(event.target));
+    get("app").addEventListener("mouseleave", () => tell(document.activeElement));
+    get("app").addEventListener("focusin", event => tell(event.target));
+    get("app").addEventListener("focusout", () => tell(null));
+    addEventListener("scroll", () => tell(document.activeElement), {passive: true});
+  }
+
+  async function start() {
+    const plain = get("plain-note");
+    if (typeof DecompressionStream === "undefined") {
+      plain.textContent = "This browser cannot unpack the page’s data, for it has no DecompressionStream; "
+        + "a newer one shows all features.";
+      return;
+    }
+    try {
+      await unpack();
+    } catch (error) {
+      plain.textContent = `The page’s data is damaged: ${error.message}. `
+        + "python -m runs.page.features writes it again.";
+      return;
+    }
+    get("plain").hidden = true;
+    get("app").hidden = false;
+    makeList();
+    board.passages.filter(one => one.tokens.length).forEach(one => get("passages").append(passage(one)));
+    listen();
+    arriving = location.hash !== "";
+    follow();
+  }
+
+  // for tests: a promise of the page, and what the list shows
+  return {ready: start(), shown: () => Array.from(list.shown, featureAt)};
+})();

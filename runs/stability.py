@@ -1,9 +1,9 @@
 """Which features of a run come back: under another seed (PW-MCC), and in the baseline; the others there are new.
 
-    python -m runs.stability run_1 runs/baseline/<model>/<name>    keeps the decoders of run_1 with that baseline
+    python -m runs.stability run_1 runs/baseline/<model>/<name>    keeps the SAEs of run_1 with that baseline
 
-Decoders are read from sae/<SAE>/ of a run's folder. A stored baseline has them in one byte a number, in
-sae/<SAE>/decoder.safetensors: W_dec [F, D] int8, every row by its own scale, which no cosine sees.
+Decoders are read from sae/<SAE>/ of a run's folder. A stored baseline has them in one byte a number, and what encoding
+takes in two (runs/beside.py).
 
 Seeds: all features are matched one to one (runs/matching.py), as the published figure has it, so a dead feature, which
 still points where it was initialised, counts against stability. Where `core` has said which features fire, the figures
@@ -27,6 +27,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
+from runs.beside import DECODER, folder_of, keep_encoder, row_bytes
 from runs.comparison import New
 from runs.frontier import l0_of
 from runs.reading import Run, read
@@ -34,17 +35,9 @@ from runs.wording import number
 
 NEW = 0.7
 SEEDS = 5  # of a setting that are matched with each other at most: ten pairs
-COMPACT = "decoder.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------ reading
-
-
-def folder_of(run: Run) -> Path | None:
-    """Where the decoder of a run lies, or None."""
-    folder = run.path.parent / "sae" / run.section
-    is_name = bool(run.section) and Path(run.section).name == run.section
-    return folder if is_name and folder.is_dir() else None
 
 
 def decoder(folder: Path):
@@ -61,8 +54,8 @@ def _stored(folder: Path):
 
     from variants.kit import found, saving
 
-    if (folder / COMPACT).is_file():
-        return load_file(found.undamaged(folder / COMPACT, {}))["W_dec"]
+    if (folder / DECODER).is_file():
+        return load_file(found.undamaged(folder / DECODER, {}))["W_dec"]
     cfg = found.read_json(folder / "cfg.json")
     if cfg.get("architecture") == "variant":  # its decoder need not be a tensor of that name
         return saving.load_sae(folder).W_dec
@@ -228,12 +221,11 @@ def as_data(new: New, every: bool = False) -> dict:
     return found | ({"nearest": new.nearest, "cosine": [round(c, 4) for c in new.cosine]} if every else {})
 
 
-# ------------------------------------------------------------------------------------------------ stored decoders
+# ------------------------------------------------------------------------------------------------ stored SAEs
 
 
 def keep(run: Run, baseline: Path) -> Path:
     """Store the decoder of a run with a baseline, a byte a number; returns the file."""
-    import torch
     from safetensors.torch import save
 
     from runs.folder import write_bytes
@@ -241,23 +233,27 @@ def keep(run: Run, baseline: Path) -> Path:
     folder = folder_of(run)
     if folder is None:
         raise ValueError(f"{run.path.parent} has no sae/{run.section}\ngive the folder of a finished run")
-    rows_FD = decoder(folder).float()
-    largest_F1 = rows_FD.abs().amax(1, keepdim=True).clamp_min(1e-30)
-    file = baseline / "sae" / run.section / COMPACT
-    write_bytes(file, save({"W_dec": (rows_FD / largest_F1 * 127).round().to(torch.int8)}))
+    file = baseline / "sae" / run.section / DECODER
+    write_bytes(file, save({"W_dec": row_bytes(decoder(folder).float())}))
     return file
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m runs.stability", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", help="run folder whose decoders are kept")
+    parser.add_argument("run", help="run folder whose SAEs are kept")
     parser.add_argument("baseline", type=Path, help="folder of the stored baseline that this run is")
     options = parser.parse_args(argv)
     try:
-        kept = [keep(run, options.baseline) for run in read(options.run).values()]
+        runs = read(options.run).values()
+        kept = [keep(run, options.baseline) for run in runs]
     except (ValueError, OSError) as error:
         print(str(error).split("\n")[0], file=sys.stderr)
         return 1
+    for run, file in zip(runs, list(kept)):
+        try:
+            kept.append(keep_encoder(folder_of(run), file.parent))
+        except (ValueError, OSError) as error:  # decoders alone still say which features are new
+            print(f"no encoder kept: {error}".split("\n")[0], file=sys.stderr)
     print("\n".join(f"{file}: {file.stat().st_size / 1e6:.2f} MB" for file in kept))
     return 0
 

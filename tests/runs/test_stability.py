@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runs import compare, report, seeds, stability
+import variants
+from runs import beside, compare, report, seeds, stability
 from runs.reading import read
 from tests.runs.records import CE, entry, record
+from variants.kit import saving
 
 EYE = torch.eye(4)
 TURNED = torch.tensor([[0.0, 0, 0, 2], [3, 4, 0, 0], [0, 1, 0, 0], [0, 0, 5, 0]])  # cosines with EYE: 1, .6 or .8, 1, 1
@@ -114,13 +116,96 @@ def test_new_features_are_counted_and_named(tmp_path, capsys):
     assert read(base)["layer_3"].section == "layer_3"
 
 
-def test_kept_decoder_of_a_baseline(tmp_path):
+def test_kept_decoder_of_a_baseline(tmp_path, capsys):
     """Fails if a byte a number changes what is near to what, or a baseline's decoder is not found where it is kept."""
     rows_FD = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 200)[:, None]
     run = read(saved(tmp_path / "run", rows_FD))["layer_3"]
     record(tmp_path / "base", {"layer_3": entry({"core.l0": 30.0, CE: 0.9})})
     assert stability.main([str(run.path.parent), str(tmp_path / "base")]) == 0
-    file = tmp_path / "base" / "sae" / run.section / stability.COMPACT
+    out, err = capsys.readouterr()
+    assert err.startswith("no encoder kept: ") and err.count("\n") == 1 and beside.DECODER in out  # it has no W_enc
+    with pytest.raises(ValueError, match="its decoder alone"):
+        beside.trained(read(tmp_path / "base")["layer_3"])
+    file = tmp_path / "base" / "sae" / run.section / beside.DECODER
     assert file.stat().st_size < 200 * 64 + 500
     new = stability.new_features(run, [read(tmp_path / "base")["layer_3"]])
     assert new.nearest == list(range(200)) and min(new.cosine) > 0.9998 and new.index == []
+
+
+def trained_run(path, variant, hyper, d_in=16, d_sae=64):
+    """A run's folder with an SAE of a variant, a file or a name, whose weights are random; and its record."""
+    torch.manual_seed(0)
+    sae = variants.build(variants.load(variant), d_in, d_sae, hyper, dict(device="cpu"))
+    with torch.no_grad():
+        for name, tensor in sae.named_parameters():
+            if name not in ("W_dec", "theta"):
+                tensor.add_(0.05 * torch.randn_like(tensor))
+        if isinstance(getattr(sae, "theta", None), torch.Tensor):
+            sae.theta.fill_(0.02)
+    metadata = {"model_name": "tiny", "hook_name": "blocks.3.hook_resid_post"}
+    saving.save_sae(path / "sae/layer_3", sae, 12.0, variants.path(variant), hyper, metadata)
+    record(path, {"layer_3": entry({"core.l0": 8.0, CE: 0.9}, variant=variant)})
+    return read(path)["layer_3"], saving.load_sae(path / "sae/layer_3", trust_code=True)
+
+
+@pytest.mark.parametrize("variant, hyper", [
+    ("topk", {"k": 8}), ("standard", {}), ("jumprelu", {}), ("batch_topk", {"k": 8}), ("gated", {}),
+    ("standard_april", {}), ("matching_pursuit", {"k": 4})])
+def test_kept_encoder_of_a_baseline(tmp_path, capsys, variant, hyper):
+    """Fails if an SAE kept in float16 finds other features than the run's own, or in other units."""
+    run, whole = trained_run(tmp_path / "run", variant, hyper)
+    record(tmp_path / "base", {"layer_3": entry({"core.l0": 8.0, CE: 0.9})})
+    assert stability.main([str(run.path.parent), str(tmp_path / "base")]) == 0
+    assert capsys.readouterr().err == ""
+    kept = beside.trained(read(tmp_path / "base")["layer_3"])
+    x_ND = whole.decode(torch.zeros(1, 64)) + 3 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))
+    ours_NF, theirs_NF = whole.encode(x_ND), kept.encode(x_ND)
+    assert ours_NF.any(1).float().mean() > 0.9  # else there is nothing to compare
+    assert ((ours_NF != 0) == (theirs_NF != 0)).float().mean() > 0.998
+    both_NF = (ours_NF != 0) & (theirs_NF != 0)
+    assert (ours_NF[both_NF] / theirs_NF[both_NF] - 1).abs().median() < 1e-3
+    assert torch.allclose(kept.W_dec, whole.W_dec, atol=0.01)
+    size = sum(file.stat().st_size for file in (tmp_path / "base/sae/layer_3").glob("*.safetensors"))
+    assert size < 64 * 16 * 3 + 64 * 4 * 6 + 2000  # a byte and two bytes a number, vectors in fp32, two heads
+
+
+def test_no_encoder_has_its_reason(tmp_path, capsys):
+    """Fails if code of one's own is run unasked, an encoder of another decoder is taken, or a reason is not said."""
+    mine, base = tmp_path / "mine.py", record_of(tmp_path / "base")
+    shifted = "\n    def decode(self, z):\n        return z @ self.W_dec + self.b_dec + 1\n"  # SAELens has no such
+    mine.write_text((variants.FOLDER / "topk.py").read_text() + shifted)
+    run, whole = trained_run(tmp_path / "own", str(mine), {"k": 8})
+    with pytest.raises(ValueError, match="is code that is not in variants/"):
+        beside.trained(run)
+    assert beside.trained(run, trust_code=True).encode(torch.ones(1, 16)).equal(whole.encode(torch.ones(1, 16)))
+    assert stability.main([str(run.path.parent), str(tmp_path / "base")]) == 1
+    err = capsys.readouterr().err
+    assert "is code that is not in variants/" in err and err.count("\n") == 1
+
+    other, _ = trained_run(tmp_path / "other", "topk", {"k": 8})
+    assert stability.main([str(other.path.parent), str(tmp_path / "base")]) == 0
+    beside.trained(base())
+    decoder = tmp_path / "base/sae/layer_3" / beside.DECODER
+    save_file({"W_dec": torch.ones(64, 16, dtype=torch.int8)}, decoder)
+    with pytest.raises(ValueError, match="of two SAEs"):
+        beside.trained(base())
+    with pytest.raises(ValueError, match="keeps no SAE of its own: there is no sae/layer_3"):
+        beside.trained(record_of(tmp_path / "none")())
+
+
+def record_of(path):
+    """A baseline's record, and what reads it."""
+    record(path, {"layer_3": entry({"core.l0": 8.0, CE: 0.9})})
+    return lambda: read(path)["layer_3"]
+
+
+def test_stored_baselines_encode():
+    """Fails if a shipped baseline's encoder is damaged, of another SAE than its decoder, or finds no features."""
+    for name, l0 in (("topk", 32), ("standard", 40.5)):
+        run = read(compare.BASELINES / "smollm2-135m-instruct" / name)["layer_9"]
+        sae = beside.trained(run)
+        x_ND = sae.decode(torch.zeros(1, 2304)) + 3 * torch.randn(64, 576, generator=torch.Generator().manual_seed(0))
+        z_NF = sae.encode(x_ND)
+        assert z_NF.shape == (64, 2304) and z_NF.any(1).all()
+        if name == "topk":
+            assert (z_NF != 0).sum(1).max() <= l0

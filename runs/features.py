@@ -116,12 +116,10 @@ def _baseline(one: Compared, known: dict, device):
 
 def _encoder(run, device) -> tuple:
     """(TrainedSAE, None), or (None, why there is none)."""
-    try:
-        from runs import beside
+    from runs.beside import trained
 
-        return beside.trained(run).to(device), None
-    except ImportError:
-        return None, "its encoder is not stored"
+    try:
+        return trained(run).to(device), None
     except Exception as error:  # noqa: BLE001  of code that is not ours, too: the run's own features are shown all the same
         return None, str(error).split("\n")[0] or type(error).__name__
 

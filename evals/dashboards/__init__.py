@@ -185,11 +185,10 @@ def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: 
 
 
 def _passages(setup: Setup, sae, beside: Beside | None) -> list[dict]:
-    try:
-        from evals.dashboards import passages
-    except ImportError:
-        return []
-    return passages.of(setup.lm, setup.layer, sae, beside and beside.sae, setup.max_norm)
+    from evals.dashboards import passages
+
+    other = beside.sae if beside else None
+    return passages.of(setup.lm, setup.layer, sae, other, setup.max_norm)
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a board

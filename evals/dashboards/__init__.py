@@ -68,6 +68,7 @@ from evals.texts import packing
 FEW = 5  # features of a probe for which it is one with few
 OWN, THEIRS, COFIRING = 5, 3, 5  # features named beside one
 OF_BASELINE = 10  # contexts
+AT_ONCE = 32  # features whose φ with all is reckoned at once
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ def _board(read: text.Text, name: str, sae, asked: Asked, seen: dict, looks: dic
         alike = directions.nearest(W_FD[index_C], W_FD, OWN, either_sign, index_C)
         pairs = {"own": alike, "cofiring": _cofiring(own, looks[name])}
         if beside and beside.decoder is not None:
-            pairs["theirs"] = directions.nearest(W_FD[index_C], beside.decoder.to(W_FD), THEIRS, either_sign)
+            rows_GD = directions.unit(beside.decoder.to(W_FD))
+            pairs["theirs"] = directions.nearest(W_FD[index_C], rows_GD, THEIRS, either_sign)
         for kind, (index_CK, value_CK) in pairs.items():
             for dashboard, others, values in zip(features.values(), index_CK.tolist(), value_CK.tolist()):
                 dashboard[kind] = [[f, rounded(v)] for f, v in zip(others, values) if v > -torch.inf]
@@ -310,11 +312,14 @@ def _context(read: text.Text, vocab: Vocabulary, place: int, value: float, windo
 def _cofiring(seen: sweeps.Seen, look: sweeps.Look) -> tuple[Tensor, Tensor]:
     """Of the features that were looked at those with the largest φ, and φ; −∞ where it is not above 0."""
     N, n_F = seen.tokens, seen.fired_F.double()
-    index_C, both_CF = look.index_C.cpu(), look.together_CF.double().cpu()
-    n_C1 = n_F[index_C][:, None]
-    spread_CF = (n_C1 * (N - n_C1) * n_F * (N - n_F)).sqrt()
-    phi_CF = (both_CF * N - n_C1 * n_F) / spread_CF
-    phi_CF.scatter_(1, index_C[:, None], 0.0)
-    phi_CF = torch.where(phi_CF > 0, phi_CF, -torch.inf)  # of those that never, or always fire it is not a number
-    found = phi_CF.topk(min(COFIRING, len(n_F)), dim=1)
-    return found.indices, found.values
+    index, phi = [], []
+    for index_c, both_cF in zip(look.index_C.cpu().split(AT_ONCE), look.together_CF.split(AT_ONCE)):
+        n_c1, both_cF = n_F[index_c][:, None], both_cF.double().cpu()
+        spread_cF = (n_c1 * (N - n_c1) * n_F * (N - n_F)).sqrt()
+        phi_cF = (both_cF * N - n_c1 * n_F) / spread_cF
+        phi_cF.scatter_(1, index_c[:, None], 0.0)
+        phi_cF = torch.where(phi_cF > 0, phi_cF, -torch.inf)  # of those that never, or always fire it is not a number
+        found = phi_cF.topk(min(COFIRING, len(n_F)), dim=1)
+        index.append(found.indices)
+        phi.append(found.values)
+    return torch.cat(index), torch.cat(phi)

@@ -37,9 +37,9 @@ def nearest(rows_CD: Tensor, W_GD: Tensor, k: int, absolute: bool, but_C: Tensor
             ) -> tuple[Tensor, Tensor]:
     """The K = k rows of W, or as many as there are, that are most like each of some rows, and their cosines, [C, K].
 
-    absolute: the opposite direction is the same. but_C: the one that each may not be, itself.
+    Rows are of unit norm. absolute: the opposite direction is the same. but_C: the one that each may not be, itself.
     """
-    cosine_CG = functional.normalize(rows_CD.float(), dim=1) @ functional.normalize(W_GD.float(), dim=1).T
+    cosine_CG = rows_CD @ W_GD.T
     if absolute:
         cosine_CG = cosine_CG.abs()
     others = cosine_CG.shape[1]
@@ -48,6 +48,11 @@ def nearest(rows_CD: Tensor, W_GD: Tensor, k: int, absolute: bool, but_C: Tensor
         others -= 1
     found = cosine_CG.topk(min(k, others), dim=1)
     return found.indices, found.values
+
+
+def unit(W_FD: Tensor) -> Tensor:
+    """Rows of norm 1 in fp32; a row of zeros stays one."""
+    return functional.normalize(W_FD.float(), dim=1)
 
 
 def encoder_cosine(sae) -> list[float] | None:

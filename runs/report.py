@@ -1,4 +1,4 @@
-"""report.html of a run: the verdict first, then tables, charts and settings. python -m runs.report run_1 makes it again.
+"""report.html of a run: the verdict first, then tables, charts, settings. python -m runs.report run_1 makes it again.
 
 What each part shows is in runs/page/. A part that fails costs itself alone, and says so in its place.
 """
@@ -100,17 +100,19 @@ def _features(out: Path) -> str:
     kept = features.kept(out)
     if not kept:
         return ""
+    shown = max(PREVIEWS // len(kept), 1)
+    html = [_made(f"features of {sae}", partial(_feature_page, out, sae, shown if i < PREVIEWS else 0))
+            for i, sae in enumerate(kept)]
+    return f"<h2>Features</h2>{''.join(html)}"
+
+
+def _feature_page(out: Path, sae: str, shown: int) -> str:
+    """Write the page of an SAE's features; a link to it and so many of its dashboards."""
     from runs.page import features as pages
 
-    html, room = ["<h2>Features</h2>"], PREVIEWS
-    for sae in kept:
-        file = pages.write(out, sae)
-        html.append(f'<p><a href="features/{escape(shell.quoted(file.name))}">all features of {escape(sae)}</a></p>')
-        shown = max(PREVIEWS // len(kept), 1)
-        if room >= shown:
-            html.append(pages.preview(features.read(out, sae), shown))
-            room -= shown
-    return "".join(html)
+    file = pages.write(out, sae)
+    link = f'<p><a href="features/{escape(shell.quoted(file.name))}">all features of {escape(sae)}</a></p>'
+    return link + (pages.preview(features.read(out, sae), shown) if shown else "")
 
 
 def _write_new_features(out: Path, comparisons: list[Comparison]) -> None:

@@ -7,10 +7,10 @@ A chart, `spec`, is
      "x": {"label": str, "log": bool}, "y": {"label": str, "log": bool},
      "series": [{"name": str, "role": one of ROLES, "line": bool, "points": [[x, y, stderr or 0, label, href], …]}]}
 
-label is what hovering says of a point beside its values, href where a click leads, a relative address or "#…"; both may
-be "" or left out. Bars, a histogram: in place of "line" and "points" a series has "edges", n + 1 numbers, and "counts",
-n. A role decides colour and shape: "run", "baseline", "random" (a dashed line), "seed" (small points), "other".
-Points that are not finite, and those not positive on a log axis, are left out.
+label is what hovering says of a point beside its values, href where a click leads, a relative address or "#…"; both
+may be "" or left out. Bars, a histogram: in place of "line" and "points" a series has "edges", n + 1 numbers, and
+"counts", n. A role decides colour and shape: "run", "baseline", "random" (a dashed line), "seed" (small points),
+"other". Points that are not finite, and those not positive on a log axis, are left out.
 """
 
 from __future__ import annotations
@@ -169,6 +169,6 @@ def _draw(axes, spec: dict, one: dict, colour: str, most: int) -> None:
         axes.plot(x, y, style, color=colour, linewidth=1.5, label=name)
     if not one.get("line") or not many:
         label = None if one.get("line") else name
-        small = many or one.get("role") == "seed"
+        small = len(one["points"]) > 16 or one.get("role") == "seed"
         axes.errorbar(x, y, yerr=error if any(error) else None, fmt="o", color=colour, markersize=2.5 if small else 4,
                       elinewidth=1, label=label)

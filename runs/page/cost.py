@@ -5,7 +5,6 @@ from __future__ import annotations
 from html import escape
 
 from runs.page import charts
-from runs.wording import number
 
 # what the phases are called in run_info.json, in their order
 PHASES = ("preflight", "language model", "training", "report", "evals", "results")
@@ -47,7 +46,7 @@ def _facts(info: dict, log_rows: list[dict]) -> list[str]:
     for place, name in (("host", "host"), ("gpu", "GPU")):
         most = max((peak[place] for peak in peaks if place in peak), default=None)
         if most is not None:
-            facts.append(f"{number(most)} GB of {name} memory at most")
+            facts.append(f"{most:.2g} GB of {name} memory at most")
     settings = info.get("settings") or {}
     if info.get("steps") and settings.get("batch_size"):
         facts.append(f"{info['steps'] * settings['batch_size']:,} tokens in {info['steps']:,} steps")
@@ -69,6 +68,8 @@ def _last_speed(log_rows: list[dict]) -> float | None:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.2g} seconds"
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -51,8 +51,7 @@ def part(runs: list[Run], stored: list[Run], comparisons: list[Comparison], out:
     if not html:
         return ""
     said = "bars: one standard error, where known; a click on a point leads to its SAE"
-    lines = [said, note] if note else [said]
-    below = "".join(f"<p class=mut>{escape(line)}</p>" for line in lines)
+    below = f"<p class=mut>{escape('; '.join(filter(None, (said, note))))}</p>"
     return f"<h2>Frontier</h2>{below}{''.join(html)}"
 
 
@@ -113,7 +112,9 @@ def other_seeds(runs: list[Run], out: Path, info: dict) -> tuple[list[Run], str]
                 taken.add(mark)
                 found.append(sae)
     runs_found = len({sae.path for sae in found})
-    return found, f"other seeds: {number(runs_found)} finished runs of the same setting beside this one" if found else ""
+    if not found:
+        return [], ""
+    return found, f"other seeds: finished runs of the same setting beside this one, {number(runs_found)}"
 
 
 def _neighbours(out: Path) -> Iterable[Path]:

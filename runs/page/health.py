@@ -51,7 +51,11 @@ def part(saes: list[Compared], out: Path, log_rows: list[dict]) -> str:
     theirs = {one.run.section or one.run.name: _baselines(one) for one in saes}
     most = max(150, min(POINTS, 3 * POINTS // max(len(found), 1)))
     panels = {name: specs(known, theirs.get(name), most) for name, known in found.items()}
-    dead = charts.figure(dead_shares(log_rows))
+    over_time = dead_shares(log_rows)
+    if len(panels) == 1:
+        next(iter(panels.values())).append(over_time)
+        over_time = over_time | {"series": []}
+    dead = charts.figure(over_time)
     if not found and not dead:
         return ""
     lines = "".join(f"<li>{escape(line)}</li>" for line in in_words(found.values()))

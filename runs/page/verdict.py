@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 import variants
 from runs import verdict as verdicts
@@ -37,7 +36,7 @@ def part(comparisons: list[Comparison], out: Path, info: dict) -> str:
     first, rest = sentence(said, saes)
     several = len(saes) > 1
     anchor = "" if several or not saes else f' id="{escape(anchor_of(saes[0].run))}"'
-    html = [f"<section class='verdict {escape(word)}'{anchor}><p class=said><strong><span aria-hidden=true>{sign}"
+    html = [f"<section class='verdict is-{escape(word)}'{anchor}><p class=said><strong><span aria-hidden=true>{sign}"
             f"</span> {escape(first)}</strong> {escape(rest)}</p>"]
     diffs = code_diffs(out, saes, info)
     changes = listed_changes(saes, diffs)
@@ -148,8 +147,8 @@ def _where(one: Compared, source: Run) -> str:
     """At which L0 a run and its baseline are compared."""
     ours, theirs = l0_of(one.run), l0_of(source)
     if isinstance(source, Interpolated):
-        low, high = (f"{sae.name} (L0 {number(l0_of(sae))})" for sae in source.between)
-        return f"at the same L0, {number(ours)}, between {low} and {high}"
+        low, high = (number(l0_of(sae)) for sae in source.between)
+        return f"at the same L0, {number(ours)}, between its SAEs of L0 {low} and {high}"
     if ours is None or theirs is None:
         return "at an L0 that is not known"
     if number(ours) == number(theirs):
@@ -189,10 +188,13 @@ def _each(said: dict, saes: list[Compared]) -> str:
         figures = (number(own["l0"]), _with_error(own["value"], own["stderr"]), _their_figure(own), difference, sure)
         cells = "".join(f"<td>{escape(text)}</td>" for text in figures)
         rows.append(f'<tr id="{escape(anchor_of(one.run))}"><td class=l>{name}</td>{cells}'
-                    f"<td class='l w'><span class={escape(own['verdict'])}>{sign} {escape(word)}</span>{why}</td></tr>")
+                    f"<td class=l><span class={escape(own['verdict'])}>{sign} {escape(word)}</span>{why}</td></tr>")
     heads = ("L0", metrics.title(metric or "value"), "baseline", "difference", "standard errors")
     header = "<th class=l>SAE</th>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "<th class=l>verdict</th>"
-    return (f"<div class=scroll role=region tabindex=0 aria-label='verdict of each SAE'><table class=sortable>"
+    words = [WORDS.get(own["verdict"], ("", own["verdict"]))[1].lower() for own in said.get("saes", {}).values()]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    return (f"<p>Each by itself: {escape(counts)}.</p>"
+            f"<div class='scroll tall' role=region tabindex=0 aria-label='verdict of each SAE'><table class=sortable>"
             f"<thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
 
 

@@ -17,7 +17,8 @@ const Pages = (() => {
   const shapes = {run: "circle", baseline: "rectRot", random: "triangle", seed: "circle", other: "rect"};
   const signs = {circle: "●", rectRot: "◆", triangle: "▲", rect: "■"};
   const LETTERS = 56;  // of a name that hovering shows in a line
-  const MANY = 60;  // points of a series from which on they are small, and a line is without them
+  const SMALL = 16;  // points of a series above which they are small,
+  const MANY = 60;  // and a line is without them
 
   // one standard error to either side, where it is known
   const errorBars = {id: "errorBars", afterDatasetsDraw(chart) {
@@ -55,16 +56,17 @@ const Pages = (() => {
   function dataset(spec, one, i) {
     const line = colour(i, spec.series.length);
     if (spec.kind === "bars") {
-      const middle = n => spec.x.log ? Math.sqrt(one.edges[n] * one.edges[n + 1]) : (one.edges[n] + one.edges[n + 1]) / 2;
-      return {type: "bar", label: one.name, data: one.counts.map((y, n) => ({x: middle(n), y})), edges: one.edges,
+      const {edges} = one;
+      const middle = n => spec.x.log ? Math.sqrt(edges[n] * edges[n + 1]) : (edges[n] + edges[n + 1]) / 2;
+      return {type: "bar", label: one.name, data: one.counts.map((y, n) => ({x: middle(n), y})), edges,
         backgroundColor: line.startsWith("#") ? line + "99" : line, borderColor: line, barThickness: "flex",
-        barPercentage: 1, categoryPercentage: 1, grouped: false};
+        barPercentage: 1, categoryPercentage: 1};
     }
     const many = one.points.length > MANY;
-    const small = one.role === "seed" || many;
+    const small = one.role === "seed" || one.points.length > SMALL;
     return {type: "line", label: one.name, data: one.points.map(([x, y, e, label, href]) => ({x, y, e, label, href})),
       errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: line,
-      backgroundColor: line, borderWidth: 1.8, borderDash: one.role === "random" ? [6, 4] : [],
+      order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8, borderDash: one.role === "random" ? [6, 4] : [],
       pointStyle: shape(spec, one), clip: 8, pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6,
       pointHitRadius: 6};
   }
@@ -89,14 +91,16 @@ const Pages = (() => {
     }
     if (spec[axis].log) return {suggestedMin: least / 1.08, suggestedMax: most * 1.08};
     const room = axis === "y" ? (most - least) * .04 : 0;
-    return {suggestedMin: least - room, suggestedMax: most + room};
+    return {suggestedMin: least >= 0 ? Math.max(least - room, 0) : least - room, suggestedMax: most + room};
   }
 
   // of a logarithmic axis 1, 2 and 5 times powers of ten, the powers alone where there are many, all where few
   function label(value, index, ticks) {
     if (this.type !== "logarithmic") return tick(value);
     const decades = Math.log10(this.max / this.min);
-    const leading = Math.round(value / 10 ** Math.floor(Math.log10(value) + 1e-9));
+    const mantissa = value / 10 ** Math.floor(Math.log10(value) + 1e-9);
+    const leading = Math.round(mantissa);
+    if (Math.abs(mantissa - leading) > 1e-6) return undefined;
     const shown = decades > 3 ? [1] : decades > .6 ? [1, 2, 5] : [1, 2, 3, 4, 5, 6, 7, 8, 9];
     return shown.includes(leading) ? tick(value) : undefined;
   }
@@ -105,6 +109,8 @@ const Pages = (() => {
     const mut = css("--mut");
     return {type: spec[axis].log ? "logarithmic" : "linear", title: {display: true, text: spec[axis].label, color: mut},
       grid: {color: css("--line"), display: axis === "y"}, border: {color: mut}, offset: false, ...range(spec, axis),
+      bounds: axis === "x" ? "data" : "ticks",
+      stacked: spec.kind === "bars" && axis === "x",  // bars of several series lie over each other
       ticks: {color: mut, maxTicksLimit: spec[axis].log ? 30 : 7, maxRotation: 0, autoSkipPadding: 8, callback: label}};
   }
 

@@ -374,7 +374,12 @@ def lines_changed(file: Path) -> tuple[int, str]:
     Existing are the others of variants/, those stored with the baselines as they ran and, of a variant that comes with
     the project, the file as it was last committed.
     """
-    mine, best = _code(variants.text(file)), None
+    return nearest(variants.text(file), file)[:2]
+
+
+def nearest(text: bytes, file: Path) -> tuple[int, str, bytes]:
+    """(lines changed, name, source) of the existing variant that is nearest to a text, which is or was that file's."""
+    mine, best = _code(text), None
     for name, source in _existing(file):
         theirs = _code(source)
         if best is not None and abs(len(mine) - len(theirs)) >= best[0]:  # so many at least
@@ -382,9 +387,9 @@ def lines_changed(file: Path) -> tuple[int, str]:
         same = sum(block.size for block in difflib.SequenceMatcher(None, theirs, mine, False).get_matching_blocks())
         changed = len(mine) + len(theirs) - 2 * same
         if best is None or changed < best[0]:
-            best = changed, name
+            best = changed, name, source
     if best is None:
-        return len(mine), ""
+        return len(mine), "", b""
     return best
 
 

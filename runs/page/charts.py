@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from html import escape
 
 from runs.page import shell
@@ -27,6 +28,9 @@ ROLES = ("run", "baseline", "random", "seed", "other")
 # CSS variables of page.css; what matplotlib draws in these grays becomes one of them
 COLOURS = tuple(f"--c{i}" for i in range(8))
 STILLS = 6  # of a menu's charts are there without scripts
+MARKS = 400  # points of one still at most
+NAMED = 12  # series that a still's legend names
+LETTERS = 48  # of a series' name that it shows
 
 
 def figure(spec: dict, note: str = "") -> str:
@@ -52,6 +56,19 @@ def menu(label: str, specs: dict[str, dict], shown: str | None = None) -> str:
             f"<div class='stills charts'>{stills}</div>{shell.data(ordered, **{'class': 'specs'})}</figure>")
 
 
+def panels(label: str, groups: dict[str, list[dict]]) -> str:
+    """Several charts of each of some things, of which a menu shows one; without scripts stills of the first."""
+    drawn = {name: [one for one in map(finite, specs) if one["series"]] for name, specs in groups.items()}
+    drawn = {name: specs for name, specs in drawn.items() if specs}
+    if not drawn:
+        return ""
+    stills = "".join(f"<div class=still>{still(spec)}</div>" for spec in next(iter(drawn.values())))
+    options = "".join(f"<option>{escape(name)}</option>" for name in drawn)
+    first = f"<noscript><p class=mut>the first of {len(drawn)}</p></noscript>" if len(drawn) > 1 else ""
+    return (f"<figure class='chart menu'><label class=choice hidden>{escape(label)} <select>{options}</select></label>"
+            f"{first}<div class='stills charts'>{stills}</div>{shell.data(drawn, **{'class': 'specs'})}</figure>")
+
+
 def finite(spec: dict) -> dict:
     """The chart without points and series that cannot be drawn."""
     series = []
@@ -75,36 +92,47 @@ def _drawable(point: list, spec: dict) -> bool:
 
 
 def still(spec: dict) -> str:
-    """A chart as inline SVG by matplotlib, in the page's own colours, light and dark."""
+    """A chart as inline SVG by matplotlib, in the page's own colours, light and dark; at most MARKS points of it."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": spec["title"], "font.size": 9,
+    title = shell.visible(spec["title"])
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9,
                                 "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
                                 **{f"{name}.color": _ink("mut") for name in ("text", "xtick", "ytick")},
                                 "axes.edgecolor": _ink("mut"), "axes.labelcolor": _ink("mut"),
                                 "grid.color": _ink("line"), "text.parse_math": False}):
-        drawn = Figure(figsize=(4.6, 3.0), layout="constrained")
+        warnings.simplefilter("ignore")  # a sign that its font lacks: the browser's has it
+        drawn = Figure(figsize=(4.6, 3.0))
+        drawn.subplots_adjust(left=0.13, right=0.98, top=0.91, bottom=0.15)
         axes = drawn.add_subplot()
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        axes.set_title(spec["title"], loc="left", fontsize=10, color=_ink("fg"))
+        axes.set_title(title, loc="left", fontsize=10, color=_ink("fg"))
+        most = max(MARKS // len(spec["series"]), 2)
         for number, one in enumerate(spec["series"]):
-            _draw(axes, spec, one, _ink(str(one.get("colour", number) % len(COLOURS))))
+            _draw(axes, spec, one, _ink(str(one.get("colour", number) % len(COLOURS))), most)
         for axis in "xy":
-            getattr(axes, f"set_{axis}label")(spec[axis]["label"])
+            getattr(axes, f"set_{axis}label")(shell.visible(spec[axis]["label"]))
             if spec[axis].get("log"):
                 getattr(axes, f"set_{axis}scale")("log")
                 getattr(axes, f"{axis}axis").set_major_formatter(lambda value, place: f"{value:g}")
                 getattr(axes, f"{axis}axis").set_minor_formatter(NullFormatter())
+            else:
+                getattr(axes, f"{axis}axis").set_major_formatter(lambda value, place: _short(value))
         if len(spec["series"]) > 1:
-            axes.legend(fontsize=7, frameon=False)
+            handles, names = axes.get_legend_handles_labels()
+            more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+            handles = handles[:NAMED] + handles[NAMED:NAMED + len(more)]
+            axes.legend(handles, names[:NAMED] + more, fontsize=7, frameon=False, ncols=1 + len(names) // 5,
+                        loc="best" if len(names) < 5 else "lower right")
         out = io.StringIO()
         drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg"):], flags=re.DOTALL)
     svg = re.sub(r"#0000([0-9a-f]{2})", lambda found: f"var({_NAMED[int(found[1], 16) - 1]})", svg)
+    svg = re.sub(r' (?:d|x|y|x1|x2|y1|y2|points|transform)="[^"]*"', _rounded, svg)
     label = escape(f"{spec['title']}: {spec['y']['label']} against {spec['x']['label']}")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
@@ -118,17 +146,33 @@ def _ink(name: str) -> str:
     return f"#0000{number + 1:02x}"
 
 
-def _draw(axes, spec: dict, one: dict, colour: str) -> None:
-    name = one["name"].lstrip("_") or " "  # matplotlib hides what begins with _
+def _rounded(found: re.Match) -> str:
+    """An attribute's coordinates to a hundredth of a point: a third of the picture's bytes."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), found[0])
+
+
+def _short(value: float) -> str:
+    """1500000 -> 1.5M, 0.25 -> 0.25."""
+    for size, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{name}"
+    return f"{value:.4g}"
+
+
+def _draw(axes, spec: dict, one: dict, colour: str, most: int) -> None:
+    """One series, of which `most` points are shown, evenly apart."""
+    name = shell.visible(one["name"]).lstrip("_")[:LETTERS] or " "  # matplotlib hides what begins with _
     if spec["kind"] == "bars":
         axes.stairs(one["counts"], one["edges"], fill=True, color=colour, alpha=0.6, label=name)
         return
-    x, y, error = ([point[i] if len(point) > i else 0 for point in one["points"]] for i in range(3))
-    small = one.get("role") == "seed" or len(x) > 60
+    points = one["points"][:: max(1, math.ceil(len(one["points"]) / most))]
+    x, y, error = ([point[i] if len(point) > i else 0 for point in points] for i in range(3))
+    many = len(one["points"]) > 60
     if one.get("line"):
         style = "--" if one.get("role") == "random" else "-"
         axes.plot(x, y, style, color=colour, linewidth=1.5, label=name)
-    if not one.get("line") or len(x) <= 60:
+    if not one.get("line") or not many:
         label = None if one.get("line") else name
+        small = len(one["points"]) > 16 or one.get("role") == "seed"
         axes.errorbar(x, y, yerr=error if any(error) else None, fmt="o", color=colour, markersize=2.5 if small else 4,
                       elinewidth=1, label=label)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from hashlib import sha256
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 CHARTS = ("chart.umd.min.js", "charts.js")
@@ -49,3 +50,8 @@ def data(value, **attributes: str) -> str:
 def visible(token: str) -> str:
     """Line breaks, tabs and other control characters as signs, so that a token stays one visible piece."""
     return "".join({"\n": "↵", "\t": "⇥"}.get(c, c if c.isprintable() else "·") for c in token)
+
+
+def quoted(name: str) -> str:
+    """A file's name as a part of an address."""
+    return quote(name, safe="")

@@ -2,11 +2,23 @@
 "use strict";
 const Pages = (() => {
   const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const number = value => value === 0 ? "0" : Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3
-    ? value.toExponential(2) : String(Number(value.toPrecision(4)));
-  const tick = value => Math.abs(value) >= 1e9 ? number(value / 1e9) + "B" : Math.abs(value) >= 1e6 ? number(value / 1e6) + "M"
-    : Math.abs(value) >= 1e3 ? number(value / 1e3) + "k" : number(value);
+  const make = (tag, fields = {}) => Object.assign(document.createElement(tag), fields);
+  function number(value) {
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    return size >= 1e4 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  }
+  function tick(value) {
+    for (const [size, unit] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
+      if (Math.abs(value) >= size) return number(value / size) + unit;
+    }
+    return number(value);
+  }
   const shapes = {run: "circle", baseline: "rectRot", random: "triangle", seed: "circle", other: "rect"};
+  const signs = {circle: "●", rectRot: "◆", triangle: "▲", rect: "■"};
+  const LETTERS = 56;  // of a name that hovering shows in a line
+  const SMALL = 16;  // points of a series above which they are small,
+  const MANY = 60;  // and a line is without them
 
   // one standard error to either side, where it is known
   const errorBars = {id: "errorBars", afterDatasetsDraw(chart) {
@@ -20,7 +32,9 @@ const Pages = (() => {
       for (const point of set.data) {
         if (!point.e) continue;
         const x = scales.x.getPixelForValue(point.x);
-        ctx.moveTo(x, scales.y.getPixelForValue(point.y - point.e));
+        const low = point.y - point.e;
+        const bottom = scales.y.type === "logarithmic" && low <= 0 ? scales.y.bottom : scales.y.getPixelForValue(low);
+        ctx.moveTo(x, bottom);
         ctx.lineTo(x, scales.y.getPixelForValue(point.y + point.e));
       }
       ctx.stroke();
@@ -29,42 +43,94 @@ const Pages = (() => {
   }};
 
   // a relative address or a place in the page; never one with a scheme, and no other machine's
-  const address = text => text && !/^[a-z][a-z0-9+.-]*:|^[\\/]{2}/i.test(text.replace(/[\u0000-\u0020]/g, "")) ? text : null;
-
-  function dataset(spec, one, i) {
-    const colour = css("--c" + (one.colour ?? i) % 8);
-    if (spec.kind === "bars") {
-      return {type: "bar", label: one.name, data: one.counts.map((y, n) => ({x: (one.edges[n] + one.edges[n + 1]) / 2, y})),
-        edges: one.edges, backgroundColor: colour + "aa", borderColor: colour, barPercentage: 1, categoryPercentage: 1,
-        grouped: false};
-    }
-    const many = one.points.length > 60;
-    return {type: "line", label: one.name, data: one.points.map(([x, y, e, label, href]) => ({x, y, e, label, href})),
-      errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: colour, backgroundColor: colour,
-      borderWidth: 1.8, borderDash: one.role === "random" ? [6, 4] : [], pointStyle: shapes[one.role] || "circle",
-      clip: 8, pointRadius: one.line && many ? 0 : one.role === "seed" || many ? 2 : 4, pointHoverRadius: 6, pointHitRadius: 6};
+  function address(text) {
+    if (!text) return null;
+    return /^[a-z][a-z0-9+.-]*:|^[\\/]{2}/i.test(text.replace(/[\u0000-\u0020]/g, "")) ? null : text;
   }
 
-  function range(spec, axis) {  // with the errors inside
-    if (spec.kind === "bars" || axis === "x") return {};
-    const ends = spec.series.flatMap(one => one.points.flatMap(([, y, e]) => [y - (e || 0), y + (e || 0)]));
-    const shown = ends.filter(y => !spec.y.log || y > 0);
-    return {suggestedMin: Math.min(...shown), suggestedMax: Math.max(...shown)};
+  // eight that stand out in light and dark; of more series a ramp
+  function colour(spec, i) {
+    const {length} = spec.series;
+    const own = spec.series[i].colour;
+    if (own !== undefined) return css("--c" + own % 8);
+    return length <= 8 ? css("--c" + i) : `hsl(${Math.round(300 * i / length)} 65% 50%)`;
+  }
+
+  const shape = (spec, one) => spec.kind === "bars" ? "rect" : shapes[one.role] || "circle";
+
+  function dataset(spec, one, i) {
+    const line = colour(spec, i);
+    if (spec.kind === "bars") {
+      const {edges} = one;
+      const middle = n => spec.x.log ? Math.sqrt(edges[n] * edges[n + 1]) : (edges[n] + edges[n + 1]) / 2;
+      return {type: "bar", label: one.name, data: one.counts.map((y, n) => ({x: middle(n), y})), edges,
+        backgroundColor: line.startsWith("#") ? line + "99" : line, borderColor: line, barThickness: "flex",
+        barPercentage: 1, categoryPercentage: 1};
+    }
+    const many = one.points.length > MANY;
+    const small = one.role === "seed" || one.points.length > SMALL;
+    return {type: "line", label: one.name, data: one.points.map(([x, y, e, label, href]) => ({x, y, e, label, href})),
+      errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: line,
+      order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8, borderDash: one.role === "random" ? [6, 4] : [],
+      pointStyle: shape(spec, one), clip: 8, pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6,
+      pointHitRadius: 6};
+  }
+
+  // the ends of an axis: errors inside, some room around points, and bars from the first edge to the last
+  function range(spec, axis) {
+    if (spec.kind === "bars") {
+      if (axis === "y") return spec.y.log ? {min: .5} : {beginAtZero: true};
+      const edges = spec.series.flatMap(one => one.edges).filter(x => !spec.x.log || x > 0);
+      return {min: Math.min(...edges), max: Math.max(...edges)};
+    }
+    let [least, most] = [Infinity, -Infinity];
+    for (const one of spec.series) {
+      for (const [x, y, e] of one.points) {
+        const ends = axis === "x" ? [x, x] : [y - (e || 0), y + (e || 0)];
+        for (const end of ends) {
+          if (spec[axis].log && end <= 0) continue;
+          least = Math.min(least, end);
+          most = Math.max(most, end);
+        }
+      }
+    }
+    if (spec[axis].log) return {suggestedMin: least / 1.08, suggestedMax: most * 1.08};
+    const room = axis === "y" ? (most - least) * .04 : 0;
+    return {suggestedMin: least >= 0 ? Math.max(least - room, 0) : least - room, suggestedMax: most + room};
+  }
+
+  // of a logarithmic axis 1, 2 and 5 times powers of ten, the powers alone where there are many, all where few
+  function label(value, index, ticks) {
+    if (this.type !== "logarithmic") return tick(value);
+    const decades = Math.log10(this.max / this.min);
+    const mantissa = value / 10 ** Math.floor(Math.log10(value) + 1e-9);
+    const leading = Math.round(mantissa);
+    if (Math.abs(mantissa - leading) > 1e-6) return undefined;
+    const shown = decades > 3 ? [1] : decades > .6 ? [1, 2, 5] : [1, 2, 3, 4, 5, 6, 7, 8, 9];
+    return shown.includes(leading) ? tick(value) : undefined;
   }
 
   function scale(spec, axis) {
     const mut = css("--mut");
     return {type: spec[axis].log ? "logarithmic" : "linear", title: {display: true, text: spec[axis].label, color: mut},
-      grid: {color: css("--line"), display: axis === "y"}, border: {color: mut}, ...range(spec, axis),
-      ticks: {color: mut, maxTicksLimit: 7, callback: value => tick(value)}};
+      grid: {color: css("--line"), display: axis === "y"}, border: {color: mut}, offset: false, ...range(spec, axis),
+      bounds: axis === "x" ? "data" : "ticks",
+      stacked: spec.kind === "bars" && axis === "x",  // bars of several series lie over each other
+      ticks: {color: mut, maxTicksLimit: spec[axis].log ? 30 : 7, maxRotation: 0, autoSkipPadding: 8, callback: label}};
   }
 
+  const cut = text => text.length > LETTERS ? text.slice(0, LETTERS - 1) + "…" : text;
+
   function hover(spec) {
-    return {title: items => items[0] ? items[0].dataset.label : "", label(item) {
-      const {raw, dataset: {edges}, dataIndex} = item;
-      if (edges) return `${number(edges[dataIndex])} to ${number(edges[dataIndex + 1])}: ${number(raw.y)}`;
+    return {title: items => items[0] && spec.kind !== "bars" ? cut(items[0].dataset.label) : "", label(item) {
+      const {raw, dataset: {edges, label}, dataIndex} = item;
+      if (edges) {
+        const of = spec.series.length > 1 ? `${cut(label)}, ` : "";
+        return `${of}${number(edges[dataIndex])} to ${number(edges[dataIndex + 1])}: ${tick(raw.y)}`;
+      }
       const y = `${number(raw.y)}${raw.e ? " ± " + number(raw.e) : ""}`;
-      return [...(raw.label ? raw.label.split("\n") : []), `${spec.y.label}: ${y}`, `${spec.x.label}: ${number(raw.x)}`];
+      const lines = [`${spec.y.label}: ${y}`, `${spec.x.label}: ${tick(raw.x)}`].map(cut);
+      return raw.label ? [...raw.label.split("\n").map(cut), ...lines] : lines;
     }};
   }
 
@@ -77,49 +143,75 @@ const Pages = (() => {
       data: {datasets: spec.series.map((one, i) => dataset(spec, one, i))}, plugins: [errorBars],
       options: {animation: false, responsive: true, maintainAspectRatio: false, parsing: false, normalized: true,
         interaction: {mode: "nearest", intersect: few, axis: few ? "xy" : "x"},
-        scales: {x: {...scale(spec, "x"), offset: false}, y: {...scale(spec, "y"), beginAtZero: !few}},
-        onHover: (event, found) => { canvas.style.cursor = address(found[0]?.element.$context.raw.href) ? "pointer" : ""; },
+        layout: {padding: {top: 6, right: 10}}, scales: {x: scale(spec, "x"), y: scale(spec, "y")},
+        onHover: (event, found) => {
+          canvas.style.cursor = address(found[0]?.element.$context.raw.href) ? "pointer" : "";
+        },
         onClick: (event, found) => {
           const to = address(found[0]?.element.$context.raw.href);
           if (to) location.assign(to);
         },
-        plugins: {title: {display: true, text: spec.title, align: "start", color: css("--fg")},
-          legend: {display: spec.series.length > 1, labels: {color: css("--fg"), usePointStyle: few, boxHeight: 7}},
-          tooltip: {callbacks: hover(spec)}}}});
+        plugins: {legend: {display: false}, tooltip: {callbacks: hover(spec), boxPadding: 4, caretPadding: 8}}}});
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `${spec.title}: ${spec.y.label} against ${spec.x.label}; the numbers are in the table below`);
+    const axes = `${spec.y.label} against ${spec.x.label}`;
+    canvas.setAttribute("aria-label", `${spec.title}: ${axes}; the numbers are in the table below`);
     drawn.set(canvas, [chart, spec]);
     return chart;
   }
 
+  // the names of the series, each a switch
+  function legend(canvas, spec) {
+    const list = make("div", {className: "legend"});
+    if (spec.series.length < 2) return list;
+    spec.series.forEach((one, i) => {
+      const button = make("button", {type: "button"});
+      const sign = make("span", {textContent: signs[shape(spec, one)]});
+      sign.setAttribute("aria-hidden", "true");
+      sign.style.color = spec.series.length <= 8 ? `var(--c${i})` : colour(i, spec.series.length);
+      button.setAttribute("aria-pressed", "true");
+      button.append(sign, cut(one.name));
+      button.addEventListener("click", () => {
+        const [chart] = drawn.get(canvas);
+        const shown = !chart.isDatasetVisible(i);
+        button.setAttribute("aria-pressed", String(shown));
+        chart.setDatasetVisibility(i, shown);
+        chart.update();
+      });
+      list.append(button);
+    });
+    return list;
+  }
+
   // the numbers of a chart, for a keyboard and for copying; made when they are asked for
   function numbers(spec) {
-    const details = document.createElement("details");
-    details.append(Object.assign(document.createElement("summary"), {textContent: "the numbers"}));
+    const details = make("details", {className: "numbers"});
+    details.append(make("summary", {textContent: "the numbers"}));
     details.addEventListener("toggle", () => {
       if (!details.open || details.querySelector("table")) return;
-      const table = document.createElement("table");
+      const table = make("table");
       const row = (cells, tag) => {
         const line = table.insertRow();
         cells.forEach((cell, i) => {
-          const place = document.createElement(tag);
-          if (!i) place.className = "l";
-          cell instanceof Node ? place.append(cell) : place.textContent = cell;
+          const place = make(tag, {className: i ? "" : "l"});
+          if (cell instanceof Node) place.append(cell);
+          else place.textContent = cell;
           line.append(place);
         });
       };
       const bars = spec.kind === "bars";
       row(bars ? ["", "from", "to", spec.y.label] : ["", spec.x.label, spec.y.label, "standard error"], "th");
       for (const one of spec.series) {
-        if (bars) one.counts.forEach((y, n) => row([one.name, number(one.edges[n]), number(one.edges[n + 1]), number(y)], "td"));
-        for (const [x, y, e, label, href] of one.points || []) {
+        if (bars) {
+          one.counts.forEach((y, n) => row([one.name, number(one.edges[n]), number(one.edges[n + 1]), tick(y)], "td"));
+          continue;
+        }
+        for (const [x, y, e, label, href] of one.points) {
           const name = label ? `${one.name}: ${label}` : one.name;
           const to = address(href);
-          const link = to ? Object.assign(document.createElement("a"), {href: to, textContent: name}) : name;
-          row([link, number(x), number(y), e ? number(e) : ""], "td");
+          row([to ? make("a", {href: to, textContent: name}) : name, tick(x), number(y), e ? number(e) : ""], "td");
         }
       }
-      const scroll = Object.assign(document.createElement("div"), {className: "scroll", tabIndex: 0});
+      const scroll = make("div", {className: "scroll", tabIndex: 0});
       scroll.setAttribute("role", "region");
       scroll.setAttribute("aria-label", `the numbers of ${spec.title}`);
       scroll.append(table);
@@ -130,10 +222,11 @@ const Pages = (() => {
 
   // a chart in `place`, an element, in place of what it holds
   function chart(place, spec) {
-    const plot = Object.assign(document.createElement("div"), {className: "plot"});
-    const canvas = document.createElement("canvas");
+    const plot = make("div", {className: "plot"});
+    const canvas = make("canvas");
     plot.append(canvas);
-    place.replaceChildren(plot, numbers(spec));
+    place.replaceChildren(make("p", {className: "title", textContent: spec.title}), legend(canvas, spec), plot,
+                          numbers(spec));
     drawn.forEach(([old], gone) => {  // of what the page has replaced
       if (gone.isConnected) return;
       old.destroy();
@@ -148,12 +241,20 @@ const Pages = (() => {
       chart(figure.querySelector(".still"), JSON.parse(figure.querySelector("script.spec").textContent));
       return;
     }
-    const all = JSON.parse(specs.textContent);
-    const [choice, stills] = [figure.querySelector(".choice"), figure.querySelector(".stills")];
+    const all = new Map(Object.entries(JSON.parse(specs.textContent)));
+    const [choice, place] = [figure.querySelector(".choice"), figure.querySelector(".stills")];
     const select = choice.querySelector("select");
-    const show = () => chart(stills, all[select.value]);
-    stills.className = "stills";
-    choice.hidden = false;
+    const show = () => {
+      const found = all.get(select.value);
+      place.className = Array.isArray(found) ? "stills charts" : "stills";
+      if (!Array.isArray(found)) {
+        chart(place, found);
+        return;
+      }
+      place.replaceChildren(...found.map(() => make("div", {className: "panel"})));
+      found.forEach((spec, i) => chart(place.children[i], spec));
+    };
+    choice.hidden = all.size < 2;
     select.addEventListener("change", show);
     show();
   }
@@ -166,8 +267,10 @@ const Pages = (() => {
       upgrade(target);
     }), {rootMargin: "300px"});
     document.querySelectorAll("figure.chart").forEach(figure => watch.observe(figure));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
-      drawn.forEach(([, spec], canvas) => { if (canvas.isConnected) draw(canvas, spec); }));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(([, spec], canvas) => {
+      if (canvas.isConnected) draw(canvas, spec);
+      else drawn.delete(canvas);
+    }));
   }
 
   start();

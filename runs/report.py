@@ -18,6 +18,7 @@ from runs import compare, features
 from runs.comparison import Comparison
 from runs.folder import left, write_text
 from runs.page import comparison, cost, curves, frontier, health, settings, shell, verdict
+from runs.page import features as pages
 from runs.reading import Run, read
 from runs.stability import as_data
 
@@ -27,7 +28,7 @@ PREVIEWS = 6  # dashboards in the page, of all its SAEs together
 
 
 def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run] | dict | None, log_rows: list[dict],
-          dashboards: Iterable = ()) -> Path:
+          ) -> Path:
     """Write out_dir/report.html and return its path; beside it features/<SAE>.html of each SAE that has a board, and
     new_features.json where a baseline's decoder is at hand.
 
@@ -71,7 +72,7 @@ def _write_page(out: Path, runs: list[Run], stored: list[Run], comparisons: list
              "settings": partial(settings.part, runs)}
     html = [_made(name, make) for name, make in parts.items()]
     path = out / "report.html"
-    write_text(path, shell.page(out.name, html, (*shell.CHARTS, "tables.js"), ("report.css",)))
+    write_text(path, shell.page(out.name, html, (*shell.CHARTS, "tables.js"), ("report.css", *pages.STYLES)))
     return path
 
 
@@ -108,8 +109,6 @@ def _features(out: Path) -> str:
 
 def _feature_page(out: Path, sae: str, shown: int) -> str:
     """Write the page of an SAE's features; a link to it and so many of its dashboards."""
-    from runs.page import features as pages
-
     file = pages.write(out, sae)
     link = f'<p><a href="features/{escape(shell.quoted(file.name))}">all features of {escape(sae)}</a></p>'
     return link + (pages.preview(features.read(out, sae), shown) if shown else "")

@@ -98,11 +98,7 @@ def still(spec: dict) -> str:
     from matplotlib.ticker import NullFormatter
 
     title = shell.visible(spec["title"])
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9,
-                                "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
-                                **{f"{name}.color": _ink("mut") for name in ("text", "xtick", "ytick")},
-                                "axes.edgecolor": _ink("mut"), "axes.labelcolor": _ink("mut"),
-                                "grid.color": _ink("line"), "text.parse_math": False}):
+    with warnings.catch_warnings(), matplotlib.rc_context(_style(title)):
         warnings.simplefilter("ignore")  # a sign that its font lacks: the browser's has it
         drawn = Figure(figsize=(4.6, 3.0))
         drawn.subplots_adjust(left=0.13, right=0.98, top=0.91, bottom=0.15)
@@ -135,6 +131,14 @@ def still(spec: dict) -> str:
     svg = re.sub(r' (?:d|x|y|x1|x2|y1|y2|points|transform)="[^"]*"', _rounded, svg)
     label = escape(f"{spec['title']}: {spec['y']['label']} against {spec['x']['label']}")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _style(title: str) -> dict:
+    """matplotlib's settings of a picture in the page's colours, with its text as text."""
+    inked = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
+    return {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "font.family": "sans-serif",
+            "axes.spines.top": False, "axes.spines.right": False, "grid.color": _ink("line"), "text.parse_math": False,
+            **dict.fromkeys(inked, _ink("mut"))}
 
 
 _NAMED = ("--fg", "--mut", "--line", *COLOURS)  # matplotlib's #0000nn stands for the n-th of them, from 1

@@ -35,8 +35,8 @@ def part(comparisons: list[Comparison], out: Path, info: dict) -> str:
     first, rest = sentence(said, saes)
     several = len(saes) > 1
     anchor = "" if several or not saes else f' id="{escape(anchor_of(saes[0].run))}"'
-    html = [f"<section class='verdict is-{escape(word)}'{anchor}><p class=said><strong><span aria-hidden=true>{sign}"
-            f"</span> {escape(first)}</strong> {escape(rest)}</p>"]
+    html = [f"<section class='verdict is-{escape(word)}'{anchor}><p class=sentence>"
+            f"<strong><span aria-hidden=true>{sign}</span> {escape(first)}</strong> {escape(rest)}</p>"]
     diffs = code_diffs(out, saes, info)
     changes = listed_changes(saes, diffs)
     if changes:

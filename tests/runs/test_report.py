@@ -35,8 +35,8 @@ SENTENCES = {  # √(.003² + .004²) = .005
               "L0, 50.00: 0.9050 ± 0.004 against 0.9000 ± 0.003, a difference of +0.0050 ± 0.005, 1.0 standard errors, "
               "and 2 are asked for. What changed: mine in place of standard."),
     "suspect": (dict(variant="mine"), 1.2, "! Suspect: CE loss score = 1.200 is above 1: the model predicts better "
-                "with the SAE than without. CE loss score is 1.200 ± 0.004 at L0 50.00 against 0.9000 ± 0.003 of the baseline standard. What "
-                "changed: mine in place of standard."),
+                "with the SAE than without. CE loss score is 1.200 ± 0.004 at L0 50.00 against 0.9000 ± 0.003 of the "
+                "baseline standard. What changed: mine in place of standard."),
     "incomparable": (dict(variant="mine", layer=4, hook_name="blocks.4.hook_resid_post"), 0.91, "– Not comparable: "
                      "layer 4 / 3. CE loss score is 0.9100 ± 0.004 at L0 50.00.")}
 

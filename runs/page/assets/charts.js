@@ -71,7 +71,8 @@ const Pages = (() => {
     const small = one.role === "seed" || one.points.length > SMALL;
     return {type: "line", label: one.name, data: one.points.map(([x, y, e, label, href]) => ({x, y, e, label, href})),
       errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: line,
-      order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8, borderDash: one.role === "random" ? [6, 4] : [],
+      order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8,
+      borderDash: one.role === "random" ? [6, 4] : [],
       pointStyle: shape(spec, one), clip: 8, pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6,
       pointHitRadius: 6};
   }
@@ -116,7 +117,8 @@ const Pages = (() => {
       grid: {color: css("--line"), display: axis === "y"}, border: {color: mut}, offset: false, ...range(spec, axis),
       bounds: axis === "x" ? "data" : "ticks",
       stacked: spec.kind === "bars" && axis === "x",  // bars of several series lie over each other
-      ticks: {color: mut, maxTicksLimit: spec[axis].log ? 30 : 7, maxRotation: 0, autoSkipPadding: 8, callback: label}};
+      ticks: {color: mut, includeBounds: Boolean(spec[axis].log), maxTicksLimit: spec[axis].log ? 30 : 7, maxRotation: 0,
+        autoSkipPadding: 8, callback: label}};
   }
 
   const cut = text => text.length > LETTERS ? text.slice(0, LETTERS - 1) + "…" : text;
@@ -134,6 +136,12 @@ const Pages = (() => {
     }};
   }
 
+  // where a click on what was found leads, or null
+  function target(spec, found) {
+    const points = found.length ? spec.series[found[0].datasetIndex].points : null;
+    return points ? address(points[found[0].index][4]) : null;
+  }
+
   const drawn = new Map();  // canvas: [its chart, its data]
 
   function draw(canvas, spec) {
@@ -145,10 +153,10 @@ const Pages = (() => {
         interaction: {mode: "nearest", intersect: few, axis: few ? "xy" : "x"},
         layout: {padding: {top: 6, right: 10}}, scales: {x: scale(spec, "x"), y: scale(spec, "y")},
         onHover: (event, found) => {
-          canvas.style.cursor = address(found[0]?.element.$context.raw.href) ? "pointer" : "";
+          canvas.style.cursor = target(spec, found) ? "pointer" : "";
         },
         onClick: (event, found) => {
-          const to = address(found[0]?.element.$context.raw.href);
+          const to = target(spec, found);
           if (to) location.assign(to);
         },
         plugins: {legend: {display: false}, tooltip: {callbacks: hover(spec), boxPadding: 4, caretPadding: 8}}}});
@@ -167,7 +175,7 @@ const Pages = (() => {
       const button = make("button", {type: "button"});
       const sign = make("span", {textContent: signs[shape(spec, one)]});
       sign.setAttribute("aria-hidden", "true");
-      sign.style.color = spec.series.length <= 8 ? `var(--c${i})` : colour(i, spec.series.length);
+      sign.style.color = spec.series.length <= 8 ? `var(--c${(one.colour ?? i) % 8})` : colour(spec, i);
       button.setAttribute("aria-pressed", "true");
       button.append(sign, cut(one.name));
       button.addEventListener("click", () => {

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from html import escape
 
 from runs.page import shell
@@ -95,22 +96,24 @@ def still(spec: dict) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": spec["title"], "font.size": 9,
-                                "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
-                                **{f"{name}.color": _ink("mut") for name in ("text", "xtick", "ytick")},
-                                "axes.edgecolor": _ink("mut"), "axes.labelcolor": _ink("mut"),
-                                "grid.color": _ink("line"), "text.parse_math": False}):
+    title = shell.visible(spec["title"])
+    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "font.family": "sans-serif",
+             "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _ink("mut"),
+             **{f"{name}.color": _ink("mut") for name in ("text", "xtick", "ytick")},
+             "axes.labelcolor": _ink("mut"), "grid.color": _ink("line"), "text.parse_math": False}
+    with warnings.catch_warnings(), matplotlib.rc_context(style):
+        warnings.simplefilter("ignore")  # a sign that its font lacks: the browser's has it
         drawn = Figure(figsize=(4.6, 3.0))
         drawn.subplots_adjust(left=0.13, right=0.98, top=0.91, bottom=0.15)
         axes = drawn.add_subplot()
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        axes.set_title(spec["title"], loc="left", fontsize=10, color=_ink("fg"))
+        axes.set_title(title, loc="left", fontsize=10, color=_ink("fg"))
         most = max(MARKS // len(spec["series"]), 2)
         for number, one in enumerate(spec["series"]):
             _draw(axes, spec, one, _ink(str(number % len(COLOURS))), most)
         for axis in "xy":
-            getattr(axes, f"set_{axis}label")(spec[axis]["label"])
+            getattr(axes, f"set_{axis}label")(shell.visible(spec[axis]["label"]))
             if spec[axis].get("log"):
                 getattr(axes, f"set_{axis}scale")("log")
                 getattr(axes, f"{axis}axis").set_major_formatter(lambda value, place: f"{value:g}")
@@ -157,7 +160,7 @@ def _short(value: float) -> str:
 
 def _draw(axes, spec: dict, one: dict, colour: str, most: int) -> None:
     """One series, of which `most` points are shown, evenly apart."""
-    name = one["name"].lstrip("_")[:LETTERS] or " "  # matplotlib hides what begins with _
+    name = shell.visible(one["name"]).lstrip("_")[:LETTERS] or " "  # matplotlib hides what begins with _
     if spec["kind"] == "bars":
         axes.stairs(one["counts"], one["edges"], fill=True, color=colour, alpha=0.6, label=name)
         return

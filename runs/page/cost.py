@@ -84,7 +84,7 @@ def _bar(seconds: dict[str, float]) -> str:
         parts.append(f'<i style="width:{100 * spent / whole:.2f}%;background:var({colour})"></i>')
         words.append(f'<span><i style="background:var({colour})"></i>{escape(name)} {_time(spent)}, '
                      f"{spent / whole:.0%}</span>")
-    return f"<div class=bar aria-hidden=true>{''.join(parts)}</div><p class='key mut'>{''.join(words)}</p>"
+    return f"<div class=bar aria-hidden=true>{''.join(parts)}</div><p class='key mut'>{' '.join(words)}</p>"
 
 
 def _rows(info: dict) -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import math
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -93,15 +92,27 @@ def _of_one(said: dict, first: str, one: Compared) -> tuple[str, str]:
     if word == "equal_to_baseline":
         return f"{first} to the baseline {one.partner.name}:", f"nothing in it differs. {_figure(said)}."
     if word in ("suspect", "incomparable"):
-        beside = f" against {_their_figure(said)} of the baseline {_called(source)}" if _their_figure(said) else ""
-        figure = f" {_figure(said)}{beside}." if said["value"] is not None else ""
+        figure = f" {_figure(said)}{_beside(said, one)}." if said["value"] is not None else ""
         return f"{first}:", f"{said['why']}.{figure}"
     than = {"within_noise": "of"}.get(word, "than")
     rest = (f"the baseline {_called(source)} in {metrics.title(metric)}, {_where(one, source)}: "
             f"{_with_error(said['value'], said['stderr'])} against {_their_figure(said)}, {_by_how_much(said)}")
-    if word == "within_noise" and said["difference_stderr"] is None:
+    if word == "within_noise" and not _known(said):
         rest += f"; {said['why']}"
     return f"{first} {than}", f"{rest}."
+
+
+def _beside(said: dict, one: Compared) -> str:
+    """The baseline's figure, where it means something beside the run's."""
+    if one.obstacles or said["baseline_value"] is None:
+        return ""
+    at = "" if number(said["l0"]) == number(said["baseline_l0"]) else f" at L0 {number(said['baseline_l0'])}"
+    return f" against {_their_figure(said)}{at} of the baseline {_called(one.source(said['metric']))}"
+
+
+def _known(said: dict) -> bool:
+    """Whether the standard errors of both sides are."""
+    return said["stderr"] is not None and said["baseline_stderr"] is not None
 
 
 def _of_several(said: dict, first: str, saes: list[Compared]) -> tuple[str, str]:
@@ -115,8 +126,8 @@ def _of_several(said: dict, first: str, saes: list[Compared]) -> tuple[str, str]
     over = f"over {compared} SAEs" if compared == len(saes) else f"over {compared} of {len(saes)} SAEs"
     than = {"within_noise": "of"}.get(word, "than")
     rest = f"the baseline {source} in {metrics.title(metric)}: {over} the mean is {_by_how_much(said)}"
-    if said["difference_stderr"] is None:
-        rest += f"; {said['why']}"
+    if not _known(said):
+        rest += "; of some no standard error is known: run several seeds of both"
     return f"{first} {than}", f"{rest}."
 
 
@@ -161,13 +172,13 @@ def _by_how_much(said: dict) -> str:
     difference, error = said["difference"], said["difference_stderr"]
     sides = [side for side in (said["value"], said["baseline_value"]) if side]
     text = f"{signed(difference, *(sides or [difference or 1.0]))}"
-    if error is None:
+    if error is None or not _known(said):
         return f"a difference of {text}"
     if not error:
         return f"a difference of {text} ± 0"
     times = abs(difference) / error
     shown = f"{times:.0f}" if times >= 10 else f"{times:.1f}"
-    needed = "" if math.fabs(difference) > 2 * error else ", and 2 are asked for"
+    needed = "" if abs(difference) > 2 * error else ", and 2 are asked for"
     return f"a difference of {text} ± {error:.2g}, {shown} standard errors{needed}"
 
 
@@ -178,7 +189,7 @@ def _each(said: dict, saes: list[Compared]) -> str:
     for one, own in zip(saes, said.get("saes", {}).values()):
         sign, word = WORDS.get(own["verdict"], ("", own["verdict"]))
         sure = ""
-        if own["difference"] is not None and own["difference_stderr"]:
+        if own["difference"] is not None and own["difference_stderr"] and _known(own):
             sure = f"{abs(own['difference']) / own['difference_stderr']:.1f}"
         difference = ""
         if own["difference"] is not None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from runs import compare, exports, report, tables
+from tests.pages.reading import Page, part
 from tests.runs.records import CE, R2, entry, record, run
 
 PROBING, PROBES = "sparse_probing.sae_top_1_test_accuracy", "sae_probes.sae_top_1_test_auc"
@@ -81,10 +82,10 @@ def test_every_form_carries_it(stored, tmp_path):
     assert sae["metrics"][CE]["random"] == pytest.approx(0.6)
     page = report.write(tmp_path, {"r": ours()}, None, []).read_text(encoding="utf-8")
     assert f"<div class=warn>{LINE}: " in page
-    drawn = page.split("<h2>Frontier</h2>")[1].split("<h2>")[0]
-    assert "frozen random decoder</span>" in drawn and "untrained SAE</span>" in drawn
-    svg = drawn.split("<svg")[1].split("</svg>")[0]
-    assert (svg.count("<circle"), svg.count("stroke-linejoin")) == (4, 1)  # the run, 2 frozen joined, 1 untrained
+    (menu,) = Page(part(page, "Frontier")).data
+    series = next(iter(menu.values()))["series"]
+    assert [(one["name"], one["role"], one["line"], len(one["points"])) for one in series[1:]] == [
+        ("frozen random decoder", "random", True, 2), ("untrained SAE", "random", True, 1)]
 
 
 def test_several_runs_share_a_line_without_figures(stored):

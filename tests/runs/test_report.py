@@ -1,44 +1,133 @@
-"""report.html: whole, small, without markup from outside, and its charts drawn where they belong."""
+"""report.html: the verdict in words that are right, parts that stand by themselves, points where they belong."""
 
-import html.parser
+import json
 import math
-import re
+import shutil
 from pathlib import Path
 
-from runs import report
-from runs.reading import Run
-from tests.runs.records import CE, R2, run, saes_of
+import pytest
+
+from runs import compare, folder, report
+from runs.page import cost, curves, frontier, health, verdict
+from runs.reading import Run, read
+from tests.pages.boards import HARMFUL
+from tests.pages.reading import Page, part, said
+from tests.runs.records import CE, R2, entry, record, run, saes_of
 
 
-class Tags(html.parser.HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.loads = [], []
-        self.feed(text)
+def written(tmp_path, runs, base, log=()):
+    """The page of runs that were never stored."""
+    return report.write(tmp_path, {one.name: one for one in runs}, base, list(log)).read_text(encoding="utf-8")
 
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.loads += [v for k, v in attributes if k in ("src", "href") or "url(" in (v or "")]
+
+# ------------------------------------------------------------------------------------------------ the verdict
+
+
+BASE = run("b", {"core.l0": 50.0, CE: 0.9}, {CE: 0.003}, variant="standard", num_tokens=1000, hyper={"k": 50, "l": 1})
+SENTENCES = {  # √(.003² + .004²) = .005
+    "better": (dict(variant="mine", num_tokens=1000, hyper={"k": 64}), 0.92, "▲ Better than the baseline standard in "
+               "CE loss score, at the same L0, 50.00: 0.9200 ± 0.004 against 0.9000 ± 0.003, a difference of +0.0200 ± "
+               "0.005, 4.0 standard errors. What changed: mine in place of standard; k 50 → 64."),
+    "worse": (dict(variant="standard", num_tokens=1040, hyper={"k": 50}), 0.84, "▼ Worse than the baseline standard in "
+              "CE loss score, at the same L0, 50.00: 0.8400 ± 0.004 against 0.9000 ± 0.003, a difference of -0.0600 ± "
+              "0.005, 12 standard errors. What changed: num_tokens 1,000 → 1,040."),
+    "noise": (dict(variant="mine"), 0.905, "≈ Within the noise of the baseline standard in CE loss score, at the same "
+              "L0, 50.00: 0.9050 ± 0.004 against 0.9000 ± 0.003, a difference of +0.0050 ± 0.005, 1.0 standard errors, "
+              "and 2 are asked for. What changed: mine in place of standard."),
+    "suspect": (dict(variant="mine"), 1.2, "! Suspect: CE loss score = 1.200 is above 1: the model predicts better "
+                "with the SAE than without. CE loss score is 1.200 ± 0.004 at L0 50.00 against 0.9000 ± 0.003 of the "
+                "baseline standard. What changed: mine in place of standard."),
+    "incomparable": (dict(variant="mine", layer=4, hook_name="blocks.4.hook_resid_post"), 0.91, "– Not comparable: "
+                     "layer 4 / 3. CE loss score is 0.9100 ± 0.004 at L0 50.00.")}
+
+
+@pytest.mark.parametrize("kind", SENTENCES)
+def test_a_verdict_in_words(tmp_path, kind):
+    """Fails if a sentence lacks what changed, which way, in what, at which L0, by how much or how surely."""
+    config, value, sentence = SENTENCES[kind]
+    assert said(written(tmp_path, [run("r", {"core.l0": 50.0, CE: value}, {CE: 0.004}, **config)], [BASE])) == sentence
+
+
+def test_a_verdict_without_a_baseline(tmp_path):
+    """Fails if a run of a model of one's own gets no sentence, or one that pretends to a comparison."""
+    ours = run("r", {"core.l0": 50.0, CE: 0.9}, {CE: 0.004})
+    assert said(written(tmp_path, [ours], None)) == (
+        "– Not comparable: no baseline is stored for org/Tiny, layer 3: compare with a run of yours, python -m "
+        "runs.compare run_1 run_2 --exit-status. CE loss score is 0.9000 ± 0.004 at L0 50.00.")
+
+
+def test_a_verdict_between_two_saes_and_without_errors(tmp_path):
+    """Fails if the sentence hides that the baseline's figure lies between two SAEs, or that no error is known."""
+    points = ((20.0, 0.80), (80.0, 0.90))
+    between = said(written(tmp_path, [run("r", {"core.l0": 40.0, CE: 0.87}, {CE: 0.002}, variant="mine")],
+                           saes_of("standard", points)))
+    # in the middle of 20 and 80 on a log axis: .85, and ±.002 with ±.002 is ±.0028
+    assert between.startswith("▲ Better than the baseline standard in CE loss score, at the same L0, 40.00, between "
+                              "its SAEs of L0 20.00 and 80.00: 0.8700 ± 0.002 against 0.8500 ± 0.002, a difference of "
+                              "+0.0200 ± 0.0028, 7.1 standard errors.")
+    silent = said(written(tmp_path, [run("r", {"core.l0": 50.0, CE: 0.95}, variant="mine")], [BASE]))
+    assert "a difference of +0.0500; no standard error of core.ce_loss_score is known of the run: run several" in silent
+
+
+def test_several_saes_have_a_line_each(tmp_path):
+    """Fails if a sweep's SAEs have no place and verdict of their own, or their sentence is not that of the mean."""
+    ours = [run(f"p {k}", {"core.l0": k, CE: ce}, {CE: 0.003}, variant="mine", hyper={"k": k})
+            for k, ce in ((20.0, 0.83), (50.0, 0.862))]
+    base = saes_of("standard", ((20.0, 0.80), (50.0, 0.86)))
+    text = written(tmp_path, ours, base)
+    # (.03 + .002) / 2, with the mean of two errors √(.003² + .002²) = .0036
+    assert said(text) == ("▲ Better than the baseline standard in CE loss score: over 2 SAEs the mean is a difference "
+                          "of +0.0160 ± 0.0036, 4.4 standard errors. What changed: mine in place of standard; k 20.0, "
+                          "50.0.")
+    page = Page(text)
+    assert {"sae-p 20.0", "sae-p 50.0"} <= set(page.ids)
+    assert "Each by itself: 1 better, 1 within the noise." in page.text
+
+
+def test_a_failed_run_says_so(tmp_path):
+    """Fails if the page of a run whose eval crashed, made again, gives it a verdict, or loses where it failed."""
+    out = record(tmp_path / "run_1", {"layer_3": entry({CE: 0.9})})
+    folder.write_json(out / "verdict.json", dict(verdict="failed", phase="eval core", why="no room"))
+    folder.write_json(out / "run_info.json", dict(status="failed", settings={"variant": "topk"}))
+    assert said(report.again(out).read_text()) == "✕ Failed in eval core: no room."
+
+
+def test_what_changed_in_the_code(tmp_path, monkeypatch):
+    """Fails if the diff is not that to the baseline's file, added and removed lines lack a sign, or it is unbounded."""
+    base, ours = (record(tmp_path / name, {"layer_3": entry({"core.l0": 5.0, CE: 0.9}, {CE: 0.01}, variant=name)})
+                  for name in ("theirs", "ours"))
+    (base / "variant.py").write_text("a = 1\nb = 2\n<i>\n")
+    (ours / "variant.py").write_text("a = 1\nb = 3\nc = 4\n<i>\n")
+    monkeypatch.setattr(compare, "stored_baselines", lambda runs: list(read(base).values()))
+    monkeypatch.setattr(verdict.verdicts, "nearest", lambda text, file: (9, "far", b"x\n" * 9))
+    text = report.again(ours).read_text()
+    assert "2 lines added to and 1 taken from the baseline theirs's variant.py" in said(text)
+    diff = text.split("variant.py against the baseline theirs's")[1].split("</pre>")[0]
+    assert "<ins>+b = 3</ins><ins>+c = 4</ins>" in diff and "<del>-b = 2</del>" in diff
+    assert "<span> &lt;i&gt;</span>" in diff
+    long = verdict.as_html(["+x"] * 1000)
+    assert long.count("<ins>") == verdict.DIFF_LINES and "600 more lines" in long
+
+
+# ------------------------------------------------------------------------------------------------ the whole page
 
 
 def test_report_is_self_contained_small_and_escaped(tmp_path):
-    """Fails if text from outside becomes markup, the page loads anything, grows past 1 MB, or NaN reaches a drawing."""
+    """Fails if text from outside becomes markup, the page loads anything, grows past 1.5 MB, or a part is lost."""
     evil = "<script>alert(1)</script>\ud800\n"
     sections = {f"layer_3.{evil}{k}": run(f"r {evil}{k}", {"core.l0": k + 1.0, CE: 0.9}, variant=evil)
                 for k in range(2)}
     sections["x"] = Run("x", {"core.l0": None}, {}, {}, [evil], Path("/nowhere/x.json"))
     log = [{"sae": evil + str(k), "step": s, "tokens": s * 100, "loss": math.nan if s % 2 else 1 / (s + 1),
             "auxk": "", "l0": "32.5"} for s in range(3000) for k in range(8)]
-    context = [(evil, 1.5), (" word", 0.0), ("\"'&", math.nan)] * 43
-    board = {"density": 0.01, "max_activation": 1.5, "contexts": [context] * 10, "top_logits": [(evil, 1.0)]}
-    boards = [{"feature": n, **board} for n in range(300)]
-    path = report.write(tmp_path, sections, [run("b", {"core.l0": 1.0})], log, boards)
+    path = report.write(tmp_path, sections, [run("b", {"core.l0": 1.0})], log)
     text = path.read_text(encoding="utf-8")
-    page = Tags(text)
-    assert "script" not in page.tags and page.loads == [] and page.tags.count("svg") >= 3
-    assert path.stat().st_size < 1_000_000 and "more left out to keep the page small" in text
-    drawn = [part.split("</svg>")[0] for part in text.split("<svg")[1:]]
-    assert not any("nan" in svg.lower() or "inf" in svg.lower() for svg in drawn)
+    page = Page(text)
+    own = [tag for tag in page.tags if tag == "script"]
+    assert len(own) == len(page.data) + 3 and page.loads == [] and page.tags.count("svg") >= 3
+    assert path.stat().st_size < 1_500_000 and "could not be shown" not in text
+    drawn = [one.split("</svg>")[0] for one in text.split("<svg")[1:]]
+    assert not any("nan" in svg.lower() or "inf," in svg.lower() for svg in drawn)
 
 
 def test_sure_verdicts_alone_have_a_colour(tmp_path):
@@ -47,35 +136,163 @@ def test_sure_verdicts_alone_have_a_colour(tmp_path):
     ours = [run(name, {"core.l0": 50.0, CE: 0.95, R2: 0.801}, {CE: 0.004, R2: 0.004}, variant="mine")
             for name in ("better*", "better")]
     for runs, cells in ((ours, ["better*", "better*"]), (ours[1:], ["better"])):
-        page = report.write(tmp_path, {r.name: r for r in runs}, [base], []).read_text(encoding="utf-8")
-        shown = page.split("<details>")[0]
-        assert re.findall(r'class="[^"]*(?:better|worse)">([^<]*)<', shown) == cells
-        assert shown.count(">better") > len(cells)
+        shown = part(written(tmp_path, runs, [base]), "Comparison").split("<details>")[0]
+        coloured = [cell.split(">")[1].split("<")[0] for cell in shown.split("<td class=\"")[1:]
+                    if cell.split("\"")[0].endswith(("better", "worse"))]
+        assert coloured == cells and shown.count(">better") > len(cells)
 
 
-def test_chart_puts_points_where_they_belong():
-    """Fails if axes are swapped or flipped: a 360 × 230 chart's corners follow from its margins and 5 % room in y."""
-    svg = report.chart("t", [("a", [(0.0, 0.0), (10.0, 1.0)])], "x", "y")
-    y = [230 - 42 - (value + 0.05) / 1.1 * (230 - 30 - 42) for value in (0.0, 1.0)]
-    assert f'd="M58.0 {y[0]:.1f}L346.0 {y[1]:.1f}' in svg
-    assert "(log)" in report.chart("t", [("a", [(0.0, 0.01), (10.0, 1.0)])], "x", "y")  # spans a factor 100
+def test_a_part_that_fails_costs_itself_alone(tmp_path, monkeypatch):
+    """Fails if an error in one part takes the page with it, or goes unsaid."""
+    def broken(*_):
+        raise RuntimeError("<b>gone")
+
+    monkeypatch.setattr(health, "part", broken)
+    text = written(tmp_path, [run("r", {"core.l0": 5.0, CE: 0.9})], None)
+    assert "the health could not be shown: RuntimeError: &lt;b&gt;gone" in text and "<h2>Settings" in text
 
 
-def test_the_frontier_is_drawn_by_log_l0_with_its_errors(tmp_path):
-    """Fails if L0's axis is linear, bars are no standard errors, points of two dials are joined, or one is missing."""
-    svg = report.chart("t", [("a", [(10.0, 0.5, 0.1), (100.0, 0.6, 0.0), (1000.0, 0.9, 0.1)])], "x", "y", True, True)
-    # y from .4 to 1.0 with 5 % room: .37 to 1.03 over 158 units, so that the bar of ±.1 around .5 goes from .6 to .4
-    low, high = (230 - 42 - (value - 0.37) / 0.66 * 158 for value in (0.4, 0.6))
-    assert "<circle cx=202.0 " in svg and svg.count("<circle") == 3  # 100 is in the middle of 10 and 1000: 58 + 288 / 2
-    assert f"{low:.1f}V{high:.1f}M" in svg and ">100</text>" in svg
+def test_the_command_makes_a_page_again(tmp_path, capsys):
+    """Fails if it touches another file, needs a board, or a folder without a run ends in more than a line."""
+    out = record(tmp_path / "run_1", {"layer_3": entry({"core.l0": 5.0, CE: 0.9})})
+    (out / "training_log.csv").write_text("sae,step,tokens,loss\nlayer_3,1,10,.5\nlayer_3,2,20,.4\n")
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    assert report.main([str(out)]) == 0
+    assert {file: file.read_bytes() for file in out.iterdir() if file.name != "report.html"} == before
+    assert "<h2>Training</h2>" in (out / "report.html").read_text()
+    assert report.main([str(tmp_path / "none"), str(tmp_path)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("give the folder of a finished run" in line or "no final_info" in line
+                                   for line in lines)
 
+
+def test_cost_in_words():
+    """Fails if a phase under way counts, shares are not of the rest, or the GPU's memory is not said."""
+    info = dict(status="running", seconds={"training": 75.0, "evals": 25.0, "results": 0.5}, tokens_per_s=2_000_000,
+                steps=10, settings={"batch_size": 2048}, hardware={"gpu": "H100", "cores": 8},
+                peak_memory_gb={"training": {"host": 3.0, "gpu": 41.5}, "evals": {"host": 4.25}},
+                versions={"torch": "2.9", "nothing": None})
+    text = Page(cost.part(info, [])).text
+    assert text.startswith("Cost 1.7 minutes · 2,000,000 tokens a second in training · 4.2 GB of host memory at most · "
+                           "42 GB of GPU memory at most · 20,480 tokens in 10 steps · H100 training 75 seconds, 75% "
+                           "evals 25 seconds, 25%")
+    assert "torch2.9" in text.replace(" ", "") and "nothing" not in text
+    assert cost.part({}, []) == ""
+
+
+# ------------------------------------------------------------------------------------------------ charts
+
+
+def test_the_frontier_holds_every_metric_at_its_place(tmp_path):
+    """Fails if points of two dials are joined, a metric or a point is missing, or the language model's own is shown."""
     points = ((20.0, 0.80), (60.0, 0.85), (100.0, 0.92))
-    base, ours = saes_of("standard", points), run("r", {"core.l0": 50.0, CE: 0.85}, {CE: 0.003}, variant="mine")
+    base, ours = saes_of("standard", points), run("r", {"core.l0": 50.0, CE: 0.85, R2: 0.5, "core.l2_norm_in": 3.0},
+                                                  {CE: 0.003}, variant="mine")
     several = [run(f"p {k} {a}", {"core.l0": k, CE: 0.8 + a}, variant="mine", hyper={"k": k, "a": a})
                for k in (20.0, 40.0) for a in (0.0, 0.1)]
-    for runs, dots, lines in (([ours], 4, 1), (several, 7, 1), (saes_of("mine", points), 6, 2)):
-        page = report.write(tmp_path, {r.name: r for r in runs}, base, []).read_text(encoding="utf-8")
-        svg = page.split("<h2>Frontier</h2>")[1].split("<svg")[1].split("</svg>")[0]
-        assert (svg.count("<circle"), svg.count("stroke-linejoin")) == (dots, lines)
-        assert "this run (mine)" in page and "baseline (standard)" in page
-    assert "<h2>Frontier" not in report.write(tmp_path, {"r": ours}, base[:1], []).read_text(encoding="utf-8")
+    for runs, lines in (([ours], True), (several, False), (saes_of("mine", points), True)):
+        (menu,) = Page(part(written(tmp_path, runs, base), "Frontier")).data
+        first, second = menu["CE loss score · core.ce_loss_score"]["series"]
+        assert (first["name"], second["name"]) == ("this run (mine)", "baseline (standard)")
+        assert first["line"] is lines and len(first["points"]) == len(runs)
+        assert [point[:3] for point in second["points"]] == [[l0, ce, 0.002] for l0, ce in points]
+        assert second["line"] is True and menu["CE loss score · core.ce_loss_score"]["x"]["log"]
+    (menu,) = Page(part(written(tmp_path, [ours], base), "Frontier")).data
+    assert list(menu) == ["CE loss score · core.ce_loss_score", "R² · core.r2"]
+    assert "<h2>Frontier" not in written(tmp_path, [ours], base[:1])
+
+
+def finished(place, seed, status="finished", **config):
+    """A run's folder, as it is left when the run has ended."""
+    record(place, {"layer_3": entry({"core.l0": 5.0, CE: 0.9 + seed / 1000}, variant="mine", seed=seed, **config)})
+    folder.write_json(place / "run_info.json", dict(status=status, settings=dict(variant="mine", hyper="")))
+    (place / "variant.py").write_text("a = 1\n")
+    return place
+
+
+def test_other_seeds_beside_a_run_are_points(tmp_path):
+    """Fails if a seed is missing, or a run under way, of other code or setting, or the same seed again, is taken."""
+    out = finished(tmp_path / "run_0", 0)
+    for name, seed in (("run 1#", 1), ("run_2", 2), ("run_0.previous-1", 0)):
+        (finished(tmp_path / name, seed) / "report.html").write_text("")
+    finished(tmp_path / "run_3", 3, status="running")
+    finished(tmp_path / "run_4", 4, hyper={"k": 3})
+    (finished(tmp_path / "run_5", 5) / "variant.py").write_text("a = 2\n")
+    (finished(tmp_path / "run_6", 6) / "final_info.json").write_text("{")
+    (tmp_path / "run_7").mkdir()
+    found, note = frontier.other_seeds(list(read(out).values()), out, folder.left(out))
+    assert [one.config["seed"] for one in found] == [1, 2]
+    assert note == "other seeds: finished runs of the same setting beside this one, 2"
+    (menu,) = Page(part(report.again(out).read_text(), "Frontier")).data
+    own, others = menu["CE loss score · core.ce_loss_score"]["series"]
+    assert own["points"] == [[5.0, 0.9, 0.0, "run_0", "#sae-layer_3"]] and others["role"] == "seed"
+    assert [point[4] for point in others["points"]] == ["../run%201%23/report.html", "../run_2/report.html"]
+
+
+def test_many_neighbours_are_bounded(tmp_path, monkeypatch):
+    """Fails if looking at neighbours has no end, or what was left out goes unsaid."""
+    out = finished(tmp_path / "a", 0)
+    finished(tmp_path / "b", 1)
+    monkeypatch.setattr(frontier, "SECONDS", -1.0)
+    found, note = frontier.other_seeds(list(read(out).values()), out, folder.left(out))
+    assert found == [] and note == "other seeds: only 0 of the runs beside this one were looked at"
+
+
+def test_curves_keep_their_ends_and_choose_their_axis():
+    """Fails if the last row is thinned away, a chart grows without bound, or a wide span is linear."""
+    log = [{"sae": "a", "step": i, "tokens": i * 10, "loss": 1 / (i + 1), "l0": "32"} for i in range(3000)]
+    spec = curves.spec(log, "loss")
+    points = spec["series"][0]["points"]
+    assert points[0][:2] == [0, 1.0] and points[-1][0] == 29990 and len(points) <= 302 and spec["y"]["log"]
+    assert not curves.spec(log, "l0")["y"]["log"] and curves.spec(log, "none")["series"] == []
+
+
+# ------------------------------------------------------------------------------------------------ health
+
+
+def test_health_says_what_is_off():
+    """Fails if shares are not those counted by hand, a sound SAE is complained of, or an ill one is not."""
+    sound = health.Health("a", [0.01] * 99 + [0.0], 1000, [0.2] * 100, None, [1.0] * 20, [0.5] * 20)
+    assert health.off(sound) == {}
+    # 20 of 100 silent, 2 often; 3 rows alike; the two largest norms of 20 lose .9, the others .5
+    ill = health.Health("b", [0.0] * 20 + [0.2] * 2 + [0.01] * 78, 1000, [0.95] * 3 + [0.2] * 97, None,
+                        [1.0] * 18 + [9.0, 10.0], [0.5] * 18 + [8.1, 9.0])
+    assert list(health.off(ill).values()) == ["20%", "2.0%", "3.0%", "0.90 of the tenth of tokens with the largest "
+                                              "norms, 0.50 of the others"]
+    assert health.in_words([sound, ill])[0] == "features that fired on none of 1,000 tokens: b 20%"
+
+
+def test_density_counts_every_feature_that_fires():
+    """Fails if a bin is off by one, silent features are in it, or the baseline has other bins."""
+    ours = health.Health("a", [1.0, 0.1, 0.01, 0.0], None, None, None, None, None)
+    theirs = health.Health("b", [0.001], None, None, None, None, None)
+    (spec,) = health.specs(ours, theirs, 10)
+    run_, base = spec["series"]
+    assert spec["title"] == "Density · 1 of 4 features never fired" and run_["edges"] == base["edges"]
+    assert (run_["edges"][0], run_["edges"][-1]) == (-3.0, 0.0)
+    # bins of .06 from −3: −2 is in the 16th, −1 in the 33rd, 0 in the last
+    assert [i for i, count in enumerate(run_["counts"]) if count] == [16, 33, 49] and base["counts"][0] == 1
+
+
+def test_health_of_a_run_of_before_boards(reference, tmp_path):
+    """Fails if core's details do not serve where no board is kept, or their tokens are not counted."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(out / "features", ignore_errors=True)
+    (name,) = read(out)
+    known = health.of(out, name)
+    (file,) = (out / "eval_results/core").glob("*.json")
+    details = json.loads(file.read_bytes())["eval_result_details"]
+    assert known.density == [one["feature_density"] for one in details] and known.tokens > 0
+    text = report.again(out).read_text()
+    assert "Density · " in part(text, "Health") and "could not be shown" not in text
+
+
+def test_hostile_names_stay_text(tmp_path):
+    """Fails if a name of a variant, SAE, model or a note becomes a tag, an attribute or an address."""
+    for i, evil in enumerate(HARMFUL):
+        ours = [run(f"r {evil}", {"core.l0": 5.0 + k, CE: 0.9}, variant=evil, model=evil, hyper={evil: k})
+                for k in range(2)]
+        text = written(tmp_path / str(i), ours, None)
+        page = Page(text)
+        assert page.tags.count("script") == len(page.data) + 3 and "img" not in page.tags
+        assert all(link.startswith(("#", "../", "features/")) for link in page.links)

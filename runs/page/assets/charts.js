@@ -134,16 +134,16 @@ const Pages = (() => {
   function draw(canvas, spec) {
     drawn.get(canvas)?.[0].destroy();
     const few = spec.kind !== "bars";
+    // Chart.js gives elements that share their options no data of their own
+    const leads = ([first]) => first ? address(spec.series[first.datasetIndex].points?.[first.index][4]) : null;
     const chart = new Chart(canvas, {
       data: {datasets: spec.series.map((one, i) => dataset(spec, one, i))}, plugins: [errorBars],
       options: {animation: false, responsive: true, maintainAspectRatio: false, parsing: false, normalized: true,
         interaction: {mode: "nearest", intersect: few, axis: few ? "xy" : "x"},
         layout: {padding: {top: 6, right: 10}}, scales: {x: scale(spec, "x"), y: scale(spec, "y")},
-        onHover: (event, found) => {
-          canvas.style.cursor = address(found[0]?.element.$context.raw.href) ? "pointer" : "";
-        },
+        onHover: (event, found) => { canvas.style.cursor = leads(found) ? "pointer" : ""; },
         onClick: (event, found) => {
-          const to = address(found[0]?.element.$context.raw.href);
+          const to = leads(found);
           if (to) location.assign(to);
         },
         plugins: {legend: {display: false}, tooltip: {callbacks: hover(spec), boxPadding: 4, caretPadding: 8}}}});

@@ -66,9 +66,9 @@ const Pages = (() => {
     const small = one.role === "seed" || one.points.length > SMALL;
     return {type: "line", label: one.name, data: one.points.map(([x, y, e, label, href]) => ({x, y, e, label, href})),
       errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: line,
-      order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8, borderDash: one.role === "random" ? [6, 4] : [],
-      pointStyle: shape(spec, one), clip: 8, pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6,
-      pointHitRadius: 6};
+      order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8,
+      borderDash: one.role === "random" ? [6, 4] : [], pointStyle: shape(spec, one), clip: 8,
+      pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6, pointHitRadius: 6};
   }
 
   // the ends of an axis: errors inside, some room around points, and bars from the first edge to the last
@@ -90,7 +90,9 @@ const Pages = (() => {
       }
     }
     if (spec[axis].log) return {suggestedMin: least / 1.08, suggestedMax: most * 1.08};
-    const room = axis === "y" ? (most - least) * .04 : 0;
+    if (axis === "x" && least < most) return {min: least >= 0 && least < .3 * most ? 0 : least, max: most};
+    if (least === 0 && most === 0) return {min: 0, suggestedMax: 1};
+    const room = (most - least) * .04;
     return {suggestedMin: least >= 0 ? Math.max(least - room, 0) : least - room, suggestedMax: most + room};
   }
 
@@ -109,9 +111,9 @@ const Pages = (() => {
     const mut = css("--mut");
     return {type: spec[axis].log ? "logarithmic" : "linear", title: {display: true, text: spec[axis].label, color: mut},
       grid: {color: css("--line"), display: axis === "y"}, border: {color: mut}, offset: false, ...range(spec, axis),
-      bounds: axis === "x" ? "data" : "ticks",
       stacked: spec.kind === "bars" && axis === "x",  // bars of several series lie over each other
-      ticks: {color: mut, maxTicksLimit: spec[axis].log ? 30 : 7, maxRotation: 0, autoSkipPadding: 8, callback: label}};
+      ticks: {color: mut, includeBounds: spec.kind === "bars", maxTicksLimit: spec[axis].log ? 30 : 7,
+        maxRotation: 0, autoSkipPadding: 8, callback: label}};
   }
 
   const cut = text => text.length > LETTERS ? text.slice(0, LETTERS - 1) + "…" : text;

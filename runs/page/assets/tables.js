@@ -14,7 +14,8 @@
   }
   function sort(table, th) {
     const column = [...th.parentNode.children].indexOf(th);
-    const down = th.getAttribute("aria-sort") === "descending" || (!th.hasAttribute("aria-sort") && th.classList.contains("l"));
+    const names = !th.hasAttribute("aria-sort") && th.classList.contains("l");
+    const down = names || th.getAttribute("aria-sort") === "descending";
     table.querySelectorAll("th[aria-sort]").forEach(other => other.removeAttribute("aria-sort"));
     th.setAttribute("aria-sort", down ? "ascending" : "descending");
     const body = table.tBodies[0];

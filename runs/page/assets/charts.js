@@ -72,9 +72,8 @@ const Pages = (() => {
     return {type: "line", label: one.name, data: one.points.map(([x, y, e, label, href]) => ({x, y, e, label, href})),
       errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: line,
       order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8,
-      borderDash: one.role === "random" ? [6, 4] : [],
-      pointStyle: shape(spec, one), clip: 8, pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6,
-      pointHitRadius: 6};
+      borderDash: one.role === "random" ? [6, 4] : [], pointStyle: shape(spec, one), clip: 8,
+      pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6, pointHitRadius: 6};
   }
 
   // the ends of an axis: errors inside, some room around points, and bars from the first edge to the last
@@ -96,7 +95,9 @@ const Pages = (() => {
       }
     }
     if (spec[axis].log) return {suggestedMin: least / 1.08, suggestedMax: most * 1.08};
-    const room = axis === "y" ? (most - least) * .04 : 0;
+    if (axis === "x" && least < most) return {min: least >= 0 && least < .3 * most ? 0 : least, max: most};
+    if (least === 0 && most === 0) return {min: 0, suggestedMax: 1};
+    const room = (most - least) * .04;
     return {suggestedMin: least >= 0 ? Math.max(least - room, 0) : least - room, suggestedMax: most + room};
   }
 
@@ -115,10 +116,9 @@ const Pages = (() => {
     const mut = css("--mut");
     return {type: spec[axis].log ? "logarithmic" : "linear", title: {display: true, text: spec[axis].label, color: mut},
       grid: {color: css("--line"), display: axis === "y"}, border: {color: mut}, offset: false, ...range(spec, axis),
-      bounds: axis === "x" ? "data" : "ticks",
       stacked: spec.kind === "bars" && axis === "x",  // bars of several series lie over each other
-      ticks: {color: mut, includeBounds: Boolean(spec[axis].log), maxTicksLimit: spec[axis].log ? 30 : 7, maxRotation: 0,
-        autoSkipPadding: 8, callback: label}};
+      ticks: {color: mut, includeBounds: spec.kind === "bars", maxTicksLimit: spec[axis].log ? 30 : 7,
+        maxRotation: 0, autoSkipPadding: 8, callback: label}};
   }
 
   const cut = text => text.length > LETTERS ? text.slice(0, LETTERS - 1) + "…" : text;
@@ -136,27 +136,21 @@ const Pages = (() => {
     }};
   }
 
-  // where a click on what was found leads, or null
-  function target(spec, found) {
-    const points = found.length ? spec.series[found[0].datasetIndex].points : null;
-    return points ? address(points[found[0].index][4]) : null;
-  }
-
   const drawn = new Map();  // canvas: [its chart, its data]
 
   function draw(canvas, spec) {
     drawn.get(canvas)?.[0].destroy();
     const few = spec.kind !== "bars";
+    // Chart.js gives elements that share their options no data of their own
+    const leads = ([first]) => first ? address(spec.series[first.datasetIndex].points?.[first.index][4]) : null;
     const chart = new Chart(canvas, {
       data: {datasets: spec.series.map((one, i) => dataset(spec, one, i))}, plugins: [errorBars],
       options: {animation: false, responsive: true, maintainAspectRatio: false, parsing: false, normalized: true,
         interaction: {mode: "nearest", intersect: few, axis: few ? "xy" : "x"},
         layout: {padding: {top: 6, right: 10}}, scales: {x: scale(spec, "x"), y: scale(spec, "y")},
-        onHover: (event, found) => {
-          canvas.style.cursor = target(spec, found) ? "pointer" : "";
-        },
+        onHover: (event, found) => { canvas.style.cursor = leads(found) ? "pointer" : ""; },
         onClick: (event, found) => {
-          const to = target(spec, found);
+          const to = leads(found);
           if (to) location.assign(to);
         },
         plugins: {legend: {display: false}, tooltip: {callbacks: hover(spec), boxPadding: 4, caretPadding: 8}}}});

@@ -12,7 +12,6 @@ from tests.runs.folders import many
 from tests.runs.records import CE
 from tests.runs.test_index import harm
 
-pytestmark = pytest.mark.slow
 RUNS = 230
 
 
@@ -55,6 +54,7 @@ def expected(spec) -> dict:
     return {one["name"]: one["points"] for one in charts.finite(spec)["series"]}
 
 
+@pytest.mark.slow
 def test_the_charts_are_those_of_the_stills(browser, seen, page):
     """Fails if the scripts find another running best or front than Python does, of all runs or of those filtered."""
     browser.open(page)
@@ -75,6 +75,7 @@ def test_the_charts_are_those_of_the_stills(browser, seen, page):
     assert browser.console() == []
 
 
+@pytest.mark.slow
 def test_the_table(browser, seen, page):
     """Fails if a column sorts otherwise than its numbers do, or a search, a filter or a leaf has other runs."""
     browser.open(page)
@@ -100,6 +101,7 @@ def test_the_table(browser, seen, page):
     assert browser.console() == []
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(browser, seen, page):
     """Fails if what differs between two runs is not said, what does not differ is, or a third is not taken in turn."""
     browser.open(page)
@@ -124,6 +126,7 @@ def test_two_runs_side_by_side(browser, seen, page):
     assert browser.violations() == []
 
 
+@pytest.mark.slow
 def test_by_keyboard(browser, page):
     """Fails if a column cannot be sorted, or a run chosen, without a mouse."""
     from selenium.webdriver.common.keys import Keys
@@ -141,6 +144,7 @@ def test_by_keyboard(browser, page):
     assert browser.js("return document.activeElement.checked && !pair.hidden")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, dark", [(1100, False), (360, True)])
 def test_it_can_be_read(browser, page, width, dark):
     """Fails if contrast, labels or the order of headings are wrong, or the page is wider than a telephone."""
@@ -158,6 +162,7 @@ def test_without_scripts(browser, page):
     assert "out of memory: 2 GB asked for" in browser.js("return document.body.textContent")
 
 
+@pytest.mark.slow
 def test_harmful_runs(browser, tmp_path):
     """Fails if a text of a run is executed, leads anywhere, or stops the page's own scripts."""
     file = index.write(harm(tmp_path), by="difference")

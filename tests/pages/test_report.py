@@ -9,8 +9,6 @@ from runs.page import charts, shell
 from tests.pages.boards import HARMFUL, board
 from tests.runs.records import CE, R2, entry, record, run
 
-pytestmark = pytest.mark.slow
-
 
 def made(place, names=("layer_3",), hostile=False):
     """A run's folder with a page: SAEs of these names, boards of theirs, a log, and a diff."""
@@ -53,6 +51,7 @@ def settled(browser):
     browser.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
 
+@pytest.mark.slow
 def test_hovering_tells_and_a_click_leads_to_the_sae(browser, tmp_path):
     """Fails if hovering names another SAE or no error, a click does not go to it, or the legend's switch does nothing.
     """
@@ -91,6 +90,7 @@ def test_the_legend_switches_series(browser, tmp_path):
                       "chart.isDatasetVisible(1)]") == ["false", True, False]
 
 
+@pytest.mark.slow
 def test_all_can_read_it(browser, tmp_path):
     """Fails if the page breaks a WCAG rule in light or dark, is wider than a telephone, or a menu has no keyboard."""
     page = made(tmp_path / "run_1", ("layer_3.k_0", "layer_3.k_1"))
@@ -110,6 +110,7 @@ def test_all_can_read_it(browser, tmp_path):
     assert (before, after) == ("CE loss score · core.ce_loss_score", "R² · core.r2") and label.startswith("R²")
 
 
+@pytest.mark.slow
 def test_without_scripts_the_page_is_whole(browser, tmp_path):
     """Fails if the verdict, the table or still pictures need scripts."""
     browser.open(made(tmp_path / "run_1", ("layer_3.k_0", "layer_3.k_1")), scripts=False)
@@ -120,6 +121,7 @@ def test_without_scripts_the_page_is_whole(browser, tmp_path):
     assert browser.js("return document.querySelectorAll('canvas').length") == 0
 
 
+@pytest.mark.slow
 def test_harmful_names_do_nothing(browser, tmp_path):
     """Fails if a name, problem, text or line of code runs, asks for anything, or makes the console complain."""
     page = made(tmp_path / "run_1", ("layer_3", "__proto__", "constructor"), hostile=True)
@@ -134,6 +136,7 @@ def test_harmful_names_do_nothing(browser, tmp_path):
     assert browser.requests() == [page.as_uri()]
 
 
+@pytest.mark.slow
 def test_a_names_text_goes_to_the_chart_as_text(browser, tmp_path):
     """Fails if the charts of SAEs with harmful names are not made."""
     ours = {name: run(name, {"core.l0": 5.0 + i, CE: 0.9}, variant=name) for i, name in enumerate(HARMFUL)}

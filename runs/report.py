@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -70,10 +71,23 @@ def _write_page(out: Path, runs: list[Run], stored: list[Run], comparisons: list
              "variant's own report": partial(settings.own_report, out / "variant_report"),
              "features": partial(_features, out),
              "settings": partial(settings.part, runs)}
-    html = [_made(name, make) for name, make in parts.items()]
+    html = _with_contents([_made(name, make) for name, make in parts.items()])
     path = out / "report.html"
     write_text(path, shell.page(out.name, html, (*shell.CHARTS, "tables.js"), ("report.css", *pages.STYLES)))
     return path
+
+
+def _with_contents(parts: list[str]) -> list[str]:
+    """The parts, their headings with names to go to, and behind the first, the page's head, a line that goes there."""
+    head, *rest = parts
+    named, links = [], []
+    for html in rest:
+        for heading in re.findall(r"<h2>(.*?)</h2>", html):
+            name = re.sub(r"\W+", "-", heading.lower())
+            html = html.replace(f"<h2>{heading}</h2>", f'<h2 id="part-{name}">{heading}</h2>', 1)
+            links.append(f'<a href="#part-{name}">{heading.lower()}</a>')
+        named.append(html)
+    return [head, f"<nav aria-label='parts of the page'>{' · '.join(links)}</nav>", *named]
 
 
 def _made(name: str, make: Callable[[], str]) -> str:

@@ -41,7 +41,7 @@ class Page(html.parser.HTMLParser):
 
 def part(text: str, heading: str) -> str:
     """The HTML of a page from a heading to the next."""
-    return re.split(r"<h2>", text.split(f"<h2>{heading}</h2>")[1])[0]
+    return re.split(rf"<h2[^>]*>{heading}</h2>", text)[1].partition("<h2")[0]
 
 
 def said(text: str) -> str:

@@ -57,7 +57,6 @@ from runs import (
     endings,
     environment,
     failure,
-    features,
     hopeless,
     identity,
     needs,
@@ -869,8 +868,9 @@ def run(settings: Settings, why: str, out: Path, info: dict, interrupts: Interru
         mine = reading.read(out)
         looked_at = {job.name: (make_setup(settings, lm, job.layer, {}, source, cache, job.max_norm),
                                 TrainedSAE(job.sae, job.scale)) for job in jobs}
-        limit.boards(lambda: features.make(out, looked_at, compare.of_run(out), say))
-        report.write(out, mine, compare.stored_baselines(mine), now.log)
+        limit.if_time("feature dashboards", limit.for_pages, lambda: report.with_features(out, looked_at, say))
+        limit.if_time("report", 2 * limits.LAST_WORDS,
+                      lambda: report.write(out, mine, compare.stored_baselines(mine), now.log))
         for reason, n in source.skipped.items():
             say(f"texts: {n:,} rows skipped: {reason}")
         say(f"cache: {settings.cache_dir} ({cache.size() / 1e9:.2f} GB of LM activations, at most "

@@ -36,6 +36,7 @@ FEWEST = 10  # steps that are a training
 WINDOW, SECONDS = 10, 3.0  # rows of the log, and seconds at least, by which it is told how fast training is
 REMEMBERED = 1000  # evals' times that are kept
 LAST_WORDS = 2.0  # seconds in which a run that is out of time says so
+PAGES = 8.0  # and in which a slow machine writes the report and compares
 PLANNED = ("headline", "pace", "forecast", "parts", "without", "num_tokens")  # of a Limit, what `plan` decides
 
 
@@ -382,13 +383,18 @@ class Limit:
             found = json.loads((out / NOTE).read_bytes())
             self.num_tokens, self.cut_again = int(found["num_tokens"]), list(found["cut_again"])
 
-    def boards(self, make: Callable[[], None]) -> None:
-        """Make the dashboards, or not, where they would take the last seconds."""
+    @property
+    def for_pages(self) -> float:
+        """Seconds kept for the report and the comparison, while dashboards are made."""
+        return max(PAGES, self.spare / 2)
+
+    def if_time(self, what: str, keep: float, make: Callable[[], object]) -> None:
+        """Make what a run's result does not need, or end it, said, once only `keep` seconds are left."""
         try:
-            with self.within(self.spare / 3, lambda: "making dashboards"):
+            with self.within(keep, lambda: f"making {what}"):
                 make()
         except OutOfTime:
-            say("report: no feature dashboards: no time is left for them")
+            say(f"note: no time is left for all of the {what} (python -m runs.report makes pages of what there is)")
 
     def _told(self, asked: int, tokens: int) -> None:
         planned = [f"{name} {duration(self.forecast[name])}" for name in self.planned(self.forecast)]

@@ -53,7 +53,9 @@ def recorded(run: Run) -> dict:
                                 "give the folder of a run")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-        info["settings"]["model"], info["settings"]["context"], info["settings"]["dtype"]
+        info["settings"]["model"], info["settings"]["context"]
+        if info["settings"]["dtype"] not in ("float32", "bfloat16"):
+            raise ValueError(f"its dtype is {info['settings']['dtype']}")
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     return info

@@ -30,10 +30,10 @@ PREVIEWS = 6  # dashboards in the page, of all its SAEs together
 
 def write(out_dir: str | Path, sections: dict[str, Run], baseline: Iterable[Run] | dict | None, log_rows: list[dict],
           ) -> Path:
-    """Write out_dir/report.html and return its path; beside it features/<SAE>.html of each SAE that has a board, and
-    new_features.json where a baseline's decoder is at hand.
+    """Write out_dir/report.html and return its path; beside it new_features.json where a baseline's decoder is at hand.
 
-    `sections` as `read` returns them. log_rows: rows of training_log.csv (sae, step, tokens, loss, its terms, l0, …).
+    It leads to the feature pages that are there (`with_features`, `feature_pages`). `sections` as `read` returns them.
+    log_rows: rows of training_log.csv (sae, step, tokens, loss, its terms, l0, …).
     """
     out = Path(out_dir).resolve()
     runs, stored, comparisons = _judged(sections, baseline)
@@ -45,6 +45,7 @@ def again(out_dir: str | Path) -> Path:
     """Make the page of a finished run again, and those of its features. FileNotFoundError, ValueError: no such run."""
     out = Path(out_dir).resolve()
     sections = read(out)
+    feature_pages(out, print)
     runs, stored, comparisons = _judged(sections, compare.stored_baselines(sections))
     return _write_page(out, runs, stored, comparisons, _log_rows(out))
 
@@ -110,9 +111,25 @@ def _head(name: str, runs: list[Run]) -> str:
     return f"<h1>{escape(name)}</h1><p class=mut>{escape(' · '.join(str(f) for f in facts if f))}</p>"
 
 
+def with_features(out: Path, looked_at: dict, say: Callable[[str], None]) -> None:
+    """Make the boards of a run's SAEs, `looked_at` as `features.make` has it, and their pages."""
+    features.make(out, looked_at, compare.of_run(out), say)
+    feature_pages(out, say)
+
+
+def feature_pages(out: Path, say: Callable[[str], None]) -> None:
+    """Write features/<SAE>.html of each SAE that has a board; one that cannot be shown is named, and costs itself."""
+    for sae in features.kept(out):
+        try:
+            pages.write(out, sae)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with it, the run has its results
+            pages.place(out, sae).unlink(missing_ok=True)  # of an earlier board
+            say(f"report: no page of the features of {sae}: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+
 def _features(out: Path) -> str:
-    """Links to the pages of the SAEs' features, which are written here, and some of their dashboards."""
-    kept = features.kept(out)
+    """Links to the pages of the SAEs' features, and some of their dashboards."""
+    kept = [sae for sae in features.kept(out) if pages.place(out, sae).exists()]
     if not kept:
         return ""
     shown = max(PREVIEWS // len(kept), 1)
@@ -122,9 +139,8 @@ def _features(out: Path) -> str:
 
 
 def _feature_page(out: Path, sae: str, shown: int) -> str:
-    """Write the page of an SAE's features; a link to it and so many of its dashboards."""
-    file = pages.write(out, sae)
-    link = f'<p><a href="features/{escape(shell.quoted(file.name))}">all features of {escape(sae)}</a></p>'
+    """A link to the page of an SAE's features, and so many of its dashboards."""
+    link = f'<p><a href="features/{escape(shell.quoted(f"{sae}.html"))}">all features of {escape(sae)}</a></p>'
     return link + (pages.preview(features.read(out, sae), shown) if shown else "")
 
 
@@ -137,11 +153,11 @@ def _write_new_features(out: Path, comparisons: list[Comparison]) -> None:
 
 
 def _log_rows(out: Path) -> list[dict]:
-    """The rows of training_log.csv; none for a run that trained nothing."""
+    """The rows of training_log.csv; none for a run that trained nothing, or where it is damaged."""
     try:
         with open(out / "training_log.csv", encoding="utf-8", newline="") as file:
             return [row for row in csv.DictReader(file) if row.get("sae")]
-    except OSError:
+    except (OSError, ValueError, csv.Error):
         return []
 
 

@@ -40,6 +40,11 @@ SCALED = ("own_cosine", "cosine", "encoder_cosine")  # kept in thousandths
 COLUMNS = ("density", "max", "own_nearest", "own_cosine", "nearest", "cosine", "encoder_cosine")
 
 
+def place(out: Path, sae: str) -> Path:
+    """Where the page of an SAE's features lies in a run's folder, there or not."""
+    return features.place(out, sae).with_name(f"{sae}.html")
+
+
 def write(out: Path, sae: str) -> Path:
     """Write out/features/<sae>.html, under 3 MB, from the board that `out` keeps. OSError, ValueError: as its read."""
     board = features.read(out, sae)
@@ -49,7 +54,7 @@ def write(out: Path, sae: str) -> Path:
     kept, rows, boards = _packed(board, (SIZE - rest) // 4 * 3)
     told = _left_out(board, rows, boards)
     data = shell.data(b64encode(kept).decode(), id="board")
-    path = features.place(out, sae).with_name(f"{sae}.html")
+    path = place(out, sae)
     write_text(path, shell.page(_title(board), [before[0], told, before[1], *after, data], SCRIPTS, STYLES))
     return path
 

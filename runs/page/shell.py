@@ -30,7 +30,8 @@ def page(title: str, parts: Iterable[str], scripts: Iterable[str] = (), styles: 
     """
     code = [asset(name) for name in scripts]
     allowed = " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in code)
-    policy = f"default-src 'none';style-src 'unsafe-inline';img-src data:;script-src {allowed or NONE}"
+    nothing = ";".join(f"{what} {NONE}" for what in ("default-src", "base-uri", "form-action"))
+    policy = f"{nothing};style-src 'unsafe-inline';img-src data:;script-src {allowed or NONE}"
     css = "\n".join(map(asset, ("page.css", *styles)))
     head = (f'<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta http-equiv="Content-Security-Policy" '
             f'content="{policy}"><meta name=viewport content="width=device-width,initial-scale=1">'

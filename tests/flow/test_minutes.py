@@ -8,7 +8,8 @@ import pytest
 
 import experiment
 from evals.model.language_model import LanguageModel
-from runs import pace
+from runs import features, pace
+from runs.limit import Limit
 from tests.small_run import command, fail_at_checkpoint
 
 LONG = "--num_tokens=50000000"
@@ -88,3 +89,18 @@ def test_a_phase_without_end_is_ended_and_named(tmp_path, cache, monkeypatch, ca
     # 4 s for what comes before, which a busy machine may need, too
     assert re.search("FAILED in (language model|preflight): --minutes=0.1 are over, in (language model|preflight)",
                      capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_dashboards_without_end_cost_themselves_alone(tmp_path, cache, monkeypatch, capsys):
+    """Fails if a run ends without its result or report because its dashboards take what is left of its time."""
+    def endless(*given):
+        while True:
+            time.sleep(0.05)
+
+    monkeypatch.setattr(features, "make", endless)
+    monkeypatch.setattr(Limit, "for_pages", property(lambda limit: limit.left() - 1))
+    assert experiment.main(command(tmp_path / "run", cache, "--minutes=5", "--evals=core")) == 0
+    assert "note: no time is left for all of the feature dashboards" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/verdict.json").read_bytes())["verdict"] != "failed"
+    assert (tmp_path / "run/report.html").is_file()

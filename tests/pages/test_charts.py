@@ -54,3 +54,18 @@ def test_charts_in_a_browser(browser, tmp_path):
     wide = "svg => svg.getBoundingClientRect().width > 0"
     shown = f"return [...document.querySelectorAll('.still svg')].filter({wide}).length"
     assert browser.js(shown) == 4 and browser.js("return document.querySelectorAll('canvas').length") == 0
+
+
+@pytest.mark.slow
+def test_a_table_is_sorted_by_its_figures(browser, tmp_path):
+    """Fails if shares, figures with an error or with a mark are sorted as words, or what has no figure comes first."""
+    cells = ["9.5%", "100.0%", "–", "0.93 ± 0.002", "~0.9", "1,000", "-2e-3"]
+    rows = "".join(f"<tr><td>{cell}</td></tr>" for cell in cells)
+    table = f"<table class=sortable><thead><tr><th>x</th></tr></thead><tbody>{rows}</tbody></table>"
+    page = tmp_path / "page.html"
+    page.write_text(shell.page("table", [table], ["tables.js"]))
+    browser.open(page)
+    browser.js("document.querySelector('th button').click()")
+    shown = browser.js("return [...document.querySelectorAll('td')].map(cell => cell.textContent)")
+    assert shown == ["1,000", "100.0%", "9.5%", "0.93 ± 0.002", "~0.9", "-2e-3", "–"]
+    assert browser.js("return document.querySelector('th').getAttribute('aria-sort')") == "descending"

@@ -1,11 +1,13 @@
 // Tables of a page: table.sortable is sorted by a click on a heading, and searched by the input beside it.
 "use strict";
 (() => {
-  const value = cell => {
+  // a figure, whatever stands behind it: "~0.93", "9.5%", "0.93 ± 0.002", "1,000"
+  const figure = /^[~≈]?([-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?)\s*(?:%|±.*)?$/i;
+  function value(cell) {
     const text = cell.dataset.value ?? cell.textContent.trim();
-    const parsed = text === "" ? NaN : Number(text.replace(/,/g, ""));
-    return Number.isNaN(parsed) ? text : parsed;
-  };
+    const found = figure.exec(text);
+    return found ? Number(found[1].replace(/,/g, "")) : text;
+  }
   const empty = one => one === "" || one === "–";
   function compare(a, b, sign) {  // cells without a value come last, either way
     if (empty(a) || empty(b)) return empty(a) - empty(b);

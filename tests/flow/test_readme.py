@@ -15,6 +15,7 @@ import pytest
 import experiment
 import variants
 from runs import compare, index, ledger, report, seeds
+from runs.page import features as pages
 from tests import GOLDEN, OWN_VARIANTS, PROJECT
 from tests.benchmarks import compare as comparing
 from tests.benchmarks import scaling
@@ -167,7 +168,8 @@ def test_a_command_runs(command, place, monkeypatch, capsys):
         assert index.main(words[3:]) == 0
         return
     if words[1] == "-m":
-        program = {"runs.compare": compare.main, "runs.report": report.main, "runs.seeds": seeds.main}[words[2]]
+        program = {"runs.compare": compare.main, "runs.page.features": pages.main, "runs.report": report.main,
+                   "runs.seeds": seeds.main}[words[2]]
         runs = [word if word.startswith("run_") else "run_1" for word in words[3:] if word[0] != "-"]
         assert program([*(word for word in words[3:] if word[0] == "-"), *(runs or ["run_1"])]) == 0
         return

@@ -23,6 +23,11 @@ def place(out: Path, sae: str) -> Path:
     return Path(out) / FOLDER / f"{sae}.json.gz"
 
 
+def page(out: Path, sae: str) -> Path:
+    """Where the page of an SAE's features lies, there or not."""
+    return Path(out) / FOLDER / f"{sae}.html"
+
+
 def write(out: Path, board: dict) -> Path:
     """Keep a board; the same board gives the same bytes."""
     text = json.dumps(board, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -55,8 +60,9 @@ def make(out: Path, looked_at: dict[str, tuple], comparisons: Iterable[Compariso
     """
     begun = time.monotonic()
     try:
-        for sae in kept(out):  # those of another training, if this fails
-            place(out, sae).unlink()
+        for sae in {*kept(out), *looked_at}:  # those of another training, if this fails, and their pages
+            place(out, sae).unlink(missing_ok=True)
+            page(out, sae).unlink(missing_ok=True)
         _made(Path(out), looked_at, list(comparisons), say, begun)
     except Exception as error:  # noqa: BLE001  whatever it is, the run's results are not lost for it
         what = str(error).split("\n")[0]
@@ -96,7 +102,7 @@ def _asked(out: Path, sae: str, one: Compared, beside: dict, device):
 
     config = one.run.config
     return Asked(config.get("variant", ""), config.get("core_dataset", ""), classes_of(out, sae), letters_of(out, sae),
-                 explanations_of(out, sae), _baseline(one, beside, device))
+                 explanations_of(out, sae), _baseline(one, beside, device), config.get("model", ""))
 
 
 def _baseline(one: Compared, known: dict, device):

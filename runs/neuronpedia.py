@@ -240,8 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_id", default="", help="the model's id on Neuronpedia; default: the end of its name")
     parser.add_argument("--set", default="", help="the source set; default: variant, hook and width, topk-res-16k")
     options = parser.parse_args(argv)
-    out = options.out or options.run.with_name(f"{options.run.resolve().name}_neuronpedia")
     try:
+        out = options.out or outward.beside(options.run, "_neuronpedia")
         written = export(options.run, out, options.sae, options.model_id, options.set)
     except (OSError, ValueError) as error:
         print(f"nothing written: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -1,11 +1,12 @@
 """What is handed on of a run: folders that appear whole or not at all, and nothing of this machine in them.
 
-Paths that a text names (of the run, the project, the home folder, …) become the names at their ends; keys, tokens, and
-paths in what cannot be changed, are found and refused.
+Paths that a text names (of the run, of what it read, of the project, the home folder, …) become the names at their
+ends; keys, tokens, and paths in what cannot be changed, are found and refused, also where a page has them in base64.
 """
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import getpass
 import gzip
@@ -17,9 +18,12 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+import zlib
+from base64 import b64decode
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from runs.folder import left
 from variants.kit.files import put
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -30,6 +34,8 @@ SECRETS = re.compile(r"(?<![\w-])(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh
                      r"|-----BEGIN [A-Z ]*PRIVATE KEY|https?://[^\s/:@\"']+:[^\s/:@\"']+@")
 NAMED_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)$")  # environment variables that hold one
 ABSOLUTE = re.compile(r"(?<![\w/:.<])~?(?:/[\w.@+~-]+){2,}|(?<!\w)[A-Za-z]:(?:\\+[\w.@+~ -]+){2,}")
+WHOLE_PATH = re.compile(r"~[\w.-]*/|/|[A-Za-z]:[\\/]")  # how a text begins that is nothing but a path
+BASE64 = re.compile(r'(?:"|;base64,)([A-Za-z0-9+/]{40,}={0,2})"')  # a board or a picture in a page
 HEADER = 100_000_000  # bytes at most that are taken for the header of a file of weights
 
 # ------------------------------------------------------------------------------------------------ new folders
@@ -51,6 +57,15 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def beside(run: Path, ending: str) -> Path:
+    """The folder beside a run's that is named after it: run_1 -> run_1_hub. ValueError: `run` can be no run's."""
+    if not run.resolve().name:
+        raise ValueError(f"{run} is no folder of a run")
+    if run.name in ("", ".."):  # the run is where we are, or above it
+        run = run.resolve()
+    return run.with_name(run.resolve().name + ending)
+
+
 def check_free(out: Path) -> None:
     """ValueError if writing a folder there would touch what lies there."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -65,15 +80,34 @@ def check_free(out: Path) -> None:
 def places(run: Path) -> list[str]:
     """Folders of this machine that nothing handed on may name, longest first."""
     folders = {Path.home(), Path.cwd(), PROJECT, Path(tempfile.gettempdir()), run.absolute(), run.resolve(),
-               run.resolve().parent} - {Path("/tmp")}  # of every machine, and of the texts that models are trained on
+               run.resolve().parent, *_read_from(run)}
+    folders -= {Path("/tmp")}  # of every machine, and of the texts that models are trained on
     return sorted({str(folder) for folder in folders if len(folder.parts) > 1}, key=len, reverse=True)
+
+
+def _read_from(run: Path) -> list[Path]:
+    """The files and folders of this machine that a run's settings name: its model, its texts, …"""
+    settings = left(run).get("settings") or {}
+    named_ones = (Path(value) for value in settings.values() if isinstance(value, str))
+    return [path for path in named_ones if path.is_absolute()]
 
 
 def by_name(text: str, run: Path) -> str:
     """The text with the name at its end for each path into `places`."""
-    for place in places(run):
-        text = re.sub(_written(place) + r"(?:[/\\]+[^\s\"'<>`,;:)\]]*)?", _last, text)
-    return text
+    return cleaner(run)(text)
+
+
+def cleaner(run: Path) -> Callable[[str], str]:
+    """`by_name` of one run, for many texts."""
+    below = r"(?:[/\\]+[^\s\"'<>`,;:)\]]*)?"
+    patterns = [re.compile(_written(place) + below) for place in places(run)]
+
+    def clean(text: str) -> str:
+        for pattern in patterns:
+            text = pattern.sub(_last, text)
+        return text
+
+    return clean
 
 
 def no_paths(text: str) -> str:
@@ -81,8 +115,30 @@ def no_paths(text: str) -> str:
     return ABSOLUTE.sub(_last, text)
 
 
+def named(text: str) -> str:
+    """A setting: of a path the name at its end, whatever is in it; of another text as `no_paths`."""
+    if WHOLE_PATH.match(text):
+        return _end(text)
+    return no_paths(text)
+
+
+def in_texts(value, change: Callable[[str], str]):
+    """A JSON value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [in_texts(one, change) for one in value]
+    if isinstance(value, dict):
+        return {key: in_texts(one, change) for key, one in value.items()}
+    return value
+
+
 def _last(path: re.Match) -> str:
-    return re.split(r"[/\\]+", path[0].rstrip("/\\"))[-1]
+    return _end(path[0])
+
+
+def _end(path: str) -> str:
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
 
 
 def _written(place: str) -> str:
@@ -147,7 +203,7 @@ def _user() -> str:
 
 
 def _text(file: Path) -> str:
-    """What a file says: of weights their header, of what is compressed its content."""
+    """What a file says: of weights their header, of what is compressed or in a page in base64 its content."""
     if file.suffix == ".safetensors":
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -155,4 +211,14 @@ def _text(file: Path) -> str:
     data = file.read_bytes()
     if file.suffix == ".gz":
         data = gzip.decompress(data)
+    text = data.decode("utf-8", "replace")
+    return BASE64.sub(_unpacked, text) if file.suffix == ".html" else text
+
+
+def _unpacked(found: re.Match) -> str:
+    try:
+        data = b64decode(found[1], validate=True)
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (binascii.Error, OSError, EOFError, zlib.error):  # it only looked like it
+        return found[0]
     return data.decode("utf-8", "replace")

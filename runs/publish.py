@@ -6,7 +6,8 @@ Nothing is uploaded and no network is used; the commands that upload it are prin
     <hook>/[<setting>/]     an SAE: cfg.json and sae_weights.safetensors, which `sae_lens.SAE.load_from_disk` reads;
                             where SAELens lacks the architecture cfg.json, state.safetensors and variant.py
     eval_results/           SAEBench's JSON
-    final_info.json, verdict.json, report.html, features/
+    final_info.json, verdict.json
+    report.html, features/  made anew of what is published: without the runs beside this one, from cleaned boards
 
 A folder comes whole or not at all, after each SAE was read back from it and gave the features of the run's own, and
 after no key, token, user's name or path of this machine was found in it (runs/outward.py). A run that is suspect,
@@ -16,13 +17,16 @@ failed or was changed since its end is published with --despite_warnings alone, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
-from runs import card, compare, features, folder, outward, verdict
+from runs import card, compare, features, folder, outward, report, verdict
 from runs.card import Published
 from variants.kit.files import digest, file_name
 
@@ -49,7 +53,7 @@ def publish(run: Path, out: Path, chosen: list[str], repo: str = UNNAMED, licens
         for name in RESULTS:
             if (run / name).is_file():
                 outward.hand_on(run / name, target / name, run, ours=True)
-        left_out = pages(run, target, saes)
+        left_out = pages(run, target, info, saes)
         for sae in saes:
             hand_on_sae(run, target, sae)
         text = card.text(saes, info, said, doubts, repo, license_id)
@@ -70,6 +74,7 @@ def read(run: Path, chosen: list[str]) -> tuple[dict, dict, list[Published]]:
     if not run.is_dir():
         raise FileNotFoundError(f"there is no folder {run}")
     info, said = folder.left(run), verdict.stored(run)
+    info["settings"] = outward.in_texts(info.get("settings") or {}, outward.named)
     if info.get("status") not in ("finished", "failed", "damaged", None):
         raise ValueError(f"{run} is not finished ({info['status']}): the command that began it continues it")
     judged = {one.run.section: one for comparison in compare.of_run(run) for one in comparison.saes}
@@ -164,18 +169,60 @@ def check_round_trip(ours: Path, published: Path, for_saelens: bool) -> None:
             raise ValueError(f"{published.name}: SAELens reads other features from it than the run has")
 
 
-def pages(run: Path, target: Path, saes: list[Published]) -> list[str]:
-    """The run's report and its SAEs' features pages, as far as they are there; lines on those too large for the hub."""
-    names = ["report.html", *(f"{features.FOLDER}/{sae.name}.html" for sae in saes)]
-    left_out = []
-    for file in (run / name for name in names):
-        if not file.is_file():
-            continue
-        if file.stat().st_size > MOST_BYTES:
-            left_out.append(f"{file.relative_to(run)} is left out: larger than the hub's {MOST_BYTES / 1e9:.0f} GB")
-        else:
-            outward.hand_on(file, target / file.relative_to(run), run)
+def pages(run: Path, target: Path, info: dict, saes: list[Published]) -> list[str]:
+    """The report and the SAEs' features pages, made anew from what may be handed on; lines on what could not be made.
+
+    They are made of a copy in a folder of its own, where no other run lies that they could show or lead to.
+    """
+    with tempfile.TemporaryDirectory() as apart:
+        copy = Path(apart) / run.resolve().name
+        left_out = stage(run, copy, info, saes)
+        try:
+            page = report.again(copy)
+        except (OSError, ValueError) as error:
+            why = outward.no_paths(str(error).splitlines()[0])
+            return [*left_out, f"report.html and {features.FOLDER}/ are left out: {why}"]
+        outward.hand_on(page, page, copy)
+        outward.hand_on(page, target / page.name, run)
+        written = sorted((copy / features.FOLDER).glob("*.html"))
+        if written:
+            (target / features.FOLDER).mkdir()
+        for file in written:
+            shutil.copyfile(file, target / features.FOLDER / file.name)
     return left_out
+
+
+def stage(run: Path, copy: Path, info: dict, saes: list[Published]) -> list[str]:
+    """Copy what pages are made of, cleaned; of the SAEs' boards lines on those that cannot be read."""
+    copy.mkdir()
+    folder.write_json(copy / "run_info.json", {key: value for key, value in info.items() if key != "sha256"})
+    for name in (*RESULTS, "training_log.csv"):
+        if (run / name).is_file():
+            outward.hand_on(run / name, copy / name, run, ours=True)
+    for file in (run / "variant.py", *run.glob("eval_results/*/*.json"), *run.glob("variant_report/*/*")):
+        if file.is_file():
+            outward.hand_on(file, copy / file.relative_to(run), run)
+    with contextlib.suppress(OSError):  # without its weights a report does not count new features
+        (copy / "sae").symlink_to((run / "sae").resolve(), target_is_directory=True)
+    left_out = []
+    for name in [sae.name for sae in saes if sae.name in features.kept(run)]:
+        try:
+            features.write(copy, cleaned(features.read(run, name), run))
+        except (OSError, ValueError) as error:
+            left_out.append(f"{features.FOLDER}/{name}.html is left out: {str(error).splitlines()[0]}")
+    return left_out
+
+
+def cleaned(board: dict, run: Path) -> dict:
+    """A board without paths of this machine; in what are names or the run's own words, without any."""
+    clean = outward.cleaner(run)
+    board = outward.in_texts(board, lambda text: clean(text) if "/" in text or "\\" in text else text)
+    for part, names in ((board, ("model", "variant")), (board["text"] or {}, ("dataset",)),
+                        (board["baseline"] or {}, ("name", "variant"))):
+        part |= {name: outward.named(part[name]) for name in names if part.get(name)}
+    if (board["baseline"] or {}).get("problem"):
+        board["baseline"]["problem"] = outward.no_paths(board["baseline"]["problem"])
+    return board
 
 
 def check_entries(target: Path) -> None:
@@ -206,8 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--despite_warnings", action="store_true",
                         help="also a run that is suspect, failed or was changed; the card says so at its top")
     options = parser.parse_args(argv)
-    out = options.out or options.run.with_name(f"{options.run.resolve().name}_hub")
     try:
+        out = options.out or outward.beside(options.run, "_hub")
         if options.repo != UNNAMED and not card.HUB_NAME.fullmatch(options.repo):
             raise ValueError(f"--repo={options.repo!r} is no name on the hub: give owner/name")
         if options.license and not LICENSE.fullmatch(options.license):

@@ -95,6 +95,7 @@ class Asked:
     letters: dict[str, list[int]] = field(default_factory=dict)  # and each first letter's
     explanations: dict[int, tuple[str, float | None]] = field(default_factory=dict)  # of features, and their scores
     baseline: Beside | None = None
+    model: str = ""  # what it is called, which may have been loaded from a folder
 
 
 def boards(looked_at: dict[str, tuple[Setup, Any]], asked: dict[str, Asked],
@@ -168,9 +169,9 @@ def _board(read: text.Text, name: str, sae, asked: Asked, seen: dict, looks: dic
     of_baseline = None
     if beside:
         of_baseline = _baseline(read, beside, seen, looks, {beside.nearest[feature] for feature in why}, vocab)
-    return {"sae": name, "variant": asked.variant, "model": setup.lm.name, "hook_name": setup.hook_name,
-            "layer": setup.layer, "d_in": W_FD.shape[1], "d_sae": len(W_FD), "either_sign": either_sign,
-            "text": said if texts else None,
+    return {"sae": name, "variant": asked.variant, "model": asked.model or setup.lm.name,
+            "hook_name": setup.hook_name, "layer": setup.layer, "d_in": W_FD.shape[1], "d_sae": len(W_FD),
+            "either_sign": either_sign, "text": said if texts else None,
             "list": {column: values and rounded(values) for column, values in columns.items()},
             "health": {"l0": _l0(torch.cat(own.l0)), "norms": rounded(own.norms), "errors": rounded(own.errors)},
             "features": {str(feature): dashboard for feature, dashboard in features.items()},

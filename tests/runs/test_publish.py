@@ -1,9 +1,11 @@
 """What is published of a run: it loads where nothing of this project is, hides no doubt, and shows nothing of here."""
 
+import gzip
 import json
 import re
 import shutil
 import socket
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import yaml
 
 import variants
-from runs import card, outward, publish
+from runs import card, features, neuronpedia, outward, publish, report
 from tests import PROJECT
 from variants.kit import saving
 
@@ -39,6 +41,12 @@ def run(reference, tmp_path):
     return Path(shutil.copytree(reference, tmp_path / "run_1"))
 
 
+@pytest.fixture
+def without_pages(monkeypatch):
+    """The report and the features pages, which take seconds, are not made."""
+    monkeypatch.setattr(publish, "pages", lambda *about: [])
+
+
 def change(file, edit):
     document = json.loads(file.read_text(encoding="utf-8"))
     edit(document)
@@ -50,6 +58,20 @@ def published(run, *more):
     out = run.with_name("out")
     assert publish.main([str(run), "--out", str(out), "--despite_warnings", *more]) == 0
     return out
+
+
+def change_board(run, **changed):
+    """Another board, of which a feature is told otherwise."""
+    board = features.read(run, "layer_2")
+    board["model"] = changed.pop("model", board["model"])
+    next(iter(board["features"].values())).update(changed)
+    features.write(run, board)
+
+
+def board_in(page):
+    """The lines that features.js reads in a page."""
+    packed = re.search(r'<script type="application/json" id="board">"(.*?)"</script>', page.read_text("utf-8"))
+    return gzip.decompress(b64decode(packed[1])).decode()
 
 
 def parts_of(out):
@@ -70,7 +92,7 @@ def run_code(out, body, monkeypatch):
     return made
 
 
-def test_it_loads_without_this_project(run, offline, monkeypatch, capsys):
+def test_it_loads_without_this_project(run, without_pages, offline, monkeypatch, capsys):
     """Fails if SAELens reads other features from the folder, the card's code does not run, or a result is changed."""
     out = published(run, "--repo", "me/tiny", "--license", "apache-2.0")
     assert "hf upload me/tiny " in capsys.readouterr().out
@@ -95,6 +117,7 @@ def test_it_loads_without_this_project(run, offline, monkeypatch, capsys):
     assert told["core.ce_loss_score"] == means["core.ce_loss_score"] and len(told) > 5
 
 
+@pytest.mark.slow
 def test_nothing_of_this_machine_is_in_it(run):
     """Fails if a path, in whatever it was said, is in a file of the folder, or a text of a model's is changed."""
     home, there = Path.home(), f"{run.resolve()}/sae/layer_2"
@@ -102,34 +125,78 @@ def test_nothing_of_this_machine_is_in_it(run):
     change(evaluated, lambda d: d.update(eval_result_unstructured=f"#!/usr/bin/env python at {home}/x/secret.py"))
     change(run / "final_info.json", lambda d: d["layer_2"]["problems"].extend(
         [f"core failed: no such file {there}", "no such file: /data/mine/corpus.txt"]))
-    (run / "report.html").write_text(f"<p>{there} and {PROJECT}/experiment.py</p>")
+    change(evaluated, lambda d: d["eval_config"].update(model_name="/some/dir/mymodel"))
+    change(run / "run_info.json", lambda d: d["settings"].update(
+        model="/some/dir/mymodel", dataset="/my texts/a.txt", note="as /data/mine/plan.md says") or d.pop("sha256"))
+    change_board(run, model="/some/dir/mymodel", explanation=f"see {home}/private/x and C:\\y", score=0.5)
     out = published(run)
     for file in out.rglob("*"):
         text = file.read_bytes() if file.is_file() else b""
-        for place in (str(run.resolve()), str(run.parent), f"{home}/", str(PROJECT), "/data/mine"):
+        if file.parent.name == "features":
+            text = text.split(b'id="board">')[0] + board_in(file).encode()
+        for place in (str(run.resolve()), str(run.parent), f"{home}/", str(PROJECT), "/data/mine", "/some/dir"):
             assert place.encode() not in text, file
     said = json.loads((out / evaluated.relative_to(run)).read_text())["eval_result_unstructured"]
     assert said == "#!/usr/bin/env python at secret.py"
-    assert (out / "report.html").read_text() == "<p>layer_2 and experiment.py</p>"
+    page = (out / "features/layer_2.html").read_text("utf-8")
+    assert " · on mymodel · " in page and '"see x and C:\\\\y"' in board_in(out / "features/layer_2.html")
+    assert "no such file: corpus.txt" in (out / "report.html").read_text("utf-8")
+    info = publish.read(run, [])[0]["settings"]
+    assert (info["model"], info["dataset"], info["note"]) == ("mymodel", "a.txt", "as plan.md says")
     body = parts_of(out)[1]
     assert "no such file: corpus.txt" in body and "no such file layer\\_2" in body
 
 
-@pytest.mark.parametrize("leak", ["hf_" + "a" * 34, "the value of MY_TOKEN", "code"])
+@pytest.mark.slow
+def test_pages_are_of_what_is_published(run):
+    """Fails if a page of an earlier training, of a damaged board, or another run of the folder is in it."""
+    other = Path(shutil.copytree(run, run.with_name("other_run")))
+    change(other / "final_info.json", lambda d: d["layer_2"]["config"].update(seed=1))
+    report.again(run)
+    assert "../other_run/report.html" in (run / "report.html").read_text("utf-8")
+    (run / "features/layer_2.html").write_text("of another training")
+    out = published(run)
+    assert "other_run" not in (out / "report.html").read_text("utf-8")
+    assert "Features of layer_2" in (out / "features/layer_2.html").read_text("utf-8")
+    shutil.rmtree(out)
+    (run / "features/layer_2.json.gz").unlink()
+    assert not (published(run) / "features").exists()
+
+
+def test_secrets_in_pages_are_seen(tmp_path):
+    """Fails if a key is not seen in the board of a page, or in a picture that lies in one as text."""
+    key = b"hf_" + b"a" * 34
+    for hidden in (gzip.compress(b'{"explanation": "' + key + b'"}'), b"<svg><desc>" + key + b"</desc>"):
+        shown = b64encode(hidden).decode()
+        for page in (f'<script id="board">"{shown}"</script>', f'<img src="data:image/svg+xml;base64,{shown}">'):
+            (tmp_path / "page.html").write_text(page)
+            with pytest.raises(ValueError, match="page.html holds a key"):
+                outward.check_clean(tmp_path, tmp_path)
+    (tmp_path / "page.html").write_text(f'<p id="{"a" * 41}">"{"A" * 44}"</p>')  # no base64, and none of anything
+    outward.check_clean(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("leak", ["hf_" + "a" * 34, "the value of MY_TOKEN", "code",
+                                  pytest.param("board", marks=pytest.mark.slow)])
 def test_secrets_are_refused(run, monkeypatch, capsys, leak):
     """Fails if a token, a secret of the environment or a path in code is written, or a folder is left behind."""
     monkeypatch.setenv("MY_TOKEN", "the value of MY_TOKEN")
-    if leak == "code":
+    if leak != "board":  # in no page: they need not be made
+        monkeypatch.setattr(publish, "pages", lambda *about: [])
+    if leak == "board":
+        change_board(run, explanation="words like hf_" + "a" * 34)
+    elif leak == "code":
         (run / "sae/layer_2/variant.py").write_text(f"PLACE = {str(PROJECT)!r}\n")
     else:
         change(run / "run_info.json", lambda d: d["settings"].update(note=leak) or d.pop("sha256"))
     assert publish.main([str(run), "--despite_warnings"]) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "nothing is written" in err and leak not in err.replace("code", "")
+    assert err.count("\n") == 1 and "nothing is written" in err
+    assert "hf_a" not in err and "the value of MY_TOKEN" not in err
     assert [file.name for file in run.parent.iterdir()] == ["run_1"]
 
 
-def test_hostile_texts_stay_texts(run):
+def test_hostile_texts_stay_texts(run, without_pages):
     """Fails if a name, note or problem becomes HTML, a link, a picture, a heading, front matter or a row of a table."""
     markdown = pytest.importorskip("markdown_it")
 
@@ -162,7 +229,7 @@ def test_hostile_texts_stay_texts(run):
     assert "\u202e" not in body
 
 
-def test_what_sae_lens_lacks_keeps_its_code(run, monkeypatch):
+def test_what_sae_lens_lacks_keeps_its_code(run, without_pages, monkeypatch):
     """Fails if an SAE in the own format is not there whole, the card does not say so, or its code does not load it."""
     module = variants.load("clustered")
     sae = variants.build(module, 32, 128, {}, {})
@@ -178,7 +245,7 @@ def test_what_sae_lens_lacks_keeps_its_code(run, monkeypatch):
     torch.testing.assert_close(made["sae"].encode(x_ND), saving.load_sae(run / "sae/layer_2").encode(x_ND))
 
 
-def test_a_sweep_has_a_folder_each(run):
+def test_a_sweep_has_a_folder_each(run, without_pages):
     """Fails if an SAE of a sweep is missing, lies over another, or --sae does not choose."""
     shutil.copytree(run / "sae/layer_2", run / "sae/layer_2.k_8")
     core = next(run.glob("eval_results/core/*.json"))
@@ -194,7 +261,7 @@ def test_a_sweep_has_a_folder_each(run):
     assert [file.name for file in out.glob("eval_results/*/*")] == ["topk_layer_2.k_8_eval_results.json"]
 
 
-def test_the_baseline_and_the_random_line_stand_beside(run):
+def test_the_baseline_and_the_random_line_stand_beside(run, without_pages):
     """Fails if the card lacks the error, the baseline's figure, or that a frozen random decoder does as well."""
     stored = PROJECT / "runs/baseline/smollm2-135m-instruct"
     baseline = json.loads((stored / "standard/frontier.json").read_text())
@@ -218,7 +285,7 @@ def test_the_baseline_and_the_random_line_stand_beside(run):
     assert re.search(r"\*\*Random line:\*\* not better than a frozen random decoder.*ce\\_loss\\_score", body)
 
 
-def test_refused_in_a_line(run, capsys):
+def test_refused_in_a_line(run, without_pages, capsys):
     """Fails if a run that shows nothing, is unfinished or was changed is published unasked, or a file is lost."""
     def said(*arguments):
         assert publish.main([str(argument) for argument in arguments]) == 1
@@ -255,6 +322,20 @@ def test_refused_in_a_line(run, capsys):
     weights.write_bytes(data)
     assert "weights" in said(run, "--despite_warnings", "--out", run.with_name("other"))
     assert not run.with_name("other").exists()
+
+
+@pytest.mark.parametrize("command", [publish, neuronpedia])
+def test_a_run_is_named_from_inside(tmp_path, monkeypatch, capsys, command):
+    """Fails if the folder we are in, or one above it, is no name of a run, or / ends in a traceback."""
+    (tmp_path / "run_1/sae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run_1/sae")
+    assert outward.beside(Path(".."), "_hub") == tmp_path / "run_1_hub"
+    assert outward.beside(Path("../../run_1"), "_hub") == Path("../../run_1_hub")
+    monkeypatch.chdir(tmp_path / "run_1")
+    assert outward.beside(Path("."), "_hub") == tmp_path / "run_1_hub"
+    for folder in (".", "/"):
+        assert command.main([folder]) == 1
+        assert capsys.readouterr().err.startswith("nothing written: ")
 
 
 def test_names_of_the_hub():

@@ -10,7 +10,7 @@ import torch
 
 from evals import Setup, dashboards
 from evals.cache import Cache
-from evals.dashboards import Asked, Beside, chosen, sweeps
+from evals.dashboards import Asked, Beside, chosen, passages, sweeps
 from evals.model import language_model
 from runs import features
 from tests import small_run
@@ -22,7 +22,7 @@ R, T = 64, 32  # of kind tiny
 @pytest.fixture(autouse=True)
 def no_passages(monkeypatch):
     """The built-in passages are read by a tokenizer of words, which the stand-in has not."""
-    monkeypatch.setattr(dashboards, "_passages", lambda *about: [])
+    monkeypatch.setattr(passages, "heard", lambda *about: [])
 
 
 class Words:
@@ -140,17 +140,17 @@ def check_contexts(board, dashboard, rows, acts, f, fired, largest):
                       key=lambda at: -abs(acts[at][f]))
     shown = [dict(map(tuple, c["values"]))[c["peak"]] for c in groups["top"]["contexts"]]
     assert shown == pytest.approx([acts[at][f] for at in expected], rel=1e-3)
-    assert [groups["top"]["from"], groups["top"]["to"]] == [shown[-1], shown[0]]
+    assert [groups["top"]["from"], groups["top"]["to"]] == [abs(shown[-1]), abs(shown[0])]
     for number in range(1, 11):
         within = [at for at in fired if number - 1 < abs(acts[at][f]) / abs(largest) * 10 <= number]
         group = groups.get(f"interval {number}", {"contexts": []})
         assert len(group["contexts"]) == min(5, len(within))
         if within:
-            ends = [short(largest * end / 10) for end in (number - 1, number)]
+            ends = [short(abs(largest) * end / 10) for end in (number - 1, number)]
             assert [group["from"], group["to"]] == pytest.approx(ends)
             for context in group["contexts"]:
                 value = dict(map(tuple, context["values"]))[context["peak"]]
-                assert abs(ends[0]) * 0.999 <= abs(value) <= abs(ends[1]) * 1.001
+                assert ends[0] * 0.999 <= abs(value) <= ends[1] * 1.001
 
 
 def test_of_an_interval_any_place_is_drawn():
@@ -185,7 +185,7 @@ def test_a_turned_sae_is_the_same_below_0(tmp_path):
         assert mirrored["histogram"]["edges"] == [-edge for edge in dashboard["histogram"]["edges"][::-1]]
         assert mirrored["logits"]["top"] == [[token, -value] for token, value in dashboard["logits"]["bottom"]]
         for group, theirs in zip(mirrored["groups"], dashboard["groups"], strict=True):
-            assert [group["from"], group["to"]] == [-theirs["from"], -theirs["to"]]
+            assert [group["from"], group["to"]] == [theirs["from"], theirs["to"]]
             for context in group["contexts"]:
                 context["values"] = [[place, -value] for place, value in context["values"]]
             assert group["contexts"] == theirs["contexts"]

@@ -141,8 +141,9 @@ class Look:
         """Of these features, nothing yet; `alone`: without intervals and what fires beside them."""
         index_C, C = torch.tensor(chosen, dtype=torch.int64), len(chosen)
         together_CF = None if alone else torch.zeros(C, len(seen.fired_F), device=device)
-        return Look(len(seen.fired_F), index_C.to(device), seen.low_F[index_C].to(device), seen.high_F[index_C].to(device), top,
-                    not alone, torch.zeros(C, BINS, dtype=torch.int64), together_CF)
+        low_C, high_C = seen.low_F[index_C].to(device), seen.high_F[index_C].to(device)
+        return Look(len(seen.fired_F), index_C.to(device), low_C, high_C, top, not alone,
+                    torch.zeros(C, BINS, dtype=torch.int64), together_CF)
 
 
 def second(text: Text, looks: dict, saes: dict) -> None:

@@ -76,7 +76,7 @@ def _made(out: Path, looked_at: dict, comparisons: list[Comparison], say: Callab
     asked = {sae: _asked(out, sae, one, beside, looked_at[sae][0].lm.device)
              for sae, one in _compared(out, comparisons) if sae in looked_at}
     boards = dashboards.boards(looked_at, asked, say)
-    files = [write(out, board) for board in boards.values()]
+    files = [file for board in boards.values() for file in _written(out, board, say)]
     if files:
         features = sum(len(board["features"]) for board in boards.values())
         tokens = max((board["text"]["tokens"] for board in boards.values() if board["text"]), default=0)
@@ -86,6 +86,14 @@ def _made(out: Path, looked_at: dict, comparisons: list[Comparison], say: Callab
         size = sum(file.stat().st_size for file in files) / 1e6
         say(f"dashboards: {what}; {duration(time.monotonic() - begun)}, {FOLDER}/ {size:.2g} MB")
 
+
+def _written(out: Path, board: dict, say: Callable) -> list[Path]:
+    """The file of a board; none, said, of one that is no JSON, which costs no other SAE its own."""
+    try:
+        return [write(out, board)]
+    except ValueError as error:
+        say(f"report: no feature dashboards of {board['sae']}: {type(error).__name__}: {error}")
+        return []
 
 
 def _compared(out: Path, comparisons: list[Comparison]) -> Iterator[tuple[str, Compared]]:
@@ -117,7 +125,8 @@ def _baseline(one: Compared, known: dict, device):
         known[run.path, run.section] = _encoder(run, device)
     sae, problem = known[run.path, run.section]
     return Beside(run.name, run.config.get("variant", ""), l0_of(run), new.nearest, new.cosine,
-                  stability.decoder(stability.folder_of(run)), sae, problem)
+                  stability.decoder(stability.folder_of(run)), sae, problem,
+                  absolute=stability.signless(one.run) or stability.signless(run))
 
 
 def _encoder(run, device) -> tuple:

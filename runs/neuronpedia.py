@@ -18,7 +18,9 @@ of an interval its bounds and the share of all tokens with an activation within,
 lowest. freq_hist and logits_hist have the middles of 50 bars and their counts. correlated_features are those that fire
 on the same tokens, `pearson` the φ coefficient, which is Pearson's of firing; SAEDashboard has that of activations
 there. values and tokens are of the context that is kept, not of the whole row. Where features fire with negative values
-too, an interval is one of sizes, and those tokens count as firing, which SAEDashboard leaves out.
+too, those tokens count as firing, which SAEDashboard leaves out, and bin_min and bin_max are magnitudes: an activation
+of -3 lies in the bin from 2 to 4. Who reads signed values finds the sign in `values` alone, and that of bars in
+freq_hist_data_bar_values; a feature that fires with negative values alone has bins as its mirror image would have.
 
 Left at the class's own default:
     correlated_features_l1                     cosines of activations: a board has φ alone

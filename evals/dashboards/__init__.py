@@ -29,10 +29,11 @@ A dashboard is
     why         reasons for which it was chosen: "densest", "rarest", "random", "best probe", "new", "absorbed letter",
                 "explained"; of the baseline's: []
     density, max
-    groups      [{"name": "top" or "interval 3", "from", "to": activations, "contexts": […]}]: 20 of the strongest (each
-                another row while there are enough; from the weakest to the strongest of them), then 5 each of 10 equal
-                intervals from 0 to max, drawn, the highest first; intervals without a context are left out. Magnitudes
-                decide; of the baseline's there are 10 of the strongest alone
+    groups      [{"name": "top" or "interval 3", "from", "to": magnitudes, from ≤ to, "contexts": […]}]: 20 of the
+                strongest (each another row while there are enough; from the weakest to the strongest of them), then 5
+                each of 10 equal intervals from 0 to |max|, drawn, the highest first; intervals without a context are
+                left out. An activation counts by its magnitude, whatever its sign, which contexts show; of the
+                baseline's there are 10 of the strongest alone
     histogram   {"edges": 51, "counts": 50} of the activations that are not 0, with their sign: from the smallest, or 0,
                 to the largest, or 0
     logits      None where the model has no head for directions, or {"top": [[token, logit] × 10], "bottom": the same,
@@ -47,7 +48,8 @@ A dashboard is
 A context is {"tokens": [number in vocab], "values": [[place in tokens, activation], …] where it fires, "peak": the
 place it was chosen for, "row": of the text, "cut": [whether text of the row before, after it was left out]}.
 
-Numbers have four significant digits. Cosines of features that fire with either sign are magnitudes.
+Numbers have four significant digits. Cosines of features that fire with either sign are magnitudes, and those with a
+baseline's where either's do. An activation that is no number counts as 0, and so does a decoder row that holds one.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ import torch
 from torch import Tensor
 
 from evals import Setup
-from evals.dashboards import chosen, directions, sweeps, text
+from evals.dashboards import chosen, directions, passages, sweeps, text
 from evals.storage import network
 from evals.texts import packing
 
@@ -83,6 +85,7 @@ class Beside:
     decoder: Tensor | None = None  # [G, D]
     sae: Any = None  # the TrainedSAE, on the model's device
     problem: str | None = None  # why there is none
+    absolute: bool = False  # whether `nearest` takes the opposite direction for the same
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Asked:
 
 def boards(looked_at: dict[str, tuple[Setup, Any]], asked: dict[str, Asked],
            say: Callable[[str], None]) -> dict[str, dict]:
-    """{SAE: its board} of the SAEs {name: (setup, TrainedSAE)}; none, said, for want of text.
+    """{SAE: its board} of the SAEs {name: (setup, TrainedSAE)}; none, said, for want of text, and none of an SAE that
+    breaks, which is said by its name.
 
     The global random state, the model and the SAEs stay as they are.
     """
@@ -110,11 +114,29 @@ def boards(looked_at: dict[str, tuple[Setup, Any]], asked: dict[str, Asked],
         for _, names in groupby(by_layer, key=lambda name: looked_at[name][0].layer):
             names = list(names)
             setup, saes = looked_at[names[0]][0], {name: looked_at[name][1] for name in names}
-            found |= _of_layer(setup, saes, {name: asked.get(name, Asked()) for name in names}, len(looked_at))
+            found |= _unbroken(setup, saes, {name: asked.get(name, Asked()) for name in names}, len(looked_at), say)
     except (packing.TooLittleText, OSError) as error:
         say(f"report: no feature dashboards: {network.first_line(error)}")
         return {}
-    return {name: found[name] for name in looked_at}
+    return {name: found[name] for name in looked_at if name in found}
+
+
+def _unbroken(setup: Setup, saes: dict, asked: dict[str, Asked], of_run: int, say: Callable) -> dict[str, dict]:
+    """The boards of the SAEs of a layer; each is made by itself where they cannot be made together."""
+    try:
+        return _of_layer(setup, saes, asked, of_run)
+    except (packing.TooLittleText, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001  an SAE runs code that is not ours, and costs no other its board
+        problem = f"{type(error).__name__}: {network.first_line(error)}"
+    if len(saes) == 1:
+        say(f"report: no feature dashboards of {', '.join(saes)}: {problem}")
+        return {}
+    # not inside `except`: to its end the traceback keeps the tensors of the attempt
+    found = {}
+    for name, sae in saes.items():
+        found |= _unbroken(setup, {name: sae}, {name: asked[name]}, of_run, say)
+    return found
 
 
 @torch.no_grad()
@@ -135,15 +157,16 @@ def _of_layer(setup: Setup, saes: dict, asked: dict[str, Asked], of_run: int) ->
         looks[key] = sweeps.Look.nothing(sorted(set(beside)), seen[key], setup.lm.device, OF_BASELINE, alone=True)
     if setup.lm.reads_text:
         sweeps.second(read, looks, {**saes, **theirs})
-    return {name: _board(read, name, sae, asked[name], seen, looks, why[name]) for name, sae in saes.items()}
+    heard = passages.heard(setup.lm, setup.layer, setup.max_norm)
+    return {name: _board(read, heard, name, sae, asked[name], seen, looks, why[name]) for name, sae in saes.items()}
 
 
-def _board(read: text.Text, name: str, sae, asked: Asked, seen: dict, looks: dict, why: dict) -> dict:
+def _board(read: text.Text, heard: list, name: str, sae, asked: Asked, seen: dict, looks: dict, why: dict) -> dict:
     setup, vocab, beside = read.setup, Vocabulary(read.setup.lm.tokenizer), asked.baseline
-    own, W_FD = seen[name], sae.W_dec
+    own, W_FD = seen[name], directions.whole(sae.W_dec)
     either_sign = bool((own.low_F < 0).any())
     texts, R, T = setup.lm.reads_text, *read.tokens_RT.shape
-    features = _dashboards(read, sae, own, looks[name], vocab)
+    features = _dashboards(read, W_FD, own, looks[name], vocab)
     for feature, dashboard in features.items():
         dashboard["why"] = why[feature]
         dashboard["classes"] = [label for label, chose in asked.classes.items() if feature in chose[:FEW]]
@@ -156,7 +179,7 @@ def _board(read: text.Text, name: str, sae, asked: Asked, seen: dict, looks: dic
         pairs = {"own": alike, "cofiring": _cofiring(own, looks[name])}
         if beside and beside.decoder is not None:
             rows_GD = directions.unit(beside.decoder.to(W_FD))
-            pairs["theirs"] = directions.nearest(W_FD[index_C], rows_GD, THEIRS, either_sign)
+            pairs["theirs"] = directions.nearest(W_FD[index_C], rows_GD, THEIRS, beside.absolute)
         for kind, (index_CK, value_CK) in pairs.items():
             for dashboard, others, values in zip(features.values(), index_CK.tolist(), value_CK.tolist()):
                 dashboard[kind] = [[f, rounded(v)] for f, v in zip(others, values) if v > -torch.inf]
@@ -175,23 +198,17 @@ def _board(read: text.Text, name: str, sae, asked: Asked, seen: dict, looks: dic
             "list": {column: values and rounded(values) for column, values in columns.items()},
             "health": {"l0": _l0(torch.cat(own.l0)), "norms": rounded(own.norms), "errors": rounded(own.errors)},
             "features": {str(feature): dashboard for feature, dashboard in features.items()},
-            "baseline": of_baseline, "passages": _passages(setup, sae, beside) if texts else [], "vocab": vocab.texts()}
+            "baseline": of_baseline, "passages": passages.of(heard, sae, beside.sae if beside else None),
+            "vocab": vocab.texts()}
 
 
 def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: set[int], vocab: Vocabulary) -> dict:
     found = {"name": beside.name, "variant": beside.variant, "l0": beside.l0, "problem": beside.problem, "features": {}}
     if beside.sae is not None and read.setup.lm.reads_text:
         key = id(beside.sae)
-        made = _dashboards(read, beside.sae, seen[key], looks[key], vocab, wanted)
+        made = _dashboards(read, directions.whole(beside.sae.W_dec), seen[key], looks[key], vocab, wanted)
         found["features"] = {str(feature): dashboard for feature, dashboard in made.items()}
     return found
-
-
-def _passages(setup: Setup, sae, beside: Beside | None) -> list[dict]:
-    from evals.dashboards import passages
-
-    other = beside.sae if beside else None
-    return passages.of(setup.lm, setup.layer, sae, other, setup.max_norm)
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a board
@@ -231,14 +248,14 @@ def _l0(l0_N: Tensor) -> dict:
     return {"edges": edges, "counts": counts.tolist()}
 
 
-def _dashboards(read: text.Text, sae, seen: sweeps.Seen, look: sweeps.Look, vocab: Vocabulary,
+def _dashboards(read: text.Text, W_FD: Tensor, seen: sweeps.Seen, look: sweeps.Look, vocab: Vocabulary,
                 wanted: set[int] | None = None) -> dict[int, dict]:
     """{feature: what sweeps and decoder tell of it}, of those that were looked at, or the wanted ones of them."""
     index = look.index_C.tolist()
     asked = [c for c, feature in enumerate(index) if wanted is None or feature in wanted]
     if not asked:
         return {}
-    logits = directions.promoted(read.setup.lm, sae.W_dec[look.index_C[asked]]) or [None for _ in asked]
+    logits = directions.promoted(read.setup.lm, W_FD[look.index_C[asked]]) or [None for _ in asked]
     groups = _groups(read, look, seen, set(asked), vocab)
     found = {}
     for c, promoted in zip(asked, logits):
@@ -284,12 +301,12 @@ def _groups(read: text.Text, look: sweeps.Look, seen: sweeps.Seen, asked: set[in
     drawn = listed(look.drawn, intervals)
     groups = {}
     for c in asked:
-        largest = float(seen.max_F[look.index_C[c]])
+        largest = abs(float(seen.max_F[look.index_C[c]]))
         top = by_row.get((c, 0), [])
         places = {place for place, *_ in top}
         more = [one for one in strongest(anywhere.get((c, 0), [])) if one[0] not in places]
         top = strongest(top + more[:look.top - len(top)])
-        groups[c] = [{"name": "top", "from": rounded(top[-1][1]), "to": rounded(top[0][1]),
+        groups[c] = [{"name": "top", "from": rounded(abs(top[-1][1])), "to": rounded(abs(top[0][1])),
                       "contexts": [_context(read, vocab, *one) for one in top]}] if top else []
         for number in range(sweeps.INTERVALS, 0, -1):
             some = strongest(drawn.get((c, number), []))

@@ -50,6 +50,11 @@ def nearest(rows_CD: Tensor, W_GD: Tensor, k: int, absolute: bool, but_C: Tensor
     return found.indices, found.values
 
 
+def whole(W_FD: Tensor) -> Tensor:
+    """The same rows, zeros in place of one that holds a number which is none: it is like no other then."""
+    return torch.where(W_FD.isfinite().all(1, keepdim=True), W_FD, 0.0)
+
+
 def unit(W_FD: Tensor) -> Tensor:
     """Rows of norm 1 in fp32; a row of zeros stays one."""
     return functional.normalize(W_FD.float(), dim=1)
@@ -60,7 +65,7 @@ def encoder_cosine(sae) -> list[float] | None:
     W_enc_DF = sae.W_enc
     if W_enc_DF is None:
         return None
-    return functional.cosine_similarity(W_enc_DF.T, sae.W_dec, dim=1).nan_to_num(0.0).tolist()
+    return functional.cosine_similarity(W_enc_DF.T, sae.W_dec, dim=1).nan_to_num(0.0, 0.0, 0.0).tolist()
 
 
 def promoted(lm, W_CD: Tensor) -> list[dict] | None:

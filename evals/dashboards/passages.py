@@ -61,7 +61,7 @@ def strongest(sae, x_TD: Tensor, counts_T: Tensor, n: int = STRONGEST) -> list[l
     """
     found = []
     for x_tD, counts_t in zip(x_TD.split(AT_ONCE), counts_T.split(AT_ONCE)):
-        z_tF = sae.encode(x_tD) * counts_t[:, None]
+        z_tF = _encoded(sae, x_tD, counts_t)
         index_tK = z_tF.abs().topk(min(n, z_tF.shape[1]), dim=1).indices
         pairs = zip(index_tK.tolist(), z_tF.gather(1, index_tK).tolist())
         found += [sorted(([f, short(a)] for f, a in zip(*of_token) if a), key=lambda pair: (-abs(pair[1]), pair[0]))
@@ -73,8 +73,13 @@ def activations(sae, x_TD: Tensor, counts_T: Tensor, features: list[int]) -> dic
     """{feature: [[place, activation] where it fires]} of some features."""
     index_C = torch.tensor(features, dtype=torch.long, device=x_TD.device)
     parts = zip(x_TD.split(AT_ONCE), counts_T.split(AT_ONCE))
-    z_TC = torch.cat([sae.encode(x_tD)[:, index_C] * counts_t[:, None] for x_tD, counts_t in parts])
+    z_TC = torch.cat([_encoded(sae, x_tD, counts_t)[:, index_C] for x_tD, counts_t in parts])
     return {feature: [[t, short(a)] for t, a in enumerate(z_T) if a] for feature, z_T in zip(features, z_TC.T.tolist())}
+
+
+def _encoded(sae, x_tD: Tensor, counts_t: Tensor) -> Tensor:
+    """Activations [t, F]; 0 where a token does not count, or one is no number."""
+    return (sae.encode(x_tD) * counts_t[:, None]).nan_to_num(0.0, 0.0, 0.0)
 
 
 def short(value: float) -> float:
@@ -82,18 +87,26 @@ def short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def of(lm, layer: int, run_sae, baseline_sae=None, max_norm: float | None = None) -> list[dict]:
-    """`passages` of a board (evals/dashboards): the built-in ones as run and baseline read them.
-
-    Both SAEs lie on the model's device. [] where the model reads no text.
+def heard(lm, layer: int, max_norm: float | None = None) -> list[tuple[str, list[str], Tensor, Tensor]]:
+    """Of each built-in passage its title, its tokens' texts and what `residual` gives of it, which serves all SAEs of a
+    layer. [] where the model reads no text.
     """
     if not lm.reads_text:
         return []
     found = []
     for title, text in PASSAGES.items():
         tokens_T, _ = ids_of(lm, text, TOKENS)
-        x_TD, counts_T = residual(lm, layer, tokens_T, max_norm)
+        found.append((title, texts_of(lm, tokens_T), *residual(lm, layer, tokens_T, max_norm)))
+    return found
+
+
+def of(passages: list[tuple[str, list[str], Tensor, Tensor]], run_sae, baseline_sae=None) -> list[dict]:
+    """`passages` of a board (evals/dashboards): those that were `heard` as run and baseline read them.
+
+    Both SAEs lie on the model's device.
+    """
+    found = []
+    for title, tokens, x_TD, counts_T in passages:
         theirs = None if baseline_sae is None else strongest(baseline_sae, x_TD, counts_T)
-        found.append({"title": title, "tokens": texts_of(lm, tokens_T), "run": strongest(run_sae, x_TD, counts_T),
-                      "baseline": theirs})
+        found.append({"title": title, "tokens": tokens, "run": strongest(run_sae, x_TD, counts_T), "baseline": theirs})
     return found

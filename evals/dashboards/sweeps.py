@@ -63,7 +63,7 @@ def first(text: Text, saes: dict) -> dict[object, Seen]:
     shown = plain[torch.linspace(0, len(plain) - 1, min(POINTS, len(plain))).round().long()]
     shown_RT = torch.zeros_like(text.plain_RT).flatten().index_fill(0, shown, True).view_as(text.plain_RT)
     for part in text.parts():
-        shown_rT = shown_RT[part.first:part.first + len(part.x_rTD)] & part.body_rT
+        shown_rT = shown_RT[part.first:part.first + len(part.x_rTD)].to(part.body_rT.device) & part.body_rT
         for key, sae in saes.items():
             _count(text.setup, seen[key], sae, part)
             _measure(text.setup, seen[key], sae, part.x_rTD[shown_rT])
@@ -76,7 +76,7 @@ def _count(setup: Setup, seen: Seen, sae, part: Part) -> None:
         fires_rTF = z_rTF.ne_(0)  # ones and zeros in the same memory
         return fires_rTF.sum((0, 1))[None], low_F[None], high_F[None], fires_rTF.sum(2)[body_rT]
 
-    fired, low, high, l0_N = _over(setup, sae, part, work)
+    fired, low, high, l0_N = _over(setup, sae, len(seen.fired_F), part, work)
     seen.fired_F += fired.double().sum(0).round().long().cpu()
     seen.low_F = torch.minimum(seen.low_F, low.amin(0).cpu())
     seen.high_F = torch.maximum(seen.high_F, high.amax(0).cpu())
@@ -86,20 +86,19 @@ def _count(setup: Setup, seen: Seen, sae, part: Part) -> None:
 def _measure(setup: Setup, seen: Seen, sae, x_ND: Tensor) -> None:
     if not len(x_ND):
         return
-    x_ND = x_ND.to(setup.lm.device).float()
+    x_ND = x_ND.float()
     error_N = (x_ND - sae.decode(sae.encode(x_ND))).norm(dim=1)
     seen.norms += x_ND.norm(dim=1).tolist()
     seen.errors += error_N.nan_to_num(0.0, 0.0, 0.0).tolist()
 
 
-def _over(setup: Setup, sae, part: Part, work: Callable):
+def _over(setup: Setup, sae, features: int, part: Part, work: Callable):
     """work(z_rTF, body_rT) of a few rows after the other: their activations, 0 where nothing is looked at."""
     def encoded(x_rTD: Tensor, body_rT: Tensor):
-        body_rT = body_rT.to(setup.lm.device)
-        z_rTF = sae.encode(x_rTD.to(setup.lm.device)).nan_to_num(0.0, 0.0, 0.0)
+        z_rTF = sae.encode(x_rTD).nan_to_num(0.0, 0.0, 0.0)
         return work(z_rTF.mul_(body_rT[..., None]), body_rT)
 
-    row = part.x_rTD.shape[1] * len(sae.W_dec)
+    row = part.x_rTD.shape[1] * features
     most = max(1, AT_ONCE[torch.device(setup.lm.device).type] // row)
     return memory.by_rows(setup, "the features of dashboards", encoded, part.x_rTD, part.body_rT, most=most)
 
@@ -125,6 +124,7 @@ class Firings:
 class Look:
     """What the second sweep finds of chosen features."""
 
+    features: int  # of the SAE
     index_C: Tensor  # on the device
     low_C: Tensor
     high_C: Tensor
@@ -141,8 +141,9 @@ class Look:
         """Of these features, nothing yet; `alone`: without intervals and what fires beside them."""
         index_C, C = torch.tensor(chosen, dtype=torch.int64), len(chosen)
         together_CF = None if alone else torch.zeros(C, len(seen.fired_F), device=device)
-        return Look(index_C.to(device), seen.low_F[index_C].to(device), seen.high_F[index_C].to(device), top,
-                    not alone, torch.zeros(C, BINS, dtype=torch.int64), together_CF)
+        low_C, high_C = seen.low_F[index_C].to(device), seen.high_F[index_C].to(device)
+        return Look(len(seen.fired_F), index_C.to(device), low_C, high_C, top, not alone,
+                    torch.zeros(C, BINS, dtype=torch.int64), together_CF)
 
 
 def second(text: Text, looks: dict, saes: dict) -> None:
@@ -166,7 +167,7 @@ def _look(setup: Setup, look: Look, sae, part: Part, lot_RT: Tensor) -> None:
             look.together_CF.addmm_(fires_CN, fires_NF)
         return acts_rTC
 
-    acts_rTC = _over(setup, sae, part, work)
+    acts_rTC = _over(setup, sae, look.features, part, work)
     T, at_E = acts_rTC.shape[1], acts_rTC.nonzero()
     r_E, t_E, c_E = at_E.unbind(1)
     new = Firings(c_E, (part.first + r_E) * T + t_E, acts_rTC[r_E, t_E, c_E])

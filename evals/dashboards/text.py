@@ -26,11 +26,14 @@ PART = {"cpu": 2**12, "cuda": 2**15}  # tokens of a part: on a GPU an entry of t
 
 @dataclass
 class Part:
-    """Some rows: x_rTD their residuals in the model's dtype, on the CPU; body_rT where features are looked at."""
+    """Some rows: x_rTD their residuals in the model's dtype; body_rT where features are looked at."""
 
     first: int
     x_rTD: Tensor
     body_rT: Tensor
+
+    def to(self, device) -> Part:
+        return Part(self.first, self.x_rTD.to(device), self.body_rT.to(device))
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Text:
     _held: dict[int, Part] = field(default_factory=dict)
 
     def parts(self) -> Iterator[Part]:
-        """Its parts, in order."""
+        """Its parts, in order, on the model's device; they are held on the CPU."""
         lm, cache = self.setup.lm, self.setup.cache
         R, T = self.tokens_RT.shape
         holds = R * T * lm.d_model * getattr(lm, "dtype", torch.float32).itemsize <= cache.most
@@ -54,12 +57,14 @@ class Text:
             part = self._held.get(first) or self._made(first, first + size)
             if holds:
                 self._held[first] = part
-            yield part
+            yield part.to(lm.device)
 
     def _made(self, first: int, end: int) -> Part:
         tokens_rT = self.tokens_RT[first:end]
         of_tokens = hashlib.sha256(tokens_rT.contiguous().numpy().tobytes()).hexdigest()
-        depends_on = dict(model=self.setup.lm.digest, layer=self.setup.layer, tokens=of_tokens)
+        lm = self.setup.lm
+        depends_on = dict(model=lm.digest, layer=self.setup.layer, tokens=of_tokens,
+                          dtype=str(getattr(lm, "dtype", "")), device=torch.device(lm.device).type)
         kept = self.setup.cache.get("dashboards", depends_on, lambda: dict(x=memory.residual(self.setup, tokens_rT)))
         x_rTD = kept["x"].cpu()
         return Part(first, x_rTD, positions.within(self.setup, x_rTD, self.plain_RT[first:end]))

@@ -10,7 +10,7 @@ import torch
 
 from evals import Setup, dashboards
 from evals.cache import Cache
-from evals.dashboards import Asked, Beside, chosen, sweeps
+from evals.dashboards import Asked, Beside, chosen, passages, sweeps
 from evals.model import language_model
 from runs import features
 from tests import small_run
@@ -22,7 +22,7 @@ R, T = 64, 32  # of kind tiny
 @pytest.fixture(autouse=True)
 def no_passages(monkeypatch):
     """The built-in passages are read by a tokenizer of words, which the stand-in has not."""
-    monkeypatch.setattr(dashboards, "_passages", lambda *about: [])
+    monkeypatch.setattr(passages, "heard", lambda *about: [])
 
 
 class Words:
@@ -140,17 +140,17 @@ def check_contexts(board, dashboard, rows, acts, f, fired, largest):
                       key=lambda at: -abs(acts[at][f]))
     shown = [dict(map(tuple, c["values"]))[c["peak"]] for c in groups["top"]["contexts"]]
     assert shown == pytest.approx([acts[at][f] for at in expected], rel=1e-3)
-    assert [groups["top"]["from"], groups["top"]["to"]] == [shown[-1], shown[0]]
+    assert [groups["top"]["from"], groups["top"]["to"]] == [abs(shown[-1]), abs(shown[0])]
     for number in range(1, 11):
         within = [at for at in fired if number - 1 < abs(acts[at][f]) / abs(largest) * 10 <= number]
         group = groups.get(f"interval {number}", {"contexts": []})
         assert len(group["contexts"]) == min(5, len(within))
         if within:
-            ends = [short(largest * end / 10) for end in (number - 1, number)]
+            ends = [short(abs(largest) * end / 10) for end in (number - 1, number)]
             assert [group["from"], group["to"]] == pytest.approx(ends)
             for context in group["contexts"]:
                 value = dict(map(tuple, context["values"]))[context["peak"]]
-                assert abs(ends[0]) * 0.999 <= abs(value) <= abs(ends[1]) * 1.001
+                assert ends[0] * 0.999 <= abs(value) <= ends[1] * 1.001
 
 
 def test_of_an_interval_any_place_is_drawn():
@@ -172,12 +172,16 @@ def test_of_an_interval_any_place_is_drawn():
     assert len({tuple(in_fifth.place_E[in_fifth.c_E == c].tolist()) for c in range(C)}) > 0.9 * C
 
 
+def turned(sae):
+    """Its mirror image: all of its features fire with negative values alone."""
+    return SimpleNamespace(encode=lambda x: -sae.encode(x), decode=lambda z: sae.decode(-z), W_dec=-sae.W_dec,
+                           W_enc=None)
+
+
 def test_a_turned_sae_is_the_same_below_0(tmp_path):
     """Fails if activations below 0 are left out, or ranked by sign."""
     sae = trained(TopK)
-    turned = SimpleNamespace(encode=lambda x: -sae.encode(x), decode=lambda z: sae.decode(-z), W_dec=-sae.W_dec,
-                             W_enc=None)
-    board, other = one_board(setup_of(tmp_path), sae), one_board(setup_of(tmp_path), turned)
+    board, other = one_board(setup_of(tmp_path), sae), one_board(setup_of(tmp_path), turned(sae))
     assert other["either_sign"] and other["list"]["max"] == [-value for value in board["list"]["max"]]
     assert other["health"] == board["health"] and list(other["features"]) == list(board["features"])
     for mirrored, dashboard in zip(other["features"].values(), board["features"].values()):
@@ -185,7 +189,7 @@ def test_a_turned_sae_is_the_same_below_0(tmp_path):
         assert mirrored["histogram"]["edges"] == [-edge for edge in dashboard["histogram"]["edges"][::-1]]
         assert mirrored["logits"]["top"] == [[token, -value] for token, value in dashboard["logits"]["bottom"]]
         for group, theirs in zip(mirrored["groups"], dashboard["groups"], strict=True):
-            assert [group["from"], group["to"]] == [-theirs["from"], -theirs["to"]]
+            assert [group["from"], group["to"]] == [theirs["from"], theirs["to"]]
             for context in group["contexts"]:
                 context["values"] = [[place, -value] for place, value in context["values"]]
             assert group["contexts"] == theirs["contexts"]
@@ -215,13 +219,14 @@ def test_each_need_is_met():
     assert list(chosen.choose(Asked(), torch.tensor([0, 3, 0]), 0, "layer_0", 50)) == [1]
 
 
-def test_one_pass_serves_all_saes(tmp_path):
+def test_one_pass_serves_all_saes(tmp_path, monkeypatch):
     """Fails if the model passes once for each SAE, a second board needs it again, or what lies in the cache decides."""
-    lm = LM()
+    lm, heard = LM(), []
+    monkeypatch.setattr(passages, "heard", lambda *about: heard.append(about) or [])
     saes = {"a": trained(TopK), "b": trained(TopK, 1), "c": trained(Signed)}
     setup = setup_of(tmp_path, lm)
     found = dashboards.boards({name: (setup, sae) for name, sae in saes.items()}, {}, print)
-    assert list(found) == ["a", "b", "c"] and lm.prefix_tokens == R * T
+    assert list(found) == ["a", "b", "c"] and lm.prefix_tokens == R * T and len(heard) == 1
     again = dashboards.boards({"b": (setup_of(tmp_path, lm), saes["b"])}, {}, print)
     assert lm.prefix_tokens == R * T and set(again["b"]["features"]) >= set(found["b"]["features"])
     assert again["b"]["list"] == found["b"]["list"]
@@ -230,14 +235,58 @@ def test_one_pass_serves_all_saes(tmp_path):
     of_rich = one_board(setup_of(tmp_path / "room", lm), saes["a"])
     assert poor.prefix_tokens == 2 * R * T == 2 * lm.prefix_tokens
     assert json.dumps(of_poor) == json.dumps(of_rich)
+    lm.dtype, lm.d_final = torch.bfloat16, 0  # in another arithmetic it gives other residuals
+    one_board(setup_of(tmp_path / "room", lm), saes["a"])
+    assert lm.prefix_tokens == 2 * R * T
 
 
-def test_a_baseline_stands_beside(tmp_path):
+def test_a_broken_sae_costs_no_other_its_board(tmp_path, capsys):
+    """Fails if NaN in a decoder, code that ends or a board that is no JSON leaves other SAEs without boards."""
+    def ends(x):
+        raise RuntimeError("boom\nadvice")
+
+    setup, sae, broken = setup_of(tmp_path), trained(TopK), trained(TopK)
+    broken.sae.W_dec.data[5, 2] = math.nan
+    nan, other = SimpleNamespace(encode=ends, decode=sae.decode, W_dec=sae.W_dec, W_enc=None), trained(Signed)
+    found = dashboards.boards({"a": (setup, broken), "b": (setup, nan), "c": (setup, other)}, {}, print)
+    assert list(found) == ["a", "c"]
+    assert capsys.readouterr().out == "report: no feature dashboards of b: RuntimeError: boom\n"
+    json.dumps(found, allow_nan=False)
+    cosine = sae.W_dec.double().numpy() @ sae.W_dec.double().numpy().T
+    np.fill_diagonal(cosine, -1)
+    cosine[5], cosine[:, 5] = 0, 0
+    kept = [f for f in range(24) if f != 5]
+    assert [found["a"]["list"]["own_nearest"][f] for f in kept] == cosine[kept].argmax(1).tolist()
+    assert found["a"]["list"]["own_cosine"] == pytest.approx(cosine.max(1), rel=1e-3)
+
+    found["a"]["list"]["max"][0] = math.inf
+    made = [file.name for board in found.values() for file in features._written(tmp_path, board, print)]
+    assert made == ["c.json.gz"] and features.kept(tmp_path) == ["c"]
+    assert "report: no feature dashboards of a: ValueError: " in capsys.readouterr().out
+
+
+def test_the_nearest_of_list_and_dashboard_are_one(monkeypatch):
+    """Fails if a dashboard takes the opposite direction for another where the list does not."""
+    monkeypatch.setattr(features.stability, "folder_of", lambda run: None)
+    monkeypatch.setattr(features.stability, "decoder", lambda folder: None)
+    for ours, theirs in ((False, False), (True, False), (False, True)):
+        run, other = (SimpleNamespace(name="", path="", section="", means={}, config={"either_sign": either})
+                      for either in (ours, theirs))
+        new = SimpleNamespace(baseline=other, nearest=[0], cosine=[0.5])
+        one = SimpleNamespace(run=run, new=lambda new=new: new)
+        assert features._baseline(one, {("", ""): (None, "none")}, "cpu").absolute == (ours or theirs)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_baseline_stands_beside(tmp_path, absolute):
     """Fails if a feature's nearest ones of the baseline are others, or lack their contexts of the same text."""
     sae, other = trained(TopK), trained(TopK, 1)
     cosine_FG = (sae.W_dec @ other.W_dec.T).double()
+    if absolute:
+        cosine_FG = cosine_FG.abs()
     nearest = cosine_FG.argmax(1).tolist()
-    beside = Beside("standard", "topk", 5.0, nearest, cosine_FG.amax(1).tolist(), other.W_dec, other)
+    beside = Beside("standard", "topk", 5.0, nearest, cosine_FG.amax(1).tolist(), other.W_dec, other,
+                    absolute=absolute)
     board = one_board(setup_of(tmp_path), sae, Asked(baseline=beside))
     alone = one_board(setup_of(tmp_path), other)
     assert board["list"]["nearest"] == nearest

@@ -50,7 +50,7 @@ def opened(reference, cache):
 def test_passages_are_those_of_model_and_sae(reference, cache):
     """Fails if a passage's activations are not those of the model's pass, or BOS and tokens of huge norm have some."""
     run, sae, lm = opened(reference, cache)
-    found = passages.of(lm, 2, sae, sae)
+    found = passages.of(passages.heard(lm, 2), sae, sae)
     assert [one["title"] for one in found] == list(passages.PASSAGES)
     for one, text in zip(found, passages.PASSAGES.values()):
         ids = [lm.bos, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]][:passages.TOKENS]
@@ -65,7 +65,7 @@ def test_passages_are_those_of_model_and_sae(reference, cache):
             assert all(math.isclose(z_F[f], a, rel_tol=2e-3) for f, a in pairs)
     x_TD, _ = passages.residual(lm, 2, torch.tensor(ids))
     bound = float(x_TD[1:].norm(dim=1).median())
-    small = passages.of(lm, 2, sae, None, max_norm=bound)[-1]
+    small = passages.of(passages.heard(lm, 2, bound), sae)[-1]
     assert small["baseline"] is None
     for pairs, whole, norm in zip(small["run"], found[-1]["run"], x_TD.norm(dim=1).tolist()):
         assert pairs == (whole if norm <= bound else [])

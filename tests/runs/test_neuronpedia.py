@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from evals.dashboards import passages
 from runs import features, neuronpedia
+from tests.evals import test_dashboards as made
 from tests.pages import boards
 
 
@@ -106,6 +108,29 @@ def test_activations_of_either_sign_count_by_size():
     """Fails if tokens of negative activations are missing from an interval of sizes, or a bar is counted twice."""
     assert neuronpedia.overlap(-3, -2, 2, 3) == 1 and neuronpedia.overlap(-3, -2, 0, 2) == 0
     assert neuronpedia.overlap(-1, 1, 0, 0.5) == 0.5 and neuronpedia.overlap(1, 3, 2, 6) == 0.5
+
+
+def test_bins_of_negative_activations_are_counted(tmp_path, monkeypatch):
+    """Fails if bins of features that fire with negative values alone are upside down, or hold another share."""
+    monkeypatch.setattr(passages, "heard", lambda *about: [])
+    setup, sae = made.setup_of(tmp_path), made.turned(made.trained(made.TopK))
+    board, (_, acts) = made.one_board(setup, sae), made.by_hand(setup, sae)
+    assert max(board["list"]["max"]) <= 0
+    checked = 0
+    for index in map(int, board["features"]):
+        sizes = [abs(fired.get(index, 0.0)) for fired in acts.values()]
+        top, *bins = {(one["bin_min"], one["bin_max"]): one["bin_contains"]
+                      for one in neuronpedia.feature(board, index)["activations"]}.items()
+        assert top == ((-1, pytest.approx(max(sizes), rel=1e-3)), -1)
+        for (low, high), share in bins:
+            number = round(10 * high / max(sizes))  # the bounds themselves have four digits
+            assert (low, high) == pytest.approx((max(sizes) * (number - 1) / 10, max(sizes) * number / 10), rel=1e-3)
+            within = sum(number - 1 < 10 * size / max(sizes) <= number for size in sizes)
+            if number == 1:
+                within += sizes.count(0.0)
+            assert share == pytest.approx(within / len(sizes), abs=0.5 / len(sizes))
+            checked += 1
+    assert checked > 40
 
 
 def types_of(value, place=""):

@@ -132,6 +132,18 @@ def test_kept_decoder_of_a_baseline(tmp_path, capsys):
     assert new.nearest == list(range(200)) and min(new.cosine) > 0.9998 and new.index == []
 
 
+def test_each_sae_is_matched_once(tmp_path, monkeypatch):
+    """Fails if page and comparison of a run of many SAEs match each of them anew."""
+    from runs import matching
+
+    count, real = [], matching.nearest
+    monkeypatch.setattr(matching, "nearest", lambda *about: count.append(about) or real(*about))
+    base = read(saved(tmp_path / "base", EYE))["layer_3"]
+    runs = [read(saved(tmp_path / f"run_{number}", TURNED))["layer_3"] for number in range(12)]
+    first, again = ([stability.new_features(run, [base]) for run in runs] for _ in range(2))
+    assert first == again and len(count) == 12 and isinstance(first[0].nearest[0], int)
+
+
 def trained_run(path, variant, hyper, d_in=16, d_sae=64):
     """A run's folder with an SAE of a variant, a file or a name, whose weights are random; and its record."""
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ def test_a_board_says_the_name_of_its_model(tmp_path, monkeypatch):
         out = tmp_path.resolve()
         features.make(out, {"layer_9": (SimpleNamespace(lm=lm), None)}, compared(out, model="mymodel"), print)
     assert asked["layer_9"].model == "mymodel"
-    monkeypatch.setattr(dashboards, "_passages", lambda *about: [])
+    monkeypatch.setattr(dashboards.passages, "heard", lambda *about: [])
     setup = test_dashboards.setup_of(tmp_path / "cache")
     setup.lm.name = lm.name
     sae = test_dashboards.trained(test_dashboards.TopK)

@@ -1,6 +1,7 @@
 """report.html in a real browser: its charts lead somewhere, and it can be read by all, anywhere, with any names."""
 
 import json
+import time
 
 import pytest
 
@@ -46,6 +47,18 @@ def mouse(browser, kind, place):
                                    {"type": kind, "x": place[0], "y": place[1], **pressed})
 
 
+def pointed_at(browser, series, point):
+    """Point at a point of the chart until it says something, at most 5 s: charts that come into sight move the page."""
+    deadline = time.monotonic() + 5
+    while True:
+        place = at(browser, series, point)
+        mouse(browser, "mouseMoved", place)
+        settled(browser)
+        said = browser.js("return Chart.getChart(document.querySelector('figure.menu canvas')).tooltip.body")
+        if said or time.monotonic() > deadline:
+            return place
+
+
 def settled(browser):
     """Wait until what was drawn is shown."""
     browser.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
@@ -59,12 +72,7 @@ def test_hovering_tells_and_a_click_leads_to_the_sae(browser, tmp_path):
     browser.open(page)
     browser.js("document.querySelector('figure.menu').scrollIntoView()")
     settled(browser)
-    at(browser, 0, 1)
-    settled(browser)  # charts that came into sight have moved what is below them
-    settled(browser)
-    place = at(browser, 0, 1)
-    mouse(browser, "mouseMoved", place)
-    settled(browser)
+    place = pointed_at(browser, 0, 1)
     shown = browser.js("const t = Chart.getChart(document.querySelector('figure.menu canvas')).tooltip;"
                        "return [t.title, ...t.body.map(one => one.lines)].flat()")
     assert shown == ["this run (mine)", "run_1 layer_3.k_1", "share of the loss recovered: 0.82 ± 0.002",

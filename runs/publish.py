@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -267,7 +268,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"note: {line}")
     if not options.license:
         print("note: no license is stated, so nobody may use it: --license apache-2.0, for one")
-    print(f"{out}: read it, README.md first; then\n    hf auth login\n    hf upload {options.repo} {out} .")
+    print(f"{out}: read it, README.md first; then\n    hf auth login")
+    print(f"    hf upload {options.repo} {shlex.quote(str(out))} .")
     return 0
 
 

@@ -724,12 +724,13 @@ const Features = (() => {
   function follow() {
     const asked = /^#(\d{1,9})$/.exec(location.hash);
     const start = [...lines.keys()].find(name => name[0] !== "b");
+    const first = location.hash === "" || opened === null;  // a name that is no feature's leaves open what is
     if (asked) open(Number(asked[1]));
-    else if (location.hash === "" && start !== undefined) open(Number(start));
-    else if (location.hash === "" && opened === null && size) open(featureAt(0));
+    else if (first && start !== undefined) open(Number(start));
+    else if (opened === null && size) open(featureAt(0));
     if (!arriving) return;
     arriving = false;
-    get("which").focus({preventScroll: true});
+    get("which")?.focus({preventScroll: true});
     get("one").scrollIntoView({block: "start"});
   }
 

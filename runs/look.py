@@ -17,7 +17,6 @@ import shutil
 import sys
 import unicodedata
 from pathlib import Path
-from urllib.parse import quote
 
 from runs import beside, compare, features
 from runs.frontier import l0_of
@@ -314,13 +313,14 @@ def _main(argv: list[str] | None) -> int:
 
 def _write(file: Path, what: dict, run: Run, other: Run | None) -> None:
     """The page, in a new file; with links to the dashboards where it lies in the folder that has them."""
+    from runs.page import features as pages
     from runs.page import look
 
     links = {}
     for name, side in (("run", run), ("baseline", other)):
         beside_it = side is not None and file.parent.resolve() == side.path.parent.resolve()
-        if beside_it and (side.path.parent / features.FOLDER / f"{side.section}.html").is_file():
-            links[name] = f"{features.FOLDER}/{quote(side.section)}.html"
+        if beside_it and pages.place(side.path.parent, side.section).is_file():
+            links[name] = pages.address(side.section)
     if file.parent.resolve() == run.path.parent.resolve() and (run.path.parent / "report.html").is_file():
         links["report"] = "report.html"
     html = look.page(what, title(what), title(what["baseline"]) if what["baseline"] else "", says, links)

@@ -140,7 +140,7 @@ def _features(out: Path) -> str:
 
 def _feature_page(out: Path, sae: str, shown: int) -> str:
     """A link to the page of an SAE's features, and so many of its dashboards."""
-    link = f'<p><a href="features/{escape(shell.quoted(f"{sae}.html"))}">all features of {escape(sae)}</a></p>'
+    link = f'<p><a href="{escape(pages.address(sae))}">all features of {escape(sae)}</a></p>'
     return link + (pages.preview(features.read(out, sae), shown) if shown else "")
 
 

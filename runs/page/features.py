@@ -21,7 +21,6 @@ from collections import Counter, deque
 from html import escape
 from pathlib import Path
 from statistics import median
-from urllib.parse import quote
 
 from runs import features
 from runs.folder import write_text
@@ -59,9 +58,9 @@ def write(out: Path, sae: str) -> Path:
     return path
 
 
-def address(sae: str, feature: int | str) -> str:
-    """Where a feature's dashboard is, seen from the run's folder."""
-    return f"{features.FOLDER}/{quote(sae)}.html#{feature}"
+def address(sae: str) -> str:
+    """Where the page of an SAE's features is, seen from the run's folder; "#123" behind it leads to a feature."""
+    return f"{features.FOLDER}/{shell.quoted(place(Path(), sae).name)}"
 
 
 def preview(board: dict, n: int) -> str:
@@ -349,7 +348,7 @@ def _card(board: dict, feature: str) -> str:
         tokens = " ".join(f"<code>{escape(shell.visible(token))}</code>" for token, _ in one["logits"]["top"][:8])
         promoted = f"<p class=mut>promotes {tokens}</p>"
     contexts = "".join(_context(board, one, context) for context in _strongest(one, 3))
-    return (f'<div class=card><h3><a href="{escape(address(board["sae"], feature))}">Feature {feature}</a> '
+    return (f'<div class=card><h3><a href="{escape(address(board["sae"]))}#{feature}">Feature {feature}</a> '
             f"<span class=mut>{escape(' · '.join(figures))}</span></h3><p>{escape(' · '.join(words))}</p>"
             f"{promoted}{contexts}</div>")
 

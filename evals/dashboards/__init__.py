@@ -12,15 +12,17 @@ runs/neuronpedia.py). F features; activations and norms in units of the raw resi
                 where the model reads no text: then features, passages and vocab are empty
     list        columns of F values: density (share of tokens on which it fires), max (the largest activation, of either
                 sign), own_nearest and own_cosine (the other row of its own decoder that is most like it), nearest and
-                cosine (that of the baseline's decoder), encoder_cosine (encoder with decoder); a column is None where
-                there is nothing of the kind, and own_nearest is -1 for a dictionary of one
+                cosine (that of the baseline's decoder), new (1 for those that the comparison counts as new against
+                the baseline, else 0), encoder_cosine (encoder with decoder), peak (the number in vocab of the token
+                on which it is largest, -1 for one that fires on none); a column is None where there is nothing of the
+                kind, and own_nearest is -1 for a dictionary of one
     health      {"l0": {"edges", "counts"}: tokens by active features; "norms", "errors": ‖x‖ and ‖x − x̂‖ of up to a
                 thousand tokens, evenly spread}
-    vocab       the texts of the tokens that contexts use, by number
+    vocab       the texts of the tokens that contexts and peaks use, by number
     features    {"123": a dashboard}, of features that fire in the text; the first ones are some of each reason
     baseline    None, or {"name": of the SAE that is compared with, "variant", "l0", "problem": None or why there are no
-                dashboards, "features": {"77": a dashboard of the baseline's}}: the nearest of each of `features`, on
-                the same text
+                dashboards, "new": {"count", "of": features counted, "threshold": new ones have a smaller cosine},
+                "features": {"77": a dashboard of the baseline's}}: the nearest of each of `features`, on the same text
     passages    [{"title", "tokens": [text], "run": of each token up to 5 [feature, activation], strongest first,
                 "baseline": the same, or None}]
 

@@ -55,7 +55,10 @@ def board(sae: str = "layer_9", features: int = 40, boards: int = 12, hostile: b
     chosen = [feature for feature in range(features) if density[feature]][:boards] if text else []
     nearest = [(feature + 1) % features for feature in range(features)]
     cosine = [round(draw.uniform(0.1, 1), 4) for _ in range(features)]
+    new = [int(share > 0 and value < 0.7) for share, value in zip(density, cosine)]
+    peak = [feature % len(vocab) if share else -1 for feature, share in enumerate(density)]
     beside = {"name": f"{name} at L0 32", "variant": "standard", "l0": 40.5, "problem": None,
+              "new": {"count": sum(new), "of": sum(map(bool, density)), "threshold": 0.7},
               "features": {str(nearest[feature]): dashboard(nearest[feature], False) for feature in chosen}}
     told = [[[feature, 3.5] for feature in chosen[:5]] for _ in range(15)]
     passages = [{"title": f"{name} passage", "tokens": [vocab[i % len(vocab)] for i in range(15)], "run": told,
@@ -65,7 +68,7 @@ def board(sae: str = "layer_9", features: int = 40, boards: int = 12, hostile: b
             "text": {"dataset": "held-out", "tokens": 4064, "rows": 32, "context": 128} if text else None,
             "list": {"density": density, "max": largest, "own_nearest": nearest, "own_cosine": cosine,
                      "nearest": nearest if baseline else None, "cosine": cosine if baseline else None,
-                     "encoder_cosine": cosine},
+                     "new": new if baseline else None, "encoder_cosine": cosine, "peak": peak if text else None},
             "health": {"l0": {"edges": [i * 2 for i in range(33)], "counts": [draw.randrange(200) for _ in range(32)]},
                        "norms": [round(draw.uniform(20, 40), 3) for _ in range(200)],
                        "errors": [round(draw.uniform(5, 12), 3) for _ in range(200)]},

@@ -2,6 +2,7 @@
 
 import cProfile
 import dataclasses
+import gc
 import io
 import json
 import math
@@ -212,7 +213,11 @@ def test_work_grows_with_the_number_of_runs_alone(tmp_path, monkeypatch, capsys)
         """How many Python functions were called, a measure that no other process disturbs, and the files opened."""
         opened.clear()
         profile = cProfile.Profile(builtins=False)
-        profile.runcall(call, *arguments)
+        gc.disable()  # what is collected meanwhile, of other tests too, calls functions of its own
+        try:
+            profile.runcall(call, *arguments)
+        finally:
+            gc.enable()
         return sum(entry.callcount for entry in profile.getstats()), list(opened)
 
     folders, calls, ends = [], {}, {}

@@ -126,7 +126,8 @@ def _baseline(one: Compared, known: dict, device):
     sae, problem = known[run.path, run.section]
     return Beside(run.name, run.config.get("variant", ""), l0_of(run), new.nearest, new.cosine,
                   stability.decoder(stability.folder_of(run)), sae, problem,
-                  absolute=stability.signless(one.run) or stability.signless(run))
+                  absolute=stability.signless(one.run) or stability.signless(run), new=new.index, of=new.of,
+                  threshold=stability.NEW)
 
 
 def _encoder(run, device) -> tuple:

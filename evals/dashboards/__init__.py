@@ -88,6 +88,9 @@ class Beside:
     sae: Any = None  # the TrainedSAE, on the model's device
     problem: str | None = None  # why there is none
     absolute: bool = False  # whether `nearest` takes the opposite direction for the same
+    new: list[int] | None = None  # the features that count as new against it; None: not counted
+    of: int = 0  # features that were counted
+    threshold: float = 0.0  # new ones have a smaller cosine
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,8 @@ def _board(read: text.Text, heard: list, name: str, sae, asked: Asked, seen: dic
     columns = {"density": (own.fired_F / max(1, own.tokens)).tolist(), "max": own.max_F.tolist(),
                "own_nearest": nearest and nearest[0], "own_cosine": nearest and nearest[1],
                "nearest": beside and beside.nearest, "cosine": beside and beside.cosine,
-               "encoder_cosine": directions.encoder_cosine(sae)}
+               "new": _marked(beside, len(W_FD)), "encoder_cosine": directions.encoder_cosine(sae),
+               "peak": _peaks(read, own, vocab) if texts else None}
     said = dict(dataset=asked.dataset, tokens=own.tokens, rows=R, context=T)
     of_baseline = None
     if beside:
@@ -205,7 +209,11 @@ def _board(read: text.Text, heard: list, name: str, sae, asked: Asked, seen: dic
 
 
 def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: set[int], vocab: Vocabulary) -> dict:
-    found = {"name": beside.name, "variant": beside.variant, "l0": beside.l0, "problem": beside.problem, "features": {}}
+    new = None
+    if beside.new is not None:
+        new = {"count": len(beside.new), "of": beside.of, "threshold": beside.threshold}
+    found = {"name": beside.name, "variant": beside.variant, "l0": beside.l0, "problem": beside.problem, "new": new,
+             "features": {}}
     if beside.sae is not None and read.setup.lm.reads_text:
         key = id(beside.sae)
         made = _dashboards(read, directions.whole(beside.sae.W_dec), seen[key], looks[key], vocab, wanted)
@@ -214,6 +222,25 @@ def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: 
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a board
+
+
+def _marked(beside: Beside | None, features: int) -> list[int] | None:
+    """Of every feature whether it counts as new against the baseline, 1 or 0; None where that was not counted."""
+    if beside is None or beside.new is None:
+        return None
+    marks = [0 for _ in range(features)]
+    for feature in beside.new:
+        marks[feature] = 1
+    return marks
+
+
+def _peaks(read: text.Text, seen: sweeps.Seen, vocab: Vocabulary) -> list[int]:
+    """Of every feature the number of the token on which it is largest, -1 where it never fires."""
+    fires = (seen.place_F >= 0).nonzero().squeeze(1)
+    peaks = torch.full_like(seen.place_F, -1)
+    tokens = read.tokens_RT.flatten()[seen.place_F[fires]].tolist()
+    peaks[fires] = torch.tensor(vocab.numbers(tokens), dtype=peaks.dtype)
+    return peaks.tolist()
 
 
 class Vocabulary:

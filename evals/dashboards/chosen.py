@@ -32,7 +32,7 @@ def choose(asked, fired_F: Tensor, seed: int, sae: str, saes: int) -> dict[int, 
         "rarest": often[fired_F[often].argsort(stable=True)].tolist(),
         "random": drawn,
         "best probe": in_turn(asked.classes.values()),
-        "new": sorted(fires.tolist(), key=lambda f: beside.cosine[f]) if beside and beside.cosine else [],
+        "new": sorted(beside.new or [], key=lambda f: beside.cosine[f]) if beside else [],
         "absorbed letter": in_turn(asked.letters.values()),
         "explained": sorted(asked.explanations)}
     share, able = max(1 / saes, FEWEST / sum(MOST.values())), set(fires.tolist())

@@ -37,6 +37,7 @@ class Seen:
     fired_F: Tensor  # tokens on which it fires
     low_F: Tensor  # its smallest activation, at most 0
     high_F: Tensor  # its largest one, at least 0
+    place_F: Tensor  # where in the text, R·T, its largest magnitude is, the first of equal ones; -1: it never fires
     l0: list[Tensor] = field(default_factory=list)  # of the tokens of each part
     norms: list[float] = field(default_factory=list)  # ‖x‖ and ‖x − x̂‖ of some tokens
     errors: list[float] = field(default_factory=list)
@@ -44,7 +45,8 @@ class Seen:
     @staticmethod
     def nothing(features: int) -> Seen:
         """Of so many features, nothing yet."""
-        return Seen(torch.zeros(features, dtype=torch.int64), torch.zeros(features), torch.zeros(features))
+        return Seen(torch.zeros(features, dtype=torch.int64), torch.zeros(features), torch.zeros(features),
+                    torch.full((features,), -1))
 
     @property
     def tokens(self) -> int:
@@ -71,15 +73,25 @@ def first(text: Text, saes: dict) -> dict[object, Seen]:
 
 
 def _count(setup: Setup, seen: Seen, sae, part: Part) -> None:
-    def work(z_rTF: Tensor, body_rT: Tensor) -> tuple[Tensor, ...]:
-        low_F, high_F = z_rTF.amin((0, 1)), z_rTF.amax((0, 1))
-        fires_rTF = z_rTF.ne_(0)  # ones and zeros in the same memory
-        return fires_rTF.sum((0, 1))[None], low_F[None], high_F[None], fires_rTF.sum(2)[body_rT]
+    features = torch.arange(len(seen.fired_F), device=part.x_rTD.device)
 
-    fired, low, high, l0_N = _over(setup, sae, len(seen.fired_F), part, work)
-    seen.fired_F += fired.double().sum(0).round().long().cpu()
-    seen.low_F = torch.minimum(seen.low_F, low.amin(0).cpu())
-    seen.high_F = torch.maximum(seen.high_F, high.amax(0).cpu())
+    def work(z_rTF: Tensor, body_rT: Tensor, row_r: Tensor) -> tuple[Tensor, ...]:
+        low_rF, high_rF = z_rTF.amin(1), z_rTF.amax(1)
+        r_F = torch.maximum(-low_rF, high_rF).argmax(0)  # of equal ones `argmax` takes the first
+        place_F = row_r[r_F] * z_rTF.shape[1] + z_rTF[r_F, :, features].abs().argmax(1)
+        fires_rTF = z_rTF.ne_(0)  # ones and zeros in the same memory
+        return (fires_rTF.sum((0, 1))[None], low_rF.amin(0)[None], high_rF.amax(0)[None], place_F[None],
+                fires_rTF.sum(2)[body_rT])
+
+    row_r = torch.arange(part.first, part.first + len(part.x_rTD), device=part.x_rTD.device)
+    *found, l0_N = _over(setup, sae, len(features), part, work, row_r)
+    fired, low, high, place = (of_rows.cpu() for of_rows in found)
+    for low_F, high_F, place_F in zip(low, high, place):
+        more_F = torch.maximum(-low_F, high_F) > seen.max_F.abs()
+        seen.place_F = torch.where(more_F, place_F, seen.place_F)
+        seen.low_F = torch.minimum(seen.low_F, low_F)
+        seen.high_F = torch.maximum(seen.high_F, high_F)
+    seen.fired_F += fired.double().sum(0).round().long()
     seen.l0.append(l0_N.round().long().cpu())
 
 
@@ -92,15 +104,17 @@ def _measure(setup: Setup, seen: Seen, sae, x_ND: Tensor) -> None:
     seen.errors += error_N.nan_to_num(0.0, 0.0, 0.0).tolist()
 
 
-def _over(setup: Setup, sae, features: int, part: Part, work: Callable):
-    """work(z_rTF, body_rT) of a few rows after the other: their activations, 0 where nothing is looked at."""
-    def encoded(x_rTD: Tensor, body_rT: Tensor):
+def _over(setup: Setup, sae, features: int, part: Part, work: Callable, *more: Tensor):
+    """work(z_rTF, body_rT, *more) of a few rows after the other: their activations, 0 where nothing is looked at; more
+    of the rows.
+    """
+    def encoded(x_rTD: Tensor, body_rT: Tensor, *more: Tensor):
         z_rTF = sae.encode(x_rTD).nan_to_num(0.0, 0.0, 0.0)
-        return work(z_rTF.mul_(body_rT[..., None]), body_rT)
+        return work(z_rTF.mul_(body_rT[..., None]), body_rT, *more)
 
     row = part.x_rTD.shape[1] * features
     most = max(1, AT_ONCE[torch.device(setup.lm.device).type] // row)
-    return memory.by_rows(setup, "the features of dashboards", encoded, part.x_rTD, part.body_rT, most=most)
+    return memory.by_rows(setup, "the features of dashboards", encoded, part.x_rTD, part.body_rT, *more, most=most)
 
 
 # ------------------------------------------------------------------------------------------------ chosen features

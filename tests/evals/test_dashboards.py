@@ -1,5 +1,6 @@
 """Boards against loops over all activations: what fires, contexts, histograms, φ, what is chosen."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -90,6 +91,9 @@ def test_a_board_is_what_loops_find(tmp_path, SAE, max_norm):
     largest = [max(v, key=abs, default=0.0) for v in values]
     assert board["list"]["density"] == [short(len(at) / N) for at in fired]
     assert board["list"]["max"] == pytest.approx(largest, rel=1e-3)
+    peaks = [max(at, key=lambda place, f=f: abs(acts[place][f]), default=None) for f, at in enumerate(fired)]
+    tokens = [board["vocab"][number] if number >= 0 else None for number in board["list"]["peak"]]
+    assert tokens == [at and str(rows[at[0]][at[1]]) for at in peaks]
     l0 = board["health"]["l0"]
     assert sum(l0["counts"]) == N
     for low, high, count in zip(l0["edges"], l0["edges"][1:], l0["counts"]):
@@ -156,7 +160,8 @@ def check_contexts(board, dashboard, rows, acts, f, fired, largest):
 def test_of_an_interval_any_place_is_drawn():
     """Fails if contexts of an interval are its first, or its strongest, or the same places for all features."""
     R_all, per_row, C = 50, 20, 30
-    look = sweeps.Look.nothing(list(range(C)), sweeps.Seen(torch.ones(C), torch.zeros(C), torch.ones(C)), "cpu")
+    look = sweeps.Look.nothing(list(range(C)), sweeps.Seen.nothing(C), "cpu")
+    look.high_C = torch.ones(C)
     look.together_CF = None
     x_rTD = torch.linspace(0.05, 0.95, R_all * per_row)[:, None].expand(-1, C).reshape(R_all, per_row, C)
     sae = SimpleNamespace(encode=lambda x: x.clone(), W_dec=torch.eye(C))
@@ -170,6 +175,29 @@ def test_of_an_interval_any_place_is_drawn():
     rank_E = (in_fifth.value_E - 0.4) / 0.1
     assert abs(float(rank_E.mean()) - 0.5) < 0.1 and float(rank_E.std()) == pytest.approx(12**-0.5, abs=0.05)
     assert len({tuple(in_fifth.place_E[in_fifth.c_E == c].tolist()) for c in range(C)}) > 0.9 * C
+
+
+def test_a_peak_is_the_first_of_equal_ones(monkeypatch):
+    """Fails if the place of the largest magnitude is that of a later equal one, or misses a sign, a part or a row."""
+    R_all, per_row, F = 23, 9, 40
+    monkeypatch.setitem(sweeps.AT_ONCE, "cpu", 2 * per_row * F)
+    x_RTF = torch.randint(-3, 4, (R_all, per_row, F), generator=torch.Generator().manual_seed(0)).float()
+    x_RTF[..., 0], x_RTF[..., 1], x_RTF[..., 2] = 0.0, math.nan, -x_RTF[..., 3]
+    x_RTF[20, 3, 4] = -9.0
+    body_RT = torch.arange(R_all * per_row).view(R_all, per_row) % 5 > 0
+    sae = SimpleNamespace(encode=torch.clone, decode=torch.clone, W_dec=torch.eye(F))
+    setup = SimpleNamespace(lm=SimpleNamespace(device="cpu"), fits={}, config={}, seed=0)
+    parts = [sweeps.Part(first, x_RTF[first:first + 7], body_RT[first:first + 7]) for first in range(0, R_all, 7)]
+    text = SimpleNamespace(setup=setup, plain_RT=body_RT, parts=lambda: iter(parts))
+    expected = []
+    for f in range(F):
+        best, largest = -1, 0.0
+        for place, value in enumerate((x_RTF[..., f] * body_RT).flatten().tolist()):
+            if abs(value) > largest:
+                best, largest = place, abs(value)
+        expected.append(best)
+    assert sweeps.first(text, {"": sae})[""].place_F.tolist() == expected
+    assert expected[:2] == [-1, -1] and expected[2] == expected[3] and expected[4] == 20 * per_row + 3
 
 
 def turned(sae):
@@ -204,11 +232,15 @@ def test_each_need_is_met():
         cosine[feature] = 0.1 + rank / 10
     asked = Asked(classes={"a": [700, 701, 0], "b": [700, 710]}, letters={"s": [800, 801], "t": [0]},
                   explanations={900: ("words", 0.5), 0: ("nothing", 0.1)},
-                  baseline=Beside("", "", None, [0 for _ in range(F)], cosine))
+                  baseline=Beside("", "", None, [0 for _ in range(F)], cosine,
+                                  new=[0, *range(1, F, 2), 500, 600, 50]))
     why = chosen.choose(asked, fired_F, 0, "layer_0", 1)
     of = {kind: [f for f, kinds in why.items() if kind in kinds] for kind in (*chosen.MOST, "explained")}
     assert set(of["densest"]) == set(range(940, 1000)) and set(of["rarest"]) == set(range(2, 42))
     assert {500, 1, 600} < set(of["new"]) and len(of["new"]) == 60 and len(of["random"]) == 80
+    assert all(f % 2 or f in (500, 600, 50) for f in of["new"])
+    few = dataclasses.replace(asked, baseline=dataclasses.replace(asked.baseline, new=[2, 600]))
+    assert sum("new" in kinds for kinds in chosen.choose(few, fired_F, 0, "layer_0", 1).values()) == 2
     assert set(of["best probe"]) == {700, 701, 710} and set(of["absorbed letter"]) == {800, 801}
     assert of["explained"] == [900] and 0 not in why
     assert {999, 2, 700, 500, 800, 900} <= set(list(why)[:7])
@@ -272,9 +304,11 @@ def test_the_nearest_of_list_and_dashboard_are_one(monkeypatch):
     for ours, theirs in ((False, False), (True, False), (False, True)):
         run, other = (SimpleNamespace(name="", path="", section="", means={}, config={"either_sign": either})
                       for either in (ours, theirs))
-        new = SimpleNamespace(baseline=other, nearest=[0], cosine=[0.5])
+        new = SimpleNamespace(baseline=other, nearest=[0, 0], cosine=[0.5, 0.9], index=[0], of=2)
         one = SimpleNamespace(run=run, new=lambda new=new: new)
-        assert features._baseline(one, {("", ""): (None, "none")}, "cpu").absolute == (ours or theirs)
+        beside = features._baseline(one, {("", ""): (None, "none")}, "cpu")
+        assert beside.absolute == (ours or theirs)
+        assert (beside.new, beside.of, beside.threshold) == ([0], 2, 0.7)
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -286,10 +320,13 @@ def test_a_baseline_stands_beside(tmp_path, absolute):
         cosine_FG = cosine_FG.abs()
     nearest = cosine_FG.argmax(1).tolist()
     beside = Beside("standard", "topk", 5.0, nearest, cosine_FG.amax(1).tolist(), other.W_dec, other,
-                    absolute=absolute)
+                    absolute=absolute, new=[3, 7], of=20, threshold=0.7)
     board = one_board(setup_of(tmp_path), sae, Asked(baseline=beside))
     alone = one_board(setup_of(tmp_path), other)
     assert board["list"]["nearest"] == nearest
+    assert board["list"]["new"] == [int(f in (3, 7)) for f in range(24)]
+    assert board["baseline"]["new"] == {"count": 2, "of": 20, "threshold": 0.7}
+    assert alone["list"]["new"] is None and alone["baseline"] is None
     assert set(board["baseline"]["features"]) == {str(nearest[int(f)]) for f in board["features"]}
     for f, dashboard in board["features"].items():
         expected = sorted(range(24), key=lambda g: -cosine_FG[int(f), g])[:3]

@@ -230,14 +230,12 @@ def _plan(setup: Setup) -> Plan:
     batch, context = config["batch_size_prompts"], config["context_size"]
     start, wanted = _rows(config)
     sparsity = range(start // batch, start // batch + config["n_eval_sparsity_variance_batches"])
-    depends_on = {"texts": setup.texts_digest, "rows": wanted, "context": context, "lm": lm.digest,
-                  "code": code_digest(packing)}
 
     def make() -> dict[str, Tensor]:
         tokens_RT, document_RT = packing.pack_numbered(setup.texts(), lm.tokenizer, context, lm.bos, wanted)
         return {"tokens_RT": tokens_RT, "document_RT": document_RT}
 
-    packed = setup.cache.get("core-tokens", depends_on, make)
+    packed = setup.cache.get("core-tokens", _tokens_depend_on(setup), make)
     tokens_RT = packed["tokens_RT"]
     rows = len(tokens_RT)
     if rows <= start:
@@ -245,20 +243,50 @@ def _plan(setup: Setup) -> Plan:
                          f"row {start}\ngive more text, or lower n_eval_reconstruction_batches")
     problems = [f"the held-out texts fill only {rows} of the {wanted} rows asked for"] if rows < wanted else []
     dtype = lm.residual(tokens_RT[:1, :1].to(lm.device), setup.layer).dtype
-    suffix_rows = min(batch * config["n_eval_reconstruction_batches"], rows)
-    return Plan(tokens_RT, packed["document_RT"], batch, suffix_rows, sparsity, dtype, problems)
+    return Plan(tokens_RT, packed["document_RT"], batch, _suffix_rows(config, tokens_RT), sparsity, dtype, problems)
+
+
+def _tokens_depend_on(setup: Setup) -> dict:
+    return {"texts": setup.texts_digest, "rows": _rows(setup.config)[1], "context": setup.config["context_size"],
+            "lm": setup.lm.digest, "code": code_digest(packing)}
+
+
+def _pass_depends_on(setup: Setup, tokens_RT: Tensor, dtype: torch.dtype) -> dict:
+    lm = setup.lm
+    return {"model": lm.digest, "layer": setup.layer, "dtype": str(dtype), "device": torch.device(lm.device).type,
+            "tokens": hashlib.sha256(tokens_RT.numpy().tobytes()).hexdigest(),
+            "batch": setup.config["batch_size_prompts"], "suffix_rows": _suffix_rows(setup.config, tokens_RT),
+            "code": code_digest(_clean_run)}
+
+
+def _suffix_rows(config: dict, tokens_RT: Tensor) -> int:
+    """Rows that pass the whole model: those of the reconstruction pass, as far as there is text."""
+    return min(config["batch_size_prompts"] * config["n_eval_reconstruction_batches"], len(tokens_RT))
+
+
+def kept(setup: Setup) -> tuple[Tensor, Tensor] | None:
+    """(tokens_RT, x_RTD) that `run` with these settings took from the language model, as long as the cache has them."""
+    def lost() -> dict[str, Tensor]:
+        raise LookupError
+
+    depends_on = _tokens_depend_on(setup)
+    if not setup.cache.holds("core-tokens", depends_on):
+        return None
+    try:
+        tokens_RT = setup.cache.get("core-tokens", depends_on, lost)["tokens_RT"]
+        depends_on = _pass_depends_on(setup, tokens_RT, setup.lm.dtype)
+        if not setup.cache.holds("core", depends_on):
+            return None
+        return tokens_RT, setup.cache.get("core", depends_on, lost)["x_RTD"]
+    except LookupError:  # damaged
+        return None
 
 
 def _clean_batches(setup: Setup, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Batches (tokens_BT, x_BTD, h_BTD) on the model's device; h_BTD is None after the reconstruction pass."""
     lm, tokens_RT = setup.lm, plan.tokens_RT
     shapes = {"x_RTD": (*tokens_RT.shape, lm.d_model), "h_STD": (plan.suffix_rows, tokens_RT.shape[1], lm.d_final)}
-    depends_on = {
-        "model": lm.digest, "layer": setup.layer, "dtype": str(plan.dtype), "device": torch.device(lm.device).type,
-        "tokens": hashlib.sha256(tokens_RT.numpy().tobytes()).hexdigest(), "batch": plan.batch,
-        "suffix_rows": plan.suffix_rows,
-        "code": code_digest(_clean_run),
-    }
+    depends_on = _pass_depends_on(setup, tokens_RT, plan.dtype)
     n_bytes = plan.dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
     if not (setup.cache.path("core", depends_on).exists() or setup.cache.fits(n_bytes)):
         yield from _clean_run(setup, plan)

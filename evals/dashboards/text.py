@@ -5,6 +5,7 @@ Shapes: R rows, r rows of a part, T tokens of a row, D = d_model.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from evals import Setup
+from evals import Setup, core
 from evals.common import positions
 from evals.model import memory
 from evals.storage.identity import code_digest
@@ -21,6 +22,7 @@ from evals.texts import packing
 # {kind of text: (rows, tokens of a row)}; a row of synthetic ones is BOS, the numbers of a draw and BOS
 SIZES = {"hub": (8192, 128), "embedded": (256, 128), "tiny": (64, 32), "synthetic": (32, 1026)}
 ON_A_CPU = 256  # rows at most: 32,768 tokens
+PASS = 2**10  # tokens that pass the language model at once on a CPU: those of a batch of core's
 PART = {"cpu": 2**12, "cuda": 2**15}  # tokens of a part: on a GPU an entry of the cache that is written meanwhile
 
 
@@ -45,6 +47,7 @@ class Text:
     setup: Setup
     tokens_RT: Tensor
     plain_RT: Tensor  # no special token
+    kept_RTD: Tensor | None = None  # residuals of the first rows, which `core` has
     _held: dict[int, Part] = field(default_factory=dict)
 
     def parts(self) -> Iterator[Part]:
@@ -60,14 +63,23 @@ class Text:
             yield part.to(lm.device)
 
     def _made(self, first: int, end: int) -> Part:
-        tokens_rT = self.tokens_RT[first:end]
+        tokens_rT, plain_rT = self.tokens_RT[first:end], self.plain_RT[first:end]
+        if self.kept_RTD is not None and end <= len(self.kept_RTD):
+            x_rTD = self.kept_RTD[first:end]
+            return Part(first, x_rTD, positions.within(self.setup, x_rTD, plain_rT))
         of_tokens = hashlib.sha256(tokens_rT.contiguous().numpy().tobytes()).hexdigest()
         lm = self.setup.lm
         depends_on = dict(model=lm.digest, layer=self.setup.layer, tokens=of_tokens,
                           dtype=str(getattr(lm, "dtype", "")), device=torch.device(lm.device).type)
-        kept = self.setup.cache.get("dashboards", depends_on, lambda: dict(x=memory.residual(self.setup, tokens_rT)))
-        x_rTD = kept["x"].cpu()
-        return Part(first, x_rTD, positions.within(self.setup, x_rTD, self.plain_RT[first:end]))
+        size = len(tokens_rT)
+        if depends_on["device"] == "cpu":
+            size = max(1, PASS // tokens_rT.shape[1])
+
+        def make() -> dict[str, Tensor]:
+            return dict(x=torch.cat([memory.residual(self.setup, rows_rT) for rows_rT in tokens_rT.split(size)]))
+
+        x_rTD = self.setup.cache.get("dashboards", depends_on, make)["x"].cpu()
+        return Part(first, x_rTD, positions.within(self.setup, x_rTD, plain_rT))
 
 
 def read(setup: Setup) -> Text:
@@ -86,4 +98,19 @@ def read(setup: Setup) -> Text:
     depends_on = dict(model=lm.digest, texts=setup.texts_digest, rows=rows, context=context, bos=lm.bos,
                       code=code_digest(packing.__file__))
     tokens_RT = setup.cache.get("dashboards-tokens", depends_on, make)["tokens"]
-    return Text(setup, tokens_RT, ~torch.isin(tokens_RT, torch.tensor(sorted(lm.special_ids))))
+    plain_RT = ~torch.isin(tokens_RT, torch.tensor(sorted(lm.special_ids)))
+    return Text(setup, tokens_RT, plain_RT, _of_core(setup, tokens_RT))
+
+
+def _of_core(setup: Setup, tokens_RT: Tensor) -> Tensor | None:
+    """Residuals of the first rows that `core` at its usual size has kept, where it read the same ones.
+
+    On a CPU, where the language model takes most of the time. A GPU passes them again in less than reading takes.
+    """
+    config = core.CONFIG.get(getattr(setup.data, "kind", "embedded"))
+    if config is None or torch.device(setup.lm.device).type != "cpu":
+        return None
+    kept = core.kept(dataclasses.replace(setup, config=config))
+    if kept is None or not kept[0].equal(tokens_RT[:len(kept[0])]):
+        return None
+    return kept[1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evals import Setup, dashboards
+from evals import Setup, core, dashboards
 from evals.cache import Cache
 from evals.dashboards import Asked, Beside, chosen, passages, sweeps
 from evals.model import language_model
@@ -270,6 +270,28 @@ def test_one_pass_serves_all_saes(tmp_path, monkeypatch):
     lm.dtype, lm.d_final = torch.bfloat16, 0  # in another arithmetic it gives other residuals
     one_board(setup_of(tmp_path / "room", lm), saes["a"])
     assert lm.prefix_tokens == 2 * R * T
+
+
+def test_the_rows_of_core_do_not_pass_again(tmp_path, monkeypatch):
+    """Fails if the model passes rows that core has kept, a board depends on that, or other rows are taken for them."""
+    monkeypatch.setitem(dashboards.text.PART, "cpu", 8 * T)
+    config = core.CONFIG["tiny"] | {"n_eval_sparsity_variance_batches": 18}  # 36 rows: four whole parts, and some
+    monkeypatch.setitem(core.CONFIG, "tiny", config)
+    sae, lm = trained(TopK), LM()
+    alone = one_board(setup_of(tmp_path / "alone"), sae)
+    setup = setup_of(tmp_path / "core", lm)
+    core.run(dataclasses.replace(setup, config=config), {"a": sae})
+    passed = lm.prefix_tokens
+    assert json.dumps(one_board(setup, sae)) == json.dumps(alone)
+    assert lm.prefix_tokens == passed + (R - 32) * T
+    for damaged in (tmp_path / "core").glob("core-*"):
+        damaged.write_bytes(b"no entry")
+    again = setup_of(tmp_path / "core", LM())
+    assert json.dumps(one_board(again, sae)) == json.dumps(alone)
+    monkeypatch.setitem(core.CONFIG, "tiny", config | {"context_size": T // 2})
+    shorter = setup_of(tmp_path / "shorter")
+    core.run(dataclasses.replace(shorter, config=core.CONFIG["tiny"]), {"a": sae})
+    assert json.dumps(one_board(shorter, sae)) == json.dumps(alone)
 
 
 def test_a_broken_sae_costs_no_other_its_board(tmp_path, capsys):

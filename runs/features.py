@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -57,25 +58,51 @@ def kept(out: Path) -> list[str]:
 def make(out: Path, looked_at: dict[str, tuple], comparisons: Iterable[Comparison], say: Callable[[str], None]) -> None:
     """Make and keep the boards of a run's SAEs {name: (evals.Setup, TrainedSAE)} in place of earlier ones; what keeps
     that from being done is said, and costs nothing else.
+
+    Looked at is each SAE as it is saved, so that runs/dashboards.py finds the same in a later process.
     """
     begun = time.monotonic()
     try:
         for sae in {*kept(out), *looked_at}:  # those of another training, if this fails, and their pages
             place(out, sae).unlink(missing_ok=True)
             page(out, sae).unlink(missing_ok=True)
-        _made(Path(out), looked_at, list(comparisons), say, begun)
+        saved = {sae: (setup, _as_saved(out, sae, trained)) for sae, (setup, trained) in looked_at.items()}
+        keep(out, found(out, saved, comparisons, say), say, begun)
     except Exception as error:  # noqa: BLE001  whatever it is, the run's results are not lost for it
-        what = str(error).split("\n")[0]
-        say(f"report: no feature dashboards: {type(error).__name__}: {what}")
+        say(f"report: no feature dashboards: {type(error).__name__}: {str(error).split(chr(10))[0]}")
+    missing = sorted(looked_at.keys() - set(kept(out)))
+    if missing:
+        say(f"report: {', '.join(missing)} without dashboards: all else is whole, and once the cause is mended "
+            f"`python -m runs.dashboards {shlex.quote(str(out))} --again` makes them")
 
 
-def _made(out: Path, looked_at: dict, comparisons: list[Comparison], say: Callable, begun: float) -> None:
+def _as_saved(out: Path, sae: str, trained):
+    """The SAE as the run's folder has it: its weights differ by rounding where a scale is folded into them."""
+    from variants.kit import saving
+
+    folder = Path(out) / "sae" / sae
+    if not folder.is_dir():
+        return trained
+    try:
+        return saving.load_sae(folder, trust_code=True).to(trained.W_dec.device)  # the code that this process runs
+    except Exception:  # noqa: BLE001  for want of memory, or code that is no longer there: as it was trained
+        return trained
+
+
+def found(out: Path, looked_at: dict, comparisons: Iterable[Comparison], say: Callable) -> dict[str, dict]:
+    """{SAE: its board} of SAEs {name: (evals.Setup, TrainedSAE)} of the run in `out`, of those that can be made; what
+    keeps another from being made is said. ValueError: what an eval has written is damaged.
+    """
     from evals import dashboards
 
     beside: dict = {}
     asked = {sae: _asked(out, sae, one, beside, looked_at[sae][0].lm.device)
              for sae, one in _compared(out, comparisons) if sae in looked_at}
-    boards = dashboards.boards(looked_at, asked, say)
+    return dashboards.boards(looked_at, asked, say)
+
+
+def keep(out: Path, boards: dict[str, dict], say: Callable, begun: float) -> None:
+    """Write boards, made since `begun` (time.monotonic), and say how many of what size."""
     files = [file for board in boards.values() for file in _written(out, board, say)]
     if files:
         features = sum(len(board["features"]) for board in boards.values())
@@ -96,7 +123,7 @@ def _written(out: Path, board: dict, say: Callable) -> list[Path]:
         return []
 
 
-def _compared(out: Path, comparisons: list[Comparison]) -> Iterator[tuple[str, Compared]]:
+def _compared(out: Path, comparisons: Iterable[Comparison]) -> Iterator[tuple[str, Compared]]:
     """The SAEs of the run in `out` and what they are compared with."""
     for comparison in comparisons:
         for one in comparison.saes:
@@ -145,29 +172,35 @@ def _encoder(run, device) -> tuple:
 
 def classes_of(out: Path, sae: str) -> dict[str, list[int]]:
     """{"data set: class": the features that its sparse probe chose, best first}, as far as evals have said."""
-    found = {}
-    for dataset, values in _unstructured(out, "sparse_probing", sae).items():
-        for name, features in (values.get("sae_features_fixed_draw") or {}).items():
-            found[f"{dataset.removesuffix('_results')}: {name}"] = features
-    for dataset, values in _unstructured(out, "sae_probes", sae).items():
-        if values.get("sae_features"):
-            found[dataset] = values["sae_features"]
-    return found
+    def of_draws(told: dict) -> dict:
+        return {f"{dataset.removesuffix('_results')}: {name}": features for dataset, values in told.items()
+                for name, features in (values.get("sae_features_fixed_draw") or {}).items()}
+
+    def of_sets(told: dict) -> dict:
+        return {dataset: values["sae_features"] for dataset, values in told.items() if values.get("sae_features")}
+
+    return _told(out, "sparse_probing", sae, of_draws) | _told(out, "sae_probes", sae, of_sets)
 
 
 def letters_of(out: Path, sae: str) -> dict[str, list[int]]:
     """{letter: the features that tell words which begin with it} of absorption."""
-    split = _unstructured(out, "absorption", sae).get("split_features") or {}
-    return {letter: values["split_features"] for letter, values in split.items()}
+    return _told(out, "absorption", sae, lambda told: {
+        letter: values["split_features"] for letter, values in (told.get("split_features") or {}).items()})
 
 
 def explanations_of(out: Path, sae: str) -> dict[int, tuple[str, float | None]]:
     """{feature: (explanation, score)} of autointerp."""
-    return {int(feature): (values["explanation"], values["score"])
-            for feature, values in _unstructured(out, "autointerp", sae).items()}
+    return _told(out, "autointerp", sae, lambda told: {
+        int(feature): (values["explanation"], values["score"]) for feature, values in told.items()})
 
 
-def _unstructured(out: Path, name: str, sae: str) -> dict:
-    """What an eval tells beside its metrics; {} where it did not run."""
+def _told(out: Path, name: str, sae: str, take: Callable[[dict], dict]) -> dict:
+    """What is taken of what an eval tells beside its metrics; {} where it did not run. ValueError: it is damaged."""
     file = stored.path(out, name, sae)
-    return json.loads(file.read_text(encoding="utf-8"))["eval_result_unstructured"] if file else {}
+    if file is None:
+        return {}
+    try:
+        return take(json.loads(file.read_text(encoding="utf-8"))["eval_result_unstructured"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not what the eval {name} writes ({type(error).__name__}: {error}): delete it and "
+                         "run the same command again") from error

@@ -394,7 +394,8 @@ class Limit:
             with self.within(keep, lambda: f"making {what}"):
                 make()
         except OutOfTime:
-            say(f"note: no time is left for all of the {what} (python -m runs.report makes pages of what there is)")
+            say(f"note: no time is left for all of the {what} (python -m runs.report makes pages of what there is, "
+                "python -m runs.dashboards the boards first)")
 
     def _told(self, asked: int, tokens: int) -> None:
         planned = [f"{name} {duration(self.forecast[name])}" for name in self.planned(self.forecast)]

@@ -1,9 +1,14 @@
-"""What a run keeps of its boards, and what it takes away."""
+"""What a run keeps of its boards, and what it takes away; boards that are made later."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
+import pytest
+
 from evals import dashboards
-from runs import features
+from runs import dashboards as later
+from runs import features, report
 from runs.reading import Run
 from tests.evals import test_dashboards
 from tests.pages import boards
@@ -44,3 +49,53 @@ def test_a_board_says_the_name_of_its_model(tmp_path, monkeypatch):
     setup.lm.name = lm.name
     sae = test_dashboards.trained(test_dashboards.TopK)
     assert test_dashboards.one_board(setup, sae, asked["layer_9"])["model"] == "mymodel"
+
+
+def test_a_damaged_eval_is_named(tmp_path):
+    """Fails if what an eval wrote is taken for another thing, or does not say which file it is."""
+    file = tmp_path / "eval_results/absorption/x_layer_9_eval_results.json"
+    file.parent.mkdir(parents=True)
+    for text in ("{", "{}", '{"eval_result_unstructured": {"split_features": {"s": [1]}}}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="layer_9_eval_results.json is not what the eval absorption writes"):
+            features.letters_of(tmp_path, "layer_9")
+    file.write_text('{"eval_result_unstructured": {"split_features": {"s": {"split_features": [4]}}}}')
+    assert features.letters_of(tmp_path, "layer_9") == {"s": [4]}
+
+
+@pytest.mark.slow
+def test_boards_made_later_are_those_of_the_run(reference, cache, tmp_path, capsys):
+    """Fails if a byte of a board differs from the run's own, or one that is there is overwritten unasked."""
+    out = tmp_path / reference.name
+    shutil.copytree(reference, out)
+    own = (out / "features/layer_2.json.gz").read_bytes()
+    shutil.rmtree(out / "features")
+    (out / "report.html").unlink()
+    command = [str(out), f"--cache_dir={cache}"]
+    assert later.main(command) == 0
+    made = {file.name: file.read_bytes() for file in (out / "features").iterdir()}
+    assert made["layer_2.json.gz"] == own and set(made) == {"layer_2.json.gz", "layer_2.html"}
+    whole = tmp_path / "whole" / reference.name
+    shutil.copytree(reference, whole)
+    assert (out / "report.html").read_bytes() == report.again(whole).read_bytes()
+
+    features.write(out, {"sae": "layer_2"})
+    assert later.main(command) == 1
+    assert features.read(out, "layer_2") == {"sae": "layer_2"}
+    assert "has boards of layer_2: --again makes them again\n" in capsys.readouterr().err
+    info = json.loads((out / "run_info.json").read_text())
+    changed = info | {"inputs": info["inputs"] | {"heldout texts": "0"}}
+    (out / "run_info.json").write_text(json.dumps(changed))
+    assert later.main([*command, "--again"]) == 1
+    assert "the held-out text is no longer that of the run" in capsys.readouterr().err
+    assert features.read(out, "layer_2") == {"sae": "layer_2"}
+    (out / "run_info.json").write_text(json.dumps(info))
+    (out / "features/layer_2.json.gz").write_bytes(own[:-9])
+    assert later.main(command) == 0 and (out / "features/layer_2.json.gz").read_bytes() == own
+
+
+def test_nothing_to_make_boards_of(tmp_path, capsys):
+    """Fails if a folder that is no run ends in more than one line."""
+    assert later.main([str(tmp_path)]) == 1 and later.main([str(tmp_path / "none")]) == 1
+    assert later.main([]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 3

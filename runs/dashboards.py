@@ -1,0 +1,122 @@
+"""The boards of a run that has none, made later: python -m runs.dashboards run_1.
+
+For a run of before, or one whose --minutes were over: they are those that the run itself would have made, from its
+sae/, its evals' results and the same held-out text. The pages of features/ and report.html are made with them.
+
+The language model is the one that the run was trained on, kept or fetched as by the run. Boards that are there stay,
+unless --again says to make them again, or they are damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from runs import beside, compare, features, look, report
+from runs.reading import read
+from runs.voice import steady
+
+
+def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False) -> None:
+    """Make the boards of a finished run, those that can be, in place of its own, and all of its pages.
+
+    OSError, ValueError: there is no such run, its model, SAEs or text cannot be had, or no board can be made; boards
+    that are there are then left.
+    """
+    from evals import Setup
+    from evals.cache import Cache
+    from runs import disk
+
+    begun = time.monotonic()
+    runs = read(out)
+    info = look.recorded(next(iter(runs.values())))
+    saes = {name: beside.trained(run, trust_code) for name, run in runs.items()}
+    source = source_of(info, cache_dir, data_dir)
+    lm = look.load_model(info, cache_dir, data_dir)
+    kept = Path(cache_dir) / "activations"
+    cache = Cache(kept, *disk.store_bounds(kept, info["settings"]["activation_cache_gb"]))
+
+    def setup_of(config: dict) -> Setup:  # as experiment.make_setup, as far as boards ask
+        return Setup(lm, config["layer"], config["hook_name"], {}, lambda: source.documents("heldout"),
+                     source.digest("heldout"), cache, source, config["seed"], print, max_norm=config.get("max_norm"))
+
+    looked_at = {name: (setup_of(runs[name].config), sae.to(lm.device)) for name, sae in saes.items()}
+    boards = features.found(out, looked_at, compare.of_run(out), print)
+    if not boards:
+        raise ValueError(f"no board of {out} could be made")
+    features.keep(out, boards, print, begun)
+    report.again(out)
+
+
+def source_of(info: dict, cache_dir: str, data_dir: str):
+    """The texts of a run by its record. OSError, ValueError: they cannot be read, or are no longer those of the run."""
+    from evals.storage import network
+    from evals.texts import inputs
+    from evals.texts.source import Source
+
+    settings = info["settings"]
+    own = [None if settings[name] in inputs.OWN else settings[name] for name in ("dataset", "core_dataset")]
+    kind = "hub" if settings["profile"] == "gemma" else settings["profile"]
+    network.pin(info.get("commits") or {})  # as it was then
+    source = Source(kind, *own, settings["text_field"], Path(cache_dir), Path(data_dir) if data_dir else None)
+    if (info.get("inputs") or {}).get("heldout texts") not in (None, source.digest("heldout")):
+        raise ValueError("the held-out text is no longer that of the run: give it back the text it was run with")
+    return source
+
+
+def there(out: Path) -> list[str]:
+    """The SAEs of which a folder holds a board that can be read."""
+    found = []
+    for sae in features.kept(out):
+        with contextlib.suppress(ValueError):
+            features.read(out, sae)
+            found.append(sae)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; 0, or 1 with one line on stderr."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    steady()
+    try:
+        return _main(argv)
+    except (ValueError, OSError, MemoryError) as error:
+        print(str(error).split("\n")[0], file=sys.stderr)
+    except (LookupError, TypeError) as error:
+        print(f"the run's record is not whole ({type(error).__name__}: {error}): give the folder of a run of this "
+              "version", file=sys.stderr)
+    return 1
+
+
+def _main(argv: list[str] | None) -> int:
+    parser = _Parser(prog="python -m runs.dashboards", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("--again", action="store_true", help="make boards again that are there")
+    parser.add_argument("--cache_dir", default="", help="as the run's: where its model is kept")
+    parser.add_argument("--data_dir", default="", help="as the run's: folder of the embedded profile's wheels")
+    parser.add_argument("--trust_code", action="store_true",
+                        help="run the variant.py that lies with an SAE, though it is none of variants/")
+    options = parser.parse_args(argv)
+    out = Path(options.run).resolve()
+    if there(out) and not options.again:
+        raise ValueError(f"{options.run} has boards of {', '.join(there(out))}: --again makes them again")
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    make(out, options.cache_dir or os.path.join(caches, "sae_experiment"), options.data_dir, options.trust_code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

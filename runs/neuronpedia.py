@@ -44,7 +44,8 @@ import sys
 from pathlib import Path
 
 from runs import features, outward
-from runs.reading import slug
+from runs.reading import slug, without_result
+from runs.wording import in_a_line
 from variants.kit.files import file_name
 
 BATCH = 128  # features of a file, as SAEDashboard's runner has them
@@ -217,6 +218,8 @@ def export(run: Path, out: Path, saes: list[str], model_id: str = "", sae_set: s
     if not run.is_dir():
         raise FileNotFoundError(f"there is no folder {run}")
     kept = features.kept(run)
+    if not kept and not (run / "final_info.json").is_file():
+        raise FileNotFoundError(f"{run} {without_result(run)}")
     if not kept:
         raise FileNotFoundError(f"{run} has no dashboards ({features.FOLDER}/): its model reads no text, or the run is "
                                 "of before them")
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         out = options.out or outward.beside(options.run, "_neuronpedia")
         written = export(options.run, out, options.sae, options.model_id, options.set)
     except (OSError, ValueError) as error:
-        print(f"nothing written: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"nothing written: {in_a_line(error)}", file=sys.stderr)
         return 1
     for folder in written:
         print(f"{folder}: {len(list(folder.glob('batch-*.json')))} files of up to {BATCH} features")

@@ -29,6 +29,8 @@ from pathlib import Path
 
 from runs import card, compare, features, folder, outward, report, verdict
 from runs.card import Published
+from runs.reading import without_result
+from runs.wording import in_a_line
 from variants.kit.files import digest, file_name
 
 # the hub's recommendations, huggingface.co/docs/hub/repositories-recommendations
@@ -74,6 +76,8 @@ def read(run: Path, chosen: list[str]) -> tuple[dict, dict, list[Published]]:
     """
     if not run.is_dir():
         raise FileNotFoundError(f"there is no folder {run}")
+    if not (run / "final_info.json").is_file():
+        raise FileNotFoundError(f"{run} {without_result(run)}")
     info, said = folder.left(run), verdict.stored(run)
     info["settings"] = outward.in_texts(info.get("settings") or {}, outward.named)
     if info.get("status") not in ("finished", "failed", "damaged", None):
@@ -262,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--license={options.license!r} is none of the hub's names: apache-2.0, mit, other, …")
         left_out = publish(options.run, out, options.sae, options.repo, options.license, options.despite_warnings)
     except (OSError, ValueError) as error:
-        print(f"nothing written: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"nothing written: {in_a_line(error)}", file=sys.stderr)
         return 1
     for line in left_out:
         print(f"note: {line}")

@@ -230,7 +230,7 @@ def export(run: Path, out: Path, saes: list[str], model_id: str = "", sae_set: s
         written = []
         for name in saes or kept:
             board = features.read(run, name)
-            outward.check_contexts(board, run)
+            outward.check_contexts(board["features"], board, run)
             written.append(write(board, folder, model_id or slug(board["model"]), sae_set or set_name(board)))
         outward.check_clean(folder, run)
     return [out / path.name for path in written]

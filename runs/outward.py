@@ -182,22 +182,18 @@ def check_clean(folder: Path, run: Path) -> None:
                                 "take it out where it came from, and start again")
 
 
-def check_contexts(board: dict, run: Path) -> None:
-    """Revealing, in a line, for the first feature in a context of which the tokens, joined, hold what `check_clean`
-    looks for: a key is split over several tokens, and in no file as a whole.
+def check_contexts(dashboards: dict[str, dict], board: dict, run: Path) -> None:
+    """Revealing, in a line, for the first of some dashboards of a board in a context of which the tokens, joined, hold
+    what `check_clean` looks for: a key is split over several tokens, and in no file as a whole.
     """
-    looked_for = _revealing(run)
-    for part in (board, board["baseline"] or {}):
-        for feature, dashboard in part.get("features", {}).items():
-            contexts = [context for group in dashboard["groups"] for context in group["contexts"]]
-            # a line each: what is looked for is in one context
-            text = "\n".join("".join(board["vocab"][number] for number in one["tokens"]) for one in contexts)
-            what = next((what for what, pattern in looked_for if pattern.search(text)), None)
-            if what:
-                of = " of the baseline" if part is not board else ""
-                raise Revealing(f"a context of feature {feature}{of} in {board['sae']} holds {what}: nothing is "
-                                f"written\nremove features/{board['sae']}.json.gz of the run, which holds it, to do "
-                                "without that page")
+    looked_for, vocab = _revealing(run), board["vocab"]
+    for feature, dashboard in dashboards.items():
+        contexts = [context["tokens"] for group in dashboard["groups"] for context in group["contexts"]]
+        text = "\n".join("".join(vocab[number] for number in tokens) for tokens in contexts)
+        what = next((what for what, pattern in looked_for if pattern.search(text)), None)
+        if what:
+            raise Revealing(f"a context of feature {feature} in features/{board['sae']}.json.gz holds {what}: nothing "
+                            "is written\nremove that file from the run to do without its dashboards")
 
 
 def _revealing(run: Path) -> list[tuple[str, re.Pattern]]:

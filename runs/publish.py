@@ -217,7 +217,8 @@ def stage(run: Path, copy: Path, info: dict, saes: list[Published]) -> list[str]
     for name in [sae.name for sae in saes if sae.name in features.kept(run)]:
         try:
             board = cleaned(features.read(run, name), run)
-            outward.check_contexts(board, run)
+            for dashboards in (board["features"], (board["baseline"] or {}).get("features", {})):
+                outward.check_contexts(dashboards, board, run)
             features.write(copy, board)
         except outward.Revealing:
             raise

@@ -203,14 +203,14 @@ def test_a_key_in_several_tokens_is_seen(run, monkeypatch, capsys, command):
     parts, told["groups"] = [n - 4, n - 3, n - 2], [told["groups"][0]]
     made = {"values": [], "peak": 0, "row": 0, "cut": [False, False]}
     told["groups"][0]["contexts"] = [{"tokens": [n - 1, number], **made} for number in parts]
-    outward.check_contexts(board, run)
+    outward.check_contexts(board["features"], board, run)
     told["groups"][0]["contexts"].append({"tokens": [n - 1, *parts], **made})
     features.write(run, board)
     more = ["--despite_warnings"] if command is publish else []
     assert command.main([str(run), *more]) == 1
     err = capsys.readouterr().err
-    assert f"a context of feature {feature} in layer_2 holds a key" in err and err.count("\n") == 1
-    assert "remove features/layer_2.json.gz" in err and "abcdefgh" not in err
+    assert f"a context of feature {feature} in features/layer_2.json.gz holds a key" in err
+    assert "remove that file" in err and "abcdefgh" not in err and err.count("\n") == 1
     assert [file.name for file in run.parent.iterdir()] == ["run_1"]
 
 
@@ -348,8 +348,8 @@ def test_every_figure_of_the_card_by_hand(run, without_pages):
     a = json.loads((stored / "standard/frontier.json").read_text())[below]
     b = json.loads((stored / "standard/final_info.json").read_text())[above]
     frozen = json.loads((stored / "frozen_decoder/frontier.json").read_text())
-    ends = frozen["layer_9.k_16"], frozen["layer_9.k_32"]
-    ce, auc, l0 = "core.ce_loss_score", "sae_probes.sae_top_1_test_auc", 31.0
+    ends = frozen["layer_9.k_32"], frozen["layer_9.k_64"]
+    ce, auc, l0 = "core.ce_loss_score", "sae_probes.sae_top_1_test_auc", 33.0
     mine = {"core.l0": l0, ce: 0.95, "core.r2": 0.5, auc: 0.7}
     errors = {ce: 0.0031, auc: 0.05}
     (run / "sae/layer_2").rename(run / "sae/layer_9")
@@ -378,12 +378,12 @@ def test_every_figure_of_the_card_by_hand(run, without_pages):
         assert verdict == ("better" if mine[metric] > expected else "worse")
     assert cells_of(ce)[0] == "0.9500 ± 0.0031"
     assert float(cells_of(ce)[1].split("± ")[1]) == pytest.approx(between(a, b, ce, "stderrs"), rel=0.05)
-    assert cells_of("core.l0")[0] == "31.00"
+    assert cells_of("core.l0")[0] == "33.00"
     ours, theirs, difference, *_ = cells_of(auc)
     assert ours == "0.7000 ± 0.05" and theirs.endswith(f" (L0 {b['means']['core.l0']:.2f})")
     assert float(theirs.split(" ±")[0]) == pytest.approx(b["means"][auc], rel=1e-4)
     assert float(difference) == pytest.approx(0.7 - b["means"][auc], abs=1e-4)
-    assert ("The baseline is standard. It has no SAE of L0 31.00: ~values lie between the baseline's SAEs of L0 "
+    assert ("The baseline is standard. It has no SAE of L0 33.00: ~values lie between the baseline's SAEs of L0 "
             f"{a['means']['core.l0']:.2f} and {b['means']['core.l0']:.2f}.") in body
     assert f"In `sae_probes` its SAE of L0 {b['means']['core.l0']:.2f} alone was measured" in body
 

@@ -298,8 +298,8 @@ def as_text(what: dict, width: int = 80) -> str:
     passage, two = what["passage"], what["baseline"] is not None
     names = ["run", "baseline"] if two else ["run"]
     lines = _wrapped(title(what) + (f" beside {title(what['baseline'])}" if two else ""), width)
-    lines += _wrapped(f"{what['model']}, after block {what['layer']}: of each token the features that fire most, with "
-                      "their activation and", width)
+    lines += _wrapped(f"{what['model']}, after block {what['layer']}: of each token the features that fire most, their "
+                      "activation, and by what they are known", width)
     lines += explained(what)
     if what["problem"]:
         lines += _wrapped(f"no baseline beside it: {what['problem']}", width)

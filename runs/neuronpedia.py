@@ -40,8 +40,8 @@ Left at the class's own default:
     vector                                     of steering vectors; those of an SAE are in its weights
     dfa_*                                      direct feature attribution, of attention alone
 
-Live features without a dashboard are in no file, so Neuronpedia does not know them. The converter reads neither of the
-other two files. skipped_indexes.json is what the site's upload-skipped-features takes, which leaves out the suffix of a
+Live features without a dashboard are in no file, so Neuronpedia does not know them. The converter reads batches alone.
+skipped_indexes.json is what the site's upload-skipped-features takes, which leaves out the suffix of a
 source: not for one of a sweep. explanations.jsonl has of the columns of Neuronpedia's table (db_models/explanation.py
 beside the converter; docs.neuronpedia.org/api-and-data/exports) those that a run knows: modelId, layer (the source),
 index, description. id, authorId, typeName and explanationModelName are the importing site's to give, which reads them

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from runs.comparison import HEADLINES, Compared
-from runs.frontier import ALIVE, L0, l0_of
+from runs.frontier import ALIVE, L0, Interpolated, is_between, l0_of
 from runs.outward import no_paths
 from runs.reading import Run, setting
 from runs.wording import beyond, number, random_line, short, signed
@@ -130,9 +130,9 @@ def _about(saes: list[Published], license_id: str) -> list[str]:
 def _figures(saes: list[Published]) -> list[str]:
     parts = ["## Figures",
              "± is one standard error, where one can be stated; *yes* where a difference exceeds two of them, *?* "
-             "where that is not known. *random* is what a frozen random decoder reaches at that L0, or at the "
-             "nearest one stored. All that was measured is in `final_info.json`, SAEBench's own files are in "
-             "`eval_results/`."]
+             "where that is not known. ~ marks a value between two SAEs of a baseline, linear in log L0. *random* is "
+             "what a frozen random decoder reaches at that L0, or at the nearest one stored. All that was measured is "
+             "in `final_info.json`, SAEBench's own files are in `eval_results/`."]
     for sae in saes:
         one = sae.judged
         if len(saes) > 1:
@@ -142,18 +142,15 @@ def _figures(saes: list[Published]) -> list[str]:
         for metric in _measured(one.run):
             source, judged = one.source(metric), one.judged(metric)
             theirs = source.means.get(metric) if source else None
-            random = one.floor.run.means.get(metric) if one.floor else None
-            rows.append([code(metric), figure(one.run, metric), figure(source, metric) if source else "–",
+            random = marked(one.floor.run, metric, number(one.floor.run.means.get(metric))) if one.floor else "–"
+            rows.append([code(metric), figure(one.run, metric), _theirs(one, metric),
                          signed(judged.difference, one.run.means[metric], theirs or 0) or "–", judged.verdict or "–",
-                         beyond(judged) or "–", number(random)])
+                         beyond(judged) or "–", random])
         parts.append(table(rows) if len(rows) > 1 else "Nothing was measured.")
         if baseline is None:
             parts.append("No baseline is stored for this model and layer, so nothing says how good these figures are.")
         else:
-            at = f"at L0 {number(l0_of(baseline))}"
-            if one.equal_l0 is False:
-                at += ", which is not this SAE's: a sparser SAE reconstructs less, so the differences say little"
-            parts.append(f"The baseline is {escaped(baseline.name)}, {at}.")
+            parts.append(" ".join(_baseline(one)))
         if one.differs:
             sides = [f"{key} {short(ours)} / {short(theirs)}" for key, (ours, theirs) in one.differs.items()]
             parts.append(f"It differs from that in (this SAE / baseline): {escaped(', '.join(sides))}.")
@@ -166,6 +163,47 @@ def _figures(saes: list[Published]) -> list[str]:
         parts += said or ["**Random line:** better than a frozen random decoder in every headline metric whose error "
                           "is known."]
     return parts
+
+
+def _baseline(one: Compared) -> list[str]:
+    """Sentences on what the baseline's figures are of."""
+    partner = one.partner
+    if isinstance(partner, Interpolated):
+        a, b = partner.between
+        said = [f"The baseline is {escaped(a.config.get('variant'))}. It has no SAE of L0 {number(l0_of(partner))}: "
+                f"~values lie between the baseline's SAEs of L0 {number(l0_of(a))} and {number(l0_of(b))}."]
+    else:
+        at = f"at L0 {number(l0_of(partner))}"
+        if one.equal_l0 is False:
+            at += ", which is not this SAE's: a sparser SAE reconstructs less, so the differences say little"
+        said = [f"The baseline is {escaped(partner.name)}, {at}."]
+    elsewhere = [metric for metric in _measured(one.run) if _elsewhere(one, metric)]
+    if elsewhere:
+        evals = ", ".join(dict.fromkeys(code(metric.partition(".")[0]) for metric in elsewhere))
+        said.append(f"In {evals} its SAE of L0 {number(l0_of(one.nearest))} alone was measured, which is another L0: "
+                    "those differences say little.")
+    return said
+
+
+def _elsewhere(one: Compared, metric: str) -> bool:
+    """Whether a metric's figure of the baseline is of an SAE of another L0 than the other figures."""
+    source = one.source(metric)
+    return (source is not None and source is not one.at_l0 and one.at_l0 is not None
+            and source.means.get(metric) is not None and l0_of(source) != l0_of(one.at_l0))
+
+
+def _theirs(one: Compared, metric: str) -> str:
+    """The baseline's figure, with ~ where it lies between two SAEs, and its L0 where that is another."""
+    source = one.source(metric)
+    if source is None:
+        return "–"
+    other = f" (L0 {number(l0_of(source))})" if _elsewhere(one, metric) else ""
+    return marked(source, metric, figure(source, metric)) + other
+
+
+def marked(run: Run, metric: str, text: str) -> str:
+    """A figure of a run, with ~ where it lies between those of two SAEs."""
+    return f"~{text}" if is_between(run, metric) else text
 
 
 def _warnings(saes: list[Published], verdict: dict) -> list[str]:
@@ -228,13 +266,13 @@ def loading(sae: Published, repo: str) -> str:
     """Python that fetches an SAE from the hub and encodes with it."""
     config = sae.run.config
     hook = re.sub(r"[^\w.]", "", str(config.get("hook_name")))
-    read = "from sae_lens import SAE", f'sae = SAE.load_from_disk(f"{{folder}}/{sae.folder}")'
+    read = f'import torch\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repo}", "{sae.folder}")\n'
     if not sae.for_saelens:
-        read = ("from variants.kit.saving import load_sae",
-                f'sae = load_sae(f"{{folder}}/{sae.folder}", trust_code=True)')
-    return (f"import torch\nfrom huggingface_hub import snapshot_download\n{read[0]}\n\n"
-            f'folder = snapshot_download("{repo}", allow_patterns="{sae.folder}/*")\n{read[1]}\n'
-            f"x = torch.randn(8, {config.get('d_in')})  # stands for raw activations at {hook}\n"
+        read = ("import torch\nfrom huggingface_hub import snapshot_download\n"
+                "from variants.kit.saving import load_sae\n\n"
+                f'folder = snapshot_download("{repo}", allow_patterns="{sae.folder}/*")\n'
+                f'sae = load_sae(f"{{folder}}/{sae.folder}", trust_code=True)\n')
+    return (f"{read}x = torch.randn(8, {config.get('d_in')})  # stands for raw activations at {hook}\n"
             f"features = sae.encode(x)  # [8, {config.get('d_sae')}]\nx_hat = sae.decode(features)\n")
 
 

@@ -33,6 +33,7 @@ from runs.reading import RECORDS, Run, canonical, read, setting, slug
 from runs.verdict import KEYS, check_headline, costs, exit_status, failures, headline, sides
 from runs.verdict import judged as of_sides
 from runs.verdict import lines as verdict_lines
+from runs.wording import in_a_line
 
 # ------------------------------------------------------------------------------------------------ verdicts
 
@@ -364,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return nothing
     except (ValueError, OSError) as error:
-        print(str(error).split("\n")[0], file=sys.stderr)
+        print(in_a_line(error), file=sys.stderr)
         return nothing
 
 

@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from runs import compare, tables, verdict
-from runs.reading import finite, read, slug
+from runs.reading import finite, held, read, slug
 from runs.wording import number
 
 FILE = "results.tsv"
@@ -192,9 +192,9 @@ def _of_folder(out: Path) -> dict | None:
     settings, status = info.get("settings") or {}, info.get("status")
     note, written = settings.get("note") or "", out / "verdict.json"
     if status == "running":
-        held = _held(out)
-        said = _bare(out, info, "running" if held else "killed")
-        note = f"{note} ({'in' if held else 'killed in'} its phase {info.get('phase')})".strip()
+        locked = held(out)
+        said = _bare(out, info, "running" if locked else "killed")
+        note = f"{note} ({'in' if locked else 'killed in'} its phase {info.get('phase')})".strip()
         written = out / "run_info.json"
     elif not said:
         said, written = _judged_now(out, info, status), out / "run_info.json"
@@ -228,20 +228,6 @@ def _judged_now(out: Path, info: dict, status: str | None) -> dict:
     own = dict(variant=bare["variant"] or first.get("variant"), seed=first.get("seed"),
                model=bare["model"] or slug(first.get("model") or "") or None)
     return bare | own | verdict.judged(comparisons, verdict.headline(None, runs.values()))
-
-
-def _held(out: Path) -> bool:
-    """Whether a process has the run's folder: its lock is held."""
-    try:
-        import fcntl
-
-        with open(out / ".lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):
-        return False
 
 
 def _json(file: Path) -> dict:

@@ -1,7 +1,13 @@
 """How a run's SAE reads a text of your own: python -m runs.look run_1 --text "The cat sat on the mat."
 
 Of every token the features that fire most, under the run and under its baseline beside it, on the terminal and with
---page as a page. Each feature has its explanation, where the run's dashboards know one, or the tokens that it promotes.
+--page as a page, in a new file: nothing is overwritten. Each feature is labelled by what is known of it, the first of
+
+    its explanation         by autointerp, where the run's board (evals/dashboards) has one
+    what it fires on        “ river” “ rivers”: the tokens of held-out text on which it is strongest, by that board
+    what it promotes        → “ river”: the tokens whose logits its decoder row raises; of a middle layer that is
+                            mostly noise, and it is what there is of most features of a stored baseline
+
 --file reads the text from a file, - from stdin; --baseline names another baseline or the folder of another run.
 
 The language model is the one that the run was trained on; a text that is longer than its context is cut.
@@ -16,6 +22,8 @@ import os
 import shutil
 import sys
 import unicodedata
+from collections import Counter
+from itertools import count
 from pathlib import Path
 
 from runs import beside, compare, features
@@ -23,10 +31,15 @@ from runs.frontier import l0_of
 from runs.page.shell import visible
 from runs.reading import Run, read
 from runs.voice import steady
-from runs.wording import number
+from runs.wording import in_a_line, number
 
-PROMOTED = 3  # tokens named of a feature
+NAMED = 3  # tokens of a feature
 AT_ONCE = 64  # features whose logits over the vocabulary are held
+# by what a feature is called, the best first, and what that means
+LABELS = {"explanation": "autointerp's explanation",
+          "fires_on": "the tokens of held-out text on which it fires most",
+          "promotes": "the tokens whose logits it raises, often noise in a middle layer"}
+NOTHING = {"vocab": [], "features": {}, "peak": None}  # known of an SAE without a board
 NO_TEXT = "a run on a synthetic model reads no text: there is nothing to look at"
 
 
@@ -65,7 +78,7 @@ def text_of(text: str | None, file: str | None) -> str:
     if (text is None) == (file is None):
         raise ValueError("give a text, --text \"…\", or a file that holds it, --file …")
     if file is not None:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        data = sys.stdin.buffer.read() if file == "-" else _bytes(Path(file))
         where = "stdin" if file == "-" else file
     else:
         data, where = text.encode("utf-8", "surrogateescape"), "--text"
@@ -76,6 +89,39 @@ def text_of(text: str | None, file: str | None) -> str:
     if not text.strip():
         raise ValueError(f"{where} is empty: give some text")
     return text
+
+
+def _bytes(file: Path) -> bytes:
+    if file.is_dir():
+        raise ValueError(f"--file: {file} is a folder\nname a file in it")
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--file: there is no {file}\n{_near(file)}") from None
+    except OSError as error:
+        raise OSError(f"--file: {file} cannot be read: {error.strerror}\nname another, or give --text \"…\"") from None
+
+
+def _near(file: Path) -> str:
+    """What to do where a file is missing."""
+    if file.parent.is_dir():
+        return "name a file that is there, or give --text \"…\""
+    return f"nor is there a folder {file.parent}: name a file that is there, or give --text \"…\""
+
+
+def check_page(file: Path) -> None:
+    """ValueError, FileNotFoundError: no new file can be written there."""
+    if file.is_dir():
+        raise ValueError(f"--page: {file} is a folder\nname a new file in it: --page {file / 'text.html'}")
+    if file.exists() or file.is_symlink():
+        free = next(name for name in (file.with_stem(f"{file.stem}-{n}") for n in count(2)) if not name.exists())
+        raise ValueError(f"--page: {file} is there already, and nothing is overwritten\nname a new file: --page {free}")
+    if file.parent.exists() and not file.parent.is_dir():
+        raise ValueError(f"--page: {file.parent} is a file, and no page can lie in it\nname a folder that is there")
+    if not file.parent.exists():
+        raise FileNotFoundError(f"--page: there is no folder {file.parent} for {file.name}\nmake it, or name another")
+    if not os.access(file.parent, os.W_OK):
+        raise ValueError(f"--page: nothing can be written into {file.parent}\nname a file in another folder")
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -135,8 +181,8 @@ def found(run: Run, sae, other: Run | None, other_sae, lm, text: str, context: i
 
     run, sae, variant, model, layer, l0; baseline: None or {run, sae, variant, l0}; problem: why there is none;
     left_out: tokens beyond the context; passage: {"tokens", "run", "baseline"} as in a board (evals/dashboards);
-    features: {"run": {"123": {"explanation": text or None, "promotes": [tokens], "values": [[place, activation]]}},
-    "baseline": the same or None}.
+    features: {"run": {"123": {"explanation": text or None, "fires_on": [tokens], "promotes": [tokens], "values":
+    [[place, activation]]}}, "baseline": the same or None}; labels: LABELS.
     """
     from evals.dashboards import passages
 
@@ -150,24 +196,58 @@ def found(run: Run, sae, other: Run | None, other_sae, lm, text: str, context: i
             passage[name] = passages.strongest(its_sae.to(lm.device), x_TD, counts_T, top)
             shown = sorted({feature for pairs in passage[name] for feature, _ in pairs})
             values = passages.activations(its_sae, x_TD, counts_T, shown)
-            known[name] = told(side, its_sae, lm, shown, values)
+            board = known_of(run) if side is run else known_beside(run, side)
+            known[name] = told(board, its_sae, lm, shown, values)
     beside_it = other and {"run": other.name, "sae": other.section, "variant": other.config.get("variant"),
                            "l0": l0_of(other)}
     return {"run": run.name, "sae": run.section, "variant": run.config.get("variant"), "model": run.config.get("model"),
             "layer": layer, "l0": l0_of(run), "baseline": beside_it, "problem": problem or None, "left_out": left_out,
-            "passage": passage, "features": known}
+            "passage": passage, "features": known, "labels": LABELS}
 
 
-def told(run: Run, sae, lm, shown: list[int], values: dict[int, list]) -> dict[str, dict]:
-    """What is known of some features of a run's SAE."""
+def known_of(run: Run) -> dict:
+    """What the board of a run's SAE knows: vocab and its dashboards as there, peak of all features or None."""
     try:
-        kept = features.read(run.path.parent, run.section)["features"]
-    except (OSError, ValueError, LookupError):  # without dashboards
-        kept = {}
+        board = features.read(run.path.parent, run.section)
+        return {"vocab": board["vocab"], "features": board["features"], "peak": board["list"].get("peak")}
+    except (OSError, ValueError, LookupError):  # without a board, or with a damaged one
+        return NOTHING
+
+
+def known_beside(run: Run, other: Run) -> dict:
+    """The same of what a run is read beside: by its own board, else by what the run's tells of its baseline."""
+    own = known_of(other)
+    if own is not NOTHING:
+        return own
+    try:
+        board = features.read(run.path.parent, run.section)
+        theirs = board["baseline"]
+        if theirs and (theirs["name"], theirs["l0"]) == (other.name, l0_of(other)):
+            return {"vocab": board["vocab"], "features": theirs["features"], "peak": None}
+    except (OSError, ValueError, LookupError):
+        pass
+    return NOTHING
+
+
+def told(known: dict, sae, lm, shown: list[int], values: dict[int, list]) -> dict[str, dict]:
+    """What is known of some features of an SAE. `known`: known_of."""
     words = promoted(lm, sae.W_dec[shown])
-    explained = {feature: (kept.get(str(feature)) or {}).get("explanation") for feature in shown}
-    return {str(feature): {"explanation": explained[feature], "promotes": tokens, "values": values[feature]}
-            for feature, tokens in zip(shown, words)}
+    explained = {feature: (known["features"].get(str(feature)) or {}).get("explanation") for feature in shown}
+    return {str(feature): {"explanation": explained[feature], "fires_on": fires_on(known, feature), "promotes": tokens,
+                           "values": values[feature]} for feature, tokens in zip(shown, words)}
+
+
+def fires_on(known: dict, feature: int) -> list[str]:
+    """The tokens of held-out text on which a feature fires most, the most frequent of its strongest contexts first; of
+    a feature without a dashboard the one token on which it is largest; [] where neither is known.
+    """
+    dashboard = known["features"].get(str(feature)) or {}
+    top = [context for group in dashboard.get("groups") or [] if group["name"] == "top"
+           for context in group["contexts"]]
+    texts = [known["vocab"][context["tokens"][context["peak"]]] for context in top]
+    if not texts and known["peak"] and known["peak"][feature] >= 0:
+        texts = [known["vocab"][known["peak"][feature]]]
+    return [text for text, _ in Counter(texts).most_common(NAMED)]
 
 
 def promoted(lm, W_CD) -> list[list[str]]:
@@ -176,7 +256,7 @@ def promoted(lm, W_CD) -> list[list[str]]:
         return [[] for _ in W_CD]
     found = []
     for W_cD in W_CD.split(AT_ONCE):
-        best_cK = lm.unembed(W_cD.to(lm.device, lm.dtype)).float().topk(PROMOTED, dim=1).indices
+        best_cK = lm.unembed(W_cD.to(lm.device, lm.dtype)).float().topk(NAMED, dim=1).indices
         found += [[lm.tokenizer.decode([i]) for i in row] for row in best_cK.tolist()]
     return found
 
@@ -192,11 +272,25 @@ def title(one: dict) -> str:
     return f"{name} ({about})" if about else name
 
 
+def label(feature: dict) -> tuple[str, str]:
+    """(by what a feature is called, one of LABELS, or ""; that on one line)."""
+    kind = next((kind for kind in LABELS if feature[kind]), "")
+    if kind == "explanation":
+        return kind, visible(feature[kind])
+    return kind, " ".join(f"“{visible(token)}”" for token in feature.get(kind, []))
+
+
 def says(feature: dict) -> str:
-    """The explanation of a feature, or the tokens it promotes, on one line."""
-    if feature["explanation"]:
-        return visible(feature["explanation"])
-    return " ".join(f"“{visible(token)}”" for token in feature["promotes"])
+    """The label of a feature in the table."""
+    kind, text = label(feature)
+    return f"→ {text}" if kind == "promotes" else text
+
+
+def explained(what: dict) -> list[str]:
+    """What the labels mean that there are in the table, a line each."""
+    signs = {"explanation": "words: ", "fires_on": "“ a” “ b”: ", "promotes": "→ “ a” “ b”: "}
+    kinds = {label(one)[0] for side in what["features"].values() for one in (side or {}).values()}
+    return [f"  {signs[kind]}{what['labels'][kind]}" for kind in LABELS if kind in kinds]
 
 
 def as_text(what: dict, width: int = 80) -> str:
@@ -204,8 +298,9 @@ def as_text(what: dict, width: int = 80) -> str:
     passage, two = what["passage"], what["baseline"] is not None
     names = ["run", "baseline"] if two else ["run"]
     lines = _wrapped(title(what) + (f" beside {title(what['baseline'])}" if two else ""), width)
-    lines += _wrapped(f"{what['model']}, after block {what['layer']}: of each token the features that fire most, with "
-                      "their explanation or the tokens they promote", width)
+    lines += _wrapped(f"{what['model']}, after block {what['layer']}: of each token the features that fire most, their "
+                      "activation, and by what they are known", width)
+    lines += explained(what)
     if what["problem"]:
         lines += _wrapped(f"no baseline beside it: {what['problem']}", width)
     digits, word = len(str(len(passage["tokens"]))) + 1, 13
@@ -265,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(argv)
     except (ValueError, OSError, MemoryError) as error:
-        print(str(error).split("\n")[0], file=sys.stderr)
+        print(in_a_line(error), file=sys.stderr)
         return 1
 
 
@@ -287,8 +382,8 @@ def _main(argv: list[str] | None) -> int:
     options = parser.parse_args(argv)
     if options.top < 1:
         raise ValueError("--top: show at least one feature of a token")
-    if options.page and options.page.exists():
-        raise ValueError(f"{options.page} is there already, and nothing is overwritten: name a new file")
+    if options.page:
+        check_page(options.page)
     text = text_of(options.text, options.file)
     run = chosen(options.run, options.sae)
     info = recorded(run)
@@ -301,13 +396,14 @@ def _main(argv: list[str] | None) -> int:
     if what["left_out"]:
         print(f"note: the text is cut after {len(what['passage']['tokens']) - 1:,} tokens, the run's context: "
               f"{what['left_out']:,} are left out", file=sys.stderr)
-    if options.page:
-        _write(options.page, what, run, other)
     if options.json:
         print(json.dumps(what, ensure_ascii=False))
     else:
         width = min(max(shutil.get_terminal_size((80, 24)).columns, 80), 160)
         print(as_text(what, width))
+    if options.page:
+        sys.stdout.flush()
+        _write(options.page, what, run, other)
     return 0
 
 
@@ -323,9 +419,14 @@ def _write(file: Path, what: dict, run: Run, other: Run | None) -> None:
             links[name] = pages.address(side.section)
     if file.parent.resolve() == run.path.parent.resolve() and (run.path.parent / "report.html").is_file():
         links["report"] = "report.html"
-    html = look.page(what, title(what), title(what["baseline"]) if what["baseline"] else "", says, links)
+    html = look.page(what, title(what), title(what["baseline"]) if what["baseline"] else "", label, links)
     with open(file, "x", encoding="utf-8", errors="replace") as opened:
-        opened.write(html)
+        try:
+            opened.write(html)
+            opened.flush()
+        except OSError:  # a disk that is full: no half page
+            file.unlink(missing_ok=True)
+            raise
 
 
 if __name__ == "__main__":

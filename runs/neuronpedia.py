@@ -6,12 +6,22 @@ for each SAE:
     <model>_<set>_<hook>_<width>[_<suffix>]/
         batch-0.json, …          up to 128 features each that have a dashboard
         run_settings.json        how the dashboards were made
-        skipped_indexes.json     features that fired on no token, which Neuronpedia makes as dead ones
+        skipped_indexes.json     features that fired on no token, of which the site can make dead ones
         explanations.jsonl       where features have some
 
-Neuronpedia's utils/neuronpedia-utils/neuronpedia_utils/convert-saedashboard-to-neuronpedia.py turns such a folder into
-an import (github.com/hijohnnylin/neuronpedia; its README says who takes it). The source there is called
-<layer>-<set>[__<suffix>].
+Neuronpedia's convert-saedashboard-to-neuronpedia-export.py (github.com/hijohnnylin/neuronpedia, in
+utils/neuronpedia-utils/neuronpedia_utils; tried at commit ebb8426 of August 2026) turns such a folder into an import,
+whose source is called <layer>-<set>[__<suffix>]. Of what it asks for, a folder knows
+
+    --saedashboard-output-dir    itself, which is read for batch-*.json alone
+    --model-name                 model_id of the batches, as the site calls the model: --model_id here
+    --neuronpedia-source-set-id  their sae_set: --set here
+    --layer-num, --hook-point    their layer, and hook_resid_post
+    --n-prompts-total, --n-tokens-in-prompt, --prompts-huggingface-dataset-path    as in run_settings.json
+    --hf-weights-repo-id, --hf-weights-path    owner/name and <hook>/sae_weights.safetensors, see runs/publish.py
+
+--zero-out-bos-token changes nothing, as no context holds a BOS. SAEDashboard's main branch of May 2026, whose batches
+have the same fields, writes what that converter does by itself (output_neuronpedia_exports).
 
 What a field means: bin_min, bin_max and bin_contains of the strongest contexts are -1, the largest activation and -1;
 of an interval its bounds and the share of all tokens with an activation within, silent ones being 0 and so in the
@@ -20,7 +30,8 @@ on the same tokens, `pearson` the φ coefficient, which is Pearson's of firing; 
 there. values and tokens are of the context that is kept, not of the whole row. Where features fire with negative values
 too, those tokens count as firing, which SAEDashboard leaves out, and bin_min and bin_max are magnitudes: an activation
 of -3 lies in the bin from 2 to 4. Who reads signed values finds the sign in `values` alone, and that of bars in
-freq_hist_data_bar_values; a feature that fires with negative values alone has bins as its mirror image would have.
+freq_hist_data_bar_values; a feature that fires with negative values alone has bins as its mirror image would have, and
+the largest activation that the converter gives it (maxActApprox, of signed values) is 0.
 
 Left at the class's own default:
     correlated_features_l1                     cosines of activations: a board has φ alone
@@ -29,10 +40,12 @@ Left at the class's own default:
     vector                                     of steering vectors; those of an SAE are in its weights
     dfa_*                                      direct feature attribution, of attention alone
 
-Live features without a dashboard are in no file, so Neuronpedia does not know them. explanations.jsonl has of the
-columns of Neuronpedia's table (export-data.py beside the converter; docs.neuronpedia.org/api-and-data/exports) those
-that a run knows: modelId, layer (the source), index, description. id, authorId, typeName and explanationModelName are
-the importing site's to give: they refer to its own users, methods and models.
+Live features without a dashboard are in no file, so Neuronpedia does not know them. The converter reads batches alone.
+skipped_indexes.json is what the site's upload-skipped-features takes, which leaves out the suffix of a
+source: not for one of a sweep. explanations.jsonl has of the columns of Neuronpedia's table (db_models/explanation.py
+beside the converter; docs.neuronpedia.org/api-and-data/exports) those that a run knows: modelId, layer (the source),
+index, description. id, authorId, typeName and explanationModelName are the importing site's to give, which reads them
+from explanations/*.jsonl.gz: they refer to its own users, methods and models.
 """
 
 from __future__ import annotations
@@ -44,7 +57,8 @@ import sys
 from pathlib import Path
 
 from runs import features, outward
-from runs.reading import slug
+from runs.reading import slug, without_result
+from runs.wording import in_a_line
 from variants.kit.files import file_name
 
 BATCH = 128  # features of a file, as SAEDashboard's runner has them
@@ -217,6 +231,8 @@ def export(run: Path, out: Path, saes: list[str], model_id: str = "", sae_set: s
     if not run.is_dir():
         raise FileNotFoundError(f"there is no folder {run}")
     kept = features.kept(run)
+    if not kept and not (run / "final_info.json").is_file():
+        raise FileNotFoundError(f"{run} {without_result(run)}")
     if not kept:
         raise FileNotFoundError(f"{run} has no dashboards ({features.FOLDER}/): its model reads no text, or the run is "
                                 "of before them")
@@ -227,6 +243,7 @@ def export(run: Path, out: Path, saes: list[str], model_id: str = "", sae_set: s
         written = []
         for name in saes or kept:
             board = features.read(run, name)
+            outward.check_contexts(board["features"], board, run)
             written.append(write(board, folder, model_id or slug(board["model"]), sae_set or set_name(board)))
         outward.check_clean(folder, run)
     return [out / path.name for path in written]
@@ -246,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         out = options.out or outward.beside(options.run, "_neuronpedia")
         written = export(options.run, out, options.sae, options.model_id, options.set)
     except (OSError, ValueError) as error:
-        print(f"nothing written: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"nothing written: {in_a_line(error)}", file=sys.stderr)
         return 1
     for folder in written:
         print(f"{folder}: {len(list(folder.glob('batch-*.json')))} files of up to {BATCH} features")

@@ -38,6 +38,11 @@ WHOLE_PATH = re.compile(r"~[\w.-]*/|/|[A-Za-z]:[\\/]")  # how a text begins that
 BASE64 = re.compile(r'(?:"|;base64,)([A-Za-z0-9+/]{40,}={0,2})"')  # a board or a picture in a page
 HEADER = 100_000_000  # bytes at most that are taken for the header of a file of weights
 
+
+class Revealing(ValueError):
+    """Something is in what would be handed on that may not be."""
+
+
 # ------------------------------------------------------------------------------------------------ new folders
 
 
@@ -167,14 +172,28 @@ def hand_on(source: Path, target: Path, run: Path, ours: bool = False) -> None:
 
 
 def check_clean(folder: Path, run: Path) -> None:
-    """ValueError, in a line, for the first file that holds a key, a token, or something of this machine."""
+    """Revealing, in a line, for the first file that holds a key, a token, or something of this machine."""
     looked_for = _revealing(run)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         text = _text(file)
         for what, pattern in looked_for:
             if pattern.search(text):
-                raise ValueError(f"{file.relative_to(folder)} holds {what}: nothing is written\n"
-                                 "take it out where it came from, and start again")
+                raise Revealing(f"{file.relative_to(folder)} holds {what}: nothing is written\n"
+                                "take it out where it came from, and start again")
+
+
+def check_contexts(dashboards: dict[str, dict], board: dict, run: Path) -> None:
+    """Revealing, in a line, for the first of some dashboards of a board in a context of which the tokens, joined, hold
+    what `check_clean` looks for: a key is split over several tokens, and in no file as a whole.
+    """
+    looked_for, vocab = _revealing(run), board["vocab"]
+    for feature, dashboard in dashboards.items():
+        contexts = [context["tokens"] for group in dashboard["groups"] for context in group["contexts"]]
+        text = "\n".join("".join(vocab[number] for number in tokens) for tokens in contexts)
+        what = next((what for what, pattern in looked_for if pattern.search(text)), None)
+        if what:
+            raise Revealing(f"a context of feature {feature} in features/{board['sae']}.json.gz holds {what}: nothing "
+                            "is written\nremove that file from the run to do without its dashboards")
 
 
 def _revealing(run: Path) -> list[tuple[str, re.Pattern]]:

@@ -3,9 +3,10 @@
 Nothing is uploaded and no network is used; the commands that upload it are printed. Written are
 
     README.md               the model card (runs/card.py): figures, doubts, training, how to load
-    <hook>/[<setting>/]     an SAE: cfg.json and sae_weights.safetensors, which `sae_lens.SAE.load_from_disk` reads;
-                            where SAELens lacks the architecture cfg.json, state.safetensors and variant.py
-    eval_results/           SAEBench's JSON
+    <hook>/[<setting>/]     an SAE: cfg.json and sae_weights.safetensors, which `sae_lens.SAE.load_from_disk` reads, and
+                            from the hub `SAE.from_pretrained("owner/name", "<hook>[/<setting>]")`; where SAELens lacks
+                            the architecture cfg.json, state.safetensors and variant.py
+    eval_results/           SAEBench's JSON, in its folders and under its names, <release>_<SAE>_eval_results.json
     final_info.json, verdict.json
     report.html, features/  made anew of what is published: without the runs beside this one, from cleaned boards
 
@@ -29,6 +30,8 @@ from pathlib import Path
 
 from runs import card, compare, features, folder, outward, report, verdict
 from runs.card import Published
+from runs.reading import without_result
+from runs.wording import in_a_line
 from variants.kit.files import digest, file_name
 
 # the hub's recommendations, huggingface.co/docs/hub/repositories-recommendations
@@ -36,6 +39,8 @@ MOST_BYTES, MOST_ENTRIES = 20_000_000_000, 10_000
 RESULTS = ("final_info.json", "verdict.json")
 TOLERANCE = 1e-4  # of the norm of features and reconstructions, between the run's SAE and the one read by SAELens
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")  # as the hub names them: apache-2.0, cc-by-4.0
+# {folder of an eval: what SAEBench calls it}, see sae_bench/custom_saes/run_all_evals_custom_saes.py
+FOLDERS = {"sae_probes": "sparse_probing_sae_probes"}
 UNNAMED = "OWNER/NAME"  # where --repo is not given
 
 
@@ -74,6 +79,8 @@ def read(run: Path, chosen: list[str]) -> tuple[dict, dict, list[Published]]:
     """
     if not run.is_dir():
         raise FileNotFoundError(f"there is no folder {run}")
+    if not (run / "final_info.json").is_file():
+        raise FileNotFoundError(f"{run} {without_result(run)}")
     info, said = folder.left(run), verdict.stored(run)
     info["settings"] = outward.in_texts(info.get("settings") or {}, outward.named)
     if info.get("status") not in ("finished", "failed", "damaged", None):
@@ -137,7 +144,8 @@ def hand_on_sae(run: Path, target: Path, sae: Published) -> None:
     check_round_trip(run / "sae" / sae.name, place, sae.for_saelens)
     for file in sorted((run / "eval_results").glob("*/*_eval_results.json")):
         if file.name.endswith(f"_{sae.name}_eval_results.json"):
-            outward.hand_on(file, target / file.relative_to(run), run)
+            name = FOLDERS.get(file.parent.name, file.parent.name)
+            outward.hand_on(file, target / "eval_results" / name / file.name, run)
 
 
 def check_round_trip(ours: Path, published: Path, for_saelens: bool) -> None:
@@ -208,7 +216,12 @@ def stage(run: Path, copy: Path, info: dict, saes: list[Published]) -> list[str]
     left_out = []
     for name in [sae.name for sae in saes if sae.name in features.kept(run)]:
         try:
-            features.write(copy, cleaned(features.read(run, name), run))
+            board = cleaned(features.read(run, name), run)
+            for dashboards in (board["features"], (board["baseline"] or {}).get("features", {})):
+                outward.check_contexts(dashboards, board, run)
+            features.write(copy, board)
+        except outward.Revealing:
+            raise
         except (OSError, ValueError) as error:
             left_out.append(f"{features.FOLDER}/{name}.html is left out: {str(error).splitlines()[0]}")
     return left_out
@@ -262,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--license={options.license!r} is none of the hub's names: apache-2.0, mit, other, …")
         left_out = publish(options.run, out, options.sae, options.repo, options.license, options.despite_warnings)
     except (OSError, ValueError) as error:
-        print(f"nothing written: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"nothing written: {in_a_line(error)}", file=sys.stderr)
         return 1
     for line in left_out:
         print(f"note: {line}")

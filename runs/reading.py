@@ -123,14 +123,56 @@ def _file(path: Path) -> Path:
         return file
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}\ngive a run folder or its final_info.json")
-    failed = ""
-    if (path / "error.json").is_file():
-        try:
-            error = json.loads((path / "error.json").read_text(encoding="utf-8"))
-            failed = f": it failed in {error.get('phase')}, {error.get('message')}".splitlines()[0]
-        except (ValueError, AttributeError):
-            failed = ": it failed, see its error.json"
-    raise FileNotFoundError(f"{path} has no final_info.json{failed}\ngive the folder of a finished run")
+    raise FileNotFoundError(f"{path} {without_result(path)}")
+
+
+def without_result(folder: Path) -> str:
+    """What a folder without final_info.json is, as what follows its name, and in a second line what to do."""
+    info, error = _object(folder / "run_info.json"), _object(folder / "error.json")
+    status, nothing = info.get("status"), "has no final_info.json"
+    phase = error.get("phase") or info.get("phase") or "of preparing"
+    if held(folder):
+        now = _object(folder / "progress.json")
+        share = now.get("share")
+        done = f", {share:.0%} of it done" if isinstance(share, (int, float)) else ""
+        return f"is under way, in its phase {now.get('phase') or phase}{done}, and {nothing} yet\nwait for its end"
+    if error and status in ("failed", None):
+        cause = str(error.get("message") or error.get("type")).split("\n")[0]
+        advice = str(error.get("advice") or "give the folder of a finished run").split("\n")[0]
+        return f"failed in its phase {phase}, {cause}, and {nothing}\n{advice}"
+    how = {"interrupted": "was interrupted", "running": "was killed"}.get(status)
+    if how:
+        return f"{how} in its phase {phase}, and {nothing}\nthe command that began it continues it"
+    if status == "finished":
+        return f"finished, but {nothing} any more\nthe command that began it makes it again"
+    inside = sorted(file.parent.name for file in folder.glob("*/final_info.json"))
+    if inside:
+        more = f" and {len(inside) - 3:,} more" if len(inside) > 3 else ""
+        return f"is no run but holds runs, and {nothing}\ngive one of those in it: {', '.join(inside[:3])}{more}"
+    return f"is no run's folder, it {nothing}\ngive the folder of a finished run"
+
+
+def held(folder: Path) -> bool:
+    """Whether a process has the run's folder: its lock is held. False, too, where a system has no such locks."""
+    try:
+        import fcntl
+
+        with open(folder / ".lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+
+
+def _object(file: Path) -> dict:
+    """A file's JSON object; {} where there is none. A pipe is not read, which would never end."""
+    try:
+        value = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _sections(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:

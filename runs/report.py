@@ -22,6 +22,7 @@ from runs.page import comparison, cost, curves, frontier, health, settings, shel
 from runs.page import features as pages
 from runs.reading import Run, read
 from runs.stability import as_data
+from runs.wording import in_a_line
 
 PREVIEWS = 6  # dashboards in the page, of all its SAEs together
 
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise FileNotFoundError(f"there is no folder {name}: give the folder of a finished run")
             print(again(name))
         except (ValueError, OSError) as error:
-            print(str(error).split("\n")[0], file=sys.stderr)
+            print(in_a_line(error), file=sys.stderr)
             status = 1
     return status
 

@@ -65,6 +65,15 @@ def beyond(judged: Judged) -> str:
     return {True: "yes", False: "no", None: "?"}[judged.beyond]
 
 
+def in_a_line(error: Exception) -> str:
+    """What went wrong and, of our own errors, what to do, which stands in their second line."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    what, _, advice = str(error).partition("\n")
+    advice = advice.strip().split("\n")[0]
+    return f"{what}: {advice}" if advice else what
+
+
 def listing(names: list[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

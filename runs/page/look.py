@@ -11,35 +11,51 @@ SIDES = ("run", "baseline")
 CELLS = 5_000  # features of tokens on a page, each side; fewer where it would not stay under MOST bytes
 MOST = 3_000_000
 WORDS = 120  # characters that are said of a feature
+# what a label is called on the page
+KINDS = {"explanation": "explained", "fires_on": "fires on", "promotes": "promotes", "": ""}
 
 
-def page(what: dict, run: str, baseline: str, says: Callable[[dict], str], links: dict[str, str]) -> str:
-    """A whole page. `what`: runs.look.found's; run, baseline: what the SAEs are called; says: a feature in words;
-    links: {side: address of its dashboards, relative; "report": that of the run's report}.
+def page(what: dict, run: str, baseline: str, label: Callable[[dict], tuple[str, str]],
+         links: dict[str, str]) -> str:
+    """A whole page. `what`: runs.look.found's; run, baseline: what the SAEs are called; label: runs.look's; links:
+    {side: address of its dashboards, relative; "report": that of the run's report}.
     """
     names, cells = {"run": run, "baseline": baseline}, CELLS
     while True:
-        html = _page(_beginning(what, cells), len(what["passage"]["tokens"]), names, says, links)
+        html = _page(_beginning(what, cells), len(what["passage"]["tokens"]), names, label, links)
         if len(html.encode("utf-8", "replace")) < MOST or cells == 1:
             return html
         cells //= 2
 
 
-def _page(what: dict, tokens: int, names: dict[str, str], says: Callable[[dict], str], links: dict[str, str]) -> str:
+def _page(what: dict, tokens: int, names: dict[str, str], label: Callable, links: dict[str, str]) -> str:
     """The page of a text of so many tokens, of which `what` holds the first."""
     run = names["run"]
     sides = [side for side in SIDES if what["passage"][side] is not None]
-    known = {side: {feature: says(one)[:WORDS] for feature, one in what["features"][side].items()} for side in sides}
+    known = {side: {feature: _cut(*label(one)) for feature, one in what["features"][side].items()} for side in sides}
     passage = what["passage"]
     told = [{"name": shell.visible(names[side]), "tokens": passage[side], "says": known[side],
              "values": {feature: one["values"] for feature, one in what["features"][side].items()},
              "page": links.get(side, "")} for side in sides]
     block = shell.data({"tokens": list(map(shell.visible, passage["tokens"])), "sides": told}, id="look")
     parts = [f"<h1>{escape(shell.visible(run))}</h1>", *_about(what, names, tokens, links.get("report", "")),
-             f'<div class="look card"><div class=text>{_text(passage)}</div></div>',
+             f'<div class="look card"><div class=text>{_text(passage)}</div></div>', *_meaning(what["labels"], known),
              "<details class=table open><summary>all tokens as a table</summary>"
              f"{_table(passage, {side: names[side] for side in sides}, known, links)}</details>", block]
     return shell.page(f"A text read by {shell.visible(run)}", parts, ("look.js",), ("look.css",))
+
+
+def _cut(kind: str, text: str) -> list[str]:
+    text = text.replace("“ ", "“\u00a0")  # no line ends behind the “
+    return [KINDS[kind], text if len(text) <= WORDS else text[: WORDS - 1] + "…"]
+
+
+def _meaning(labels: dict[str, str], known: dict[str, dict]) -> list[str]:
+    """What the words beside a feature say, of the kinds that there are."""
+    there = {kind for said in known.values() for kind, _ in said.values()}
+    words = "".join(f"<dt>{KINDS[kind]}</dt><dd>{escape(meaning)}</dd>" for kind, meaning in labels.items()
+                    if KINDS[kind] in there)
+    return [f"<dl class=meaning>{words}</dl>"] if words else []
 
 
 def _beginning(what: dict, cells: int) -> dict:
@@ -106,10 +122,11 @@ def _table(passage: dict, names: dict[str, str], known: dict, links: dict[str, s
             f"<th class=l>token</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
 
 
-def _features(pairs: list, known: dict[str, str], link: str) -> str:
+def _features(pairs: list, known: dict[str, list[str]], link: str) -> str:
     lines = []
     for feature, activation in pairs:
         name = f'<a href="{escape(link)}#{feature}">{feature}</a>' if link else str(feature)
-        said = f"<span class=mut>{escape(known[str(feature)])}</span>"
+        kind, text = map(escape, known[str(feature)])
+        said = f"<span class=mut>{kind}</span> {text}"
         lines.append(f"<div><span class=n>{name}</span> <b>{activation:.4g}</b> {said}</div>")
     return "".join(lines)

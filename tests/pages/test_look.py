@@ -5,10 +5,11 @@ import re
 
 import pytest
 
+from runs import look as command
 from runs.page import look
 from tests.pages.boards import HARMFUL, PLAIN
 
-WORDS = {"explanation": None, "promotes": []}
+WORDS = {"explanation": None, "fires_on": [], "promotes": []}
 
 
 def read_by(tokens, two=True):
@@ -17,28 +18,30 @@ def read_by(tokens, two=True):
              for place in range(len(tokens))]
     threes = [[place, pair[1]] for place, of_token in enumerate(pairs) for pair in of_token if pair[0] == 3]
     known = {"3": WORDS | {"explanation": HARMFUL[0], "values": threes},
-             "7": WORDS | {"promotes": list(HARMFUL), "values": [[1, -4.0]]}}
+             "7": WORDS | {"fires_on": list(HARMFUL), "promotes": [" x"], "values": [[1, -4.0]]}}
     sides = {"run": pairs, "baseline": pairs if two else None}
     name = {"run": HARMFUL[1], "sae": HARMFUL[0], "variant": HARMFUL[0], "l0": 2.0}
     return name | {"model": HARMFUL[0], "layer": 2, "baseline": dict(name) if two else None,
                    "problem": None if two else HARMFUL[0], "left_out": 5, "passage": {"tokens": tokens} | sides,
-                   "features": {"run": known, "baseline": known if two else None}}
+                   "features": {"run": known, "baseline": known if two else None}, "labels": command.LABELS}
 
 
 def written(folder, tokens, links=None, two=True):
     """The page of such a text."""
     file = folder / "text.html"
     what = read_by(tokens, two)
-    file.write_text(look.page(what, HARMFUL[0], HARMFUL[1], lambda one: one["explanation"] or " ".join(one["promotes"]),
-                              links or {}), encoding="utf-8")
+    file.write_text(look.page(what, HARMFUL[0], HARMFUL[1], command.label, links or {}), encoding="utf-8")
     return file
 
 
 def test_the_page_without_a_browser(tmp_path):
-    """Fails if the table lacks a token or a feature, or why there is no baseline is not said."""
+    """Fails if the table lacks a token, a feature or what its words are, or why there is no baseline is not said."""
     text = written(tmp_path, list(PLAIN), {"run": "features/a.html", "report": "report.html"}, two=False).read_text()
     assert text.count("<tr>") == len(PLAIN) + 1 and 'href="features/a.html#7"' in text
     assert "No baseline beside it" in text and "5 are left out" in text and HARMFUL[0] not in text
+    # of the kinds of labels those that occur are explained, and each label says of which it is
+    assert "<dt>explained</dt>" in text and "<dt>fires on</dt>" in text and "<dt>promotes</dt>" not in text
+    assert text.count("<span class=mut>fires on</span>") == 1 and text.count("<span class=mut>explained</span>") == 7
 
 
 def test_a_long_text_stays_a_page(tmp_path):
@@ -49,7 +52,7 @@ def test_a_long_text_stays_a_page(tmp_path):
     pairs = [[[(place + n) % 400, 1.5] for n in range(5)] for place in range(4000)]
     what["passage"] |= {"run": pairs, "baseline": pairs}
     what["features"] = {"run": every, "baseline": every}
-    text = look.page(what, "run", "base", lambda one: one["explanation"], {})
+    text = look.page(what, "run", "base", command.label, {})
     assert text.count("<tr>") == 501 and "The first 500 tokens are shown" in text and "4000 tokens" in text
     assert "The SAE is dense" in text and len(text.encode()) < 3e6
     kept = json.loads(re.search(r'id="look">(.*?)</script>', text)[1])
@@ -95,7 +98,16 @@ def test_a_text_in_a_browser(browser, tmp_path):
     js("document.querySelectorAll('.sides section:first-of-type button')[0].click()")
     assert [place for place, shade in enumerate(js(shades)) if shade] == [1]
     assert js("return document.querySelectorAll('.tok')[1].classList.contains('neg')")
-    assert "shaded by feature 7" in js("return document.querySelector('.shaded').textContent")
+    shaded = "return document.querySelector('.shaded').textContent"
+    here = "return document.querySelector('.head').innerText"
+    told = f"shaded by feature 7 of {HARMFUL[0]}: it fires on 1 of {len(tokens)} tokens, “{HARMFUL[1]}” -4"
+    assert told in js(shaded)
+    assert "feature 7 here: -4" in js(here)
+    kinds = "return [...document.querySelectorAll('.sides section:first-of-type td span')].map(s => s.textContent)"
+    assert js(kinds) == ["fires on", "explained"]
+    js("document.querySelectorAll('.tok')[3].dispatchEvent(new PointerEvent('pointerenter'))")
+    assert "feature 7 does not fire here" in js(here)
+    js("document.querySelector('.text').dispatchEvent(new PointerEvent('pointerleave'))")
     js("document.querySelectorAll('.sides section:first-of-type button')[1].click()")
     odd = list(range(1, len(tokens), 2))
     assert [place for place, shade in enumerate(js(shades)) if shade] == odd

@@ -71,6 +71,70 @@ def test_passages_are_those_of_model_and_sae(reference, cache):
         assert pairs == (whole if norm <= bound else [])
 
 
+def board_of(peaks: dict[int, list[int]], explained: dict[int, str]) -> dict:
+    """A board of five features whose strongest contexts are of these tokens; the peak of each is its number in vocab.
+    """
+    features_of = {str(feature): {"explanation": explained.get(feature), "groups": [
+        {"name": "top", "contexts": [{"tokens": [9, 9, number, 9], "peak": 2} for number in numbers]},
+        {"name": "interval 1", "contexts": [{"tokens": [9], "peak": 0}]}]} for feature, numbers in peaks.items()}
+    return {"vocab": list("abcdefghij"), "features": features_of, "list": {"peak": [0, 1, 2, -1, 4]}, "baseline": None}
+
+
+def test_what_a_feature_fires_on_by_hand():
+    """Fails if a dashboard's tokens are not the distinct ones at the peaks, the most frequent first, or a feature
+    without one is not told by its peak, or one that fires on none is told by the last token.
+    """
+    board = board_of({0: [5, 3, 3, 6, 5, 5, 7], 1: []}, {})
+    known = {"vocab": board["vocab"], "features": board["features"], "peak": board["list"]["peak"]}
+    assert [look.fires_on(known, feature) for feature in range(5)] == [["f", "d", "g"], ["b"], ["c"], [], ["e"]]
+    assert look.fires_on(known | {"peak": None}, 4) == [] == look.fires_on(look.NOTHING, 0)
+
+
+def test_labels_are_told_apart():
+    """Fails if a label is not the best that is known, or what kinds of labels mean is not said of those there are."""
+    one = {"explanation": "cats\n", "fires_on": [" a", "\n"], "promotes": [" x"]}
+    three = [one, one | {"explanation": None}, one | {"explanation": None, "fires_on": []}]
+    assert [look.says(feature) for feature in three] == ["cats↵", "“ a” “↵”", "→ “ x”"]
+    assert look.says({"explanation": None, "fires_on": [], "promotes": []}) == ""
+    what = {"features": {"run": {"1": three[1]}, "baseline": {"2": three[2]}}, "labels": look.LABELS}
+    assert [line.split(": ")[0].strip() for line in look.explained(what)] == ["“ a” “ b”", "→ “ a” “ b”"]
+
+
+def test_the_board_of_a_run_tells_of_its_baseline(reference, cache, capsys, monkeypatch):
+    """Fails if features of run or baseline are not labelled by the run's board, a baseline that the board is not about
+    is, or a damaged or missing board costs more than the labels.
+    """
+    run, _, _ = opened(reference, cache)
+    asked = [str(reference), f"--cache_dir={cache}", "--text", TEXT, "--json"]
+
+    def looked(kept):
+        monkeypatch.setattr(features, "read", kept)
+        assert look.main([*asked, "--baseline", str(reference)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def missing(out, sae):
+        raise FileNotFoundError
+
+    without = looked(missing)
+    assert without["labels"].keys() <= next(iter(without["features"]["run"].values())).keys()
+    feature = without["passage"]["run"][1][0][0]
+    assert all(one["fires_on"] == [] for one in without["features"]["run"].values())
+    kept = board_of({feature: [3]}, {feature: "of cats"})
+    kept["list"]["peak"] = [4 for _ in range(128)]
+    of_run = looked(lambda out, sae: kept)["features"]["run"]
+    assert of_run[str(feature)] | {"promotes": 0, "values": 0} == {"explanation": "of cats", "fires_on": ["d"],
+                                                                   "promotes": 0, "values": 0}
+    assert {one["fires_on"][0] for key, one in of_run.items() if key != str(feature)} == {"e"}
+    beside_it = {"name": run.name, "l0": look.l0_of(run), "features": board_of({feature: [6]}, {})["features"]}
+    assert look.known_beside(run, run) == look.known_of(run)
+    monkeypatch.setattr(look, "known_of", lambda run: look.NOTHING)
+    monkeypatch.setattr(features, "read", lambda out, sae: kept | {"baseline": beside_it})
+    assert look.fires_on(look.known_beside(run, run), feature) == ["g"]
+    assert look.fires_on(look.known_beside(run, run), feature + 1) == []
+    monkeypatch.setattr(features, "read", lambda out, sae: kept | {"baseline": beside_it | {"l0": 1.5}})
+    assert look.known_beside(run, run) is look.NOTHING
+
+
 def test_the_command_on_a_run(reference, cache, capsys, tmp_path, monkeypatch):
     """Fails if what is printed is not what model and SAE give, wider than 80 columns, or lacks what is known."""
     run, sae, lm = opened(reference, cache)
@@ -93,7 +157,7 @@ def test_the_command_on_a_run(reference, cache, capsys, tmp_path, monkeypatch):
     assert known["values"] == fires and known["explanation"] is None
 
     kept = board(sae=run.section, features=128, boards=128, hostile=True)
-    kept["features"][str(feature)] = {"explanation": "words \x1b[31m about cats " * 5}
+    kept["features"][str(feature)] = {"groups": [], "explanation": "words \x1b[31m about cats " * 5}
     monkeypatch.setattr(features, "read", lambda out, sae: kept)
     (tmp_path / "text.txt").write_text("\x1b[31mcat \u202e" + TEXT * 20 + "中文")
     assert look.main([*asked, "--file", str(tmp_path / "text.txt")]) == 0
@@ -137,10 +201,20 @@ def test_what_cannot_be_looked_at_is_one_line(reference, cache, capsys, tmp_path
 
     assert "there is no" in said(tmp_path / "none", "--text", "cat")
     (tmp_path / "begun").mkdir()
-    assert "has no final_info.json" in said(tmp_path / "begun", "--text", "cat")
+    assert "is no run's folder, it has no final_info.json: give" in said(tmp_path / "begun", "--text", "cat")
     assert "is empty" in said(reference, "--text", " \n")
     assert "give a text" in said(reference) and "give a text" in said(reference, "--text", "a", "--file", "b")
-    assert "None" in said(reference, "--file", tmp_path / "None")
+    text, nowhere = ("--text", "cat"), tmp_path / "none/text.html"
+    assert f"there is no {tmp_path / 'None'}: name a file" in said(reference, "--file", tmp_path / "None")
+    assert f"nor is there a folder {nowhere.parent}" in said(reference, "--file", nowhere)
+    assert f"{tmp_path} is a folder: name a file in it" in said(reference, "--file", tmp_path)
+    assert f"there is no folder {nowhere.parent} for text.html: make it" in said(reference, *text, "--page", nowhere)
+    assert f"{tmp_path} is a folder: name a new file in it" in said(reference, *text, "--page", tmp_path)
+    for name in ("text.html", "text-2.html"):
+        (tmp_path / name).touch()
+    assert f"name a new file: --page {tmp_path / 'text-3.html'}" in said(reference, *text, "--page",
+                                                                         tmp_path / "text.html")
+    assert "is a file, and no page can lie in it" in said(reference, *text, "--page", tmp_path / "text.html/a.html")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"cat \xff")))
     assert "stdin is no text in UTF-8: byte 0xff at 4" in said(reference, "--file", "-")
     assert "choose one of them with --sae: layer_2" in said(reference, "--text", "cat", "--sae", "layer_9")

@@ -180,6 +180,8 @@ def test_refused_in_a_line(tmp_path, capsys):
     run = tmp_path / "run_1"
     assert "there is no folder" in said(run)
     run.mkdir()
+    assert "is no run's folder" in said(run)
+    (run / "final_info.json").touch()
     assert "has no dashboards" in said(run)
     features.write(run, boards.board(sae="layer_0", text=False))
     assert "its model reads no text" in said(run)

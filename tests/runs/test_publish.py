@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 import shutil
 import socket
@@ -82,11 +83,19 @@ def parts_of(out):
 
 
 def run_code(out, body, monkeypatch):
-    """What the card's code makes, where the hub would give the folder."""
+    """What the card's code makes, where the hub would give the folder's files."""
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+    from sae_lens.loading import pretrained_sae_loaders
+
+    def download(repo_id, filename, force_download=False):
+        if not (out / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(out / filename)
 
     (source,) = re.findall(r"```python\n(.*?)```", body, re.S)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns: str(out))
+    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
     made = {}
     exec(source, made)
     return made
@@ -107,10 +116,17 @@ def test_it_loads_without_this_project(run, without_pages, offline, monkeypatch,
     ours = saving.load_sae(run / "sae/layer_2")
     x_ND = 3 * torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(made["sae"].encode(x_ND), ours.encode(x_ND), rtol=1e-4, atol=1e-4)
-    same = ["final_info.json", "verdict.json", *(file.relative_to(run) for file in run.glob("eval_results/*/*.json"))]
-    assert len(same) == 5
-    for name in same:
-        assert (out / name).read_bytes() == (run / name).read_bytes()
+    evaluated = {file.parent.name: file for file in run.glob("eval_results/*/*.json")}
+    # SAEBench's folders, see get_results_filepath and run_all_evals_custom_saes.py there
+    theirs = {"core": "core", "sparse_probing": "sparse_probing", "sae_probes": "sparse_probing_sae_probes"}
+    assert evaluated.keys() == theirs.keys()
+    same = {run / name: out / name for name in ("final_info.json", "verdict.json")}
+    same |= {file: out / "eval_results" / theirs[name] / file.name for name, file in evaluated.items()}
+    for ours, handed_on in same.items():
+        assert handed_on.read_bytes() == ours.read_bytes()
+    for file in out.glob("eval_results/*/*.json"):
+        document = json.loads(file.read_text())
+        assert file.name == f"{document['sae_lens_release_id']}_{document['sae_lens_id']}_eval_results.json"
     means = json.loads((run / "final_info.json").read_text())["layer_2"]["means"]
     told = {metric["type"]: metric["value"] for result in data["model-index"][0]["results"]
             for metric in result["metrics"]}
@@ -174,6 +190,28 @@ def test_secrets_in_pages_are_seen(tmp_path):
                 outward.check_clean(tmp_path, tmp_path)
     (tmp_path / "page.html").write_text(f'<p id="{"a" * 41}">"{"A" * 44}"</p>')  # no base64, and none of anything
     outward.check_clean(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("command", [publish, neuronpedia])
+def test_a_key_in_several_tokens_is_seen(run, monkeypatch, capsys, command):
+    """Fails if a key whose tokens stand in one context is handed on, or two halves in two contexts are taken for one.
+    """
+    board = features.read(run, "layer_2")
+    feature, told = next(iter(board["features"].items()))
+    board["vocab"] += ["hf_abcdefgh", "ijklmnop", "qrstuvwx", " "]
+    n = len(board["vocab"])
+    parts, told["groups"] = [n - 4, n - 3, n - 2], [told["groups"][0]]
+    made = {"values": [], "peak": 0, "row": 0, "cut": [False, False]}
+    told["groups"][0]["contexts"] = [{"tokens": [n - 1, number], **made} for number in parts]
+    outward.check_contexts(board["features"], board, run)
+    told["groups"][0]["contexts"].append({"tokens": [n - 1, *parts], **made})
+    features.write(run, board)
+    more = ["--despite_warnings"] if command is publish else []
+    assert command.main([str(run), *more]) == 1
+    err = capsys.readouterr().err
+    assert f"a context of feature {feature} in features/layer_2.json.gz holds a key" in err
+    assert "remove that file" in err and "abcdefgh" not in err and err.count("\n") == 1
+    assert [file.name for file in run.parent.iterdir()] == ["run_1"]
 
 
 @pytest.mark.parametrize("leak", ["hf_" + "a" * 34, "the value of MY_TOKEN", "code",
@@ -245,6 +283,19 @@ def test_what_sae_lens_lacks_keeps_its_code(run, without_pages, monkeypatch):
     torch.testing.assert_close(made["sae"].encode(x_ND), saving.load_sae(run / "sae/layer_2").encode(x_ND))
 
 
+def test_the_hub_reads_the_card(run, without_pages, offline):
+    """Fails if huggingface_hub finds no valid metadata in the card, or other figures, licence or tags than were given.
+    """
+    from huggingface_hub import ModelCard
+
+    found = ModelCard((published(run, "--license", "cc-by-4.0") / "README.md").read_text(encoding="utf-8")).data
+    assert (found.license, found.library_name, found.base_model) == ("cc-by-4.0", "saelens", None)
+    assert "saelens" in found.tags and found.model_name == "topk SAE of tiny-gemma2, layer 2"
+    means = json.loads((run / "final_info.json").read_text())["layer_2"]["means"]
+    assert len(found.eval_results) > 5
+    assert all(one.metric_value == means[one.metric_type] for one in found.eval_results)
+
+
 def test_a_sweep_has_a_folder_each(run, without_pages):
     """Fails if an SAE of a sweep is missing, lies over another, or --sae does not choose."""
     shutil.copytree(run / "sae/layer_2", run / "sae/layer_2.k_8")
@@ -255,6 +306,9 @@ def test_a_sweep_has_a_folder_each(run, without_pages):
     found = sorted(str(file.parent.relative_to(out)) for file in out.rglob("cfg.json"))
     assert found == ["blocks.2.hook_resid_post", "blocks.2.hook_resid_post/k_8"]
     assert "### `blocks.2.hook_resid_post/k_8`" in parts_of(out)[1]
+    from sae_lens import SAE
+
+    assert all(SAE.load_from_disk(str(out / name)).cfg.d_sae == 128 for name in found)
     shutil.rmtree(out)
     out = published(run, "--sae", "layer_2.k_8")
     assert [str(file.parent.relative_to(out)) for file in out.rglob("cfg.json")] == ["blocks.2.hook_resid_post/k_8"]
@@ -283,6 +337,55 @@ def test_the_baseline_and_the_random_line_stand_beside(run, without_pages):
     assert cells[1].endswith("± 0.0012") and cells[2].startswith(f"{theirs['means'][metric]:.4f}"[:5]), name
     assert cells[4] == "worse" and float(cells[6]) > mine[metric]
     assert re.search(r"\*\*Random line:\*\* not better than a frozen random decoder.*ce\\_loss\\_score", body)
+
+
+def test_every_figure_of_the_card_by_hand(run, without_pages):
+    """Fails if a figure, error, difference or L0 of the card is not final_info.json's or the baseline's, a value
+    between two SAEs has no ~, or one of an SAE of another L0 does not say so.
+    """
+    stored = PROJECT / "runs/baseline/smollm2-135m-instruct"
+    below, above = "layer_9.l1_penalty_0.14", "layer_9"
+    a = json.loads((stored / "standard/frontier.json").read_text())[below]
+    b = json.loads((stored / "standard/final_info.json").read_text())[above]
+    frozen = json.loads((stored / "frozen_decoder/frontier.json").read_text())
+    ends = frozen["layer_9.k_32"], frozen["layer_9.k_64"]
+    ce, auc, l0 = "core.ce_loss_score", "sae_probes.sae_top_1_test_auc", 33.0
+    mine = {"core.l0": l0, ce: 0.95, "core.r2": 0.5, auc: 0.7}
+    errors = {ce: 0.0031, auc: 0.05}
+    (run / "sae/layer_2").rename(run / "sae/layer_9")
+    config = b["config"] | dict(variant="topk")
+    change(run / "final_info.json", lambda d: d.update(
+        layer_9=d.pop("layer_2") | dict(means=mine, stderrs=errors, config=config)))
+    body = parts_of(published(run))[1]
+
+    def between(first, second, metric, kind="means"):
+        low, high = first["means"]["core.l0"], second["means"]["core.l0"]
+        share = math.log(l0 / low) / math.log(high / low)
+        return first[kind][metric] * (1 - share) + second[kind][metric] * share
+
+    def cells_of(metric):
+        row = next(line for line in body.splitlines() if line.startswith(f"| `{metric}`"))
+        return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+    for metric in (ce, "core.r2"):
+        ours, theirs, difference, verdict, _, random = cells_of(metric)
+        expected = between(a, b, metric)
+        assert theirs.startswith("~") and random.startswith("~")
+        assert float(ours.split(" ±")[0]) == mine[metric]
+        assert float(theirs[1:].split(" ±")[0]) == pytest.approx(expected, rel=1e-4)
+        assert float(random[1:]) == pytest.approx(between(*ends, metric), rel=1e-4)
+        assert float(difference) == pytest.approx(mine[metric] - expected, abs=1e-4)
+        assert verdict == ("better" if mine[metric] > expected else "worse")
+    assert cells_of(ce)[0] == "0.9500 ± 0.0031"
+    assert float(cells_of(ce)[1].split("± ")[1]) == pytest.approx(between(a, b, ce, "stderrs"), rel=0.05)
+    assert cells_of("core.l0")[0] == "33.00"
+    ours, theirs, difference, *_ = cells_of(auc)
+    assert ours == "0.7000 ± 0.05" and theirs.endswith(f" (L0 {b['means']['core.l0']:.2f})")
+    assert float(theirs.split(" ±")[0]) == pytest.approx(b["means"][auc], rel=1e-4)
+    assert float(difference) == pytest.approx(0.7 - b["means"][auc], abs=1e-4)
+    assert ("The baseline is standard. It has no SAE of L0 33.00: ~values lie between the baseline's SAEs of L0 "
+            f"{a['means']['core.l0']:.2f} and {b['means']['core.l0']:.2f}.") in body
+    assert f"In `sae_probes` its SAE of L0 {b['means']['core.l0']:.2f} alone was measured" in body
 
 
 def test_refused_in_a_line(run, without_pages, capsys):

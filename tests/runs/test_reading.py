@@ -3,11 +3,13 @@
 import hashlib
 import json
 
+import filelock
 import pytest
 
 from runs import compare, folder
 from runs.doubts import warnings
 from runs.reading import read, slug
+from runs.wording import in_a_line
 from tests.runs.records import GEMMA
 
 
@@ -122,5 +124,32 @@ def test_a_trailing_slash_is_no_part_of_a_models_name():
 def test_a_failed_run_says_why(tmp_path):
     """Fails if a folder without results is not explained by its error.json."""
     folder.write_json(tmp_path / "error.json", {"phase": "preflight", "message": "NaN loss\nmore"})
-    with pytest.raises(FileNotFoundError, match="failed in preflight, NaN loss"):
+    with pytest.raises(FileNotFoundError, match="failed in its phase preflight, NaN loss"):
         read(tmp_path)
+
+
+def test_what_has_no_result_is_said(tmp_path):
+    """Fails if a run under way, killed or interrupted, a folder of runs and one of none are told alike, or wrongly."""
+    def said(path) -> str:
+        with pytest.raises(FileNotFoundError) as found:
+            read(path)
+        text = in_a_line(found.value)
+        assert text.startswith(str(path)) and "has no final_info.json" in text and "\n" not in text
+        return text
+
+    run = tmp_path / "run_1"
+    assert "is no run's folder" in said(tmp_path) and "give the folder of a finished run" in said(tmp_path)
+    folder.write_json(run / "run_info.json", {"status": "running", "phase": "training"})
+    assert "was killed in its phase training" in said(run) and said(run).endswith("began it continues it")
+    lock = filelock.FileLock(run / folder.LOCK)
+    lock.acquire()
+    folder.write_json(run / "progress.json", {"phase": "evaluation", "share": 0.4375})
+    assert "is under way, in its phase evaluation, 44% of it done" in said(run)
+    assert said(run).endswith("wait for its end")
+    lock.release()
+    folder.write_json(run / "run_info.json", {"status": "interrupted", "phase": "training"})
+    assert "was interrupted in its phase training" in said(run)
+    (run / "run_info.json").write_text("[1")
+    assert "is no run's folder" in said(run)
+    folder.write_json(run / "final_info.json", {"layer_1": {"means": {"core.l0": 1.0}}})
+    assert said(tmp_path).endswith("give one of those in it: run_1")

@@ -10,9 +10,11 @@
     return made;
   };
   const short = value => String(Number(value.toPrecision(4)));
+  const whole = token => token.replace(/^ /, "\u00a0");  // no line ends behind the “
   const largest = values => values.reduce((most, [, value]) => Math.abs(value) > Math.abs(most) ? value : most, 0);
 
   let selected = -1;  // the token that was clicked or has the focus
+  let shown = -1;  // the token whose features are listed
   let picked = null;  // [side, feature] by which the text is shaded; null: each token by its strongest
 
   const shaded = make("div", {className: "shaded"});
@@ -20,19 +22,22 @@
   const back = make("button", {type: "button", textContent: "shade by the strongest"});
   const panel = make("div", {className: "sides"});
   const title = make("h2");
+  const here = make("span", {className: "mut"});
   const lists = sides.map(side => {
     const body = make("tbody");
-    const table = make("table", {}, body);
+    const heads = ["feature", "activation", "known by", ...(side.page ? [""] : [])];
+    const head = make("tr", {}, ...heads.map(text => make(text ? "th" : "td", {textContent: text})));
+    const table = make("table", {}, make("thead", {}, head), body);
     table.setAttribute("aria-label", `features of ${side.name}`);
     panel.append(make("section", {}, make("h3", {textContent: side.name}), table));
     return body;
   });
-  panel.prepend(title);
+  panel.prepend(make("div", {className: "head"}, title, here));
   shaded.append(word, back);
   text.before(shaded);
   text.after(panel);
   const rows = Math.max(1, ...sides.flatMap(side => side.tokens.map(pairs => pairs.length)));
-  panel.style.setProperty("--rows", `${rows * 34 + 34}px`);  // no jumps from token to token
+  panel.style.setProperty("--rows", `${rows * 34 + 64}px`);  // no jumps from token to token
 
   function shade() {
     const values = new Map();
@@ -46,11 +51,29 @@
       span.style.setProperty("--a", value ? (.08 + .42 * Math.abs(value) / most).toFixed(2) : "0");
     });
     word.textContent = picked
-      ? `shaded by feature ${picked[1]} of ${picked[0].name}: on ${of.length} of ${tokens.length} tokens, up to ` +
-        short(largest(of))
-      : `shaded by the strongest activation under ${sides[0].name}`;
+      ? `shaded by feature ${picked[1]} of ${picked[0].name}: ${where(of)}`
+      : `Each token is shaded by its strongest activation under ${sides[0].name}. Point at one, or go there by Tab ` +
+        "and the arrow keys; a feature’s number shades the text by that feature alone.";
+    strength(shown);
     back.hidden = !picked;
     panel.querySelectorAll("button").forEach(button => press(button));
+  }
+
+  const WHERE = 4;  // tokens named
+  // where a picked feature fires, the strongest first
+  function where(values) {
+    const first = [...values].sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, WHERE);
+    const named = first.map(([place, value]) => `“${whole(tokens[place])}” ${short(value)}`).join(", ");
+    const more = values.length > WHERE ? `, and ${values.length - WHERE} more` : "";
+    return `it fires on ${values.length} of ${tokens.length} tokens, ${named}${more}`;
+  }
+
+  // the activation of the picked feature on the token that is shown
+  function strength(place) {
+    here.textContent = "";
+    if (!picked || place < 0) return;
+    const found = picked[0].values[picked[1]].find(([at]) => at === place);
+    here.textContent = `feature ${picked[1]} ${found ? `here: ${short(found[1])}` : "does not fire here"}`;
   }
 
   function press(button) {
@@ -67,9 +90,10 @@
       shade();
     });
     press(button);
-    const said = side.says[feature];
+    const [kind, text] = side.says[feature];
+    const kindly = make("span", {className: "mut", textContent: kind});
     const cells = [make("td", {}, button), make("td", {textContent: short(value)}),
-      make("td", {className: "mut", textContent: said, title: said})];
+      make("td", {title: `${kind} ${text}`}, kindly, ` ${text}`)];
     if (side.page) {
       const link = make("a", {href: `${side.page}#${feature}`, textContent: "open", title: "its dashboard"});
       link.setAttribute("aria-label", `dashboard of feature ${feature}`);
@@ -78,12 +102,11 @@
     return make("tr", {}, ...cells);
   }
 
-  let shown = -1;
   function show(place) {
     if (place === shown) return;
     shown = place;
-    title.textContent = place < 0 ? "Point at a token, or go there by Tab and the arrow keys."
-      : `token ${place} of ${tokens.length}: ${tokens[place]}`;
+    title.textContent = place < 0 ? "no token is chosen" : `token ${place} of ${tokens.length}: ${tokens[place]}`;
+    strength(place);
     sides.forEach((side, i) => {
       const pairs = place < 0 ? [] : side.tokens[place];
       const none = make("tr", {}, make("td", {colSpan: 3, className: "mut",

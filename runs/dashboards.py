@@ -37,6 +37,9 @@ def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False) -> 
     saes = {name: beside.trained(run, trust_code) for name, run in runs.items()}
     source = source_of(info, cache_dir, data_dir)
     lm = look.load_model(info, cache_dir, data_dir)
+    if info.get("model_digest") not in (None, lm.digest):
+        raise ValueError(f"boards of another model would not be the run's: give --cache_dir of a cache that has its "
+                         f"{lm.name}")
     kept = Path(cache_dir) / "activations"
     cache = Cache(kept, *disk.store_bounds(kept, info["settings"]["activation_cache_gb"]))
 

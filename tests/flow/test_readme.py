@@ -44,6 +44,7 @@ ELSEWHERE = (
     ("python plot.py", "tests/runs/test_template.py", r"plot\.py"),
     ("python -m runs.stability", "tests/runs/test_stability.py", r"stability\.main\("),
     ("python -m runs.look", "tests/runs/test_look.py", r"look\.main\("),
+    ("python -m runs.dashboards", "tests/runs/test_features.py", r"later\.main\("),
     ("python -m runs.publish", "tests/runs/test_publish.py", r"publish\.main\("),
     ("python -m runs.neuronpedia", "tests/runs/test_neuronpedia.py", r"neuronpedia\.main\("),
     ("--exit-status", "tests/runs/test_verdict.py", r'"--exit-status"'),
@@ -55,9 +56,9 @@ SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--eva
          "cache": ["--gb=0.01"],
          "steps": ["--device=cpu", "--d_in=32", "--width=256", "--k=4", "--batch_size=64", "--variants=topk,standard"],
          "evals": ["--help"]}  # minutes of the embedded model
-OTHER_PROGRAMS = {"--all", "--baseline", "--by", "--csv", "--despite_warnings", "--exit-status", "--file", "--json",
-                  "--markdown", "--model_id", "--page", "--rebuild", "--sae", "--saebench", "--set", "--store",
-                  "--text", "--top"}
+OTHER_PROGRAMS = {"--again", "--all", "--baseline", "--by", "--csv", "--despite_warnings", "--exit-status", "--file",
+                  "--json", "--markdown", "--model_id", "--page", "--rebuild", "--sae", "--saebench", "--set",
+                  "--store", "--text", "--top"}
 COMMANDS = r"(python3?|torchrun|pip|diff) "
 REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
 

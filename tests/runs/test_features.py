@@ -89,6 +89,10 @@ def test_boards_made_later_are_those_of_the_run(reference, cache, tmp_path, caps
     assert later.main([*command, "--again"]) == 1
     assert "the held-out text is no longer that of the run" in capsys.readouterr().err
     assert features.read(out, "layer_2") == {"sae": "layer_2"}
+    (out / "run_info.json").write_text(json.dumps(info | {"model_digest": "0"}))
+    assert later.main([*command, "--again"]) == 1
+    assert "boards of another model would not be the run's" in capsys.readouterr().err
+    assert features.read(out, "layer_2") == {"sae": "layer_2"}
     (out / "run_info.json").write_text(json.dumps(info))
     (out / "features/layer_2.json.gz").write_bytes(own[:-9])
     assert later.main(command) == 0 and (out / "features/layer_2.json.gz").read_bytes() == own

@@ -479,7 +479,7 @@ def _read_all(names: list[str]) -> tuple[list[Run], list[str]]:
         try:
             runs += read(name).values()
         except (ValueError, OSError) as error:
-            unreadable.append(str(error).split("\n")[0])
+            unreadable.append(in_a_line(error))
     if not runs:
         raise ValueError("; ".join(unreadable))
     return runs, unreadable

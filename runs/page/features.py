@@ -34,7 +34,7 @@ FEWEST = 60  # dashboards that stay while rows of the list can go instead
 TOP = 20  # strongest contexts of a dashboard
 STATIC = 50  # features in the table without scripts
 SAMPLE = 20_000  # rows by which the size of a longer list is estimated
-REASONS = ("new", "best probe", "absorbed letter", "explained", "random", "rarest", "densest")  # most telling first
+REASONS = ("best probe", "new", "explained", "absorbed letter", "random", "rarest", "densest")  # most telling first
 SCALED = ("own_cosine", "cosine", "encoder_cosine")  # kept in thousandths
 COLUMNS = ("density", "max", "peak", "own_nearest", "own_cosine", "nearest", "cosine", "new", "encoder_cosine")
 

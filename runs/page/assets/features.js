@@ -101,31 +101,31 @@ const Features = (() => {
         + "is a dashboard then those at the peaks of its strongest contexts, the most frequent first"};
     const below = board.baseline?.new?.threshold;
     const limit = below ? `; new, as the comparison counts, are those below ${below}` : "";
-    const columns = [{key: "feature", title: "feature", width: 90, value: featureAt, say: String,
+    const columns = [{key: "feature", title: "feature", width: 100, value: featureAt, say: String,
       about: "its number; one without a dashboard is gray"},
     ...board.columns.peak || notes.length ? [tokens] : [],
     ...noted("explanation", 3, {title: "explanation", width: 280, of: text => text || "",
       about: "what a language model says it fires on (autointerp)"}),
-    ...noted("score", 4, {title: "score", width: 82, words: false, down: true, of: score => score,
+    ...noted("score", 4, {title: "score", width: 90, words: false, down: true, of: score => score,
       value: row => note(featureAt(row))?.[4] ?? null,
       about: "how often a language model told by the explanation where it fires"}),
-    ...some("density", {title: "density", width: 100, down: true, say: shares(),
+    ...some("density", {title: "density", width: 106, down: true, say: shares(),
       about: "share of the tokens on which it fires"}),
-    ...some("max", {title: "max", width: 78, down: true, say: alike(board.columns.max),
+    ...some("max", {title: "max", width: 80, down: true, say: alike(board.columns.max),
       about: "the largest activation"}),
-    ...cosines("cosine", {title: "cosine to baseline", width: 168,
+    ...cosines("cosine", {title: "cosine to baseline", width: 186,
       about: `cosine of its decoder row with the one of ${theirs} that is most like it${limit}`}),
-    ...some("nearest", {title: "its nearest", width: 114, say: String,
+    ...some("nearest", {title: "its nearest", width: 122, say: String,
       about: `the feature of ${theirs} that is most like it`}),
-    ...cosines("own_cosine", {title: "own nearest", width: 122, down: true,
-      about: "the largest cosine of its decoder row with that of another feature here"}),
-    ...cosines("encoder_cosine", {title: "encoder", width: 96, about: "cosine of its encoder with its decoder row"}),
-    ...noted("why", 0, {title: "dashboard", width: 170, rank: dashboardRanks(), of: why => why.join(", "),
-      value: row => has(featureAt(row)) ? note(featureAt(row))[0].join(", ") : "", about: "what it has one for"}),
+    ...noted("why", 0, {title: "chosen as", width: 160, rank: dashboardRanks(), of: why => why.join(", "),
+      value: row => has(featureAt(row)) ? note(featureAt(row))[0].join(", ") : "", about: "why it has a dashboard; the gray ones have none"}),
     ...noted("classes", 1, {title: "probe classes", width: 300, of: classes, titles: row => classTitles(featureAt(row)),
       about: "what sparse probes with few features read off it (sparse_probing, sae_probes)"}),
-    ...noted("letters", 2, {title: "letters", width: 84, of: letters => letters.join(", "),
-      about: "first letters of words whose probe it serves (absorption)"})];
+    ...noted("letters", 2, {title: "letters", width: 96, of: letters => letters.join(", "),
+      about: "first letters of words whose probe it serves (absorption)"}),
+    ...cosines("own_cosine", {title: "own nearest", width: 134, down: true,
+      about: "the largest cosine of its decoder row with that of another feature here"}),
+    ...cosines("encoder_cosine", {title: "encoder", width: 106, about: "cosine of its encoder with its decoder row"})];
     return columns.map(one => ({say: number, ...one}));
   }
 
@@ -135,12 +135,12 @@ const Features = (() => {
     return share => share ? `${(100 * share).toFixed(places)}%` : "0%";
   }
 
-  // numbers of a column with the same places, three digits of the largest
+  // numbers of a column with the same places: three digits of the largest, and one place at least
   function alike(values) {
     let most = 0;
     for (const value of values) most = Math.max(most, Math.abs(value ?? 0));
-    const places = most ? 2 - Math.floor(Math.log10(most)) : 0;
-    return places >= 0 && places < 6 ? value => value.toFixed(places) : number;
+    const places = most ? Math.max(1, 2 - Math.floor(Math.log10(most))) : 0;
+    return most < 1e4 && places < 6 ? value => value.toFixed(places) : number;
   }
 
   const classTitles = feature => (note(feature)?.[1] ?? []).map(place => visible(board.classes[place][0])).join(", ");
@@ -268,15 +268,14 @@ const Features = (() => {
   // what a search looks through, for it is not all of all features
   function scope(where) {
     if (board.text === null) return "";
-    const all = board.rows ? `the ${comma(size)} features in this page` : `all ${comma(size)} features`;
-    const peak = board.columns.peak ? ` and the token on which each is strongest` : "";
+    const all = board.rows ? `the ${comma(size)} features listed` : `all ${comma(size)} features`;
     const some = `the ${comma(list.best.length)} with a dashboard`;
-    return {any: `Searched are the numbers of ${all}${peak}; of ${some} also explanations, classes, all tokens they `
-      + "fire on or promote, and, where nothing else is like that, the text of their contexts.",
-    words: `Searched are explanations, classes and letters of ${some}.`,
-    tokens: `Searched are ${peak ? `the token on which each of ${all} is strongest` : ""}${peak ? " and" : ""} all `
-      + `tokens that ${some} fire on or promote.`,
-    contexts: `Searched is the text of the contexts of ${some}.`}[where];
+    const peak = board.columns.peak ? " and strongest token" : "";
+    return {any: `A search covers number${peak} of ${all}; explanation, classes, other tokens and contexts of ${some}.`,
+      words: `A search covers explanation, classes and letters of ${some}.`,
+      tokens: (peak ? `A search covers the strongest token of ${all}; ` : "A search covers ")
+        + `all tokens that ${some} fire on or promote.`,
+      contexts: `A search covers the text of all contexts of ${some}.`}[where];
   }
 
   function choose() {  // which rows are shown, in which order

@@ -118,7 +118,8 @@ const Features = (() => {
     ...some("nearest", {title: "its nearest", width: 122, say: String,
       about: `the feature of ${theirs} that is most like it`}),
     ...noted("why", 0, {title: "chosen as", width: 160, rank: dashboardRanks(), of: why => why.join(", "),
-      value: row => has(featureAt(row)) ? note(featureAt(row))[0].join(", ") : "", about: "why it has a dashboard; the gray ones have none"}),
+      value: row => has(featureAt(row)) ? note(featureAt(row))[0].join(", ") : "",
+      about: "why it has a dashboard; the gray ones have none"}),
     ...noted("classes", 1, {title: "probe classes", width: 300, of: classes, titles: row => classTitles(featureAt(row)),
       about: "what sparse probes with few features read off it (sparse_probing, sae_probes)"}),
     ...noted("letters", 2, {title: "letters", width: 96, of: letters => letters.join(", "),
@@ -568,7 +569,7 @@ const Features = (() => {
   function logits({top, bottom}) {
     const side = (title, pairs) => el("table", {}, el("tr", {}, el("th", {class: "l", text: title}),
       el("th", {text: "logit"})), ...pairs.map(([text, value]) => el("tr", {}, el("td", {class: "l"},
-      el("code", {text: visible(text)})), el("td", {text: number(value)}))));
+      el("code", {text: visible(text), title: visible(text)})), el("td", {text: number(value)}))));
     return el("div", {class: "words"}, side("promotes", top), side("suppresses", bottom));
   }
 

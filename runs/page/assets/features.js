@@ -64,6 +64,7 @@ const Features = (() => {
   const has = feature => lines.has(String(feature));
   const percent = share => `${Number((100 * share).toPrecision(3))}%`;
   function rate(density) {  // as _share of features.py has it
+    if (board.text === null) return percent(density);
     const {tokens} = board.text;
     return `${percent(density)} (${comma(Math.round(density * tokens))} of ${comma(tokens)} tokens)`;
   }

@@ -6,6 +6,7 @@ import gzip
 import json
 import shlex
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from runs.frontier import l0_of
 from runs.voice import duration
 
 FOLDER = "features"
+# what pages need of a board, of its list and of a dashboard, beside what `_problem` names
+PARTS = ("variant", "model", "hook_name", "either_sign", "text", "baseline")
+COLUMNS = ("density", "max", "own_nearest", "own_cosine", "nearest", "cosine", "encoder_cosine")
+SHOWN = ("why", "density", "max", "groups", "histogram", "logits", "own", "theirs", "cofiring", "classes", "letters",
+         "explanation", "score")
 
 
 def place(out: Path, sae: str) -> Path:
@@ -39,12 +45,41 @@ def write(out: Path, board: dict) -> Path:
 
 
 def read(out: Path, sae: str) -> dict:
-    """The board of an SAE. OSError: there is none. ValueError: damaged."""
+    """The board of an SAE. OSError: there is none. ValueError: damaged, or not what pages are made from."""
     file = place(out, sae)
+    packed = file.read_bytes()
     try:
-        return json.loads(gzip.decompress(file.read_bytes()))
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is damaged: {error}\nrun the experiment again in another folder") from error
+        board = json.loads(gzip.decompress(packed))
+        problem = _problem(board)
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        problem = str(error)
+    if problem:
+        # without the way to the run's folder: this is said in pages, too, which leave this machine
+        name = f"{file.resolve().parents[1].name}/{FOLDER}/{file.name}"
+        raise ValueError(f"{name} is damaged: {problem}; delete it, or run the experiment again in another folder")
+    return board
+
+
+def _problem(board) -> str:
+    """What keeps a page from being made from a board; "" if nothing."""
+    if not isinstance(board, dict):
+        return "it holds no board"
+    kinds = {"sae": str, "d_sae": int, "list": dict, "features": dict, "vocab": list, "passages": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(board.get(name), kind)]
+    missing = [name for name in PARTS if name not in board]
+    if wrong or missing:
+        return f"it has no {' and no '.join(wrong + missing)}"
+    absent = [name for name in COLUMNS if name not in board["list"]]
+    if absent:
+        return f"its list has no {' and no '.join(absent)}"
+    for name, values in board["list"].items():
+        if values is not None and (not isinstance(values, list) or len(values) != board["d_sae"]):
+            return f"its list has not {board['d_sae']:,} values of {name}, one of each feature"
+    for feature, one in board["features"].items():
+        absent = [name for name in SHOWN if not isinstance(one, dict) or name not in one]
+        if absent:
+            return f"its feature {feature} has no {' and no '.join(absent)}"
+    return ""
 
 
 def kept(out: Path) -> list[str]:

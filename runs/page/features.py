@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import zlib
 from base64 import b64encode
@@ -25,7 +26,6 @@ from statistics import median
 from runs import features
 from runs.folder import write_text
 from runs.page import charts, shell
-from runs.stability import NEW
 
 SCRIPTS = (*shell.CHARTS, "features.js")
 STYLES = ("features.css",)  # which `preview` needs too
@@ -34,9 +34,9 @@ FEWEST = 60  # dashboards that stay while rows of the list can go instead
 TOP = 20  # strongest contexts of a dashboard
 STATIC = 50  # features in the table without scripts
 SAMPLE = 20_000  # rows by which the size of a longer list is estimated
-REASONS = ("new", "best probe", "absorbed letter", "explained", "densest", "rarest", "random")
+REASONS = ("best probe", "new", "explained", "absorbed letter", "random", "rarest", "densest")  # most telling first
 SCALED = ("own_cosine", "cosine", "encoder_cosine")  # kept in thousandths
-COLUMNS = ("density", "max", "own_nearest", "own_cosine", "nearest", "cosine", "encoder_cosine")
+COLUMNS = ("density", "max", "peak", "own_nearest", "own_cosine", "nearest", "cosine", "new", "encoder_cosine")
 
 
 def place(out: Path, sae: str) -> Path:
@@ -126,17 +126,42 @@ def _first(board: dict, rows: list[int]) -> str:
     """The first line: all but the dashboards; of the list these rows."""
     columns = {}
     for name in COLUMNS:
-        values = board["list"][name]
+        values = board["list"].get(name)  # boards of before have no peak and no new
         if values is not None:
             columns[name] = [_shown(values[row], name) for row in rows]
-    notes = {feature: [one["why"], one["classes"], one["letters"], one["explanation"], one["score"], _peaks(board, one)]
-             for feature, one in board["features"].items()}
+    classes = {name: place for place, name in enumerate(dict.fromkeys(
+        name for one in board["features"].values() for name in one["classes"]))}
+    notes = {feature: [one["why"], [classes[name] for name in one["classes"]], one["letters"], one["explanation"],
+                       one["score"], _peaks(board, one)] for feature, one in board["features"].items()}
     baseline = board["baseline"]
     if baseline is not None:
-        baseline = {key: baseline[key] for key in ("name", "variant", "l0", "problem")}
+        baseline = {key: baseline.get(key) for key in ("name", "variant", "l0", "problem", "new")}
     named = {key: board[key] for key in ("sae", "variant", "either_sign", "d_sae", "text", "vocab")}
-    return _text(named | {"new": NEW, "rows": None if len(rows) == board["d_sae"] else rows, "columns": columns,
-                          "notes": notes, "baseline": baseline, "passages": _passages(board)}) + "\n"
+    return _text(named | {"rows": None if len(rows) == board["d_sae"] else rows, "columns": columns, "notes": notes,
+                          "order": _order(board), "classes": [[name, class_in_words(name)] for name in classes],
+                          "baseline": baseline, "passages": _passages(board)}) + "\n"
+
+
+def _order(board: dict) -> list[int]:
+    """The features with dashboards as one looks at them: by reasons, and of each those of middle density first."""
+    logs = {feature: math.log10(one["density"] or 1e-9) for feature, one in board["features"].items()}
+    if not logs:
+        return []
+    middle = median(logs.values())
+
+    def place(feature: str) -> tuple:
+        reasons = [REASONS.index(why) for why in board["features"][feature]["why"] if why in REASONS]
+        return min(reasons, default=len(REASONS)), abs(logs[feature] - middle), int(feature)
+
+    return [int(feature) for feature in sorted(logs, key=place)]
+
+
+def class_in_words(name: str) -> str:
+    """"105_click_bait", a data set of sae_probes, as "click bait (sae_probes 105)"; others without underscores."""
+    numbered = re.fullmatch(r"(\d+)_(.+)", name, re.DOTALL)
+    if numbered is None:
+        return name.replace("_", " ")
+    return f"{numbered[2].replace('_', ' ')} (sae_probes {numbered[1]})"
 
 
 def _peaks(board: dict, one: dict, n: int = 3) -> list[str]:
@@ -150,6 +175,8 @@ def _shown(value, column: str):
         return None
     if column in SCALED:
         return round(value * 1000)
+    if column == "density":  # whole: a number of tokens is made of it
+        return _digits(value)
     return value if isinstance(value, int) else _digits(value, 3)
 
 
@@ -241,13 +268,19 @@ def _summary(board: dict) -> str:
     said = [f"{len(firing):,} of {width:,} features fire on this text, {width - len(firing):,} "
             f"({(width - len(firing)) / width:.1%}) never do; {len(board['features']):,} have a dashboard."]
     if firing:
-        said.append(f"The median of those that fire does so on 1 of "
-                    f"{1 / median(density[feature] for feature in firing):,.0f} tokens.")
-    cosine, baseline = board["list"]["cosine"], board["baseline"]
-    if cosine is not None and baseline is not None:
-        new = sum(cosine[feature] is not None and cosine[feature] < NEW for feature in firing)
-        said.append(f"{new:,} that fire are new: no feature of {baseline['name']} has a cosine of {NEW} with them.")
+        said.append(f"The median of those that fire does so on "
+                    f"{_share(board, median(density[feature] for feature in firing))}.")
+    new = (board["baseline"] or {}).get("new")
+    if new:
+        said.append(f"{new['count']:,} of {new['of']:,} features are new, as the comparison counts them: no feature of "
+                    f"{board['baseline']['name']} has a cosine of {new['threshold']} with them.")
     return " ".join(said)
+
+
+def _share(board: dict, density: float) -> str:
+    """0.0123 as "1.23% of tokens (398 of 32,326)", as features.js has it."""
+    tokens = board["text"]["tokens"]
+    return f"{100 * density:.3g}% of tokens ({density * tokens:,.0f} of {tokens:,})"
 
 
 def _left_out(board: dict, rows: int, boards: int) -> str:
@@ -287,7 +320,7 @@ def _densities(board: dict) -> str:
 def _app(board: dict) -> str:
     """What features.js fills; hidden while it does not run."""
     filters = [("has", "with a dashboard")]
-    if board["list"]["cosine"] is not None:
+    if board["list"].get("new") is not None:
         filters.append(("new", "new"))
     if board["list"]["density"] is not None:
         filters.append(("dead", "never firing"))
@@ -296,15 +329,17 @@ def _app(board: dict) -> str:
     reasons = [*(why for why in REASONS if why in there), *sorted(there - set(REASONS))]
     options = "".join(f"<option>{escape(why)}</option>" for why in reasons)
     chosen = f'<label>chosen as <select id=why><option value="">any</option>{options}</select></label>'
-    keys = ("<kbd>/</kbd> search · in the list <kbd>↑</kbd> <kbd>↓</kbd> and <kbd>Enter</kbd> · "
-            "<kbd>j</kbd> <kbd>k</kbd> next and previous dashboard · on a token <kbd>←</kbd> <kbd>→</kbd>")
+    keys = ("Keys while the list or what is below it has the focus: <kbd>/</kbd> search · <kbd>j</kbd> <kbd>k</kbd> "
+            "next and previous dashboard · in the list <kbd>↑</kbd> <kbd>↓</kbd> <kbd>Enter</kbd> · on a token "
+            "<kbd>←</kbd> <kbd>→</kbd>")
     passages = "<section aria-labelledby=read><h2 id=read>Passages</h2><div id=passages></div></section>"
     return f"""<div id=app hidden>
 <section aria-labelledby=all><h2 id=all>All features</h2>
 <div class=controls><label>Search <input type=search id=query size=26 autocomplete=off spellcheck=false></label>
 <label>in <select id=where><option value=any>numbers, words, tokens</option><option value=words>explanations, classes
 </option><option value=tokens>tokens it fires on or promotes</option><option value=contexts>all text of its contexts
-</option></select></label>{boxes}{chosen if options else ""}<output id=found></output></div>
+</option></select></label>{boxes}{chosen if options else ""}</div>
+<p class="mut keys"><output id=found></output> <span id=scope></span></p>
 <div id=list></div><p class="mut keys">{keys}</p></section>
 <section id=one aria-labelledby=which></section>{passages if board["passages"] else ""}
 <div id=tip role=tooltip hidden></div></div>"""
@@ -321,12 +356,13 @@ def _static(board: dict) -> str:
     cosine = board["list"]["cosine"]
     heads = ["feature", "density", "max", *(["cosine to the baseline"] if cosine else [])]
     rows = []
-    for feature, one in list(board["features"].items())[:STATIC]:
-        cells = [feature, f"{one['density']:.3g}", f"{one['max']:.3g}"]
+    for feature in map(str, _order(board)[:STATIC]):
+        one = board["features"][feature]
+        cells = [feature, f"{100 * one['density']:.3g}%", f"{one['max']:.3g}"]
         if cosine:
             cells.append("" if cosine[int(feature)] is None else f"{cosine[int(feature)]:.3f}")
         figures = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        words = escape(", ".join([*one["why"], *one["classes"]]))
+        words = ", ".join([*map(escape, one["why"]), *_classes(one)])
         shown = "".join(_context(board, one, context) for context in _strongest(one, 1))
         rows.append(f'<tr>{figures}<td class="l w">{words}</td><td class="l w">{shown}</td></tr>')
     head = "".join(f"<th>{name}</th>" for name in heads) + "<th class=l>chosen as, classes</th><th class=l>context</th>"
@@ -339,18 +375,23 @@ def _static(board: dict) -> str:
 def _card(board: dict, feature: str) -> str:
     """A dashboard, short: figures, what it promotes, three contexts."""
     one, cosine = board["features"][feature], board["list"]["cosine"]
-    figures = [f"density {one['density']:.3g}", f"max {one['max']:.3g}"]
+    figures = [f"density {100 * one['density']:.3g}%", f"max {one['max']:.3g}"]
     if cosine is not None and cosine[int(feature)] is not None:
         figures.append(f"cosine to the baseline’s nearest {cosine[int(feature)]:.2f}")
-    words = [*one["why"], *one["classes"], *([one["explanation"]] if one["explanation"] else [])]
+    words = [*map(escape, one["why"]), *_classes(one), *([escape(one["explanation"])] if one["explanation"] else [])]
     promoted = ""
     if one["logits"]:
         tokens = " ".join(f"<code>{escape(shell.visible(token))}</code>" for token, _ in one["logits"]["top"][:8])
         promoted = f"<p class=mut>promotes {tokens}</p>"
     contexts = "".join(_context(board, one, context) for context in _strongest(one, 3))
     return (f'<div class=card><h3><a href="{escape(address(board["sae"]))}#{feature}">Feature {feature}</a> '
-            f"<span class=mut>{escape(' · '.join(figures))}</span></h3><p>{escape(' · '.join(words))}</p>"
+            f"<span class=mut>{escape(' · '.join(figures))}</span></h3><p>{' · '.join(words)}</p>"
             f"{promoted}{contexts}</div>")
+
+
+def _classes(one: dict) -> list[str]:
+    """The classes of a dashboard as HTML, in words, their names in the evals as titles."""
+    return [f'<span title="{escape(name)}">{escape(class_in_words(name))}</span>' for name in one["classes"]]
 
 
 def _strongest(one: dict, n: int) -> list[dict]:

@@ -71,7 +71,8 @@ def test_what_goes_in(tmp_path):
     made = board(features=30, boards=5)
     first, boards = inside(written(tmp_path, made))
     assert first["rows"] is None and first["vocab"] == made["vocab"] and first["passages"] == made["passages"]
-    assert first["columns"]["density"] == [float(f"{share:.3g}") for share in made["list"]["density"]]
+    assert first["columns"]["density"] == [float(f"{share:.4g}") for share in made["list"]["density"]]
+    assert first["columns"]["new"] == made["list"]["new"] and first["columns"]["peak"] == made["list"]["peak"]
     assert first["columns"]["cosine"] == [round(1000 * cosine) for cosine in made["list"]["cosine"]]
     assert first["columns"]["nearest"] == made["list"]["nearest"]
     assert [name for name in boards if name[0] != "b"] == list(made["features"])
@@ -135,8 +136,8 @@ def test_large_dictionaries(tmp_path, monkeypatch, browser):
         assert all_rows or "never fire and of the rarest" in file.read_text()
     show(browser, file)
     assert browser.js("return document.querySelectorAll('[role=row]').length") < 60
-    took = browser.js("const cosine = document.querySelectorAll('[role=columnheader] button')[3];"
-                      "const start = performance.now(); cosine.click(); return performance.now() - start")
+    took = browser.js("const cosine = [...document.querySelectorAll('[role=columnheader] button')].find(one => "
+                      "one.textContent === 'cosine to baseline'); const start = performance.now(); cosine.click(); return performance.now() - start")
     assert took < 300 and browser.console() == []
 
 
@@ -147,6 +148,47 @@ def test_without_scripts_there_is_a_table(tmp_path):
     plain = html[html.index("<div id=plain>"):html.index("<h2>Densities</h2>")]
     assert plain.count("<tr>") == 51 and plain.count("<div class=said>") == 50 and "50 of the 60 features" in plain
     assert "<img" not in plain and "&lt;img src=x" in plain and "<svg" in html
+
+
+def test_head_says_what_the_comparison_counts(tmp_path):
+    """Fails if new features are counted by the cosines of the list, or a number of tokens is not whole."""
+    made = board(features=5, boards=0)
+    made["list"]["density"] = [3 / 4064, 0.0, 8 / 4064, 8 / 4064, 2000 / 4064]
+    made["list"]["cosine"] = [.1] * 5
+    made["baseline"]["new"] = {"count": 1234, "of": 2301, "threshold": 0.6}
+    html = written(tmp_path, made).read_text()
+    assert "4 of 5 features fire on this text, 1 (20.0%) never do" in html
+    assert "does so on 0.197% of tokens (8 of 4,064)" in html
+    assert "1,234 of 2,301 features are new, as the comparison counts them: no feature of topk at L0 32 has a cosine " \
+        "of 0.6 with them" in html
+
+
+def test_classes_in_words(tmp_path):
+    """Fails if a class of sae_probes is shown by its file's name, or its name in the evals is nowhere."""
+    for name, words in {"105_click_bait": "click bait (sae_probes 105)", "67_social-security": "social-security "
+                        "(sae_probes 67)", "review_sentiment: negative": "review sentiment: negative"}.items():
+        assert page.class_in_words(name) == words
+    made = board(features=20, boards=3)
+    made["features"]["0"]["classes"] = ["105_click_bait", "arxiv_field: cs"]
+    first, _ = inside(written(tmp_path, made))
+    assert [first["classes"][place] for place in first["notes"]["0"][1]] \
+        == [["105_click_bait", "click bait (sae_probes 105)"], ["arxiv_field: cs", "arxiv field: cs"]]
+    said = '<span title="105_click_bait">click bait (sae_probes 105)</span>'
+    assert said in page.preview(made, 3) and said in (tmp_path / "features" / "layer_9.html").read_text()
+
+
+def test_what_is_shown_first(tmp_path):
+    """Fails if the first dashboards are not of the most telling reason, those of middle density first."""
+    made = board(features=60, boards=7)
+    chosen = list(made["features"])
+    shares = [.5, .0001, .01, .02, .3, .01, .005]  # their middle: .01
+    reasons = ["best probe", "best probe", "new", "new", "densest", "random", "best probe"]
+    for feature, share, why in zip(chosen, shares, reasons):
+        made["features"][feature] |= {"density": share, "why": [why]}
+    order = [int(chosen[place]) for place in (6, 0, 1, 2, 3, 5, 4)]
+    assert inside(written(tmp_path, made))[0]["order"] == order
+    plain = (tmp_path / "features" / "layer_9.html").read_text().split("<h2>Densities")[0]
+    assert [int(one) for one in re.findall(r"<tr><td>(\d+)</td>", plain)] == order
 
 
 def test_previews_are_of_every_reason(tmp_path):
@@ -168,7 +210,55 @@ def test_the_command(tmp_path, capsys):
     assert page.main([str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert said.out.split() == [str(tmp_path / "features" / "layer_9.html")]
-    assert "layer_3.json.gz is damaged" in said.err
+    name = tmp_path.name
+    assert said.err == f"{name}/features/layer_3.json.gz is damaged: Not a gzipped file (b'no'); delete it, or run " \
+        "the experiment again in another folder\n"
+
+
+def test_damaged_boards(tmp_path):
+    """Fails if a board that no page can be made from is read, or what is said of it is not one line without the way
+    to the folder.
+    """
+    def said(made) -> str:
+        file = features.place(tmp_path, "layer_9")
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(gzip.compress(json.dumps(made).encode()))
+        with pytest.raises(ValueError) as caught:
+            features.read(tmp_path, "layer_9")
+        text = str(caught.value)
+        assert text.startswith(f"{tmp_path.name}/features/layer_9.json.gz is damaged: ") and "\n" not in text
+        assert str(tmp_path) not in text
+        return text
+
+    def without(*path: str) -> dict:
+        made = at = board(features=9, boards=2)
+        for name in path[:-1]:
+            at = at[name]
+        del at[path[-1]]
+        return made
+
+    assert "it holds no board" in said([])
+    assert "it has no sae;" in said(without("sae")) and "it has no vocab;" in said(without("vocab"))
+    assert "it has no baseline;" in said(without("baseline"))
+    assert "its list has no cosine;" in said(without("list", "cosine"))
+    assert "its feature 0 has no groups;" in said(without("features", "0", "groups"))
+    made = board(features=9, boards=2)
+    made["list"]["peak"].pop()
+    assert "its list has not 9 values of peak" in said(made)
+    file = features.write(tmp_path, board(features=9, boards=2))
+    whole = file.read_bytes()
+    for damaged in (whole[:len(whole) // 2], whole[:300] + bytes(50) + whole[350:]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="layer_9.json.gz is damaged: "):
+            features.read(tmp_path, "layer_9")
+
+
+def test_boards_of_before(tmp_path):
+    """Fails if a board without peaks and new features has no page, or its page says how many are new."""
+    made = board()
+    del made["list"]["new"], made["list"]["peak"], made["baseline"]["new"]
+    html = written(tmp_path, made).read_text()
+    assert "are new, as" not in html and "id=only-new" not in html and "id=only-has" in html
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
@@ -207,10 +297,15 @@ def test_by_keyboard(browser, tmp_path):
     made = board(features=60, boards=20)
     file = written(tmp_path, made)
     show(browser, file)
-    order = sorted(map(int, made["features"]))
+    order = inside(file)[0]["order"]
     heading = "return document.getElementById('which').textContent"
     assert browser.js(heading) == f"Feature {order[0]}"  # the first is shown at once
+    press(browser, "/jk")  # the focus is on none of what these act on
+    assert browser.js(heading) == f"Feature {order[0]}"
+    assert browser.js("return document.activeElement.tagName") == "BODY"
+    browser.js("document.querySelector('[role=grid]').focus()")
     press(browser, "/")
+    assert browser.js("return document.activeElement.id") == "query"
     press(browser, f"{order[3]}{ENTER}")
     until(browser, f"return location.hash === '#{order[3]}' && document.activeElement.id === 'which'")
     assert browser.js(heading) == f"Feature {order[3]}"
@@ -222,12 +317,13 @@ def test_by_keyboard(browser, tmp_path):
     browser.js("document.querySelector('[role=grid]').focus()")
     browser.js("document.querySelector('[role=grid]').dispatchEvent(new KeyboardEvent('keydown', {key: 'Home'}))")
     press(browser, DOWN * 6 + UP + ENTER)
-    until(browser, f"return location.hash === '#5' && ({heading.removeprefix('return ')}) === 'Feature 5'")
-    assert browser.js("return document.querySelector('[role=row][aria-selected]').dataset.feature") == "5"
+    until(browser, f"return location.hash === '#{order[5]}' && ({heading.removeprefix('return ')}) === "
+                   f"'Feature {order[5]}'")
+    assert browser.js("return document.querySelector('[role=row][aria-selected]').dataset.feature") == str(order[5])
     browser.driver.back()
     until(browser, f"return document.getElementById('which').textContent === 'Feature {order[2]}'")
     browser.driver.forward()
-    until(browser, "return document.getElementById('which').textContent === 'Feature 5'")
+    until(browser, f"return document.getElementById('which').textContent === 'Feature {order[5]}'")
     browser.js(f"location.hash = '#{order[2]}'")
     until(browser, f"return document.getElementById('which').textContent === 'Feature {order[2]}'")
     context = made["features"][str(order[2])]["groups"][0]["contexts"][0]
@@ -238,8 +334,12 @@ def test_by_keyboard(browser, tmp_path):
     assert "does not fire" in text_of(browser, "#tip") and "position 13 of 21" in text_of(browser, "#tip")
     browser.js("document.querySelector('[role=columnheader] button').focus()")
     press(browser, ENTER)
-    assert seen(browser) == list(range(60))[::-1]
-    assert browser.js("return document.querySelector('[role=columnheader]').getAttribute('aria-sort')") == "descending"
+    sort = "return document.querySelector('[role=columnheader]').getAttribute('aria-sort')"
+    assert seen(browser) == list(range(60)) and browser.js(sort) == "ascending"
+    press(browser, ENTER)
+    assert seen(browser) == list(range(60))[::-1] and browser.js(sort) == "descending"
+    press(browser, ENTER)
+    assert seen(browser)[:20] == order and browser.js(sort) is None
     assert browser.console() == []
 
 
@@ -256,25 +356,33 @@ def test_sorting_and_searching(browser, tmp_path):
     file = written(tmp_path, made)
     show(browser, file)
     titles = browser.js("return [...document.querySelectorAll('[role=columnheader]')].map(one => one.textContent)")
-    cut = {"density": lambda share: float(f"{share:.3g}"), "max": lambda value: float(f"{value:.3g}"),
+    cut = {"density": lambda share: float(f"{share:.4g}"), "max": lambda value: float(f"{value:.3g}"),
            "cosine": lambda value: round(1000 * value)}
-    for title, name in (("density", "density"), ("max", "max"), ("cosine to baseline", "cosine")):
+    order = inside(file)[0]["order"]
+    others = [feature for feature in range(300) if feature not in order]
+    assert seen(browser) == order + others
+    click = "document.querySelectorAll('[role=columnheader] button')[arguments[0]].click()"
+    whole = "const head = document.querySelectorAll('[role=columnheader]')[arguments[0]];" \
+        "return head.scrollWidth <= head.clientWidth"
+    for title, name, first in (("density", "density", -1), ("max", "max", -1), ("cosine to baseline", "cosine", 1)):
         values = [cut[name](value) for value in made["list"][name]]
-        for down in (True, False):
-            browser.js("document.querySelectorAll('[role=columnheader] button')[arguments[0]].click()",
-                       titles.index(title))
-            assert seen(browser) == sorted(range(300), key=lambda f: ((-1 if down else 1) * values[f], f))
-    browser.js("document.querySelectorAll('[role=columnheader] button')[0].click()")
+        for sign in (first, -first):
+            browser.js(click, titles.index(title))
+            assert seen(browser) == sorted(range(300), key=lambda f: (sign * values[f], f))
+            assert browser.js(whole, titles.index(title))
+        browser.js(click, titles.index(title))
+        assert seen(browser) == order + others
+    browser.js(click, 0)
     assert search(browser, "zebra", "tokens") == sorted(map(int, (rare, promoted)))
     assert search(browser, "zebra cat", "contexts") == [int(rare)]
     assert search(browser, "about CATS", "words") == [int(f) for f, one in made["features"].items()
                                                       if one["explanation"]]
     assert search(browser, "29") == [29, *range(290, 300)]
-    assert search(browser, "no such word") == [] and text_of(browser, "#found") == "no feature is like that"
+    assert search(browser, "no such word") == [] and text_of(browser, "#found") == "no feature is like that."
     search(browser, "")
     wanted = {"has": sorted(map(int, made["features"])),
               "dead": [f for f in range(300) if not made["list"]["density"][f]],
-              "new": [f for f in range(300) if made["list"]["density"][f] and made["list"]["cosine"][f] < .6995]}
+              "new": [f for f in range(300) if made["list"]["new"][f]]}
     for name, expected in wanted.items():
         browser.js("document.getElementById(arguments[0]).click()", f"only-{name}")
         assert seen(browser) == expected
@@ -285,12 +393,74 @@ def test_sorting_and_searching(browser, tmp_path):
 
 
 @pytest.mark.slow
+def test_tokens_of_all_features_are_searched(browser, tmp_path):
+    """Fails if a feature without a dashboard is not found by its strongest token, what is shown is no hit, the best
+    hits are not first, text that contexts alone have finds nothing, or the page does not say what it searches.
+    """
+    made = board(features=100, boards=10)
+    made["vocab"] += [" Zagreb", " Rijeka"]
+    zagreb, rijeka = len(made["vocab"]) - 2, len(made["vocab"]) - 1
+    chosen = list(map(int, made["features"]))
+    bare = next(f for f in range(99, 0, -1) if made["list"]["density"][f])
+    made["list"]["peak"][bare] = zagreb
+    fires, strongest, passes = chosen[2], chosen[6], chosen[4]
+    made["features"][str(fires)]["groups"][3]["contexts"][0]["tokens"][9] = zagreb
+    made["list"]["peak"][strongest] = zagreb
+    made["features"][str(passes)]["groups"][3]["contexts"][0]["tokens"][2] = rijeka
+    show(browser, written(tmp_path, made))
+    heading = "return document.getElementById('which').textContent"
+    assert search(browser, "zagreb") == [strongest, bare, fires]
+    assert browser.js(heading) == f"Feature {strongest}" and browser.js("return location.hash") == f"#{strongest}"
+    assert text_of(browser, "#found") == "3 of 100 features, the best hits first."
+    assert text_of(browser, "#scope") == "A search covers number and strongest token of all 100 features; " \
+        "explanation, classes, other tokens and contexts of the 10 with a dashboard."
+    assert search(browser, "rijeka") == [passes] and "by the text of contexts alone" in text_of(browser, "#found")
+    assert browser.js(heading) == f"Feature {passes}"
+    assert passes in search(browser, "")  # what is shown stays
+    assert browser.js(heading) == f"Feature {passes}"
+    assert search(browser, f"{bare}")[0] == bare and browser.js(heading) == f"Feature {bare}"
+    count = round(made["list"]["density"][bare] * 4064)
+    assert "It was not among the 10 features chosen for one" in text_of(browser, "#one")
+    assert f"({count:,} of 4,064 tokens)" in text_of(browser, "#one") and "Zagreb" in text_of(browser, "#one")
+    row = f"document.querySelector('[data-feature=\"{bare}\"]')"
+    assert browser.js(f"return {row}.classList.contains('bare')")
+
+
+@pytest.mark.slow
+def test_another_of_the_baselines_stands_beside(browser, tmp_path):
+    """Fails if another feature of the baseline cannot be shown beside, one without a dashboard leads somewhere, or a
+    baseline's histograms have the run's colour.
+    """
+    made = board(features=60, boards=20)
+    feature = next(f for f, one in made["features"].items()
+                   if sum(str(other) in made["baseline"]["features"] for other, _ in one["theirs"]) == 2)
+    theirs = made["features"][feature]["theirs"]
+    there = [other for other, _ in theirs if str(other) in made["baseline"]["features"]]
+    show(browser, written(tmp_path, made))
+    browser.js("location.hash = arguments[0]", f"#{feature}")
+    until(browser, f"return document.getElementById('which').textContent === 'Feature {feature}'")
+    buttons = "[...document.querySelectorAll('#one .facts button')]"
+    assert browser.js(f"return {buttons}.map(one => one.textContent)") == list(map(str, there))
+    assert browser.js(f"return {buttons}.map(one => one.getAttribute('aria-pressed'))") == ["true", "false"]
+    browser.js(f"{buttons}[1].focus()")
+    press(browser, ENTER)
+    assert f"Baseline: feature {there[1]}" in text_of(browser, "#one .pair > :last-child h3")
+    assert f"cosine {dict(theirs)[there[1]]:g}" in text_of(browser, "#one .pair > :last-child > p")
+    assert browser.js(f"return {buttons}.map(one => one.getAttribute('aria-pressed'))") == ["false", "true"]
+    assert browser.js(f"return document.activeElement === {buttons}[1]")
+    colours = browser.js("return [...document.querySelectorAll('#one canvas')].map(one => "
+                         "Chart.getChart(one).data.datasets[0].borderColor)")
+    assert colours == ["#2f74c8"] * 2 + ["#c8660f"] * 2
+    assert browser.violations() == [] and browser.console() == []
+
+
+@pytest.mark.slow
 def test_a_dashboard_and_what_stands_beside_it(browser, tmp_path):
     """Fails if a dashboard lacks a part, is not beside the baseline's, or a feature without one has no reason."""
     made = board(features=60, boards=20)
     file = written(tmp_path, made)
     show(browser, file)
-    feature = next(iter(made["features"]))
+    feature = str(inside(file)[0]["order"][0])
     beside = made["features"][feature]["theirs"]
     near, cosine = next(one for one in beside if str(one[0]) in made["baseline"]["features"])
     assert browser.js("return document.querySelectorAll('#one canvas').length") == 4
@@ -314,7 +484,7 @@ def test_a_dashboard_and_what_stands_beside_it(browser, tmp_path):
         assert reason in text_of(browser, "#one")
     # a passage: shaded by one feature, then as the baseline reads it
     browser.js("document.querySelector('.sides button').click()")
-    assert f"shaded by feature {feature} of this run" in text_of(browser, ".passage .bar")
+    assert f"shaded by feature {next(iter(made['features']))} of this run" in text_of(browser, ".passage .bar")
     browser.js("document.querySelectorAll('.passage [aria-pressed]')[1].click()")
     assert text_of(browser, ".passage [aria-pressed=true]") == "baseline"
     assert browser.console() == []

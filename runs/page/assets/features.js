@@ -62,46 +62,112 @@ const Features = (() => {
   };
   const fires = row => Boolean(column("density", row));
   const has = feature => lines.has(String(feature));
-  const rate = density => density ? `${number(density)} (1 of ${comma(Math.round(1 / density))} tokens)` : "0";
-  const peaks = known => known[5].map(token => visible(token.trim() || token)).join("  ");  // tokens it fires on most
+  const percent = share => `${Number((100 * share).toPrecision(3))}%`;
+  function rate(density) {  // as _share of features.py has it
+    if (board.text === null) return percent(density);
+    const {tokens} = board.text;
+    return `${percent(density)} (${comma(Math.round(density * tokens))} of ${comma(tokens)} tokens)`;
+  }
+  const short = token => visible(token.trim() || token);
+  // the tokens on which a feature is largest: at its peak, then at those of most of its strongest contexts
+  function strongest(row) {
+    const peak = column("peak", row), known = note(featureAt(row));
+    const tokens = known ? known[5].map(short) : [];
+    return [...new Set(peak === null || peak < 0 ? tokens : [short(board.vocab[peak]), ...tokens])];
+  }
+  const className = place => board.classes[place][1];
+  const classes = places => places.map(className).join(", ");
   const words = feature => {  // what is said of a feature in short
-    const known = note(feature);
-    return known ? known[3] || known[1].join(", ") || peaks(known) : "";
+    const known = note(feature), row = rowAt(feature);
+    return known && known[3] || (row < 0 ? "" : strongest(row).join(" "));
   };
 
   // ---------------------------------------------------------------------------------------------- the list
 
-  const list = {columns: [], shown: null, sort: null, at: 0, rows: new Map()};
+  // sort: {key, down}, or null: the best hits, those with dashboards first; level: of each row 0 if it is not shown, or
+  // how good a hit it is, 1 the best; best: rows with dashboards in the board's order
+  const LEVELS = 4;
+  const list = {columns: [], shown: null, sort: null, level: null, best: [], at: 0, rows: new Map()};
   let opened = null;  // the feature whose dashboard is shown
 
   function columnsOfList() {
-    const plain = (key, title, width) => ({key, title, width, value: row => column(key, row)});
-    const cosines = (key, title, width) => ({key, title, width, value: row => cosine(key, row)});
-    const text = (key, title, width, say) => ({key, title, width, words: true,
-      value: row => note(featureAt(row)) ? say(note(featureAt(row))) : ""});
-    const notes = Object.values(board.notes);
-    const some = (key, made) => board.columns[key] ? [made] : [];
-    const told = (place, ...made) => notes.some(one => one[place] !== null && one[place].length !== 0) ? made : [];
-    const fixed = value => value.toFixed(3);
-    const columns = [{key: "feature", title: "feature", width: 92, value: featureAt, say: String},
-      ...some("density", plain("density", "density", 92)), ...some("max", plain("max", "max", 76)),
-      ...some("cosine", {...cosines("cosine", "cosine to baseline", 158), say: fixed}),
-      ...some("nearest", {...plain("nearest", "its nearest", 104), say: String}),
-      ...some("own_cosine", {...cosines("own_cosine", "own nearest", 116), say: fixed}),
-      ...some("encoder_cosine", {...cosines("encoder_cosine", "encoder", 92), say: fixed}),
-      ...told(5, text("peaks", "fires on", 180, peaks)),
-      ...told(0, text("why", "chosen as", 150, one => one[0].join(", "))),
-      ...told(1, text("classes", "classes", 190, one => one[1].join(", "))),
-      ...told(2, text("letters", "letters", 82, one => one[2].join(", "))),
-      ...told(3, text("explanation", "explanation", 300, one => one[3] || "")),
-      ...told(4, {key: "score", title: "score", width: 76, value: row => note(featureAt(row))?.[4] ?? null})];
+    const notes = Object.values(board.notes), theirs = board.baseline ? visible(board.baseline.name) : "the baseline";
+    const some = (key, made) => board.columns[key] ? [{key, value: row => column(key, row), ...made}] : [];
+    const cosines = (key, made) => some(key, {value: row => cosine(key, row), say: value => value.toFixed(3), ...made});
+    const noted = (key, place, made) => notes.some(one => one[place] !== null && one[place].length !== 0)
+      ? [{key, words: true, value: row => note(featureAt(row)) ? made.of(note(featureAt(row))[place]) : "", ...made}]
+      : [];
+    const tokens = {key: "strongest", title: "strongest on", width: 176, words: true, rank: peakRanks(),
+      chips: strongest, value: row => strongest(row).join("  "), about: "the token on which it is largest; where there "
+        + "is a dashboard then those at the peaks of its strongest contexts, the most frequent first"};
+    const below = board.baseline?.new?.threshold;
+    const limit = below ? `; new, as the comparison counts, are those below ${below}` : "";
+    const columns = [{key: "feature", title: "feature", width: 100, value: featureAt, say: String,
+      about: "its number; one without a dashboard is gray"},
+    ...board.columns.peak || notes.length ? [tokens] : [],
+    ...noted("explanation", 3, {title: "explanation", width: 280, of: text => text || "",
+      about: "what a language model says it fires on (autointerp)"}),
+    ...noted("score", 4, {title: "score", width: 90, words: false, down: true, of: score => score,
+      value: row => note(featureAt(row))?.[4] ?? null,
+      about: "how often a language model told by the explanation where it fires"}),
+    ...some("density", {title: "density", width: 106, down: true, say: shares(),
+      about: "share of the tokens on which it fires"}),
+    ...some("max", {title: "max", width: 80, down: true, say: alike(board.columns.max),
+      about: "the largest activation"}),
+    ...cosines("cosine", {title: "cosine to baseline", width: 186,
+      about: `cosine of its decoder row with the one of ${theirs} that is most like it${limit}`}),
+    ...some("nearest", {title: "its nearest", width: 122, say: String,
+      about: `the feature of ${theirs} that is most like it`}),
+    ...noted("why", 0, {title: "chosen as", width: 160, rank: dashboardRanks(), of: why => why.join(", "),
+      value: row => has(featureAt(row)) ? note(featureAt(row))[0].join(", ") : "",
+      about: "why it has a dashboard; the gray ones have none"}),
+    ...noted("classes", 1, {title: "probe classes", width: 300, of: classes, titles: row => classTitles(featureAt(row)),
+      about: "what sparse probes with few features read off it (sparse_probing, sae_probes)"}),
+    ...noted("letters", 2, {title: "letters", width: 96, of: letters => letters.join(", "),
+      about: "first letters of words whose probe it serves (absorption)"}),
+    ...cosines("own_cosine", {title: "own nearest", width: 134, down: true,
+      about: "the largest cosine of its decoder row with that of another feature here"}),
+    ...cosines("encoder_cosine", {title: "encoder", width: 106, about: "cosine of its encoder with its decoder row"})];
     return columns.map(one => ({say: number, ...one}));
+  }
+
+  // shares as percentages with so many places that a single token shows
+  function shares() {
+    const places = board.text ? Math.max(1, Math.ceil(Math.log10(board.text.tokens)) - 2) : 3;
+    return share => share ? `${(100 * share).toFixed(places)}%` : "0%";
+  }
+
+  // numbers of a column with the same places: three digits of the largest, and one place at least
+  function alike(values) {
+    let most = 0;
+    for (const value of values) most = Math.max(most, Math.abs(value ?? 0));
+    const places = most ? Math.max(1, 2 - Math.floor(Math.log10(most))) : 0;
+    return most < 1e4 && places < 6 ? value => value.toFixed(places) : number;
+  }
+
+  const classTitles = feature => (note(feature)?.[1] ?? []).map(place => visible(board.classes[place][0])).join(", ");
+
+  // row => its place by the alphabet of peaks, by dashboards; null: none
+  function peakRanks() {
+    if (!board.columns.peak) return null;
+    const texts = board.vocab.map(token => short(token).toLowerCase());
+    const rank = new Uint32Array(texts.length);
+    [...texts.keys()].sort((a, b) => texts[a] < texts[b] ? -1 : Number(texts[a] > texts[b]))
+      .forEach((token, place) => { rank[token] = place; });
+    return row => column("peak", row) < 0 ? null : rank[column("peak", row)];
+  }
+
+  function dashboardRanks() {
+    const place = new Map(list.best.map((row, i) => [row, i]));
+    return row => place.get(row) ?? null;
   }
 
   function keys(of) {  // of all rows a number to sort by, NaN where there is nothing
     if (of.keys) return of.keys;
     of.keys = new Float64Array(size).fill(NaN);
-    if (of.words) {
+    if (of.rank) {
+      for (let row = 0; row < size; row++) of.keys[row] = of.rank(row) ?? NaN;
+    } else if (of.words) {
       const told = [];
       for (const feature of Object.keys(board.notes)) {
         const row = rowAt(Number(feature));
@@ -116,8 +182,21 @@ const Features = (() => {
     return of.keys;
   }
 
+  // the best hits first, of equally good ones those with dashboards, then by their number
+  function byNeed(rows) {
+    const all = new Uint32Array(rows.length);
+    let to = 0;
+    for (let level = 1; level <= LEVELS; level++) {
+      const take = row => { if (list.level[row] === level) all[to++] = row; };
+      list.best.forEach(take);
+      rows.forEach(row => { if (!has(featureAt(row))) take(row); });
+    }
+    return all;
+  }
+
   // rows by a column, those without a value last, equal ones by their number
   function sorted(rows) {
+    if (!list.sort) return byNeed(rows);
     const {key, down} = list.sort;
     const by = keys(list.columns.find(one => one.key === key)), sign = down ? -1 : 1;
     const filled = rows.filter(row => !Number.isNaN(by[row]));
@@ -146,60 +225,103 @@ const Features = (() => {
   }
   const plainToken = text => text.trim().toLowerCase() || visible(text);
 
+  // {feature: how good a hit, 1 the best}, and whether nothing but the text of contexts has it; null: all are
   function found(query, where) {
     const text = query.trim().toLowerCase();
     if (!text) return null;
-    const hits = new Set();
+    const hits = new Map();
+    const hit = (feature, level) => hits.set(feature, Math.min(level, hits.get(feature) ?? LEVELS));
     if (where === "any" && /^#?\d+$/.test(text)) {
       const digits = text.replace("#", "");
-      for (let row = 0; row < size; row++) if (String(featureAt(row)).startsWith(digits)) hits.add(featureAt(row));
+      for (let row = 0; row < size; row++)
+        if (String(featureAt(row)).startsWith(digits)) hit(featureAt(row), String(featureAt(row)) === digits ? 1 : 2);
     }
     if (where === "any" || where === "words") {
-      for (const [feature, [, classes, letters, explanation]] of Object.entries(board.notes)) {
-        const said = [...classes, explanation || ""].join("\n").toLowerCase();
-        if (said.includes(text) || letters.includes(text)) hits.add(Number(feature));
+      for (const [feature, [, places, letters, explanation]] of Object.entries(board.notes)) {
+        const said = [...places.flatMap(place => board.classes[place]), explanation || ""].join("\n").toLowerCase();
+        if (said.includes(text) || letters.includes(text)) hit(Number(feature), 2);
       }
     }
-    if (where === "any" || where === "tokens") {
-      const same = token => token === text || text.length > 2 && token.startsWith(text);
-      const tokens = new Set();
-      board.vocab.forEach((token, place) => { if (same(plainToken(token))) tokens.add(place); });
-      for (const [feature, {fired, promoted}] of indexed())
-        if (promoted.some(same) || [...tokens].some(token => fired.has(token))) hits.add(feature);
-    }
-    if (where === "contexts") {
+    if (where === "any" || where === "tokens") byToken(text, hit);
+    const last = where === "any" && !hits.size;
+    if (where === "contexts" || last) {
       for (const feature of indexed().keys()) {
         const texts = dashboard(feature).groups.flatMap(group => group[3]);
         const said = ([tokens]) => tokens.map(token => board.vocab[token]).join("").toLowerCase().includes(text);
-        if (texts.some(said)) hits.add(feature);
+        if (texts.some(said)) hit(feature, 2);
       }
     }
-    return hits;
+    return {hits, last};
+  }
+
+  function byToken(text, hit) {
+    const same = token => token === text || text.length > 2 && token.startsWith(text);
+    const tokens = new Set();
+    board.vocab.forEach((token, place) => { if (same(plainToken(token))) tokens.add(place); });
+    for (let row = 0; board.columns.peak && row < size; row++)
+      if (tokens.has(column("peak", row))) hit(featureAt(row), 2);
+    for (const [feature, {fired, promoted}] of indexed()) {
+      if (note(feature)[5].some(token => same(plainToken(token)))) hit(feature, 2);
+      else if (promoted.some(same)) hit(feature, 3);
+      else if ([...tokens].some(token => fired.has(token))) hit(feature, 4);
+    }
+  }
+
+  // what a search looks through, for it is not all of all features
+  function scope(where) {
+    if (board.text === null) return "";
+    const all = board.rows ? `the ${comma(size)} features listed` : `all ${comma(size)} features`;
+    const some = `the ${comma(list.best.length)} with a dashboard`;
+    const peak = board.columns.peak ? " and strongest token" : "";
+    return {any: `A search covers number${peak} of ${all}; explanation, classes, other tokens and contexts of ${some}.`,
+      words: `A search covers explanation, classes and letters of ${some}.`,
+      tokens: (peak ? `A search covers the strongest token of ${all}; ` : "A search covers ")
+        + `all tokens that ${some} fire on or promote.`,
+      contexts: `A search covers the text of all contexts of ${some}.`}[where];
   }
 
   function choose() {  // which rows are shown, in which order
-    const hits = found(get("query").value, get("where").value);
+    const where = get("where").value, search = found(get("query").value, where);
     const checked = name => get("only-" + name)?.checked;
     const why = get("why")?.value;
-    const limit = board.new * 1000;
     const rows = [];
+    list.level = new Uint8Array(size);
     for (let row = 0; row < size; row++) {
-      const feature = featureAt(row);
-      if (hits && !hits.has(feature)) continue;
+      const feature = featureAt(row), level = search ? search.hits.get(feature) : 1;
+      if (level === undefined) continue;
       if (checked("has") && !has(feature)) continue;
-      if (checked("new") && !(fires(row) && column("cosine", row) !== null && column("cosine", row) < limit)) continue;
+      if (checked("new") && !column("new", row)) continue;
       if (checked("dead") && fires(row)) continue;
       if (why && !note(feature)?.[0].includes(why)) continue;
+      list.level[row] = level;
       rows.push(row);
     }
     list.shown = sorted(Uint32Array.from(rows));
     list.at = 0;
-    const many = `${comma(rows.length)} of ${comma(board.d_sae)}`;
-    get("found").textContent = rows.length ? many : "no feature is like that";
+    list.said = rows.length ? `${comma(rows.length)} of ${comma(board.d_sae)} features` : "no feature is like that";
+    if (rows.length && search?.last) list.said += ", by the text of contexts alone";
+    get("scope").textContent = scope(where);
     list.grid.setAttribute("aria-rowcount", rows.length + 1);
     list.body.style.height = rows.length * ROW + "px";
     list.grid.scrollTop = 0;
+    tellOrder();
     again();
+  }
+
+  function tellOrder() {
+    const first = get("query").value.trim() ? "the best hits first" : "those with a dashboard first";
+    const order = list.sort ? `by ${list.columns.find(one => one.key === list.sort.key).title}` : first;
+    get("found").textContent = list.shown.length ? `${list.said}, ${order}.` : `${list.said}.`;
+  }
+
+  // after a search: what is shown below is a hit, if there is one
+  function follows() {
+    const {shown, level} = list, row = rowAt(opened);
+    const number = get("where").value === "any" ? exact() : null;
+    if (!shown.length || number === opened || number === null && row >= 0 && level[row]) return;
+    const first = number ?? featureAt(shown.find(one => has(featureAt(one))) ?? shown[0]);
+    history.replaceState(null, "", "#" + first);
+    open(first, false);
   }
 
   function again() {  // all rows anew
@@ -215,13 +337,15 @@ const Features = (() => {
     made.style.gridTemplateColumns = list.template;
     made.dataset.feature = feature;
     if (feature === opened) made.setAttribute("aria-selected", "true");
+    if (!has(feature)) made.classList.add("bare");
     for (const one of list.columns) {
       const value = one.value(row);
-      const cell = el("span", {role: "gridcell", class: one.words ? "l" : null});
+      const cell = el("span", {role: "gridcell", class: one.words ? "l" : one.key === "feature" ? "first" : null});
       if (one.key === "feature") cell.append(el("a", {href: "#" + feature, tabindex: -1, text: feature}));
+      else if (one.chips) cell.append(...one.chips(row).map(text => el("code", {text})));
       else if (one.words) cell.textContent = visible(value);
       else if (value !== null) cell.textContent = one.say(value);
-      if (one.words && value) cell.title = visible(value);
+      if (one.words && value) cell.title = one.titles ? one.titles(row) : visible(value);
       made.append(cell);
     }
     return made;
@@ -257,34 +381,37 @@ const Features = (() => {
     paint();
   }
 
+  // the useful direction, then the other, then the order of before
   function sortBy(key) {
-    const of = list.columns.find(one => one.key === key);
-    const down = list.sort.key === key ? !list.sort.down : !(of.words || key === "feature");
-    list.sort = {key, down};
+    const first = Boolean(list.columns.find(one => one.key === key).down);
+    if (list.sort?.key !== key) list.sort = {key, down: first};
+    else list.sort = list.sort.down === first ? {key, down: !first} : null;
     list.heads.forEach((head, name) => {
-      if (name === key) head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      if (name === list.sort?.key) head.setAttribute("aria-sort", list.sort.down ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
     });
     list.shown = sorted(list.shown.sort());
     list.at = 0;
     list.grid.scrollTop = 0;
+    tellOrder();
     again();
   }
 
   function makeList() {
+    list.best = board.order.filter(has).map(rowAt).filter(row => row >= 0);
     list.columns = columnsOfList();
     list.template = list.columns.map(one => one.width + "px").join(" ");
-    list.sort = {key: "feature", down: false};
     list.heads = new Map();
     const head = el("div", {role: "row", "aria-rowindex": 1});
     head.style.gridTemplateColumns = list.template;
     for (const one of list.columns) {
-      const button = el("button", {type: "button", text: one.title, on: {click: () => sortBy(one.key)}});
-      const cell = el("span", {role: "columnheader", class: one.words ? "l" : null}, button);
+      const button = el("button", {type: "button", text: one.title, title: one.about,
+        on: {click: () => sortBy(one.key)}});
+      const cell = el("span", {role: "columnheader", class: one.words ? "l" : one.key === "feature" ? "first" : null},
+        button);
       list.heads.set(one.key, cell);
       head.append(cell);
     }
-    list.heads.get("feature").setAttribute("aria-sort", "ascending");
     list.body = el("div", {role: "rowgroup", class: "body"});
     list.grid = el("div", {role: "grid", tabindex: 0, class: "grid", "aria-label": "all features",
       "aria-colcount": list.columns.length}, el("div", {role: "rowgroup", class: "head"}, head), list.body);
@@ -310,27 +437,33 @@ const Features = (() => {
       else return;
       event.preventDefault();
     });
-    get("list").replaceChildren(list.grid);
+    const columns = el("details", {class: "keys"}, el("summary", {text: "what the columns say"}),
+      facts(list.columns.map(one => [one.title, one.about])));
+    get("list").replaceChildren(list.grid, columns);
     let waiting = 0;
+    const anew = () => {
+      choose();
+      follows();
+    };
     get("query").addEventListener("input", () => {
       clearTimeout(waiting);
-      waiting = setTimeout(choose, 120);
+      waiting = setTimeout(anew, 120);
     });
     get("query").addEventListener("keydown", event => {
       if (event.key !== "Enter" && event.key !== "ArrowDown") return;
       event.preventDefault();
       clearTimeout(waiting);
-      choose();
+      anew();
       if (event.key === "ArrowDown") list.grid.focus();
       else if (list.shown.length) go(exact() ?? featureAt(list.shown[0]));
     });
-    for (const id of ["where", "why", "only-has", "only-new", "only-dead"]) get(id)?.addEventListener("change", choose);
+    for (const id of ["where", "why", "only-has", "only-new", "only-dead"]) get(id)?.addEventListener("change", anew);
     choose();
   }
 
-  function exact() {  // the feature whose number is searched for
+  function exact() {  // the feature whose number is searched for, if it is shown
     const wanted = Number(get("query").value.trim().replace("#", "") || NaN);
-    return Number.isInteger(wanted) && rowAt(wanted) >= 0 ? wanted : null;
+    return Number.isInteger(wanted) && rowAt(wanted) >= 0 && list.level[rowAt(wanted)] ? wanted : null;
   }
 
   // ---------------------------------------------------------------------------------------------- tokens
@@ -430,14 +563,14 @@ const Features = (() => {
     const log = Math.max(...filled) > SPREAD * Math.min(...filled);
     const label = log ? `${counted} (log)` : counted;
     const spec = {title, kind: "bars", x: {label: unit, log: false}, y: {label, log},
-      series: [{name, role: name, edges: edges(bars), counts: bars.counts}]};
+      series: [{name, role: name, colour: Number(name === "baseline"), edges: edges(bars), counts: bars.counts}]};
     return [[el("div"), spec]];
   }
 
   function logits({top, bottom}) {
     const side = (title, pairs) => el("table", {}, el("tr", {}, el("th", {class: "l", text: title}),
       el("th", {text: "logit"})), ...pairs.map(([text, value]) => el("tr", {}, el("td", {class: "l"},
-      el("code", {text: visible(text)})), el("td", {text: number(value)}))));
+      el("code", {text: visible(text), title: visible(text)})), el("td", {text: number(value)}))));
     return el("div", {class: "words"}, side("promotes", top), side("suppresses", bottom));
   }
 
@@ -452,15 +585,31 @@ const Features = (() => {
     return part;
   }
 
-  // [[feature, value]] as links to features of the run, or, with an `of` that gives null, as plain numbers
-  const here = feature => ({href: "#" + feature});
-  function links(pairs, sign, of = here) {
+  // [[feature, value]] as links to features of the run; `made` makes them something else
+  const here = feature => el("a", {href: "#" + feature, text: feature});
+  function links(pairs, made = here, say = words) {
     return el("dd", {class: "links"}, ...pairs.map(([feature, value]) => {
-      const to = of(feature);
-      const name = to ? el("a", {...to, text: feature}) : document.createTextNode(feature);
-      const more = to && words(feature) ? ` ${visible(words(feature)).slice(0, 40)}` : "";
-      return el("span", {}, name, el("span", {class: "mut", text: ` ${sign} ${number(value)}${more}`}));
+      const said = [...visible(say(feature))].slice(0, 32).join("");
+      const more = said ? el("span", {class: "mut", text: ` ${said}`}) : "";
+      return el("span", {}, made(feature), ` ${number(value)}`, more);
     }));
+  }
+
+  // features of the baseline: those with a dashboard as buttons that show it beside, `shown` first
+  function theirs(pairs, shown, show) {
+    const all = links(pairs, feature => {
+      if (!lines.has("b" + feature)) return document.createTextNode(feature);
+      const press = () => {
+        all.querySelectorAll("button").forEach(other => {
+          other.setAttribute("aria-pressed", String(other === button));
+        });
+        show(feature);
+      };
+      const button = el("button", {type: "button", class: "plainbutton", text: feature, on: {click: press},
+        "aria-pressed": String(String(feature) === String(shown)), title: "show the baseline’s feature"});
+      return button;
+    }, () => "");
+    return all;
   }
 
   // [[term, what]] without those of which nothing is known
@@ -471,44 +620,74 @@ const Features = (() => {
       [el("dt", {text: term}), what instanceof Element ? what : el("dd", {text: what})]));
   }
 
-  function figures(row) {
-    const nearest = column("nearest", row), own = column("own_nearest", row);
-    const none = feature => feature === null || feature < 0;
-    const pair = (feature, value, to) => none(feature) ? null : links([[feature, value]], "cosine", to);
-    return [["density", column("density", row) === null ? null : rate(column("density", row))],
-      ["largest activation", column("max", row) === null ? null : number(column("max", row))],
-      ["nearest here", pair(own, cosine("own_cosine", row), here)],
-      ["nearest in the baseline", pair(nearest, cosine("cosine", row), () => null)],
-      ["encoder with decoder", column("encoder_cosine", row) === null ? null
-        : `cosine ${number(cosine("encoder_cosine", row))}`]];
+  const chips = texts => el("dd", {class: "links"}, ...texts.map(text => el("code", {text})));
+  const TERMS = {own: "nearest here (cosine)", theirs: "nearest in the baseline (cosine)"};
+
+  // whether no feature of the baseline is like it, as the comparison counts
+  function newness(row) {
+    const told = column("new", row), {baseline} = board;
+    if (told === null || !baseline?.new) return null;
+    const limit = `a cosine of ${baseline.new.threshold}`;
+    const said = told ? `yes: no feature of ${visible(baseline.name)} has ${limit} with it` : null;
+    return said ?? (fires(row) ? `no: its nearest there has ${limit} or more` : "not counted, as it does not fire");
   }
 
-  function about(feature, one, row) {
-    const [why, classes, letters, explanation, score] = note(feature) || [[], [], [], null, null, []];
+  // what is known of any feature; of one with a dashboard the rest is there
+  function figures(row, show) {
+    const known = (name, say) => column(name, row) === null ? null : say(column(name, row));
+    const own = column("own_nearest", row), nearest = column("nearest", row);
+    return [["density", known("density", rate)], ["largest activation", known("max", number)],
+      [TERMS.own, own === null || own < 0 ? null : links([[own, cosine("own_cosine", row)]])],
+      [TERMS.theirs, nearest === null ? null : theirs([[nearest, cosine("cosine", row)]], null, show)]];
+  }
+
+  function about(feature, one, row, beside, show) {
+    const [why, places, letters, explanation, score] = note(feature) || [[], [], [], null, null, []];
     const scored = score === null ? "" : ` (score ${number(score)})`;
+    const named = el("dd", {}, ...places.flatMap((place, i) => [i ? ", " : "",
+      el("span", {text: visible(className(place)), title: visible(board.classes[place][0])})]));
+    const near = one ? [[TERMS.own, links(one.own)], ["fires together with (φ)", links(one.cofiring)],
+      [TERMS.theirs, theirs(one.theirs, beside, show)]] : figures(row, show);
     return facts([["explanation", explanation === null ? null : visible(explanation) + scored],
-      ["classes", visible(classes.join(", "))], ["first letters", letters.join(", ")], ["chosen as", why.join(", ")],
-      ...one ? [["nearest here", links(one.own, "cosine")],
-        ["fires together with", links(one.cofiring, "φ")],
-        ["nearest in the baseline", links(one.theirs, "cosine", () => null)],
-        ["encoder with decoder", figures(row)[4][1]]] : figures(row)]);
+      ["strongest on", chips(strongest(row))], ["probe classes", named], ["first letters", letters.join(", ")],
+      ["chosen as", why.join(", ")], ["new", newness(row)], ...near,
+      ["encoder with decoder", column("encoder_cosine", row) === null ? null
+        : `cosine ${number(cosine("encoder_cosine", row))}`]]);
   }
 
-  function beside(feature, one, row, charts) {
+  // the baseline's feature `nearest` as it stands beside the run's
+  function beside(nearest, near, charts) {
     const {baseline} = board;
-    if (baseline === null) return null;
-    const nearest = one.beside ?? one.theirs[0]?.[0] ?? column("nearest", row);
     const named = ` ${visible(baseline.name)}${baseline.l0 === null ? "" : `, L0 ${number(baseline.l0)}`}`;
     const heading = el("h3", {text: `Baseline: feature ${nearest ?? "–"}`}, el("span", {class: "mut", text: named}));
-    const other = one.beside === null ? null : dashboard("b" + one.beside);
-    const near = one.theirs.find(([name]) => String(name) === String(nearest))?.[1] ?? cosine("cosine", row);
-    const like = near === null ? "" : `cosine ${number(near)} · `;
+    const other = nearest === null ? null : dashboard("b" + nearest);
+    const like = near === null ? "" : `cosine ${number(near)}`;
     if (other) {
-      const said = `${like}density ${rate(other.density)} · max ${number(other.max)}`;
+      const said = `${like}${like ? " · " : ""}density ${rate(other.density)} · max ${number(other.max)}`;
       return side(heading, said, other, "baseline", charts);
     }
     const reason = baseline.problem ? visible(baseline.problem) : "There is no dashboard of it.";
-    return el("div", {}, heading, el("p", {class: "mut", text: like.replace(" · ", "")}), el("p", {text: reason}));
+    return el("div", {}, heading, el("p", {class: "mut", text: like}), el("p", {text: reason}));
+  }
+
+  const drawAll = charts => charts.forEach(([at, spec]) => Pages.chart(at, spec));
+
+  // the run's feature and the baseline's beside it
+  function pair(feature, one, row) {
+    const charts = [], own = side(el("h3", {text: `This run: feature ${feature}`}),
+      `density ${rate(one.density)} · max ${number(one.max)}`, one, "run", charts);
+    if (board.baseline === null) return [about(feature, one, row), el("div", {class: "pair alone"}, own), charts];
+    const cosines = new Map(one.theirs.map(([name, value]) => [String(name), value]));
+    const first = one.beside ?? one.theirs[0]?.[0] ?? column("nearest", row);
+    const like = nearest => cosines.get(String(nearest)) ?? (nearest === first ? cosine("cosine", row) : null);
+    const both = el("div", {class: "pair"}, own, beside(first, like(first), charts));
+    const show = nearest => {
+      const drawn = [], part = beside(nearest, like(nearest), drawn);
+      both.lastChild.replaceWith(part);
+      drawAll(drawn);
+      if (part.getBoundingClientRect().top > innerHeight) part.scrollIntoView({block: "start"});
+    };
+    return [about(feature, one, row, first, show), both, charts];
   }
 
   // features with dashboards that name this one as near or firing together
@@ -524,21 +703,34 @@ const Features = (() => {
     return named.slice(0, 8);
   }
 
-  function without(feature, row) {
+  // why there is no dashboard
+  function reason(feature, row) {
     const {text} = board;
-    let reason;
-    if (row < 0) reason = feature < board.d_sae ? "It is not in this page’s list, which would be too large with it."
-      : `There is no feature ${feature}: they end at ${board.d_sae - 1}.`;
-    else if (text === null) reason = "The model reads no text, so that there are no dashboards.";
-    else if (note(feature)) reason = "Its dashboard was left out to keep this page under 3 MB.";
-    else if (!fires(row)) reason = `It never fired on the ${comma(text.tokens)} tokens looked at.`;
-    else reason = `It was not among the ${comma(Object.keys(board.notes).length)} features chosen for one.`;
+    if (row < 0 && feature >= board.d_sae) return `There is no feature ${feature}: they end at ${board.d_sae - 1}.`;
+    if (row < 0) return "It is not in this page’s list, which would be too large with it.";
+    if (text === null) return "The model reads no text, so that there are no dashboards.";
+    if (note(feature)) return "Its dashboard was left out to keep this page under 3 MB.";
+    if (!fires(row)) return `It never fired on the ${comma(text.tokens)} tokens looked at.`;
+    const counts = new Map();
+    Object.values(board.notes).forEach(([why]) => why.forEach(one => counts.set(one, (counts.get(one) ?? 0) + 1)));
+    const chosen = [...counts].map(([why, n]) => `${n} ${why}`).join(", ");
+    const many = comma(Object.keys(board.notes).length);
+    return `It was not among the ${many} features chosen for one${chosen ? ` (${chosen})` : ""}.`;
+  }
+
+  function without(feature, row) {
     const near = row < 0 ? [] : mentions(feature);
-    const dd = el("dd", {class: "links"}, ...near.map(([other, value, sign]) => el("span", {},
-      el("a", {href: "#" + other, text: other}), el("span", {class: "mut", text: ` ${sign} ${number(value)}`}))));
-    const parts = [el("p", {text: `No dashboard. ${reason}`})];
-    if (row >= 0) parts.push(about(feature, null, row), facts([["dashboards that name it", dd]]));
-    return parts;
+    const dd = el("dd", {class: "links"}, ...near.map(([other, value, sign]) => el("span", {}, here(other),
+      el("span", {class: "mut", text: ` ${sign} ${number(value)}`}))));
+    const parts = [el("p", {text: `No dashboard. ${reason(feature, row)}`})];
+    if (row < 0) return parts;
+    const place = el("div", {class: "pair alone"});
+    const show = nearest => {
+      const charts = [];
+      place.replaceChildren(beside(nearest, cosine("cosine", row), charts));
+      drawAll(charts);
+    };
+    return [...parts, about(feature, null, row, null, show), facts([["dashboards that name it", dd]]), place];
   }
 
   // those with dashboards in the list's order
@@ -553,7 +745,9 @@ const Features = (() => {
     if (!all.length) return;
     const to = at < 0 ? 0 : (at + by + all.length) % all.length;
     history.replaceState(null, "", "#" + all[to]);
+    const inside = get("one").contains(document.activeElement);
     open(all[to]);
+    if (inside) get("which").focus({preventScroll: true});  // what had it is gone
   }
 
   function bar(feature, one) {
@@ -591,7 +785,7 @@ const Features = (() => {
     }
   }
 
-  function open(feature) {
+  function open(feature, reveal = true) {  // reveal: the list scrolls to it
     const before = opened;
     opened = feature;
     list.rows.forEach(row => {
@@ -599,20 +793,13 @@ const Features = (() => {
       else if (Number(row.dataset.feature) === before) row.removeAttribute("aria-selected");
     });
     const row = rowAt(feature), place = row < 0 ? -1 : list.shown.indexOf(row);
-    if (place >= 0) moveTo(place);
-    const one = row < 0 ? null : dashboard(feature), charts = [];
-    const parts = [bar(feature, one)];
-    if (one) {
-      const other = beside(feature, one, row, charts);
-      const own = side(el("h3", {text: `This run: feature ${feature}`}),
-        `density ${rate(one.density)} · max ${number(one.max)}`, one, "run", charts);
-      const pair = el("div", {class: other ? "pair" : "pair alone"}, own, ...other ? [other] : []);
-      parts.push(about(feature, one, row), pair);
-    } else parts.push(...without(feature, row));
-    get("one").replaceChildren(...parts);
+    if (place >= 0 && reveal) moveTo(place);
+    const one = row < 0 ? null : dashboard(feature);
+    const [facts, both, charts] = one ? pair(feature, one, row) : [];
+    get("one").replaceChildren(bar(feature, one), ...one ? [facts, both] : without(feature, row));
     shape();
     tell(null);
-    charts.forEach(([at, spec]) => Pages.chart(at, spec));
+    if (one) drawAll(charts);
   }
 
   // ---------------------------------------------------------------------------------------------- passages
@@ -723,10 +910,10 @@ const Features = (() => {
 
   function follow() {
     const asked = /^#(\d{1,9})$/.exec(location.hash);
-    const start = [...lines.keys()].find(name => name[0] !== "b");
+    const start = list.best.length ? featureAt(list.best[0]) : undefined;
     const first = location.hash === "" || opened === null;  // a name that is no feature's leaves open what is
     if (asked) open(Number(asked[1]));
-    else if (first && start !== undefined) open(Number(start));
+    else if (first && start !== undefined) open(start);
     else if (opened === null && size) open(featureAt(0));
     if (!arriving) return;
     arriving = false;
@@ -745,8 +932,8 @@ const Features = (() => {
     document.addEventListener("keydown", event => {
       if (event.ctrlKey || event.altKey || event.metaKey) return;
       if (event.key === "Escape") tell(null);
-      const writes = "input:not([type=checkbox]), select, textarea";
-      if (event.target instanceof Element && event.target.closest(writes)) return;
+      // WCAG 2.1.4: keys of one letter act where the focus is on what they act on
+      if (!(event.target instanceof Element && event.target.closest("#list, #one"))) return;
       if (event.key === "/") {
         event.preventDefault();
         get("query").focus();

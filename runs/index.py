@@ -141,6 +141,7 @@ def details(out: Path) -> dict:
     if found["why"] is None:
         found["why"] = text(error.get("message") or error.get("type"), TEXT["why"])
     if info.get("status") == "running":
+        found["note"] = text(settings.get("note"), TEXT["note"])  # the ledger's adds where it was killed
         now = document(out / "progress.json")
         found["progress"] = {key: number(now.get(key)) for key in ("share", "eta_seconds")}
         found["phase"] = text(now.get("phase") or info.get("phase"))
@@ -259,9 +260,7 @@ def places_of(saes: list[Run], metrics: Iterable[str]) -> tuple[list[dict], list
             found.append(_lines(key, list(widths.values()), metrics))
             continue
         found.append([])
-    model_of = [str(key[0]) for key in order]
-    named = [_place(key, model_of.count(str(key[0])) > 1) for key in order]
-    places = [dict(name=name, lines=lines) for name, lines in zip(named, found)]
+    places = [dict(name=_place(key), lines=lines) for key, lines in zip(order, found)]
     return places, [order.index(key) for key in keys]
 
 
@@ -275,10 +274,15 @@ def said_of(sae: Run, said: dict) -> dict | None:
     return figures_of | dict(verdict=text(one.get("verdict")), why=text(one.get("why"), TEXT["why"]))
 
 
-def _place(key: tuple, several: bool) -> str:
+def _place(key: tuple) -> str:
+    """Model, layer and hook, the last unless it is what is usual at that layer."""
     model, layer, hook = key
-    where = f", layer {layer}" if layer is not None else ""
-    return text(f"{model}{where}" + (f", {hook}" if several else "")) or "?"
+    parts = [str(model)]
+    if layer is not None:
+        parts.append(f"layer {layer}")
+    if hook != f"blocks.{layer}.hook_resid_post":
+        parts.append(str(hook))
+    return text(", ".join(parts)) or "?"
 
 
 def _lines(key: tuple, members: list[Run], metrics: Iterable[str]) -> list[dict]:

@@ -53,6 +53,7 @@ STEP, FRONT, RUNS, BASELINE = 1, 1, 0, 6
 # {role of what is stored: (its colours, its shape)}
 OF_LINES = {"baseline": ((BASELINE,), "rect"), "random": ((3, 4), "dash")}
 JOINED = "SAEs of one run"
+ALONE = "<label><input type=checkbox class=alone> only what counts</label>"
 OPEN = 3  # kinds of failure that are not folded
 ORDER = "runs, in the order of their end"
 NAMED = 12  # runs of one kind
@@ -199,8 +200,8 @@ def _stored(lines: list[dict], metric: str) -> list[dict]:
 
 
 def _spec(title: str, x: str, y: str, series: list[dict], log: bool = False) -> dict:
-    return {"title": title, "kind": "points", "x": {"label": x, "log": log}, "y": {"label": y, "log": False},
-            "series": series}
+    return {"title": title, "kind": "points", "x": {"label": x, "log": log, "whole": not log},
+            "y": {"label": y, "log": False}, "series": series}
 
 
 def _still(spec: dict) -> str:
@@ -342,9 +343,10 @@ def _best(seen: dict, top: list[dict]) -> str:
                           escape(str(group["where"]))])
     if not lines:
         return "<p class=mut>No run yet whose difference to its baseline means something.</p>" if top else ""
-    heads = [("best run", 1), ("difference to the baseline", 0), ("verdict", 1), ("L0", 0), ("what it is", 1),
+    heads = [("best run", 1), ("difference", 0), ("verdict", 1), ("L0", 0), ("what it is", 1),
              ("its seeds", 1), ("value", 0), ("metric", 1), ("of", 1)]
-    return "<h2>Best so far</h2>" + _scrolling("the best runs", _plain_table(heads, lines, "best"))
+    return ("<h2>Best so far</h2><p class=mut>The largest difference to the baseline that counts.</p>"
+            + _scrolling("the best runs", _plain_table(heads, lines, "best")))
 
 
 def _value(row: dict) -> str:
@@ -444,7 +446,8 @@ def _progress(seen: dict, top: list[tuple]) -> str:
     stills = [_still(progress(seen, group, what)) for group in top[:STILLS] for what in ("difference", "value")]
     if not any(stills):
         return ""
-    choices = "<label>of <select class=group></select></label><label>shown <select class=what></select></label>"
+    choices = ("<label>of <select class=group></select></label><label>shown <select class=what></select></label>"
+               f"{ALONE}")
     return ("<h2>Progress</h2><p class=mut>The runs in the order of their end; bars are one standard error. "
             "The line is the best so far among those whose difference means something.</p>"
             f"<section class=seen id=progress aria-label=progress><p class=choices hidden>{choices}</p>"
@@ -455,7 +458,8 @@ def _frontier(seen: dict) -> str:
     if not seen["metrics"] or not any((sae["l0"] or 0) > 0 for sae in seen["saes"]):
         return ""
     stills = [_still(frontier(seen, 0, metric)) for metric in list(seen["metrics"])[:STILLS]]
-    choices = "<label>metric <select class=metric></select></label><label>of <select class=place></select></label>"
+    choices = ("<label>metric <select class=metric></select></label><label>of <select class=place></select></label>"
+               f"{ALONE}")
     left_out = ""
     if seen["left_out"]:
         left_out = f" {_counted(seen['left_out'], 'metric')} of few runs left out, for the page's size."
@@ -558,9 +562,11 @@ def _first_of_cause(row: dict) -> str:
     """Why a run does not count, as far as a row has room."""
     if row["verdict"] in BEST or row["verdict"] == "running":
         return ""
-    why = _cause(row)[0] if row["verdict"] in FAILED else row["why"] or ""
+    if row["verdict"] == "killed":
+        return f" <span class=mut>in {escape(row['phase'])}</span>" if row["phase"] else ""
+    why = _cause(row)[0] if row["verdict"] == "failed" else row["why"] or ""
     first = why if len(why) <= CAUSE else why[:CAUSE - 1] + "…"
-    return f" <span class=mut>{escape(first)}</span>" if first else ""
+    return f"<span class=mut>: {escape(first)}</span>" if first else ""
 
 
 # ------------------------------------------------------------------------------------------------ for the scripts

@@ -85,11 +85,11 @@
     return firstOf.get(name);
   }
 
-  const spec = (title, x, y, series, log) => ({title, kind: "points", x: {label: x, log}, y: {label: y, log: false},
+  const spec = (title, x, y, series, log) => ({title, kind: "points", x: {label: x, log, whole: !log}, y: {label: y, log: false},
     series: series.filter(one => one.points.length || one.always)});
 
   // what: "difference", "value" or a metric
-  function progress(number, what) {
+  function progress(number, what, alone) {
     const {where, metric} = data.groups[number];
     const own = all.filter(i => rows.of[i] === number);
     const figure = i => {
@@ -110,8 +110,8 @@
     const series = new Map();
     own.forEach((i, n) => {
       const [value, error] = figure(i);
-      if (value === null || !inside.has(i)) return;
       const verdict = rows.verdict[i];
+      if (value === null || !inside.has(i) || (alone && !counted.has(verdict))) return;
       const [name, , colour, mark] = verdicts.get(verdict) ?? [word(verdict), "", 3, "rect"];
       if (!series.has(name)) series.set(name, {name, colour, mark, role: "run", line: false, points: []});
       series.get(name).points.push([n + 1, value, error || 0, label(i), leads(i)]);
@@ -125,7 +125,7 @@
     return spec(`${name}, ${where}`, "runs, in the order of their end", y, [best, ...points], false);
   }
 
-  function frontier(place, name) {
+  function frontier(place, name, alone) {
     const metric = metrics.get(name), sweeps = new Map();
     const points = new Map(Object.keys(data.kinds).map(each => [each, []]));
     metric.v.forEach((value, n) => {
@@ -133,8 +133,9 @@
       if (data.saes.place[sae] !== place || !(l0 > 0) || !inside.has(run) || failed.has(rows.verdict[run])) return;
       const several = rows.saes[run] > 1;
       const told = label(run, several ? sae : undefined);
-      points.get(kind((said.get(sae) ?? {verdict: rows.verdict[run]}).verdict))
-        .push([l0, value, metric.e?.[n] ?? 0, told, leads(run)]);
+      const own = kind((said.get(sae) ?? {verdict: rows.verdict[run]}).verdict);
+      if (alone && own !== "comparable") return;
+      points.get(own).push([l0, value, metric.e?.[n] ?? 0, told, leads(run)]);
       if (!several) return;
       if (!sweeps.has(run)) sweeps.set(run, []);
       sweeps.get(run).push([l0, value, 0]);
@@ -160,7 +161,7 @@
     const before = plots.querySelector("canvas");
     if (before) Chart.getChart(before)?.destroy();
     if (chart.series.some(one => one.points.length)) Pages.chart(plots, chart);
-    else plots.replaceChildren(make("p", {className: "mut", textContent: "no run here has these figures: choose others"}));
+    else plots.replaceChildren(make("p", {className: "mut", textContent: "nothing here to draw: choose others"}));
   }
 
   const drawers = [];
@@ -173,8 +174,10 @@
       select.value = chosen;
       return select;
     });
-    const again = () => show(section, draw(...selects.map(select => Number(select.value))));
-    selects.forEach(select => select.addEventListener("change", again));
+    const alone = section.querySelector(".alone");
+    alone.parentNode.hidden = !all.some(i => !counted.has(rows.verdict[i]) && rows.value[i] !== null);
+    const again = () => show(section, draw(...selects.map(select => Number(select.value)), alone.checked));
+    [...selects, alone].forEach(choice => choice.addEventListener("change", again));
     section.querySelector(".choices").hidden = false;
     drawers.push(again);
     again();
@@ -189,9 +192,9 @@
   const first = data.by && !data.judged ? asked + 2 : data.groups[0]?.comparable ? 0 : 1;
   prepare("progress", [["group", options, 0],
     ["what", ["difference to the baseline", "value", ...names], first]],
-  (group, what) => progress(group, kinds[what]));
+  (group, what, alone) => progress(group, kinds[what], alone));
   prepare("frontier", [["metric", names, asked], ["place", data.places.map(place => place.name), 0]],
-    (metric, place) => frontier(place, names[metric]));
+    (metric, place, alone) => frontier(place, names[metric], alone));
 
   // ---------------------------------------------------------------------------------------------- the table
 
@@ -268,8 +271,9 @@
       rows.why[i]);
     if (rows.advice[i]) line("to do", rows.advice[i]);
     if (rows.note[i]) line("note", rows.note[i]);
-    const own = Object.entries(others[i] ?? {}).map(([key, value]) => `${key} = ${value ?? "–"}`);
-    if (others[i]) line("set otherwise than in most runs", own.length ? own.join(", ") : "nothing");
+    const own = Object.entries(others[i] ?? {}).filter(([key, value]) => value !== null && key !== "seed")
+      .map(([key, value]) => `${key} = ${value}`);
+    if (own.length) line("set otherwise than in most runs", own.join(", "));
     const seeds = ofSetting.get(rows.group[i]).filter(j => j !== i && !failed.has(rows.verdict[j]));
     if (seeds.length && rows.seeds[i] > 1) {
       const told = seeds.slice(0, 20).map(j => `${rows.run[j]} (seed ${rows.seed[j]}, ${sign(rows.verdict[j])})`);

@@ -284,7 +284,8 @@ def test_the_largest_comparable_group_comes_first(tmp_path):
         ended(tmp_path / f"none_{i}", "incomparable", i, model="other", metric=CE, value=0.5)
     for i, layer in enumerate((3, 3, 4)):
         ended(tmp_path / f"run_{i}", "better", 10 + i, metric=CE, value=0.5, difference=0.1 + i / 10)
-        record(tmp_path / f"run_{i}", {f"layer_{layer}": entry({"core.l0": 20.0, CE: 0.5}, layer=layer)})
+        record(tmp_path / f"run_{i}", {f"layer_{layer}": entry(
+            {"core.l0": 20.0, CE: 0.5}, layer=layer, hook_name=f"blocks.{layer}.hook_resid_post")})
     seen = index.overview(tmp_path)
     counts = [(one["where"], one["comparable"], one["runs"]) for one in pages.groups(seen["rows"])]
     assert counts == [("tiny, layer 3", 2, 2), ("tiny, layer 4", 1, 1), ("other, layer not known", 0, 5)]

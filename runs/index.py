@@ -32,6 +32,7 @@ FILE = "runs.html"
 TEXT = {"run": 200, "note": 300, "why": 1000, "hyper": 300}  # characters of a text that are shown; of others SHORT
 SHORT = 100
 SETTINGS = 120  # of a run
+REASONS = 4000  # SAEs of sweeps whose verdicts have reasons; of more the reports have them
 METRICS_SIZE = 2_000_000  # characters that the figures of all metrics together take; headline metrics come first
 LARGEST = 30_000_000  # bytes of a file that is read
 NO_SETTING = {"note", "out_dir", "cache_dir"}
@@ -339,6 +340,8 @@ def overview(folder: Path, by: str = "time", place: str | None = "") -> dict:
         row["group"] = group
     _count_seeds(rows)
     told = [said_of(sae, rows[i]["said"]) if rows[i]["saes"] > 1 else None for i, sae in zip(owners, saes)]
+    if len(told) - told.count(None) > REASONS:
+        told = [one and one | dict(why=None) for one in told]
     seen = dict(folder=str(folder), by=by, judged_by=judged_by, rows=rows, metrics=metrics,
                 left_out=left_out, continued=continued, places=places,
                 directions={row["metric"]: directions.get(row["metric"], "") for row in rows},

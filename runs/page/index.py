@@ -58,6 +58,7 @@ OPEN = 3  # kinds of failure that are not folded
 ORDER = "runs, in the order of their end"
 NAMED = 12  # runs of one kind
 STILL_POINTS = 1500  # of a still picture: each takes 80 characters
+MANY = 16  # points of a chart above which all are small
 STILLS = 3  # frontiers without scripts
 
 # ------------------------------------------------------------------------------------------------ what charts show
@@ -200,6 +201,8 @@ def _stored(lines: list[dict], metric: str) -> list[dict]:
 
 
 def _spec(title: str, x: str, y: str, series: list[dict], log: bool = False) -> dict:
+    many = sum(len(one["points"]) for one in series if not one["line"]) > MANY
+    series = [one if one["line"] else one | {"role": "seed" if many else "run"} for one in series]
     return {"title": title, "kind": "points", "x": {"label": x, "log": log, "whole": not log},
             "y": {"label": y, "log": False}, "series": series}
 
@@ -422,7 +425,7 @@ def _cause(row: dict) -> tuple[str, str]:
     if row["verdict"] == "killed":
         return "killed without a word, often for lack of memory", advice or "the same command continues"
     if row["folder"] is None:
-        why = row["why"] or "its folder is gone"
+        why = row["why"] or "no cause is kept: its folder is gone"
     return why, advice
 
 
@@ -598,7 +601,7 @@ def _data(seen: dict, top: list[dict]) -> dict:
                 order=seen["order"], common=common, own=_once(own), saes=saes, metrics=seen["metrics"],
                 places=[place | dict(lines=_coloured(place["lines"])) for place in seen["places"]],
                 directions={str(metric): way for metric, way in seen["directions"].items()}, groups=top,
-                verdicts=verdicts, best=sorted(BEST), failed=NO_RESULT, kinds=KINDS, joined=JOINED,
+                verdicts=verdicts, best=sorted(BEST), failed=NO_RESULT, kinds=KINDS, joined=JOINED, many=MANY,
                 ranked=[KEYS.get(name, name) for name in sorted(RANKED)] + ["extra"],
                 by=seen["by"] if seen["by"] in seen["metrics"] else None, judged=bool(seen["judged_by"]),
                 colours=dict(step=STEP, front=FRONT, runs=RUNS))

@@ -85,8 +85,13 @@
     return firstOf.get(name);
   }
 
-  const spec = (title, x, y, series, log) => ({title, kind: "points", x: {label: x, log, whole: !log}, y: {label: y, log: false},
-    series: series.filter(one => one.points.length || one.always)});
+  function spec(title, x, y, series, log) {
+    const shown = series.filter(one => one.points.length || one.always);
+    const count = shown.reduce((sum, one) => sum + (one.line ? 0 : one.points.length), 0);
+    const role = count > data.many ? "seed" : "run";  // points of all kinds have one size
+    return {title, kind: "points", x: {label: x, log, whole: !log}, y: {label: y, log: false},
+      series: shown.map(one => one.line ? one : {...one, role})};
+  }
 
   // what: "difference", "value" or a metric
   function progress(number, what, alone) {
@@ -190,11 +195,6 @@
   const options = data.groups.map(({where, metric, runs, comparable}) => `${where}, ${metric}: `
     + (comparable === runs ? `${comparable} comparable` : `${comparable} comparable of ${amount(runs, "run")}`));
   const first = data.by && !data.judged ? asked + 2 : data.groups[0]?.comparable ? 0 : 1;
-  prepare("progress", [["group", options, 0],
-    ["what", ["difference to the baseline", "value", ...names], first]],
-  (group, what, alone) => progress(group, kinds[what], alone));
-  prepare("frontier", [["metric", names, asked], ["place", data.places.map(place => place.name), 0]],
-    (metric, place, alone) => frontier(place, names[metric], alone));
 
   // ---------------------------------------------------------------------------------------------- the table
 
@@ -436,4 +436,10 @@
 
   get("filters").hidden = get("leaf").hidden = false;
   lay();
+  // charts measure the page, which is quicker when a leaf of the table is left
+  prepare("progress", [["group", options, 0],
+    ["what", ["difference to the baseline", "value", ...names], first]],
+  (group, what, alone) => progress(group, kinds[what], alone));
+  prepare("frontier", [["metric", names, asked], ["place", data.places.map(place => place.name), 0]],
+    (metric, place, alone) => frontier(place, names[metric], alone));
 })();

@@ -14,6 +14,7 @@ import difflib
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -21,20 +22,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
-from runs import compare, ledger
+from runs import compare, ledger, verdict
 from runs.comparison import HEADLINES
 from runs.frontier import L0, l0_of
 from runs.page import index as pages
 from runs.reading import LM_ONLY, Run, finite, read
 
 FILE = "runs.html"
-TEXT = {"run": 200, "note": 300, "why": 600, "hyper": 300}  # characters of a text that are shown; of others SHORT
+TEXT = {"run": 200, "note": 300, "why": 1000, "hyper": 300}  # characters of a text that are shown; of others SHORT
 SHORT = 100
 SETTINGS = 120  # of a run
+REASONS = 4000  # SAEs of sweeps whose verdicts have reasons; of more the reports have them
 METRICS_SIZE = 2_000_000  # characters that the figures of all metrics together take; headline metrics come first
 LARGEST = 30_000_000  # bytes of a file that is read
 NO_SETTING = {"note", "out_dir", "cache_dir"}
 NOT_OF_THE_SEED = {"seed", "minutes", "commit"}  # runs that agree in all else are seeds of one setting
+# where a run's name leads: to the first of its files that is there, by how it ended
+CAUSE = ("error.json", "log.txt", "report.html", "run_info.json")
+PLACE = ("log.txt", "progress.json", "run_info.json", "report.html")
+RESULT = ("report.html", "final_info.json", "log.txt", "verdict.json", "run_info.json")
+LEADS = {"failed": CAUSE, "killed": PLACE, "running": PLACE}
+# what verdict.json says of each of several SAEs
+SAID = ("value", "stderr", "l0", "difference", "difference_stderr")
 
 # ------------------------------------------------------------------------------------------------ values
 
@@ -120,7 +129,8 @@ def details(out: Path) -> dict:
     peaks = [inner(peak) for peak in inner(info.get("peak_memory_gb")).values()]
     memory = {key: [known for known in (number(peak.get(side)) for peak in peaks) if known is not None]
               for key, side in (("peak_memory_gb", "host"), ("peak_gpu_memory_gb", "gpu"))}
-    found = dict(l0=number(said.get("l0")), difference_stderr=number(said.get("difference_stderr")),
+    found = dict(said={"saes": inner(said.get("saes"))}, l0=number(said.get("l0")),
+                 difference_stderr=number(said.get("difference_stderr")),
                  lines_changed=number(said.get("lines_changed")), why=text(said.get("why"), TEXT["why"]),
                  tokens_per_s=number(said.get("tokens_per_s") or info.get("tokens_per_s")),
                  phase=text(said.get("phase") or error.get("phase") or info.get("phase")),
@@ -132,14 +142,16 @@ def details(out: Path) -> dict:
     if found["why"] is None:
         found["why"] = text(error.get("message") or error.get("type"), TEXT["why"])
     if info.get("status") == "running":
+        found["note"] = text(settings.get("note"), TEXT["note"])  # the ledger's adds where it was killed
         now = document(out / "progress.json")
         found["progress"] = {key: number(now.get(key)) for key in ("share", "eta_seconds")}
         found["phase"] = text(now.get("phase") or info.get("phase"))
     return found
 
 
-NOTHING = dict.fromkeys(("l0", "difference_stderr", "lines_changed", "why", "tokens_per_s", "phase", "advice",
-                         "profile", "settings", "progress", "peak_memory_gb", "peak_gpu_memory_gb", "href"))
+NOTHING = dict.fromkeys(("l0", "l0_high", "difference_stderr", "lines_changed", "why", "tokens_per_s", "phase",
+                         "advice", "profile", "settings", "progress", "peak_memory_gb", "peak_gpu_memory_gb", "at",
+                         "shell")) | dict(saes=0, files=(), said={})
 
 
 def _settings(settings: dict, info: dict) -> dict[str, str] | None:
@@ -152,20 +164,34 @@ def _settings(settings: dict, info: dict) -> dict[str, str] | None:
     return {text(key) or "?": text(value) or "" for key, value in both if key not in NO_SETTING}
 
 
-def href(root: Path, place: str | None, name: str) -> str | None:
-    """The address of a run's report as seen from the page, None where there is none or it lies outside `root`, as that
-    of a linked folder. `place`: the folder of all runs as seen from the page's, "" where it is that.
+def leads(root: Path, place: str | None, name: str, ended: str | None) -> dict:
+    """`at`, the address of a run's folder as seen from the page, and `files`, those in it that a reader may want, first
+    the one that says most of how it ended; None and () where there are none, or they lie outside `root`, as those of a
+    linked folder. `place`: the folder of all runs as seen from the page's, "" where it is that.
     """
-    if place is None:
-        return None
-    file = root / name / "report.html"
+    files = []
+    for file in LEADS.get(ended or "", RESULT) if place is not None else ():
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            whole = root / name / file
+            if whole.is_file() and whole.resolve().is_relative_to(root):
+                files.append(file)
+    if not files:
+        return dict(at=None, files=())
+    parts = [*Path(place).parts, name]
+    address = "/".join("." if part == "." else quote(os.fsencode(part), safe="") for part in parts)
+    return dict(at=address, files=tuple(files))
+
+
+def for_a_shell(folder: Path) -> str | None:
+    """A run's folder as a word of a command line, None where what it is called is nothing to be pasted."""
+    path = str(folder)
     try:
-        if not file.is_file() or not file.resolve().is_relative_to(root):
-            return None
-    except (OSError, RuntimeError, ValueError):
+        path.encode()
+    except UnicodeEncodeError:  # bytes that are no text
         return None
-    parts = [*Path(place).parts, name, "report.html"]
-    return "/".join("." if part == "." else quote(os.fsencode(part), safe="") for part in parts)
+    if not path.isprintable():
+        return None
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -235,16 +261,29 @@ def places_of(saes: list[Run], metrics: Iterable[str]) -> tuple[list[dict], list
             found.append(_lines(key, list(widths.values()), metrics))
             continue
         found.append([])
-    model_of = [str(key[0]) for key in order]
-    named = [_place(key, model_of.count(str(key[0])) > 1) for key in order]
-    places = [dict(name=name, lines=lines) for name, lines in zip(named, found)]
+    places = [dict(name=_place(key), lines=lines) for key, lines in zip(order, found)]
     return places, [order.index(key) for key in keys]
 
 
-def _place(key: tuple, several: bool) -> str:
+def said_of(sae: Run, said: dict) -> dict | None:
+    """What a run's verdict says of one of its SAEs, None where it says nothing."""
+    each = inner(said.get("saes"))
+    one = inner(each.get(sae.section)) or inner(each.get(sae.name))
+    if not one:
+        return None
+    figures_of = {key: number(one.get(key)) for key in SAID}
+    return figures_of | dict(verdict=text(one.get("verdict")), why=text(one.get("why"), TEXT["why"]))
+
+
+def _place(key: tuple) -> str:
+    """Model, layer and hook, the last unless it is what is usual at that layer."""
     model, layer, hook = key
-    where = f", layer {layer}" if layer is not None else ""
-    return text(f"{model}{where}" + (f", {hook}" if several else "")) or "?"
+    parts = [str(model)]
+    if layer is not None:
+        parts.append(f"layer {layer}")
+    if hook != f"blocks.{layer}.hook_resid_post":
+        parts.append(str(hook))
+    return text(", ".join(parts)) or "?"
 
 
 def _lines(key: tuple, members: list[Run], metrics: Iterable[str]) -> list[dict]:
@@ -276,32 +315,113 @@ def overview(folder: Path, by: str = "time", place: str | None = "") -> dict:
         raise FileNotFoundError(f"no run in {folder}\ngive the folder that holds the runs")
     directions = compare.directions()
     rows = ledger.marked([plain(one) for one in lines], directions)
-    saes, owners, root = [], [], folder.resolve()
-    for i, row in enumerate(rows):
+    root, each = folder.resolve(), []
+    for row in rows:
         row |= NOTHING
-        if row["folder"] is None:
-            continue
-        out = folder / row["folder"]
-        row |= details(out) | dict(href=href(root, place, row["folder"]))
-        own = saes_of(out)
-        saes += own
-        owners += [i] * len(own)
-        row["settings"] = (row["settings"] or {}) | hyper_of(own) or None
-        if row["l0"] is None and len(own) == 1:
-            row["l0"] = number(l0_of(own[0]))
+        own: list[Run] = []
+        if row["folder"] is not None:
+            out = folder / row["folder"]
+            own = saes_of(out)
+            row |= details(out) | leads(root, place, row["folder"], row["verdict"]) | dict(shell=for_a_shell(out))
+            row["settings"] = (row["settings"] or {}) | hyper_of(own) or None
+        each.append(own)
+        row |= _l0(row, own)
+    saes = [sae for own in each for sae in own]
     metrics, left_out = figures(saes, directions, by)
     if by not in pages.KEYS and by not in metrics:
         near = difflib.get_close_matches(by, [*pages.KEYS, *metrics], 1, 0)[0]
         raise ValueError(f"--by={by} is no column and no metric of these runs; the nearest is {near}")
+    judged_by = by if by in metrics and _judge_all(rows, each, by, directions) else None
     places, place_of = places_of(saes, metrics)
+    owners = [i for i, own in enumerate(each) for _ in own]
+    _whereabouts(rows, owners, [places[where]["name"] for where in place_of])
+    _mark_best(rows, directions)
     for row, group in zip(rows, _groups(rows)):
         row["group"] = group
-    seen = dict(folder=str(folder), by=by, rows=rows, metrics=metrics, left_out=left_out, continued=continued,
-                places=places, directions={row["metric"]: directions.get(row["metric"], "") for row in rows},
-                saes=[dict(run=i, name=text(sae.section or sae.name), place=where, l0=number(l0_of(sae)))
-                      for i, sae, where in zip(owners, saes, place_of)])
+    _count_seeds(rows)
+    told = [said_of(sae, rows[i]["said"]) if rows[i]["saes"] > 1 else None for i, sae in zip(owners, saes)]
+    if len(told) - told.count(None) > REASONS:
+        told = [one and one | dict(why=None) for one in told]
+    seen = dict(folder=str(folder), by=by, judged_by=judged_by, rows=rows, metrics=metrics,
+                left_out=left_out, continued=continued, places=places,
+                directions={row["metric"]: directions.get(row["metric"], "") for row in rows},
+                saes=[dict(run=i, name=text(sae.section or sae.name), place=where, l0=number(l0_of(sae)), said=one)
+                      for i, sae, where, one in zip(owners, saes, place_of, told)])
     seen["order"] = ordered(seen)
     return seen
+
+
+def _l0(row: dict, saes: list[Run]) -> dict:
+    """`l0` of a run, of several SAEs the smallest and, as `l0_high`, the largest; how many `saes` it has."""
+    known = sorted(value for value in (number(l0_of(sae)) for sae in saes) if value is not None)
+    if len(saes) > 1 and known:
+        return dict(saes=len(saes), l0=known[0], l0_high=known[-1])
+    l0 = row["l0"]
+    if l0 is None and known:
+        l0 = known[0]
+    return dict(saes=len(saes), l0=l0)
+
+
+def _judge_all(rows: list[dict], each: list[list[Run]], metric: str,
+               directions: dict[str, str]) -> bool:
+    """Make a metric the one that decides, of every run with results: judged as a report would (runs/verdict.py).
+
+    False, and the rows as they were, where no eval declares which way it is better.
+    """
+    try:
+        verdict.check_headline(metric, directions)
+    except ValueError:
+        return False
+    stored: dict[str, list[Run]] = {}
+    for row, saes in zip(rows, each):
+        if row["metric"] == metric or row["verdict"] in pages.NO_RESULT:
+            continue
+        said: dict = dict(verdict="incomparable", why=f"{metric} of it is not known: its results are gone")
+        with contextlib.suppress(Exception):  # a record of somebody else's, in which something lacks or is no number
+            if saes:
+                said = _judged(saes, metric, directions, stored)
+        row |= {key: number(said.get(key)) for key in ("value", "stderr", "difference", "difference_stderr")}
+        row |= dict(metric=metric, said=said, verdict=text(said["verdict"]), why=text(said["why"], TEXT["why"]))
+    return True
+
+
+def _judged(saes: list[Run], metric: str, directions: dict[str, str], stored: dict[str, list[Run]]) -> dict:
+    """verdict.json's figures of one run in a metric. `stored`: baselines that were read already."""
+    keys = {f"{sae.config.get('model')} {sae.config.get('d_sae')}": sae for sae in saes}
+    for key, sae in keys.items():
+        if key not in stored:
+            stored[key] = compare.stored_baselines([sae])
+    baseline = {(run.path, run.section): run for key in keys for run in stored[key]}
+    return verdict.judged(compare.judged(saes, baseline, directions), metric)
+
+
+def _whereabouts(rows: list[dict], owners: list[int], names: list[str]) -> None:
+    """Give every row `where`: model, layer and hook of its SAEs, or as much as is known of them."""
+    known: dict[int, dict[str, None]] = defaultdict(dict)
+    for i, name in zip(owners, names):
+        known[i][name] = None
+    for i, row in enumerate(rows):
+        unknown = f"{row['model']}, layer not known" if row["model"] else "model not known"
+        row["where"] = text(" and ".join(known[i])) if i in known else unknown
+
+
+def _mark_best(rows: list[dict], directions: dict[str, str]) -> None:
+    """Mark the runs that are better than all before them at the same model, layer, hook and metric."""
+    together = defaultdict(list)
+    for row in rows:
+        together[row["where"]].append(row)
+    for members in together.values():
+        ledger.marked(members, directions)
+
+
+def _count_seeds(rows: list[dict]) -> None:
+    """Give every row `seeds`: of how many seeds its setting has results."""
+    known = defaultdict(set)
+    for row in rows:
+        if row["seed"] is not None and row["verdict"] not in pages.NO_RESULT:
+            known[row["group"]].add(row["seed"])
+    for row in rows:
+        row["seeds"] = len(known[row["group"]])
 
 
 def _groups(rows: list[dict]) -> list[int]:
@@ -316,27 +436,24 @@ def _groups(rows: list[dict]) -> list[int]:
 
 
 def ordered(seen: dict) -> list[int]:
-    """The rows' numbers in the order of the table: the newest or the best first, texts by alphabet, what lacks last."""
-    rows, by = seen["rows"], seen["by"]
+    """The rows' numbers in the order of the table: the newest or the best first, texts by alphabet, what lacks last.
+
+    By a figure that tells good from bad, runs whose figures do not count come behind those that do.
+    """
+    rows, by = seen["rows"], "value" if seen["judged_by"] else seen["by"]
     numbers = list(range(len(rows)))
     if by == "time":
         return numbers[::-1]
-    if by in seen["metrics"]:
-        values, down = pages.of_runs(seen, by), seen["metrics"][by]["way"] != "lower"
-        return sorted(numbers, key=lambda i: (i not in values, -values.get(i, 0) if down else values.get(i, 0)))
-    values = [_rank(row, row[pages.KEYS[by]], by, seen["directions"].get(row["metric"])) for row in rows]
-    return sorted(numbers, key=lambda i: (values[i] is None, values[i] or 0))
-
-
-def _rank(row: dict, value, by: str, way: str | None):
-    """What puts a row in its place: text as it is, numbers the largest first, or the best where one is better."""
-    if value is None or isinstance(value, str):
-        return value
-    if by in ("value", "difference"):
-        if row["verdict"] not in ledger.BEST:
-            return None
-        return value if way == "lower" else -value
-    return -value
+    if by in pages.KEYS:
+        values = [row[pages.KEYS[by]] for row in rows]
+        ways = [seen["directions"].get(row["metric"]) if by in pages.QUALITY else "" for row in rows]
+    else:
+        known = pages.of_runs(seen, by)
+        values, ways = [known.get(i) for i in numbers], [seen["metrics"][by]["way"]] * len(rows)
+    apart = [pages.ranked(by) and pages.kind(row["verdict"]) != "comparable" for row in rows]
+    ranks = [value if isinstance(value, str) or value is None or way == "lower" else -value
+             for value, way in zip(values, ways)]
+    return sorted(numbers, key=lambda i: (apart[i], ranks[i] is None, ranks[i] or 0))
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -10,8 +10,9 @@ A chart, `spec`, is
 label is what hovering says of a point beside its values, in lines, href where a click leads, a relative address or
 "#…"; both may be "" or left out. Bars, a histogram: in place of "line" and "points" a series has "edges", n + 1
 numbers, and "counts", n. A role decides the shape: "run", "baseline", "random" (a dashed line), "seed" (small points),
-"other". Colours go by a series' place, or by its "colour", a number of COLOURS, where what it shows is to keep one.
-Points that are not finite, and those not positive on a log axis, are left out.
+"other"; to have another one a series names it as its "mark", a key of MARKS_OF. A line with "parts", a number for each
+point, joins those of one part alone, thin. Colours go by a series' place, or by its "colour", a number of COLOURS,
+where what it shows is to keep one. Points that are not finite, and those not positive on a log axis, are left out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from html import escape
 from runs.page import shell
 
 ROLES = ("run", "baseline", "random", "seed", "other")
+MARKS_OF = {"circle": "o", "rectRot": "D", "triangle": "^", "rect": "s", "dash": "_"}  # Chart.js's: matplotlib's
 # CSS variables of page.css; what matplotlib draws in these grays becomes one of them
 COLOURS = tuple(f"--c{i}" for i in range(8))
 STILLS = 6  # of a menu's charts are there without scripts
@@ -172,11 +174,18 @@ def _draw(axes, spec: dict, one: dict, colour: str, most: int) -> None:
     points = one["points"][:: max(1, math.ceil(len(one["points"]) / most))]
     x, y, error = ([point[i] if len(point) > i else 0 for point in points] for i in range(3))
     many = len(one["points"]) > 60
+    if "parts" in one:
+        ends = [i for i in range(1, len(one["parts"])) if one["parts"][i] != one["parts"][i - 1]]
+        gap = [math.nan, math.nan]
+        parts = [one["points"][a:b] + [gap] for a, b in zip([0, *ends], [*ends, None])]
+        x, y = zip(*(point[:2] for part in parts for point in part))
+        axes.plot(x, y, "-", color=colour, linewidth=0.6, label=name)
+        return
     if one.get("line"):
         style = "--" if one.get("role") == "random" else "-"
         axes.plot(x, y, style, color=colour, linewidth=1.5, label=name)
     if not one.get("line") or not many:
         label = None if one.get("line") else name
         small = len(one["points"]) > 16 or one.get("role") == "seed"
-        axes.errorbar(x, y, yerr=error if any(error) else None, fmt="o", color=colour, markersize=2.5 if small else 4,
-                      elinewidth=1, label=label)
+        axes.errorbar(x, y, yerr=error if any(error) else None, fmt=MARKS_OF.get(one.get("mark"), "o"), color=colour,
+                      markersize=2.5 if small else 4, elinewidth=1, label=label)

@@ -2,15 +2,17 @@
 
 import json
 import math
+import shlex
 
 import pytest
 
 from runs import index
+from runs.folder import write_json
 from runs.page import charts
 from runs.page import index as pages
 from tests.runs.folders import many
-from tests.runs.records import CE
-from tests.runs.test_index import harm
+from tests.runs.records import CE, entry, record
+from tests.runs.test_index import ended, harm
 
 RUNS = 230
 
@@ -30,7 +32,7 @@ def page(seen, tmp_path_factory):
 
 def shown(browser) -> list[str]:
     """The runs of the table as it stands."""
-    return browser.js("return [...document.querySelectorAll('#runs tbody tr')]"
+    return browser.js("return [...runs.tBodies[0].rows].filter(row => row.className !== 'inner')"
                       ".map(row => row.cells[1].textContent.replace('★', '').trim())")
 
 
@@ -51,21 +53,27 @@ def drawn(browser, section) -> dict:
 
 
 def expected(spec) -> dict:
+    """The same of a still's, with what a legend alone shows."""
     return {one["name"]: one["points"] for one in charts.finite(spec)["series"]}
+
+
+def known(points: dict) -> dict:
+    """The series that have points."""
+    return {name: own for name, own in points.items() if own}
 
 
 @pytest.mark.slow
 def test_the_charts_are_those_of_the_stills(browser, seen, page):
     """Fails if the scripts find another running best or front than Python does, of all runs or of those filtered."""
     browser.open(page)
-    group, way = ("smollm2-135m-instruct", CE), {name: one["way"] for name, one in seen["metrics"].items()}
+    group, way = pages.groups(seen["rows"])[0], {name: one["way"] for name, one in seen["metrics"].items()}
     assert drawn(browser, "progress") == expected(pages.progress(seen, group, "difference"))
     set_to(browser, "#progress .what", "1")
     assert drawn(browser, "progress") == expected(pages.progress(seen, group, "value"))
     lower = next(name for name in way if way[name] == "lower")
     for metric in (CE, lower):
         set_to(browser, "#frontier .metric", str(list(way).index(metric)))
-        assert drawn(browser, "frontier") == expected(pages.frontier(seen, 0, metric))
+        assert known(drawn(browser, "frontier")) == expected(pages.frontier(seen, 0, metric))
     set_to(browser, "#search", "mine")
     browser.driver.set_script_timeout(5)
     browser.driver.execute_async_script("setTimeout(arguments[0], 300)")
@@ -84,10 +92,14 @@ def test_the_table(browser, seen, page):
     browser.js("document.getElementById('on').click(); document.getElementById('on').click()")
     assert shown(browser) == names[::-1][200:] and "201 to 230 of 230" in browser.js("return count.textContent")
     heading(browser, "difference")
-    known = sorted((row for row in seen["rows"] if row["difference"] is not None), key=lambda row: -row["difference"])
-    assert shown(browser) == [row["run"] for row in known][:100]
-    heading(browser, "difference")
-    assert shown(browser) == [row["run"] for row in known[::-1]][:100]
+    counts = [row for row in seen["rows"] if row["verdict"] in ("better", "worse", "within_noise")]
+    rest = [row for row in seen["rows"] if row["verdict"] == "suspect"]
+    for sign in (-1, 1):  # suspect runs, whose differences are the largest, behind all that count
+        best = [sorted(some, key=lambda row: sign * row["difference"]) for some in (counts, rest)]
+        assert shown(browser) == [row["run"] for row in sum(best, [])][:100]
+        gray = browser.js("return [...document.querySelectorAll('#runs tbody tr')].map(row => row.className)")
+        assert gray == ([""] * len(counts) + ["apart"] * len(rest))[:100]
+        heading(browser, "difference")
     heading(browser, "run")
     assert shown(browser)[:3] == ["run_0", "run_1", "run_2"]  # run_2 before run_10
     set_to(browser, "#search", "penalty P_ANNEAL")
@@ -120,10 +132,68 @@ def test_two_runs_side_by_side(browser, seen, page):
     assert keys and told == [[key, "≠", a.get(key, "–"), b.get(key, "–")] for key in keys]
     command = browser.js("return document.querySelector('#pair .command code').textContent")
     folder = seen["folder"]
-    assert command == f"python -m runs.compare {folder}/{names[7]} {folder}/{names[3]}"
+    assert shlex.split(command) == ["python", "-m", "runs.compare", f"{folder}/{names[7]}", f"{folder}/{names[3]}"]
     assert browser.js("return document.querySelectorAll('#pair details').length") == 2
     browser.js("[...document.querySelectorAll('#pair details')].forEach(one => { one.open = true; })")
     assert browser.violations() == []
+
+
+def legend(browser, section) -> list[str]:
+    return browser.js("return [...document.querySelectorAll('#' + arguments[0] + ' .legend button')]"
+                      ".map(one => one.textContent)", section)
+
+
+@pytest.mark.slow
+def test_kinds_are_told_apart(browser, seen, page):
+    """Fails if two kinds have one shape or colour, a legend lacks one, or what does not count cannot be left out."""
+    browser.open(page)
+    browser.js("document.querySelector('#frontier').scrollIntoView()")
+    sets = {name: [colour, shape] for name, colour, shape in browser.js(
+        "return Chart.getChart(document.querySelector('#frontier canvas')).data.datasets"
+        ".map(set => [set.label, set.borderColor, set.pointStyle])")}
+    kinds = [sets[name] for name in ("comparable", "suspect", "not comparable")]
+    assert len({colour for colour, _ in kinds}) == len({shape for _, shape in kinds}) == 3
+    assert {"▲suspect", "●comparable", "◆not comparable"} <= set(legend(browser, "frontier"))
+    browser.js("document.querySelector('#frontier .alone').click()")
+    points = drawn(browser, "frontier")
+    counted = sum(row["verdict"] in pages.BEST for row in seen["rows"])
+    assert (len(points["comparable"]), points["suspect"], points["not comparable"]) == (counted, [], [])
+    assert {"▲suspect", "◆not comparable"} <= set(legend(browser, "frontier"))
+
+
+@pytest.mark.slow
+def test_a_row_opens(browser, tmp_path):
+    """Fails if a row hides why a run failed, how each SAE of a sweep is judged, or the seeds of its setting."""
+    cause = "word " * 60 + "end"
+    ended(tmp_path / "bad", "failed", why=cause, phase="training", advice="buy some")
+    write_json(tmp_path / "bad/error.json", dict(message=cause))
+    saes = {f"layer_3.k_{k}": entry({"core.l0": k, CE: 0.8 + k / 1000}, variant="mine") for k in (16.0, 64.0)}
+    words = zip(saes, ("better", "suspect"))
+    each = {name: dict(verdict=word, why=f"reason {word}", value=0.8) for name, word in words}
+    for seed in (0, 1):
+        ended(tmp_path / f"sweep_{seed}", "suspect", seed + 2, metric=CE, value=0.83, seed=seed, saes=each)
+        record(tmp_path / f"sweep_{seed}", saes)
+    file = index.write(tmp_path, by="run")
+    browser.open(file)
+    assert shown(browser) == ["bad", "sweep_0", "sweep_1"]
+    assert browser.js("return document.querySelector('#runs tbody a').getAttribute('href')") == "bad/error.json"
+    row = browser.js("return document.querySelector('#runs tbody tr').textContent")
+    assert "word word" in row and "end" not in row
+    buttons = "document.querySelectorAll('#runs tbody button[aria-expanded]')"
+    browser.js(f"{buttons}[0].click(); {buttons}[1].click()")
+    told = browser.js("return [...document.querySelectorAll('#runs tr.inner')].map(row => row.textContent)")
+    assert cause in told[0] and "buy some" in told[0] and "sweep_1 (seed 1, ! suspect)" in told[1]
+    assert browser.js("return [...document.querySelectorAll('#runs .inner tbody tr')].map(row => [...row.cells]"
+                      ".map(cell => cell.textContent))") == [
+        ["layer_3.k_16.0", "▲ better", "16", "0.8", "", "", "", "reason better"],
+        ["layer_3.k_64.0", "! suspect", "64", "0.8", "", "", "", "reason suspect"]]
+    assert browser.violations() == [] and browser.wider_than_its_window() == 0
+    heading(browser, "run")  # sorted again, what is open stays so
+    assert browser.js("return document.querySelectorAll('#runs tr.inner').length") == 2
+    browser.js("document.querySelector('#runs .more button').click()")
+    assert shown(browser) == ["sweep_1", "sweep_0"]
+    browser.js(f"{buttons}[1].click(); document.getElementById('clear').click()")
+    assert len(shown(browser)) == 3 and browser.js("return document.querySelectorAll('#runs tr.inner').length") == 1
 
 
 @pytest.mark.slow

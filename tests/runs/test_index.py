@@ -9,12 +9,14 @@ import sys
 import time
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from runs import index, ledger
+from runs import compare, index, ledger
 from runs.folder import write_json
 from runs.page import index as pages
+from runs.page.verdict import WORDS
 from tests import PROJECT
 from tests.pages.boards import HARMFUL
 from tests.runs.folders import many
@@ -23,7 +25,15 @@ from tests.runs.records import CE, entry, record
 
 def told(html: str) -> dict:
     """What the page's scripts read."""
-    return json.loads(re.search(r'<script type="application/json" id="runs-data">(.*?)</script>', html)[1])
+    data = json.loads(re.search(r'<script type="application/json" id="runs-data">(.*?)</script>', html)[1])
+    columns = {key: column if isinstance(column, list) else [column["all"]] * data["count"]
+               for key, column in data["rows"].items()}
+    return data | dict(rows=columns)
+
+
+def leads(row: dict) -> str | None:
+    """Where a run's name leads."""
+    return f"{row['at']}/{row['files'][0]}" if row["files"] else None
 
 
 @pytest.mark.parametrize("way", ["higher", "lower"])
@@ -73,7 +83,9 @@ def test_every_run_once(tmp_path):
     assert len(seen["rows"]) == 6 and seen["continued"] == 1
     assert [row["run"] for row in seen["rows"] if row["best"]] == ["run_1"]
     assert rows["run_1", "failed"]["folder"] == "run_1.previous-1" and rows["run_1", "failed"]["why"] == "no memory"
-    assert rows["run_1", "better"]["href"] == "run_1/report.html" and rows["old", "incomparable"]["href"] is None
+    assert leads(rows["run_1", "better"]) == "run_1/report.html"
+    assert leads(rows["old", "incomparable"]) == "old/final_info.json" and leads(rows["gone", "failed"]) is None
+    assert leads(rows["run_3", "killed"]) == "run_3/run_info.json"
     html = pages.page(seen)
     for text in ("no memory", "to do: buy some", "in evals: ", "killed without a word", "its folder is gone"):
         assert text in html
@@ -98,11 +110,11 @@ def test_only_what_lies_inside_is_linked(tmp_path):
         (place / "report.html").write_text("a report")
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "inside").symlink_to(root / "a b#?%é")
-    found = {row["folder"]: row["href"] for row in index.overview(root)["rows"]}
+    found = {row["folder"]: leads(row) for row in index.overview(root)["rows"]}
     assert found == {"a b#?%é": "a%20b%23%3F%25%C3%A9/report.html", "linked": None, "inside": "inside/report.html",
                      "javascript:alert(1)": "javascript%3Aalert%281%29/report.html"}
-    file = index.write(root, out=tmp_path / "pages.html")
-    assert "all/a%20b%23%3F%25%C3%A9/report.html" in told(file.read_text())["rows"]["href"]
+    html = index.write(root, out=tmp_path / "pages.html").read_text()
+    assert "all/a%20b%23%3F%25%C3%A9" in told(html)["rows"]["at"] and '"all/a%20b%23%3F%25%C3%A9/report.html"' in html
 
 
 def harm(root):
@@ -150,7 +162,8 @@ def test_harmful_runs_make_a_harmless_page(tmp_path):
     reader.feed(html)
     assert reader.tags["script"] == 1 + len(pages.SCRIPTS) and not reader.tags.keys() & {"img", "b"}
     assert not any(name.startswith("on") for name, _ in reader.attributes)
-    assert all(re.fullmatch(r"[\w%.~-]+/report\.html", value) for name, value in reader.attributes if name == "href")
+    assert all(re.fullmatch(r"[\w%.~-]+/(report\.html|\w+\.json)", value) for name, value in reader.attributes
+               if name == "href")
     data = told(html)
     assert {HARMFUL[0], HARMFUL[5]} <= set(data["rows"]["variant"])
     assert len(data["rows"]["run"]) >= len(HARMFUL)
@@ -200,6 +213,110 @@ def test_in_the_order_asked_for(tmp_path):
 
     assert (order("time"), order("core.r2"), order("core.mse")) == (list("3210"), list("1302"), list("1302"))
     assert (order("value"), order("run"), order("minutes")) == (list("1302"), list("0123"), list("3210"))
+
+
+def stored(tmp_path, name, r2, seed=0, **said):
+    """A run that is the stored baseline of SmolLM2 at one of its L0, but for this R²."""
+    written = json.loads((PROJECT / "runs/baseline/smollm2-135m-instruct/topk/final_info.json").read_text())
+    section, one = next(iter(written.items()))
+    means = one["means"] | {"core.r2": one["means"]["core.r2"] + r2, "core.mse": one["means"]["core.mse"] * (1 - r2)}
+    ended(tmp_path / name, **{"word": "within_noise", "metric": CE, "value": 0.9, "difference": 0.0001} | said)
+    record(tmp_path / name, {section: one | dict(means=means, config=one["config"] | dict(seed=seed, variant="mine"))})
+
+
+def test_another_metric_is_judged_as_the_command_does(tmp_path, capsys):
+    """Fails if --by METRIC judges a run otherwise than runs.compare --headline, or lets what failed count."""
+    for name, r2 in {"up": 0.1, "down": -0.1, "same": 1e-6}.items():
+        stored(tmp_path, name, r2)
+    ended(tmp_path / "broken", "failed", 9, why="no memory")
+    ended(tmp_path / "gone", "better", 8, metric=CE, value=0.9, difference=0.1)
+    (tmp_path / "gone/run_info.json").unlink()
+    seen = index.overview(tmp_path, "core.r2")
+    rows = {row["run"]: row for row in seen["rows"]}
+    for name in ("up", "down", "same"):
+        compare.main([str(tmp_path / name), "--headline=core.r2", "--exit-status", "--json"])
+        told_there = json.loads(capsys.readouterr().out)["verdict"]
+        assert rows[name]["verdict"] == told_there["verdict"] and rows[name]["metric"] == "core.r2"
+        assert rows[name]["difference"] == pytest.approx(told_there["difference"], rel=1e-5)
+    assert [rows[name]["verdict"] for name in ("up", "broken", "gone")] == ["better", "failed", "incomparable"]
+    assert [seen["rows"][i]["run"] for i in seen["order"]][:3] == ["up", "same", "down"]
+    assert "Judged by <strong>core.r2</strong>" in pages.page(seen)
+    plain = index.overview(tmp_path, "training.final_loss")
+    assert {row["verdict"] for row in plain["rows"]} == {"within_noise", "failed", "better"}
+    assert "which has no verdict" in pages.page(plain)
+
+
+def test_what_does_not_count_comes_behind(tmp_path):
+    """Fails if a suspect run, whose figure is the best, comes before one that counts, or is marked as it is."""
+    for i, word in enumerate(["suspect", "better", "incomparable", "worse", "failed"]):
+        ended(tmp_path / word, word, i, metric="core.r2", value=0.9 - i / 10, difference=0.5 - i / 10)
+    for by in ("value", "difference"):
+        seen = index.overview(tmp_path, by)
+        assert [seen["rows"][i]["run"] for i in seen["order"]] == ["better", "worse", "suspect", "incomparable",
+                                                                   "failed"]
+    rows = re.findall(r"<tr( class=apart)?><td class='l name'>(?:<a[^>]*>)?(\w+)", pages.page(seen))
+    assert {name for mark, name in rows if mark} == {"suspect", "incomparable", "failed"} and len(rows) == 5
+
+
+def test_each_sae_of_a_sweep(tmp_path):
+    """Fails if a sweep is drawn at an L0 that none of its SAEs has, or all of them with the verdict of one."""
+    saes = {f"layer_3.k_{k}": entry({"core.l0": k, CE: 0.8 + k / 1000}, variant="mine") for k in (16.0, 32.0, 64.0)}
+    each = {name: dict(verdict=word, why="a reason", value=0.8) for name, word in
+            zip(saes, ("better", "suspect", "incomparable"))}
+    ended(tmp_path / "sweep", "suspect", metric=CE, value=0.83, l0=37.3, saes=each)
+    record(tmp_path / "sweep", saes)
+    ended(tmp_path / "one", "failed", 2, metric=CE)
+    record(tmp_path / "one", {"layer_3": entry({"core.l0": 20.0, CE: 0.99})})
+    seen = index.overview(tmp_path)
+    drawn = {one["name"]: one["points"] for one in pages.frontier(seen, 0, CE)["series"]}
+    assert drawn == {"comparable": [[16, 0.816, 0]], "suspect": [[32, 0.832, 0]], "not comparable": [[64, 0.864, 0]],
+                     "best of the comparable": [[16, 0.816, 0]],
+                     "SAEs of one run": [[16, 0.816, 0], [32, 0.832, 0], [64, 0.864, 0]]}
+    html = pages.page(seen)
+    assert "16–64, 3 SAEs" in html and "37.3" not in html[:html.index('id="runs-data"')]
+    assert "</span> 0.8300" in html and html.count("mean</span>") == 1
+    assert [one["why"] for one in told(html)["saes"]["said"].values()] == ["a reason"] * 3
+
+
+def test_the_largest_comparable_group_comes_first(tmp_path):
+    """Fails if the page opens on runs without a difference, or takes runs of two layers, or models, for one group."""
+    for i in range(5):
+        ended(tmp_path / f"none_{i}", "incomparable", i, model="other", metric=CE, value=0.5)
+    for i, layer in enumerate((3, 3, 4)):
+        ended(tmp_path / f"run_{i}", "better", 10 + i, metric=CE, value=0.5, difference=0.1 + i / 10)
+        record(tmp_path / f"run_{i}", {f"layer_{layer}": entry(
+            {"core.l0": 20.0, CE: 0.5}, layer=layer, hook_name=f"blocks.{layer}.hook_resid_post")})
+    seen = index.overview(tmp_path)
+    counts = [(one["where"], one["comparable"], one["runs"]) for one in pages.groups(seen["rows"])]
+    assert counts == [("tiny, layer 3", 2, 2), ("tiny, layer 4", 1, 1), ("other, layer not known", 0, 5)]
+    assert [row["run"] for row in seen["rows"] if row["best"]] == ["run_0", "run_1", "run_2"]
+
+
+def test_seeds_of_one_setting_are_counted(tmp_path):
+    """Fails if a failed seed counts as a result, or another variant's file as a seed of this one."""
+    for seed, word in enumerate(["better", "worse", "failed"]):
+        ended(tmp_path / f"run_{seed}", word, metric=CE, seed=seed, value=0.5, difference=0.1)
+    ended(tmp_path / "other", "better", metric=CE, seed=7, value=0.5, difference=0.2, variant="other")
+    assert {row["run"]: row["seeds"] for row in index.overview(tmp_path)["rows"]} == {
+        "run_0": 2, "run_1": 2, "run_2": 2, "other": 1}
+
+
+@pytest.mark.parametrize("name", ["it's", "a b", "$(touch x)", "-x", "~", "a;b", "a\nb", "a\u202eb", "plain-1.2"])
+def test_a_folder_as_a_word_of_a_command(tmp_path, name):
+    """Fails if a shell reads another word than the folder's name, or what cannot be pasted is offered."""
+    for place in (tmp_path / name, Path(name)):
+        said = index.for_a_shell(place)
+        if not name.isprintable():
+            assert said is None
+            continue
+        shell = subprocess.run(["sh", "-c", f"printf '%s\\n' {said}"], capture_output=True, text=True, check=True)
+        assert shell.stdout in (f"{place}\n", f"./{place}\n")
+
+
+def test_one_sign_for_a_verdict():
+    """Fails if this page and a run's report have different signs for a verdict, or one lacks its meaning."""
+    for word, (sign, _) in WORDS.items():
+        assert pages.VERDICTS[word][0] == sign and pages.MEANS[word]
 
 
 @pytest.mark.slow

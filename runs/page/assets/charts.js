@@ -15,7 +15,7 @@ const Pages = (() => {
     return number(value);
   }
   const shapes = {run: "circle", baseline: "rectRot", random: "triangle", seed: "circle", other: "rect"};
-  const signs = {circle: "●", rectRot: "◆", triangle: "▲", rect: "■"};
+  const signs = {circle: "●", rectRot: "◆", triangle: "▲", rect: "■", dash: "–", line: "─"};
   const LETTERS = 56;  // of a name that hovering shows in a line
   const SMALL = 16;  // points of a series above which they are small,
   const MANY = 60;  // and a line is without them
@@ -56,7 +56,8 @@ const Pages = (() => {
     return length <= 8 ? css("--c" + i) : `hsl(${Math.round(300 * i / length)} 65% 50%)`;
   }
 
-  const shape = (spec, one) => spec.kind === "bars" ? "rect" : shapes[one.role] || "circle";
+  const shape = (spec, one) => spec.kind === "bars" ? "rect"
+    : one.parts ? "line" : one.mark || shapes[one.role] || "circle";
 
   function dataset(spec, one, i) {
     const line = colour(spec, i);
@@ -73,7 +74,15 @@ const Pages = (() => {
       errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: line,
       order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8,
       borderDash: one.role === "random" ? [6, 4] : [], pointStyle: shape(spec, one), clip: 8,
-      pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6, pointHitRadius: 6};
+      pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6, pointHitRadius: 6, ...apart(one)};
+  }
+
+  // a line with `parts` is thin, has no points, and joins those of one part alone
+  function apart({parts}) {
+    if (!parts) return {};
+    const colour = ({p0DataIndex: a, p1DataIndex: b}) => parts[a] === parts[b] ? undefined : "transparent";
+    return {segment: {borderColor: colour}, borderWidth: .7, pointStyle: "line", pointRadius: 0, pointHitRadius: 0,
+      pointHoverRadius: 0};
   }
 
   // the ends of an axis: errors inside, some room around points, and bars from the first edge to the last

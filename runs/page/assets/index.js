@@ -4,15 +4,24 @@
   const LEAF = 100;  // rows at a time
   const get = id => document.getElementById(id);
   const data = JSON.parse(get("runs-data").textContent);
-  const rows = data.rows, total = rows.run.length, all = Array.from(Array(total).keys());
+  const total = data.count, all = Array.from(Array(total).keys());
+  const whole = column => Array.isArray(column) ? column : all.map(() => column.all);  // of equal values one is sent
+  const rows = Object.fromEntries(Object.entries(data.rows).map(([key, column]) => [key, whole(column)]));
+  const others = whole(data.own);  // settings that are not the commonest
   const verdicts = new Map(Object.entries(data.verdicts)), metrics = new Map(Object.entries(data.metrics));
-  const counted = new Set(data.best), failed = new Set(data.failed);
+  const counted = new Set(data.best), failed = new Set(data.failed), ranked = new Set(data.ranked);
+  const said = new Map(Object.entries(data.saes.said).map(([sae, one]) => [Number(sae), one]));
   const make = (tag, properties = {}, ...children) => {
     const made = Object.assign(document.createElement(tag), properties);
     made.append(...children);
     return made;
   };
   const word = verdict => verdicts.get(verdict)?.[0] ?? (verdict || "unknown");
+  const sign = verdict => `${verdicts.get(verdict)?.[1] ?? ""} ${word(verdict)}`.trim();
+  const kind = verdict => counted.has(verdict) ? "comparable" : failed.has(verdict) ? "failed"
+    : verdict === "suspect" ? "suspect" : "not comparable";
+  const address = (i, file) => `${rows.at[i]}/${data.files[file]}`;
+  const leads = i => rows.files[i].length ? address(i, rows.files[i][0]) : "";
   const fill = (select, names) => select.replaceChildren(...names.map((name, i) => new Option(name, i)));
 
   // ---------------------------------------------------------------------------------------------- what charts show
@@ -39,18 +48,26 @@
   }
 
   const ofSetting = new Map();  // runs that differ in the seed alone
-  rows.group.forEach((group, i) => ofSetting.set(group, [...(ofSetting.get(group) || []), i]));
+  rows.group.forEach((group, i) => {
+    if (!ofSetting.has(group)) ofSetting.set(group, []);
+    ofSetting.get(group).push(i);
+  });
+  const short = value => Math.abs(value) >= 10 ? Math.round(value).toLocaleString("en") : Pages.number(value);
+  const between = i => `${short(rows.l0[i])}–${short(rows.l0_high[i])}`;
   const cut = (text, most) => text.length > most ? text.slice(0, most - 1) + "…" : text;
 
   function label(i, sae) {
-    const lines = [cut(rows.run[i] + (sae ? ` ${sae}` : "") + (rows.best[i] ? " ★" : ""), 60)];
-    lines.push(cut([rows.variant[i], rows.hyper[i], word(rows.verdict[i])].filter(Boolean).join(" · "), 60));
+    const lines = [cut(rows.run[i] + (sae === undefined ? "" : ` ${data.saes.name[sae]}`) + (rows.best[i] ? " ★" : ""),
+                       60)];
+    const verdict = said.get(sae)?.verdict ?? rows.verdict[i];
+    lines.push(cut([rows.variant[i], rows.hyper[i], word(verdict)].filter(Boolean).join(" · "), 60));
+    if (sae === undefined && rows.saes[i] > 1) lines.push(`mean of ${rows.saes[i]} SAEs, L0 ${between(i)}`);
     if (rows.note[i]) lines.push(cut(rows.note[i], 60));
-    const others = ofSetting.get(rows.group[i]).filter(j => j !== i);
-    if (rows.seed[i] !== null && others.length) {
-      const told = others.slice(0, 3).map(j => `${cut(rows.run[j], 20)} (seed ${rows.seed[j]})`).join(", ");
-      const more = others.length > 3 ? ` and ${others.length - 3} more` : "";
-      lines.push(cut(`seed ${rows.seed[i]}; also ${told}${more}`, 90));
+    const seeds = ofSetting.get(rows.group[i]);
+    if (rows.seeds[i] > 1 && rows.seed[i] !== null) {
+      const told = seeds.filter(j => j !== i).slice(0, 3).map(j => `${cut(rows.run[j], 20)} (seed ${rows.seed[j]})`);
+      const more = seeds.length > 4 ? ` and ${seeds.length - 4} more` : "";
+      lines.push(cut(`seed ${rows.seed[i]}; also ${told.join(", ")}${more}`, 90));
     }
     return lines.join("\n");
   }
@@ -68,12 +85,18 @@
     return firstOf.get(name);
   }
 
-  const spec = (title, x, y, series, log) => ({title, kind: "points", x: {label: x, log}, y: {label: y, log: false},
-    series: series.filter(one => one.points.length)});
+  function spec(title, x, y, series, log) {
+    const shown = series.filter(one => one.points.length || one.always);
+    const count = shown.reduce((sum, one) => sum + (one.line ? 0 : one.points.length), 0);
+    const role = count > data.many ? "seed" : "run";  // points of all kinds have one size
+    return {title, kind: "points", x: {label: x, log, whole: !log}, y: {label: y, log: false},
+      series: shown.map(one => one.line ? one : {...one, role})};
+  }
 
   // what: "difference", "value" or a metric
-  function progress([model, metric], what) {
-    const own = all.filter(i => rows.model[i] === model && rows.metric[i] === metric);
+  function progress(number, what, alone) {
+    const {where, metric} = data.groups[number];
+    const own = all.filter(i => rows.of[i] === number);
     const figure = i => {
       if (what === "difference") return [rows.difference[i], rows.difference_stderr[i]];
       if (what === "value") return [rows.value[i], rows.stderr[i]];
@@ -83,7 +106,7 @@
     const values = own.map(i => inside.has(i) && counted.has(rows.verdict[i]) ? figure(i)[0] : null);
     const line = [];
     for (const n of runningBest(values, way)) {
-      const point = [label(own[n]), rows.href[own[n]] || ""];
+      const point = [label(own[n]), leads(own[n])];
       if (line.length) line.push([n + 1, line[line.length - 1][1], 0, ...line[line.length - 1].slice(3)]);
       line.push([n + 1, values[n], 0, ...point]);
     }
@@ -92,34 +115,49 @@
     const series = new Map();
     own.forEach((i, n) => {
       const [value, error] = figure(i);
-      if (value === null || !inside.has(i)) return;
       const verdict = rows.verdict[i];
-      const [name, , colour, role] = verdicts.get(verdict) ?? [word(verdict), "", 3, "other"];
-      if (!series.has(name)) series.set(name, {name, colour, role, line: false, points: []});
-      series.get(name).points.push([n + 1, value, error || 0, label(i), rows.href[i] || ""]);
+      if (value === null || !inside.has(i) || (alone && !counted.has(verdict))) return;
+      const [name, , colour, mark] = verdicts.get(verdict) ?? [word(verdict), "", 3, "rect"];
+      if (!series.has(name)) series.set(name, {name, colour, mark, role: "run", line: false, points: []});
+      series.get(name).points.push([n + 1, value, error || 0, label(i), leads(i)]);
     });
     const name = metrics.has(what) ? what : metric;
     const y = what === "difference" ? "difference to the baseline" : name;
-    const best = {name: "best so far", role: "seed", colour: data.colours.step, line: true, points: line};
-    return spec(`${name}, ${model}`, "runs, in the order of their end", y, [best, ...series.values()], false);
+    const order = [...verdicts.values()].map(([one]) => one);  // of the legend
+    const points = [...series.values()].sort((a, b) => order.indexOf(a.name) - order.indexOf(b.name));
+    const best = {name: "best so far", role: "seed", colour: data.colours.step, line: true, points: line,
+      always: points.length > 0};
+    return spec(`${name}, ${where}`, "runs, in the order of their end", y, [best, ...points], false);
   }
 
-  function frontier(place, name) {
-    const metric = metrics.get(name), sound = [], doubtful = [];
+  function frontier(place, name, alone) {
+    const metric = metrics.get(name), sweeps = new Map();
+    const points = new Map(Object.keys(data.kinds).map(each => [each, []]));
     metric.v.forEach((value, n) => {
       const sae = metric.i ? metric.i[n] : n, run = data.saes.run[sae], l0 = data.saes.l0[sae];
-      if (data.saes.place[sae] !== place || !(l0 > 0) || !inside.has(run)) return;
-      const several = data.saes.run[sae - 1] === run || data.saes.run[sae + 1] === run;
-      const told = label(run, several ? data.saes.name[sae] : "");
-      const point = [l0, value, metric.e?.[n] ?? 0, told, rows.href[run] || ""];
-      (failed.has(rows.verdict[run]) ? doubtful : sound).push(point);
+      if (data.saes.place[sae] !== place || !(l0 > 0) || !inside.has(run) || failed.has(rows.verdict[run])) return;
+      const several = rows.saes[run] > 1;
+      const told = label(run, several ? sae : undefined);
+      const own = kind((said.get(sae) ?? {verdict: rows.verdict[run]}).verdict);
+      if (alone && own !== "comparable") return;
+      points.get(own).push([l0, value, metric.e?.[n] ?? 0, told, leads(run)]);
+      if (!several) return;
+      if (!sweeps.has(run)) sweeps.set(run, []);
+      sweeps.get(run).push([l0, value, 0]);
     });
     const stored = data.places[place].lines.map(line => ({...line, line: true, points: line.metrics[name] || []}));
-    const front = pareto(sound, metric.way).map(i => [...sound[i].slice(0, 2), 0, ...sound[i].slice(3)]);
+    const comparable = points.get("comparable"), any = comparable.length > 0;
+    const over = any ? comparable : points.get("not comparable");
+    const front = pareto(over, metric.way).map(i => [...over[i].slice(0, 2), 0, ...over[i].slice(3)]);
+    const joined = [...sweeps.values()].filter(own => own.length > 1)
+      .map(own => own.sort((a, b) => a[0] - b[0] || a[1] - b[1]));
+    const kinds = Object.entries(data.kinds).map(([each, [colour, mark]]) =>
+      ({name: each, role: "run", mark, colour, line: false, points: points.get(each), always: over.length > 0}));
     return spec(data.places[place].name, "L0", name, [
-      {name: "best of the runs", role: "seed", colour: data.colours.front, line: true, points: front}, ...stored,
-      {name: "runs", role: "run", colour: data.colours.runs, line: false, points: sound},
-      {name: "suspect or failed", role: "random", colour: 5, line: false, points: doubtful}], true);
+      {name: any ? "best of the comparable" : "best of the runs, none comparable", role: "seed",
+        colour: data.colours.front, line: true, points: front}, ...stored,
+      {name: data.joined, role: "seed", colour: data.colours.runs, line: true, points: joined.flat(),
+        parts: joined.flatMap((own, part) => own.map(() => part))}, ...kinds], true);
   }
 
   function show(place, chart) {
@@ -127,8 +165,8 @@
     plots.className = "plots";
     const before = plots.querySelector("canvas");
     if (before) Chart.getChart(before)?.destroy();
-    if (chart.series.length) Pages.chart(plots, chart);
-    else plots.replaceChildren(make("p", {className: "mut", textContent: "no run here has both figures"}));
+    if (chart.series.some(one => one.points.length)) Pages.chart(plots, chart);
+    else plots.replaceChildren(make("p", {className: "mut", textContent: "nothing here to draw: choose others"}));
   }
 
   const drawers = [];
@@ -141,8 +179,10 @@
       select.value = chosen;
       return select;
     });
-    const again = () => show(section, draw(...selects.map(select => Number(select.value))));
-    selects.forEach(select => select.addEventListener("change", again));
+    const alone = section.querySelector(".alone");
+    alone.parentNode.hidden = !all.some(i => !counted.has(rows.verdict[i]) && rows.value[i] !== null);
+    const again = () => show(section, draw(...selects.map(select => Number(select.value)), alone.checked));
+    [...selects, alone].forEach(choice => choice.addEventListener("change", again));
     section.querySelector(".choices").hidden = false;
     drawers.push(again);
     again();
@@ -151,13 +191,10 @@
   const names = [...metrics.keys()];
   const kinds = ["difference", "value", ...names];
   const asked = Math.max(0, names.indexOf(data.by));
-  const anyDifference = rows.difference.some(value => value !== null);
-  prepare("progress", [
-    ["group", data.groups.map(([model, metric]) => `${model}, ${metric}`), 0],
-    ["what", ["difference to the baseline", "value", ...names], data.by ? asked + 2 : anyDifference ? 0 : 1]],
-  (group, what) => progress(data.groups[group], kinds[what]));
-  prepare("frontier", [["metric", names, asked], ["place", data.places.map(place => place.name), 0]],
-    (metric, place) => frontier(place, names[metric]));
+  const amount = (count, what) => `${count.toLocaleString("en")} ${count === 1 ? what : what + "s"}`;
+  const options = data.groups.map(({where, metric, runs, comparable}) => `${where}, ${metric}: `
+    + (comparable === runs ? `${comparable} comparable` : `${comparable} comparable of ${amount(runs, "run")}`));
+  const first = data.by && !data.judged ? asked + 2 : data.groups[0]?.comparable ? 0 : 1;
 
   // ---------------------------------------------------------------------------------------------- the table
 
@@ -165,6 +202,7 @@
   const lines = [];  // of each run its row
   [...body.rows].forEach((line, n) => { lines[data.order[n]] = line; });
   let order = data.order, leaf = 0, chosen = [];
+  let group = null;  // of one setting, if its runs alone are shown
   const words = [];
 
   const headings = [...table.tHead.rows[0].cells];
@@ -174,6 +212,7 @@
     th.append(button);
   }
   table.tHead.rows[0].prepend(make("td", {className: "pick"}));
+  const apart = i => kind(rows.verdict[i]) !== "comparable";
 
   function sort(th) {
     const key = th.dataset.key, values = rows[key], text = th.classList.contains("l") && key !== "time";
@@ -184,7 +223,9 @@
     const by_name = new Intl.Collator(undefined, {numeric: true}).compare;
     const compare = th.classList.contains("l") ? by_name : (a, b) => a - b;
     const known = (a, b) => empty(a) ? 0 : (up ? 1 : -1) * compare(values[a], values[b]);
-    order = [...all].sort((a, b) => empty(a) - empty(b) || known(a, b) || a - b);
+    const by_rank = ranked.has(key);  // what does not count comes behind, whatever the direction
+    table.classList.toggle("ranked", by_rank);
+    order = [...all].sort((a, b) => (by_rank && apart(a) - apart(b)) || empty(a) - empty(b) || known(a, b) || a - b);
     leaf = 0;
     lay();
   }
@@ -196,20 +237,85 @@
     pair();
   }
 
-  function ready(i) {  // a row gets its box when it is first seen
+  function ready(i) {  // a row gets its box and its button when it is first seen
     const line = lines[i];
     if (line.cells[0].className !== "pick") {
       const box = make("input", {type: "checkbox", ariaLabel: `compare ${rows.run[i]}`});
       box.addEventListener("change", () => pick(i, box));
-      line.prepend(make("td", {className: "pick"}, box));
+      const button = make("button", {type: "button", textContent: "▸", ariaLabel: `more of ${rows.run[i]}`});
+      button.setAttribute("aria-expanded", "false");
+      button.addEventListener("click", () => open(i, button));
+      line.prepend(make("td", {className: "pick"}, box, button));
     }
     return line;
   }
 
+  function open(i, button) {
+    const shown = button.getAttribute("aria-expanded") === "true";
+    button.setAttribute("aria-expanded", String(!shown));
+    button.textContent = shown ? "▸" : "▾";
+    if (shown) lines[i].nextElementSibling.remove();
+    else lines[i].after(inner(i));
+  }
+
+  const opened = i => lines[i].cells[0].querySelector("button")?.getAttribute("aria-expanded") === "true";
+  const inner = i => make("tr", {className: "inner"}, make("td", {colSpan: headings.length + 1}, more(i)));
+
+  // what a row has no room for: why, of which settings, its SAEs, its seeds, its files
+  function more(i) {
+    const parts = [], line = (name, ...content) => {
+      parts.push(make("p", {}, make("span", {className: "mut", textContent: `${name}: `}), ...content));
+    };
+    const verdict = rows.verdict[i];
+    if (rows.why[i]) line(failed.has(verdict) && rows.phase[i] ? `${word(verdict)} in ${rows.phase[i]}` : sign(verdict),
+      rows.why[i]);
+    if (rows.advice[i]) line("to do", rows.advice[i]);
+    if (rows.note[i]) line("note", rows.note[i]);
+    const own = Object.entries(others[i] ?? {}).filter(([key, value]) => value !== null && key !== "seed")
+      .map(([key, value]) => `${key} = ${value}`);
+    if (own.length) line("set otherwise than in most runs", own.join(", "));
+    const seeds = ofSetting.get(rows.group[i]).filter(j => j !== i && !failed.has(rows.verdict[j]));
+    if (seeds.length && rows.seeds[i] > 1) {
+      const told = seeds.slice(0, 20).map(j => `${rows.run[j]} (seed ${rows.seed[j]}, ${sign(rows.verdict[j])})`);
+      const alone = make("button", {type: "button", textContent: "show these alone"});
+      alone.addEventListener("click", () => {
+        group = rows.group[i];
+        filter();
+      });
+      line("the same setting", told.join(", ") + (seeds.length > 20 ? ` and ${seeds.length - 20} more ` : " "), alone);
+    }
+    if (rows.saes[i] > 1) parts.push(saesOf(i));
+    const links = rows.files[i].flatMap((file, n) => [n ? ", " : "",
+      make("a", {href: address(i, file), textContent: data.files[file]})]);
+    if (links.length) line("files", ...links);
+    else line("files", "none beside this page");
+    return make("div", {className: "more"}, ...parts);
+  }
+
+  function saesOf(i) {
+    const heads = ["SAE", "verdict", "L0", "value", "±", "difference", "±", "why"];
+    const left = n => n < 2 || n === 7 ? "l" : "";
+    const cells = (texts, tag) => make("tr", {}, ...texts.map((textContent, n) => make(tag,
+      {className: n === 7 ? "l w" : left(n), textContent})));
+    const number = value => value === null || value === undefined ? "" : Pages.number(value);
+    const own = all_saes.get(i).map(sae => {
+      const one = said.get(sae) ?? {};
+      return cells([data.saes.name[sae] ?? "", one.verdict ? sign(one.verdict) : "", number(data.saes.l0[sae]),
+        number(one.value), number(one.stderr), number(one.difference), number(one.difference_stderr),
+        one.why ?? ""], "td");
+    });
+    const table_of = make("table", {}, make("thead", {}, cells(heads, "th")), make("tbody", {}, ...own));
+    return make("div", {className: "scroll", tabIndex: 0, role: "region", ariaLabel: `SAEs of ${rows.run[i]}`}, table_of);
+  }
+
+  const all_saes = new Map();  // {run: its SAEs}
+  data.saes.run.forEach((run, sae) => all_saes.set(run, [...(all_saes.get(run) || []), sae]));
+
   function lay() {
     const left = order.filter(i => inside.has(i)), last = Math.max(0, Math.ceil(left.length / LEAF) - 1);
     leaf = Math.min(leaf, last);
-    body.replaceChildren(...left.slice(leaf * LEAF, (leaf + 1) * LEAF).map(ready));
+    const seen = left.slice(leaf * LEAF, (leaf + 1) * LEAF);
+    body.replaceChildren(...seen.flatMap(i => opened(i) ? [ready(i), inner(i)] : [ready(i)]));
     const from = left.length ? leaf * LEAF + 1 : 0, to = Math.min(left.length, (leaf + 1) * LEAF);
     const of = left.length < total ? `${left.length.toLocaleString("en")} of ${total.toLocaleString("en")} runs`
       : `${total.toLocaleString("en")} ${total === 1 ? "run" : "runs"}`;
@@ -235,8 +341,8 @@
   function filter() {
     const sought = get("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const asked_of = filters.filter(({select}) => select.value !== "0");
-    const text = i => words[i] ?? (words[i] = lines[i].textContent.toLowerCase());
-    inside = new Set(all.filter(i => asked_of.every(({select, values, of}) => of[i] === values[select.value - 1])
+    const text = i => words[i] ?? (words[i] = [lines[i].textContent, rows.why[i]].join(" ").toLowerCase());
+    inside = new Set(all.filter(i => (group === null || rows.group[i] === group) && asked_of.every(({select, values, of}) => of[i] === values[select.value - 1])
       && sought.every(one => text(i).includes(one))));
     leaf = 0;
     lay();
@@ -247,6 +353,7 @@
   get("search").addEventListener("input", filter);
   get("clear").addEventListener("click", () => {
     get("search").value = "";
+    group = null;
     filters.forEach(({select}) => { select.value = "0"; });
     filter();
   });
@@ -255,15 +362,9 @@
 
   // ---------------------------------------------------------------------------------------------- two runs
 
-  const quoted = text => /^[\w./=+,@%-]+$/.test(text) ? text : `'${text.replace(/'/g, "'\\''")}'`;
-
   function command(pair_of) {
-    const places = pair_of.map(i => rows.folder[i]);
-    // a line to paste holds no control character, whatever a folder is called
-    if (places.some(place => place === null || /[\u0000-\u001f\u007f-\u009f\u2028-\u202e]/.test(place))) return "";
-    const before = data.folder === "." ? "" : data.folder.replace(/\/?$/, "/");
-    const path = place => before + place;
-    return "python -m runs.compare " + places.map(place => quoted(path(place).replace(/^-/, "./-"))).join(" ");
+    const places = pair_of.map(i => rows.shell[i]);  // null where a name holds what is not to be pasted
+    return places.includes(null) ? "" : `python -m runs.compare ${places.join(" ")}`;
   }
 
   // rows of [name, a, b] as a table, those that differ with a sign
@@ -285,7 +386,7 @@
   }
 
   const setting = (i, key) => {
-    const own = data.own[i];
+    const own = others[i];
     if (own === null) return "not known";
     return Object.prototype.hasOwnProperty.call(own, key) ? own[key] ?? "–" : data.common[key];
   };
@@ -300,7 +401,8 @@
     }
     if (chosen.length < 2) return;
     const [a, b] = chosen;
-    const cell = (i, n) => lines[i].cells[n + 1].textContent.trim();
+    const cell = (i, n) => headings[n].dataset.key === "verdict" ? sign(rows.verdict[i])
+      : lines[i].cells[n + 1].textContent.trim();
     const keys = Object.keys(data.common).sort();
     const settings = keys.map(key => [key, setting(a, key), setting(b, key)]);
     const differing = settings.filter(([, x, y]) => x !== y), same = settings.filter(([, x, y]) => x === y);
@@ -334,4 +436,10 @@
 
   get("filters").hidden = get("leaf").hidden = false;
   lay();
+  // charts measure the page, which is quicker when a leaf of the table is left
+  prepare("progress", [["group", options, 0],
+    ["what", ["difference to the baseline", "value", ...names], first]],
+  (group, what, alone) => progress(group, kinds[what], alone));
+  prepare("frontier", [["metric", names, asked], ["place", data.places.map(place => place.name), 0]],
+    (metric, place, alone) => frontier(place, names[metric], alone));
 })();

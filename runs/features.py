@@ -55,8 +55,9 @@ def read(out: Path, sae: str) -> dict:
         problem = str(error)
     if problem:
         # without the way to the run's folder: this is said in pages, too, which leave this machine
-        name = f"{file.resolve().parents[1].name}/{FOLDER}/{file.name}"
-        raise ValueError(f"{name} is damaged: {problem}; delete it, or run the experiment again in another folder")
+        run = file.resolve().parents[1].name
+        raise ValueError(f"{run}/{FOLDER}/{file.name} is damaged: {problem}; "
+                         f"python -m runs.dashboards {shlex.quote(run)} makes it again")
     return board
 
 

@@ -79,20 +79,21 @@ def test_boards_made_later_are_those_of_the_run(reference, cache, tmp_path, caps
     shutil.copytree(reference, whole)
     assert (out / "report.html").read_bytes() == report.again(whole).read_bytes()
 
-    features.write(out, {"sae": "layer_2"})
+    other = boards.board("layer_2")
+    features.write(out, other)
     assert later.main(command) == 1
-    assert features.read(out, "layer_2") == {"sae": "layer_2"}
+    assert features.read(out, "layer_2") == other
     assert "has boards of layer_2: --again makes them again\n" in capsys.readouterr().err
     info = json.loads((out / "run_info.json").read_text())
     changed = info | {"inputs": info["inputs"] | {"heldout texts": "0"}}
     (out / "run_info.json").write_text(json.dumps(changed))
     assert later.main([*command, "--again"]) == 1
     assert "the held-out text is no longer that of the run" in capsys.readouterr().err
-    assert features.read(out, "layer_2") == {"sae": "layer_2"}
+    assert features.read(out, "layer_2") == other
     (out / "run_info.json").write_text(json.dumps(info | {"model_digest": "0"}))
     assert later.main([*command, "--again"]) == 1
     assert "boards of another model would not be the run's" in capsys.readouterr().err
-    assert features.read(out, "layer_2") == {"sae": "layer_2"}
+    assert features.read(out, "layer_2") == other
     (out / "run_info.json").write_text(json.dumps(info))
     (out / "features/layer_2.json.gz").write_bytes(own[:-9])
     assert later.main(command) == 0 and (out / "features/layer_2.json.gz").read_bytes() == own

@@ -6,6 +6,7 @@ from html import escape
 
 import evals
 from runs.comparison import Comparison
+from runs.page import shell
 from runs.reading import Run
 from runs.tables import Cell, Table, laid_out, lefts, plain
 
@@ -22,7 +23,7 @@ def part(comparisons: list[Comparison], runs: list[Run]) -> str:
     return "".join(html)
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, label: str) -> str:
     """A comparison as HTML; a verdict has a colour where it exceeds two standard errors."""
     left = lefts(table)
 
@@ -36,8 +37,7 @@ def _table(table: Table) -> str:
     above = "".join(f"<p class=mut>{escape(line)}</p>" for line in table.above if not line.startswith("warning: "))
     below = "".join(f"<p class=mut>{escape(line)}</p>" for line in table.below if not line.endswith("--all"))
     body = "".join(row(cells, "td") for cells in table.rows)
-    return (f"{above}<div class=scroll role=region tabindex=0 aria-label=comparison><table>"
-            f"{row(plain(table.header), 'th')}{body}</table></div>{below}")
+    return above + shell.scrolling(label, f"<table>{row(plain(table.header), 'th')}{body}</table>") + below
 
 
 def _sure_verdict(cell: Cell) -> str:

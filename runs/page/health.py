@@ -13,7 +13,7 @@ from statistics import median
 from evals.common import stored
 from runs import features
 from runs.comparison import Compared
-from runs.page import charts
+from runs.page import charts, shell
 from runs.page.curves import dead_shares
 from runs.wording import listing, number
 
@@ -215,6 +215,6 @@ def _table(found: list[Health]) -> str:
                  number(median(one.cosine)) if one.cosine else "–", "–" if alike is None else f"{alike:.1%}"]
         rows.append(f"<tr><td class=l>{escape(one.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     header = "".join(f"<th>{escape(head)}</th>" for head in heads)
-    return (f"<details><summary>all SAEs</summary><div class=scroll role=region tabindex=0 aria-label='health of each "
-            f"SAE'><table class=sortable><thead><tr><th class=l>SAE</th>{header}</tr></thead><tbody>{''.join(rows)}"
-            "</tbody></table></div></details>")
+    table = (f"<table class=sortable><thead><tr><th class=l>SAE</th>{header}</tr></thead><tbody>{''.join(rows)}</tbody>"
+             "</table>")
+    return f"<details><summary>all SAEs</summary>{shell.scrolling('health of each SAE', table)}</details>"

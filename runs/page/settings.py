@@ -6,6 +6,7 @@ from base64 import b64encode
 from html import escape
 from pathlib import Path
 
+from runs.page import shell
 from runs.reading import Run
 
 PICTURE = 300_000  # bytes of a picture that a page takes in
@@ -25,8 +26,8 @@ def part(runs: list[Run]) -> str:
         header = "".join(f"<th class=l>{escape(cell)}</th>" for cell in ["SAE", *own])
         lines = [[run.section or run.name, *(_plain(run.config.get(k)) for k in own)] for run in runs]
         rows = ("".join(f"<td class=l>{escape(cell)}</td>" for cell in line) for line in lines)
-        html += (f"<div class=scroll role=region tabindex=0 aria-label='settings of each SAE'><table><tr>{header}</tr>"
-                 f"{''.join(f'<tr>{row}</tr>' for row in rows)}</table></div>")
+        table = f"<table><tr>{header}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        html += shell.scrolling("settings of each SAE", table)
     return f"<h2>Settings</h2><details><summary>{len(keys)} settings</summary>{html}</details>"
 
 

@@ -204,9 +204,9 @@ def _each(said: dict, saes: list[Compared]) -> str:
     header = "<th class=l>SAE</th>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "<th class=l>verdict</th>"
     words = [WORDS.get(own["verdict"], ("", own["verdict"]))[1].lower() for own in said.get("saes", {}).values()]
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+    table = f"<table class=sortable><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return (f"<p>Each by itself: {escape(counts)}.</p>"
-            f"<div class='scroll tall' role=region tabindex=0 aria-label='verdict of each SAE'><table class=sortable>"
-            f"<thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+            + shell.scrolling("verdict of each SAE", table, "tall"))
 
 
 def _problems(runs: list[Run]) -> str:
@@ -329,10 +329,10 @@ def _side_by_side(saes: list[Compared]) -> str:
         return ""
     body = "".join(f"<tr><td class=l>{escape(str(key))}</td><td class='l w'>{escape(_side(theirs))}</td>"
                    f"<td class='l w'>{escape(_side(ours))}</td></tr>" for key, theirs, ours in rows)
-    return (f"<details><summary>{len(rows)} settings differ</summary><div class=scroll role=region tabindex=0 "
-            f"aria-label='settings that differ'><table><tr><th class=l>setting</th>"
-            f"<th class=l>{escape(one.nearest.name)}</th><th class=l>{escape(one.run.name)}</th></tr>{body}</table>"
-            "</div></details>")
+    table = (f"<table><tr><th class=l>setting</th><th class=l>{escape(one.nearest.name)}</th>"
+             f"<th class=l>{escape(one.run.name)}</th></tr>{body}</table>")
+    return (f"<details><summary>{len(rows)} settings differ</summary>"
+            f"{shell.scrolling('settings that differ', table)}</details>")
 
 
 def _side(value) -> str:

@@ -25,9 +25,13 @@ TOLD_APART = ("variant", "model", "layers", "d_sae", "num_tokens", "hyper", "swe
 # ------------------------------------------------------------------------------------------------ against L0
 
 
-def part(runs: list[Run], stored: list[Run], comparisons: list[Comparison], out: Path, info: dict) -> str:
-    """A chart by menu for each model, layer and hook in which there is more than one SAE to see."""
-    others, note = other_seeds(runs, out, info)
+def part(runs: list[Run], stored: list[Run], comparisons: list[Comparison], out: Path,
+         beside: tuple[list[Run], str]) -> str:
+    """A chart by menu for each model, layer and hook in which there is more than one SAE to see.
+
+    beside: what `other_seeds` returns of the run in `out`.
+    """
+    others, note = beside
     random = {comparison.identity: comparison.random for comparison in comparisons}
     by_place: dict[tuple, list[Run]] = {}
     for run in runs:

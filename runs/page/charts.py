@@ -10,9 +10,9 @@ A chart, `spec`, is
 label is what hovering says of a point beside its values, in lines, href where a click leads, a relative address or
 "#…"; both may be "" or left out. Bars, a histogram: in place of "line" and "points" a series has "edges", n + 1
 numbers, and "counts", n; of an axis with "whole": true they count whole numbers from an edge up to the one before the
-next, as 32 between 32 and 33. A role decides the shape: "run", "baseline", "random" (a dashed line), "seed" (small points),
-"other". Colours go by a series' place, or by its "colour", a number of COLOURS, where what it shows is to keep one.
-Points that are not finite, and those not positive on a log axis, are left out.
+next, as 32 between 32 and 33. A role decides the shape: "run", "baseline", "random" (a dashed line), "seed" (small
+points), "other". Colours go by a series' place, or by its "colour", a number of COLOURS, where what it shows is to keep
+one. Points that are not finite, and those not positive on a log axis, are left out.
 """
 
 from __future__ import annotations
@@ -275,7 +275,8 @@ def _draw(axes, spec: dict, one: dict, colour: str, most: int) -> None:
     name = shell.visible(one["name"]).lstrip("_")[:LETTERS] or " "  # matplotlib hides what begins with _
     if spec["kind"] == "bars":
         half = 0.5 if spec["x"].get("whole") else 0.0  # a bar stands around its number
-        axes.stairs(one["counts"], [edge - half for edge in one["edges"]], fill=True, color=colour, alpha=0.6, label=name)
+        edges = [edge - half for edge in one["edges"]]
+        axes.stairs(one["counts"], edges, fill=True, color=colour, alpha=0.6, label=name)
         return
     points = one["points"][:: max(1, math.ceil(len(one["points"]) / most))]
     x, y, error = ([point[i] if len(point) > i else 0 for point in points] for i in range(3))

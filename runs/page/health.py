@@ -128,7 +128,7 @@ def _densities(known: Health, sides: dict[str, tuple[str, Health]]) -> dict:
     if counted is not None and len(sides) == 1:  # by the board, on the same text
         edges = counted["edges"]
         series = histograms(logs, edges[0], edges[-1], len(edges) - 1)
-        series.append({"name": "baseline", "role": "baseline", "edges": series[0]["edges"], "counts": counted["counts"]})
+        series.append(series[0] | {"name": "baseline", "role": "baseline", "counts": counted["counts"]})
         baseline = counted["silent"], counted["of"]
     else:
         lowest = min((value for _, values in logs.values() for value in values), default=-1.0)

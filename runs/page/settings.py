@@ -57,8 +57,8 @@ def own_report(folder: Path) -> str:
     beside = ""
     if links:
         more = f"<li class=mut>and {len(links) - NAMED:,} more</li>" if len(links) > NAMED else ""
-        beside = (f"<details><summary>{len(links):,} more in {escape(folder.name)}/, beside this page, which stays under "
-                  f"3 MB</summary><ul>{''.join(links[:NAMED])}{more}</ul></details>")
+        beside = (f"<details><summary>{len(links):,} more in {escape(folder.name)}/, beside this page, which stays "
+                  f"under 3 MB</summary><ul>{''.join(links[:NAMED])}{more}</ul></details>")
     return f"<h2>The variant's own report</h2>{''.join(shown)}{beside}" if shown or links else ""
 
 

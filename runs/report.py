@@ -99,7 +99,7 @@ def _bounded(title: str, parts: dict[str, str]) -> str:
         name, place = next(((name, place) for name, place in least if len(parts.get(name, "")) > 10_000), ("", ""))
         if not name:
             return html
-        parts[name] = (f"<p class=warn>The {escape(name)} would make this page larger than 3 MB and is left out: see "
+        parts[name] = (f"<p class=warn>The {escape(name)} would make this page larger than 3 MB: see "
                        f"{escape(place)}.</p>")
 
 

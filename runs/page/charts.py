@@ -36,7 +36,7 @@ MARKS = 400  # points of one still at most
 NAMED = 12  # series that a still's legend names
 LETTERS = 48  # of a series' name that it shows
 SERIES = 24  # that a still draws
-ROOM = 700_000  # characters of the data of a menu's charts at most
+ROOM = 900_000  # characters of the data of a menu's charts at most
 DIGITS = 6  # of a number in a page's data
 
 
@@ -50,10 +50,11 @@ def figure(spec: dict, note: str = "") -> str:
     return f"<figure class=chart><div class=still>{still(spec)}</div>{kept}{said}</figure>"
 
 
-def menu(label: str, specs: dict[str, dict], shown: str | None = None, elsewhere: str = "final_info.json") -> str:
+def menu(label: str, specs: dict[str, dict], shown: str | None = None, elsewhere: str = "final_info.json",
+         room: int = ROOM) -> str:
     """Several charts of which a menu shows one, `shown` or the first; without scripts stills of the first STILLS.
 
-    The first of them that fit into ROOM; of the others it is said that they are `elsewhere`.
+    The first of them that fit into so many characters; of the others it is said that they are `elsewhere`.
     """
     specs = {name: spec for name, spec in ((name, finite(spec)) for name, spec in specs.items()) if spec["series"]}
     if not specs:
@@ -62,7 +63,7 @@ def menu(label: str, specs: dict[str, dict], shown: str | None = None, elsewhere
     ordered = {first: specs[first]} | specs
     stills = "".join(f"<div class=still>{still(spec)}</div>" for spec in list(ordered.values())[:STILLS])
     kept, places = _shared(ordered)
-    kept = _fitting(kept, ROOM - len(json.dumps(places)))
+    kept = _fitting(kept, room - len(json.dumps(places)))
     options = "".join(f"<option>{escape(name)}</option>" for name in kept)
     held = shell.data({"places": places, "charts": kept}, **{"class": "specs"})
     return (f"<figure class='chart menu'><label class=choice hidden>{escape(label)} <select>{options}</select></label>"

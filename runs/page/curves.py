@@ -7,7 +7,7 @@ import math
 from runs.page import charts
 
 POINTS = 2400  # of all lines of one chart together
-CHARTS = 24  # of columns that a page shows
+ROOM = 700_000  # characters of all charts at most
 NOT_PLOTTED = {"sae", "step", "tokens", "dead_share"}  # the last is among what health shows
 FACTOR = 50  # between the largest and the smallest value from which on an axis is logarithmic
 # {column of the training log: (title, unit)}
@@ -21,11 +21,15 @@ AXES = {"l0": ("L0", "features per token"),
 def part(log_rows: list[dict]) -> str:
     """A chart for each column of the training log, a line for each SAE."""
     columns = list(dict.fromkeys(c for row in log_rows for c in row if c not in NOT_PLOTTED))
-    shown = "".join(charts.figure(spec(log_rows, column)) for column in columns[:CHARTS])
-    more = ""
-    if len(columns) > CHARTS:
-        more = f"<p class=mut>{len(columns) - CHARTS:,} more columns are in training_log.csv.</p>"
-    return f"<h2>Training</h2><div class=charts>{shown}</div>{more}" if shown else ""
+    shown, room, more = [], ROOM, ""
+    for number, column in enumerate(columns):
+        html = charts.figure(spec(log_rows, column))
+        room -= len(html)
+        if room < 0:
+            more = f"<p class=mut>{len(columns) - number:,} more columns are in training_log.csv.</p>"
+            break
+        shown.append(html)
+    return f"<h2>Training</h2><div class=charts>{''.join(shown)}</div>{more}" if any(shown) or more else ""
 
 
 def dead_shares(log_rows: list[dict]) -> dict:

@@ -50,7 +50,7 @@ def part(runs: list[Run], stored: list[Run], comparisons: list[Comparison], out:
                  for family in families(side)]
         specs = {metrics.choice(metric): _spec(metric, lines + floors, out) for metric in metrics.charted(members)}
         place = f"<h3>Layer {escape(str(key[1]))}, {escape(str(key[2]))}</h3>" if len(by_place) > 1 else ""
-        chart = charts.menu("metric", specs)
+        chart = charts.menu("metric", specs, room=charts.ROOM // len(by_place))
         html += [place, chart] if chart else []
     if not html:
         return ""

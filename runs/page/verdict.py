@@ -168,7 +168,7 @@ def _known(said: dict) -> bool:
 def _of_several(said: dict, saes: list[Compared], higher: bool) -> str:
     """How many SAEs are what, the mean difference, and the best that counts."""
     each = said["saes"]
-    parts = [f"{_counted_words(each)}{_why_not(each, said['metric'])}{_shared_subject(saes)}"]
+    parts = [f"{_counted_words(each, said['metric'])}{_shared_subject(saes)}"]
     compared = sum(one["difference"] is not None and one["verdict"] != "incomparable" for one in each.values())
     if said["verdict"] in ("better", "worse", "within_noise") and said["difference"] is not None:
         over = "over all" if compared == len(each) else f"over the {compared} that can be compared"
@@ -184,12 +184,25 @@ def _of_several(said: dict, saes: list[Compared], higher: bool) -> str:
     return " ".join(f"{part}." for part in parts)
 
 
-def _counted_words(each: dict[str, dict]) -> str:
-    """"of 3 SAEs 1 is better, 2 are suspect"."""
-    verdicts_of = [one["verdict"] for one in each.values()]
-    counts = [(verdicts_of.count(word), text.lower()) for word, (_, text) in WORDS.items() if word in verdicts_of]
-    listed = ", ".join(f"{count} {'is' if count == 1 else 'are'} {text}" for count, text in counts)
-    return f"of {len(each)} SAEs {listed}"
+def _counted_words(each: dict[str, dict], metric: str | None) -> str:
+    """"of 3 SAEs 1 is better, 2 are suspect (not sparse)"."""
+    counts = []
+    for word, (_, text) in WORDS.items():
+        found = [one for one in each.values() if one["verdict"] == word]
+        if not found:
+            continue
+        reasons = list(dict.fromkeys(filter(None, (_brief(one, metric) for one in found))))
+        why = f" ({listing(reasons)})" if reasons else ""
+        counts.append(f"{len(found)} {'is' if len(found) == 1 else 'are'} {text.lower()}{why}")
+    return f"of {len(each)} SAEs {', '.join(counts)}"
+
+
+def _brief(one: dict, metric: str | None) -> str:
+    """Why the figures of an SAE show nothing, without theirs: "not sparse"; "" of one whose do."""
+    if one["verdict"] in COUNTING or not one["why"]:
+        return ""
+    brief = re.split(r": | \(| = ", one["why"])[0]
+    return brief.replace(metric, metrics.title(metric)) if metric else brief
 
 
 def _shared_subject(saes: list[Compared]) -> str:
@@ -201,14 +214,6 @@ def _shared_subject(saes: list[Compared]) -> str:
 
 def _swapped(one: Compared) -> str:
     return next((f"{ours} in place of {theirs}" for key, theirs, ours in _changes(one) if key == "variant"), "")
-
-
-def _why_not(each: dict[str, dict], metric: str | None) -> str:
-    """Why SAEs have no verdict that counts, each reason once and without its figures: " (not sparse)"."""
-    whys = [one["why"] or "" for one in each.values() if one["verdict"] not in COUNTING]
-    briefs = [re.split(r": | \(| = ", why)[0].replace(metric or "", metrics.title(metric or "")) for why in whys]
-    distinct = list(dict.fromkeys(filter(None, briefs)))
-    return f" ({listing(distinct)})" if distinct else ""
 
 
 def _best(each: dict[str, dict], higher: bool) -> str:
@@ -340,29 +345,31 @@ def _next_html(lines: list[str]) -> str:
 
 
 def _each(said: dict, saes: list[Compared]) -> str:
-    """A table of the SAEs of a run, each with its verdict and a place to go to."""
+    """A table of the SAEs of a run, each with its verdict and a place to go to; without columns that are empty."""
     metric = said["metric"]
+    heads = ("why", "L0", metrics.title(metric or "value"), "baseline", "difference", "standard errors")
+    figures = [_figures(own, metric) for own in said["saes"].values()]
+    shown = [i for i in range(len(heads)) if any(row[i] for row in figures)]
+    sides = ["l mut" if i == 0 else "" for i in range(len(heads))]
     rows = []
-    for one, own in zip(saes, said.get("saes", {}).values()):
+    for one, own, row in zip(saes, said["saes"].values(), figures):
         sign, word = WORDS.get(own["verdict"], ("", own["verdict"]))
-        sure = ""
-        if own["difference"] is not None and own["difference_stderr"] and _known(own):
-            sure = _times(own)
-        difference = ""
-        if own["difference"] is not None:
-            difference = signed(own["difference"], own["value"], own["baseline_value"])
-        name = escape(one.run.section or one.run.name)
-        figures = (number(own["l0"]), _with_error(own["value"], own["stderr"]), _their_figure(own), difference, sure)
-        cells = "".join(f"<td>{escape(text)}</td>" for text in figures)
-        why = escape(own["why"] or "")
-        rows.append(f'<tr id="{escape(anchor_of(one.run))}"><td class=l>{name}</td>'
-                    f"<td class=l><span class={escape(own['verdict'])}>{sign} {escape(word)}</span></td>{cells}"
-                    f"<td class='l w why mut'>{why}</td></tr>")
-    heads = ("L0", metrics.title(metric or "value"), "baseline", "difference", "standard errors")
-    header = ("<th class=l>SAE</th><th class=l>verdict</th>" + "".join(f"<th>{escape(head)}</th>" for head in heads)
-              + "<th class=l>why</th>")
-    table = f"<table class=sortable><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        cells = "".join(f'<td class="{sides[i]}">{escape(row[i])}</td>' for i in shown)
+        rows.append(f'<tr id="{escape(anchor_of(one.run))}"><td class=l>{escape(one.run.section or one.run.name)}</td>'
+                    f"<td class=l><span class={escape(own['verdict'])}>{sign} {escape(word)}</span></td>{cells}</tr>")
+    header = "".join(f'<th class="{sides[i]}">{escape(heads[i])}</th>' for i in shown)
+    table = (f"<table class=sortable><thead><tr><th class=l>SAE</th><th class=l>verdict</th>{header}</tr></thead>"
+             f"<tbody>{''.join(rows)}</tbody></table>")
     return shell.scrolling("verdict of each SAE", table, "tall")
+
+
+def _figures(own: dict, metric: str | None) -> tuple[str, ...]:
+    """Why an SAE's figures show nothing, and its figures."""
+    known = own["difference"] is not None
+    difference = signed(own["difference"], own["value"], own["baseline_value"]) if known else ""
+    sure = _times(own) if known and own["difference_stderr"] and _known(own) else ""
+    l0 = "" if own["l0"] is None else number(own["l0"])
+    return (_brief(own, metric), l0, _with_error(own["value"], own["stderr"]), _their_figure(own), difference, sure)
 
 
 def warnings(comparisons: list[Comparison], said: dict) -> list[str]:

@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from evals import dashboards
+from evals.dashboards import sweeps
 from runs import compare, features, folder, report
 from runs.page import cost, curves, frontier, health, verdict
 from runs.reading import Run, read
@@ -26,24 +29,28 @@ def written(tmp_path, runs, base, log=()):
 
 BASE = run("b", {"core.l0": 50.0, CE: 0.9}, {CE: 0.003}, variant="standard", num_tokens=1000, hyper={"k": 50, "l": 1})
 SENTENCES = {  # √(.003² + .004²) = .005
-    "better": (dict(variant="mine", num_tokens=1000, hyper={"k": 64}), 0.92, "▲ Better: mine in place of standard, "
-               "with k 64 in place of 50, reaches 0.9200 ± 0.004 in CE loss score, against 0.9000 ± 0.003 of the baseline "
-               "standard at the same L0, 50.00: 0.0200 ± 0.005 higher, 4.0 standard errors where 2 are asked for."),
-    "worse": (dict(variant="standard", num_tokens=1040, hyper={"k": 50}), 0.84, "▼ Worse: standard with num_tokens "
-              "1,040 in place of 1,000 reaches 0.8400 ± 0.004 in CE loss score, against 0.9000 ± 0.003 of the baseline "
-              "standard at the same L0, 50.00: 0.0600 ± 0.005 lower, 12 standard errors where 2 are asked for."),
-    "noise": (dict(variant="mine"), 0.905, "≈ Within the noise: mine in place of standard reaches 0.9050 ± 0.004 in CE "
-              "loss score, against 0.9000 ± 0.003 of the baseline standard at the same L0, 50.00: 0.0050 ± 0.005 "
-              "higher, 1.0 standard errors where 2 are asked for."),
-    "suspect": (dict(variant="mine"), 1.2, "! Suspect: CE loss score = 1.200 is above 1: the model predicts better "
-                "with the SAE than without. mine in place of standard reaches 1.200 ± 0.004 in CE loss score at L0 50.00, "
-                "against 0.9000 ± 0.003 of the baseline standard."),
-    "not sparse": (dict(variant="mine", d_sae=300, d_in=64), 0.91, "! Suspect: not sparse: L0 = 50.00 is more than a "
-                   "tenth of its 300 features; an activation of 64 dimensions is easily rebuilt from so many. mine in "
-                   "place of standard, with d_sae 300 in place of 1,000, reaches 0.9100 ± 0.004 in CE loss score at L0 "
-                   "50.00, against 0.9000 ± 0.003 of the baseline standard."),
-    "incomparable": (dict(variant="mine", layer=4, hook_name="blocks.4.hook_resid_post"), 0.91, "– Not comparable: "
-                     "layer 4 / 3. mine reaches 0.9100 ± 0.004 in CE loss score at L0 50.00.")}
+    "better": (dict(variant="mine", num_tokens=1000, hyper={"k": 64}), 0.92,
+        "▲ Better: mine in place of standard, with k 64 in place of 50, reaches 0.9200 ± 0.004 in CE loss score, "
+        "against 0.9000 ± 0.003 of the baseline standard at the same L0, 50.00: 0.0200 ± 0.005 higher, 4.0 standard "
+        "errors where 2 are asked for."),
+    "worse": (dict(variant="standard", num_tokens=1040, hyper={"k": 50}), 0.84,
+        "▼ Worse: standard with num_tokens 1,040 in place of 1,000 reaches 0.8400 ± 0.004 in CE loss score, against "
+        "0.9000 ± 0.003 of the baseline standard at the same L0, 50.00: 0.0600 ± 0.005 lower, 12 standard errors "
+        "where 2 are asked for."),
+    "noise": (dict(variant="mine"), 0.905,
+        "≈ Within the noise: mine in place of standard reaches 0.9050 ± 0.004 in CE loss score, against 0.9000 ± "
+        "0.003 of the baseline standard at the same L0, 50.00: 0.0050 ± 0.005 higher, 1.0 standard errors where 2 are"
+        " asked for."),
+    "suspect": (dict(variant="mine"), 1.2,
+        "! Suspect: CE loss score = 1.200 is above 1: the model predicts better with the SAE than without. mine in "
+        "place of standard reaches 1.200 ± 0.004 in CE loss score at L0 50.00, against 0.9000 ± 0.003 of the baseline"
+        " standard."),
+    "not sparse": (dict(variant="mine", d_sae=300, d_in=64), 0.91,
+        "! Suspect: not sparse: L0 = 50.00 is more than a tenth of its 300 features; an activation of 64 dimensions "
+        "is easily rebuilt from so many. mine in place of standard, with d_sae 300 in place of 1,000, reaches 0.9100 "
+        "± 0.004 in CE loss score at L0 50.00, against 0.9000 ± 0.003 of the baseline standard."),
+    "incomparable": (dict(variant="mine", layer=4, hook_name="blocks.4.hook_resid_post"), 0.91,
+        "– Not comparable: layer 4 / 3. mine reaches 0.9100 ± 0.004 in CE loss score at L0 50.00.")}
 
 
 @pytest.mark.parametrize("kind", SENTENCES)
@@ -394,6 +401,16 @@ def test_density_stands_beside_the_baselines():
     assert spec["title"] == "Density · 1 of 4 features never fired, 2 of 20 of the baseline"
     assert run_["edges"] == base["edges"] == counted["edges"] and run_["counts"] == [0, 0, 2, 1]
     assert (base["name"], base["counts"]) == ("baseline", [0, 5, 6, 7])
+
+
+def test_a_board_counts_the_baselines_densities():
+    """Fails if a density is in another bin than its logarithm says, or features that never fire are in one."""
+    seen = sweeps.Seen(torch.tensor([0, 1000, 100, 10, 1, 0]), torch.zeros(6), torch.zeros(6), [torch.zeros(1000)])
+    found = dashboards._densities(seen)
+    # of 1,000 tokens from 10⁻³ to 1 in 40 bins: 13⅓ a decade
+    assert (found["edges"][0], found["edges"][-1], len(found["edges"])) == (-3.0, 0.0, 41)
+    assert [i for i, count in enumerate(found["counts"]) if count] == [0, 13, 26, 39] and sum(found["counts"]) == 4
+    assert (found["silent"], found["of"]) == (2, 6)
 
 
 def test_a_constant_l0_is_one_bar():

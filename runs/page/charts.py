@@ -34,6 +34,7 @@ COLOURS = tuple(f"--c{i}" for i in range(8))
 STILLS = 6  # of a menu's charts are there without scripts
 MARKS = 400  # points of one still at most
 NAMED = 12  # series that a still's legend names
+TITLE = 500  # letters of a still's title, times points of its font
 LETTERS = 48  # of a series' name that it shows
 SERIES = 24  # that a still draws
 ROOM = 900_000  # characters of the data of a menu's charts at most
@@ -209,7 +210,7 @@ def still(spec: dict) -> str:
         axes = drawn.add_subplot()
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-        axes.set_title(title, loc="left", fontsize=10, color=_ink("fg"))
+        axes.set_title(title, loc="left", fontsize=max(6.0, min(10.0, TITLE / max(len(title), 1))), color=_ink("fg"))
         most = max(MARKS // len(spec["series"]), 2)
         for number, one in enumerate(spec["series"][:SERIES]):
             _draw(axes, spec, one, _ink(str(one.get("colour", number) % len(COLOURS))), most)

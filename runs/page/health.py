@@ -135,9 +135,10 @@ def _densities(known: Health, sides: dict[str, tuple[str, Health]]) -> dict:
         series = histograms(logs, math.floor(lowest), 0.0)
         theirs = [side.density for _, side in list(sides.values())[1:]]
         baseline = (_silent(theirs[0]), len(theirs[0])) if theirs else None
-    title = f"Density · {_silent(known.density):,} of {len(known.density):,} features never fired"
+    never = f"{_silent(known.density):,} of {len(known.density):,}"
+    title = f"Density · {never} features never fired"
     if baseline is not None:
-        title += f", {baseline[0]:,} of {baseline[1]:,} of the baseline"
+        title = f"Density · {never} never fired, baseline {baseline[0]:,} of {baseline[1]:,}"
     return {"title": title, "kind": "bars",
             "x": {"label": "log10 of the share of tokens on which a feature fires", "log": False},
             "y": {"label": "features", "log": False}, "series": series}

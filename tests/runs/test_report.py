@@ -385,7 +385,7 @@ def test_density_counts_every_feature_that_fires():
     theirs = health.Health("b", [0.001], None, None, None, None, None)
     (spec,) = health.specs(ours, theirs, 10)
     run_, base = spec["series"]
-    assert spec["title"] == "Density · 1 of 4 features never fired, 0 of 1 of the baseline"
+    assert spec["title"] == "Density · 1 of 4 never fired, baseline 0 of 1"
     assert run_["edges"] == base["edges"]
     assert (run_["edges"][0], run_["edges"][-1]) == (-3.0, 0.0)
     # bins of .06 from −3: −2 is in the 16th, −1 in the 33rd, 0 in the last
@@ -398,7 +398,7 @@ def test_density_stands_beside_the_baselines():
     ours = health.Health("a", [0.5, 0.05, 0.02, 0.0], None, None, None, None, None, counted)
     (spec,) = health.specs(ours, None, 10)
     run_, base = spec["series"]
-    assert spec["title"] == "Density · 1 of 4 features never fired, 2 of 20 of the baseline"
+    assert spec["title"] == "Density · 1 of 4 never fired, baseline 2 of 20"
     assert run_["edges"] == base["edges"] == counted["edges"] and run_["counts"] == [0, 0, 2, 1]
     assert (base["name"], base["counts"]) == ("baseline", [0, 5, 6, 7])
 

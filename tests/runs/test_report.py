@@ -405,7 +405,9 @@ def test_density_stands_beside_the_baselines():
 
 def test_a_board_counts_the_baselines_densities():
     """Fails if a density is in another bin than its logarithm says, or features that never fire are in one."""
-    seen = sweeps.Seen(torch.tensor([0, 1000, 100, 10, 1, 0]), torch.zeros(6), torch.zeros(6), [torch.zeros(1000)])
+    seen = sweeps.Seen.nothing(6)
+    seen.fired_F = torch.tensor([0, 1000, 100, 10, 1, 0])
+    seen.l0.append(torch.zeros(1000))
     found = dashboards._densities(seen)
     # of 1,000 tokens from 10⁻³ to 1 in 40 bins: 13⅓ a decade
     assert (found["edges"][0], found["edges"][-1], len(found["edges"])) == (-3.0, 0.0, 41)

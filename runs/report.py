@@ -6,6 +6,7 @@ What each part shows is in runs/page/. A part that fails costs itself alone, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import re
@@ -18,13 +19,18 @@ from pathlib import Path
 from runs import compare, features
 from runs.comparison import Comparison
 from runs.folder import left, write_text
-from runs.page import comparison, cost, curves, frontier, health, settings, shell, verdict
+from runs.page import comparison, cost, curves, frontier, glance, health, settings, shell, verdict
 from runs.page import features as pages
 from runs.reading import Run, read
 from runs.stability import as_data
 from runs.wording import in_a_line
 
 PREVIEWS = 6  # dashboards in the page, of all its SAEs together
+SIZE = 2_950_000  # bytes of a page at most
+# parts without which a page that would be larger is made, the least needed first, and where that which they show is
+LEAST = {"variant's own report": "variant_report/", "features": "features/", "training curves": "training_log.csv",
+         "quality along training": "final_info.json", "settings": "final_info.json", "health": "features/",
+         "frontier": "final_info.json", "comparison": "final_info.json", "cost": "run_info.json"}
 
 # ------------------------------------------------------------------------------------------------ the page
 
@@ -61,22 +67,49 @@ def _judged(sections: dict[str, Run], baseline: Iterable[Run] | dict | None) -> 
 def _write_page(out: Path, runs: list[Run], stored: list[Run], comparisons: list[Comparison],
                 log_rows: list[dict]) -> Path:
     info = left(out)
+    beside = _beside(runs, out, info)
     saes = [one for each in comparisons for one in each.saes]
     parts = {"head": partial(_head, out.name, runs),
-             "verdict": partial(verdict.part, comparisons, out, info),
+             "verdict": partial(verdict.part, comparisons, out, info, beside[0]),
              "comparison": partial(comparison.part, comparisons, runs),
              "cost": partial(cost.part, info, log_rows),
-             "frontier": partial(frontier.part, runs, stored, comparisons, out, info),
+             "frontier": partial(frontier.part, runs, stored, comparisons, out, beside),
              "quality along training": partial(frontier.along_training, runs),
              "health": partial(health.part, saes, out, log_rows),
              "training curves": partial(curves.part, log_rows),
              "variant's own report": partial(settings.own_report, out / "variant_report"),
              "features": partial(_features, out),
              "settings": partial(settings.part, runs)}
-    html = _with_contents([_made(name, make) for name, make in parts.items()])
+    for sae in _with_pages(out):
+        with contextlib.suppress(OSError, ValueError):  # the part that needs it says so
+            glance.of(out, sae, _previewed(out, sae))
     path = out / "report.html"
-    write_text(path, shell.page(out.name, html, (*shell.CHARTS, "tables.js"), ("report.css", *pages.STYLES)))
+    write_text(path, _bounded(out.name, {name: _made(name, make) for name, make in parts.items()}))
+    glance.forget()
     return path
+
+
+def _bounded(title: str, parts: dict[str, str]) -> str:
+    """The page, of at most SIZE bytes: without the parts least needed, which it names, where it would be larger."""
+    least = iter(LEAST.items())
+    while True:
+        html = shell.page(title, _with_contents(list(parts.values())), (*shell.CHARTS, "tables.js"),
+                          ("report.css", *pages.STYLES))
+        if len(html.encode("utf-8", "replace")) <= SIZE:
+            return html
+        name, place = next(((name, place) for name, place in least if len(parts.get(name, "")) > 10_000), ("", ""))
+        if not name:
+            return html
+        parts[name] = (f"<p class=warn>The {escape(name)} would make this page larger than 3 MB: see "
+                       f"{escape(place)}.</p>")
+
+
+def _beside(runs: list[Run], out: Path, info: dict) -> tuple[list[Run], str]:
+    """Other seeds beside the run, and what to say of them: frontier.other_seeds, none where that fails."""
+    try:
+        return frontier.other_seeds(runs, out, info)
+    except Exception as error:  # noqa: BLE001  of runs that are not this one
+        return [], f"other seeds could not be read: {type(error).__name__}: {error}"
 
 
 def _with_contents(parts: list[str]) -> list[str]:
@@ -98,6 +131,17 @@ def _made(name: str, make: Callable[[], str]) -> str:
         return make()
     except Exception as error:  # noqa: BLE001  whatever is wrong with a part, the others stand
         return f"<p class=warn>the {escape(name)} could not be shown: {escape(f'{type(error).__name__}: {error}')}</p>"
+
+
+def _with_pages(out: Path) -> list[str]:
+    """The SAEs of whose features there is a page."""
+    return [sae for sae in features.kept(out) if pages.place(out, sae).exists()]
+
+
+def _previewed(out: Path, sae: str) -> int:
+    """How many dashboards of an SAE the report shows."""
+    kept = features.kept(out)
+    return max(PREVIEWS // len(kept), 1) if kept.index(sae) < PREVIEWS else 0
 
 
 def _head(name: str, runs: list[Run]) -> str:
@@ -122,7 +166,9 @@ def feature_pages(out: Path, say: Callable[[str], None]) -> None:
     """Write features/<SAE>.html of each SAE that has a board; one that cannot be shown is named, and costs itself."""
     for sae in features.kept(out):
         try:
-            pages.write(out, sae)
+            board = features.read(out, sae)
+            pages.write(out, sae, board)
+            glance.of(out, sae, _previewed(out, sae), board)
         except Exception as error:  # noqa: BLE001  whatever is wrong with it, the run has its results
             pages.place(out, sae).unlink(missing_ok=True)  # of an earlier board
             say(f"report: no page of the features of {sae}: {type(error).__name__}: {str(error).splitlines()[0]}")
@@ -130,19 +176,14 @@ def feature_pages(out: Path, say: Callable[[str], None]) -> None:
 
 def _features(out: Path) -> str:
     """Links to the pages of the SAEs' features, and some of their dashboards."""
-    kept = [sae for sae in features.kept(out) if pages.place(out, sae).exists()]
-    if not kept:
-        return ""
-    shown = max(PREVIEWS // len(kept), 1)
-    html = [_made(f"features of {sae}", partial(_feature_page, out, sae, shown if i < PREVIEWS else 0))
-            for i, sae in enumerate(kept)]
-    return f"<h2>Features</h2>{''.join(html)}"
+    html = [_made(f"features of {sae}", partial(_feature_page, out, sae)) for sae in _with_pages(out)]
+    return f"<h2>Features</h2>{''.join(html)}" if html else ""
 
 
-def _feature_page(out: Path, sae: str, shown: int) -> str:
-    """A link to the page of an SAE's features, and so many of its dashboards."""
+def _feature_page(out: Path, sae: str) -> str:
+    """A link to the page of an SAE's features, and some of its dashboards."""
     link = f'<p><a href="{escape(pages.address(sae))}">all features of {escape(sae)}</a></p>'
-    return link + (pages.preview(features.read(out, sae), shown) if shown else "")
+    return link + glance.of(out, sae).preview
 
 
 def _write_new_features(out: Path, comparisons: list[Comparison]) -> None:

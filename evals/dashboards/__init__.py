@@ -22,7 +22,9 @@ runs/neuronpedia.py). F features; activations and norms in units of the raw resi
     features    {"123": a dashboard}, of features that fire in the text; the first ones are some of each reason
     baseline    None, or {"name": of the SAE that is compared with, "variant", "l0", "problem": None or why there are no
                 dashboards, "new": {"count", "of": features counted, "threshold": new ones have a smaller cosine},
-                "features": {"77": a dashboard of the baseline's}}: the nearest of each of `features`, on the same text
+                "features": {"77": a dashboard of the baseline's}: the nearest of each of `features`, on the same text;
+                and where it could be read, "density": {"edges", "counts": its features by log10 of their density,
+                "silent": those that fire on no token, "of": all}}
     passages    [{"title", "tokens": [text], "run": of each token up to 5 [feature, activation], strongest first,
                 "baseline": the same, or None}]
 
@@ -56,6 +58,7 @@ baseline's where either's do. An activation that is no number counts as 0, and s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -218,6 +221,7 @@ def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: 
         key = id(beside.sae)
         made = _dashboards(read, directions.whole(beside.sae.W_dec), seen[key], looks[key], vocab, wanted)
         found["features"] = {str(feature): dashboard for feature, dashboard in made.items()}
+        found["density"] = _densities(seen[key])
     return found
 
 
@@ -275,6 +279,16 @@ def _l0(l0_N: Tensor) -> dict:
     edges = list(range(low, high + width + 1, width))
     counts = ((l0_N - low) // width).bincount(minlength=len(edges) - 1)
     return {"edges": edges, "counts": counts.tolist()}
+
+
+def _densities(seen: sweeps.Seen, bins: int = 40) -> dict:
+    """Features by log10 of the share of tokens on which they fire, from the smallest there may be to 1."""
+    fired_C = seen.fired_F[seen.fired_F > 0].double()
+    lowest = min(math.floor(-math.log10(max(1, seen.tokens))), -1)
+    place_C = ((fired_C / max(1, seen.tokens)).log10() - lowest) / -lowest * bins
+    counts = place_C.long().clamp(0, bins - 1).bincount(minlength=bins)
+    return {"edges": [rounded(lowest * (1 - i / bins)) for i in range(bins + 1)], "counts": counts.tolist(),
+            "silent": len(seen.fired_F) - len(fired_C), "of": len(seen.fired_F)}
 
 
 def _dashboards(read: text.Text, W_FD: Tensor, seen: sweeps.Seen, look: sweeps.Look, vocab: Vocabulary,

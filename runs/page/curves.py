@@ -6,7 +6,8 @@ import math
 
 from runs.page import charts
 
-POINTS = 4000  # of all lines of one chart together
+POINTS = 2400  # of all lines of one chart together
+ROOM = 700_000  # characters of all charts at most
 NOT_PLOTTED = {"sae", "step", "tokens", "dead_share"}  # the last is among what health shows
 FACTOR = 50  # between the largest and the smallest value from which on an axis is logarithmic
 # {column of the training log: (title, unit)}
@@ -20,8 +21,15 @@ AXES = {"l0": ("L0", "features per token"),
 def part(log_rows: list[dict]) -> str:
     """A chart for each column of the training log, a line for each SAE."""
     columns = list(dict.fromkeys(c for row in log_rows for c in row if c not in NOT_PLOTTED))
-    shown = "".join(charts.figure(spec(log_rows, column)) for column in columns)
-    return f"<h2>Training</h2><div class=charts>{shown}</div>" if shown else ""
+    shown, room, more = [], ROOM, ""
+    for number, column in enumerate(columns):
+        html = charts.figure(spec(log_rows, column))
+        room -= len(html)
+        if room < 0:
+            more = f"<p class=mut>{len(columns) - number:,} more columns are in training_log.csv.</p>"
+            break
+        shown.append(html)
+    return f"<h2>Training</h2><div class=charts>{''.join(shown)}</div>{more}" if any(shown) or more else ""
 
 
 def dead_shares(log_rows: list[dict]) -> dict:
@@ -41,9 +49,15 @@ def spec(log_rows: list[dict], column: str) -> dict:
               for name, points in by_sae.items()]
     values = [y for one in series for _, y, _ in one["points"]]
     log = bool(values) and min(values) > 0 and max(values) / min(values) > FACTOR
-    title, unit = AXES.get(column, (column.replace("_", " "), "mean of the term"))
+    title, unit = AXES.get(column, (_named(column), "mean of the term"))
     return {"title": title, "kind": "points", "x": {"label": "training tokens", "log": False},
             "y": {"label": unit + (" (log)" if log else ""), "log": log}, "series": series}
+
+
+def _named(column: str) -> str:
+    """A term's name as a title."""
+    words = column.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def _thinned(points: list, keep: int) -> list:

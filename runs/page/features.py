@@ -44,9 +44,13 @@ def place(out: Path, sae: str) -> Path:
     return features.place(out, sae).with_name(f"{sae}.html")
 
 
-def write(out: Path, sae: str) -> Path:
-    """Write out/features/<sae>.html, under 3 MB, from the board that `out` keeps. OSError, ValueError: as its read."""
-    board = features.read(out, sae)
+def write(out: Path, sae: str, board: dict | None = None) -> Path:
+    """Write out/features/<sae>.html, under 3 MB, from the board that `out` keeps, or `board`, as read.
+
+    OSError, ValueError: as features.read.
+    """
+    if board is None:
+        board = features.read(out, sae)
     before, after = [_head(board), _app(board)], [_static(board), _densities(board)]
     # what the page is without the data; 2,000 for the line that says what was left out
     rest = len(shell.page(_title(board), [*before, *after], SCRIPTS, STYLES).encode()) + 2_000

@@ -25,9 +25,13 @@ TOLD_APART = ("variant", "model", "layers", "d_sae", "num_tokens", "hyper", "swe
 # ------------------------------------------------------------------------------------------------ against L0
 
 
-def part(runs: list[Run], stored: list[Run], comparisons: list[Comparison], out: Path, info: dict) -> str:
-    """A chart by menu for each model, layer and hook in which there is more than one SAE to see."""
-    others, note = other_seeds(runs, out, info)
+def part(runs: list[Run], stored: list[Run], comparisons: list[Comparison], out: Path,
+         beside: tuple[list[Run], str]) -> str:
+    """A chart by menu for each model, layer and hook in which there is more than one SAE to see.
+
+    beside: what `other_seeds` returns of the run in `out`.
+    """
+    others, note = beside
     random = {comparison.identity: comparison.random for comparison in comparisons}
     by_place: dict[tuple, list[Run]] = {}
     for run in runs:
@@ -46,7 +50,7 @@ def part(runs: list[Run], stored: list[Run], comparisons: list[Comparison], out:
                  for family in families(side)]
         specs = {metrics.choice(metric): _spec(metric, lines + floors, out) for metric in metrics.charted(members)}
         place = f"<h3>Layer {escape(str(key[1]))}, {escape(str(key[2]))}</h3>" if len(by_place) > 1 else ""
-        chart = charts.menu("metric", specs)
+        chart = charts.menu("metric", specs, room=charts.ROOM // len(by_place))
         html += [place, chart] if chart else []
     if not html:
         return ""

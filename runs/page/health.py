@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
 
 from evals.common import stored
-from runs import features
 from runs.comparison import Compared
-from runs.page import charts
+from runs.page import charts, glance, shell
 from runs.page.curves import dead_shares
+from runs.page.glance import Health
 from runs.wording import listing, number
 
 BINS = 50
 POINTS = 1000  # tokens shown of one SAE, and of all SAEs of a page three times so many
+FEWEST = 40  # tokens shown of each of many
 OFTEN = 0.1  # a feature that fires on a larger share of tokens is said
 ALIKE = 0.9  # and one whose decoder row has a larger cosine with another's
 SILENT_SHARE, OFTEN_SHARE, ALIKE_SHARE = 0.1, 0.01, 0.01  # of all features from which on it is said
 LOUD_TENTH = 1.5  # by which factor the error of the tenth of tokens with the largest norms exceeds the others'
-
-
-@dataclass(frozen=True)
-class Health:
-    """What is known of one SAE; None of what is not."""
-
-    name: str
-    density: list[float]  # of every feature, share of tokens
-    tokens: int | None  # looked at
-    cosine: list[float] | None  # of every decoder row with the most similar other one
-    l0: dict | None  # {"edges", "counts"}: tokens by active features
-    norms: list[float] | None  # ‖x‖ of some tokens
-    errors: list[float] | None  # and ‖x − x̂‖ of the same
 
 
 # ------------------------------------------------------------------------------------------------ the part
@@ -48,8 +35,9 @@ def part(saes: list[Compared], out: Path, log_rows: list[dict]) -> str:
         known = of(out, one.run.section or one.run.name)
         if known is not None:
             found[known.name] = known
-    theirs = {one.run.section or one.run.name: _baselines(one) for one in saes}
-    most = max(150, min(POINTS, 3 * POINTS // max(len(found), 1)))
+    theirs = {one.run.section or one.run.name: _baselines(one) for one in saes
+              if (one.run.section or one.run.name) in found}
+    most = max(FEWEST, min(POINTS, 3 * POINTS // max(len(found), 1)))
     panels = {name: specs(known, theirs.get(name), most) for name, known in found.items()}
     over_time = dead_shares(log_rows)
     if len(panels) == 1:
@@ -63,7 +51,7 @@ def part(saes: list[Compared], out: Path, log_rows: list[dict]) -> str:
     if found and not lines:
         said = "<p class=mut>nothing is off: features fire, rarely and apart, and no kind of token stands out</p>"
     table = _table(list(found.values())) if len(found) > 1 else ""
-    shown = charts.panels("SAE", panels)
+    shown = charts.panels("SAE", panels, "the table below, in figures")
     dead = f"<div class=charts>{dead}</div>" if dead else ""
     return f"<h2>Health</h2>{said}{shown}{dead}{table}"
 
@@ -71,13 +59,9 @@ def part(saes: list[Compared], out: Path, log_rows: list[dict]) -> str:
 def of(out: Path, sae: str) -> Health | None:
     """What the board of an SAE says, or what core's details do; None without either."""
     try:
-        board = features.read(out, sae)
+        return glance.of(out, sae).health
     except (OSError, ValueError):
         return _of_core(out, sae)
-    columns, health = board["list"], board.get("health") or {}
-    text = board.get("text") or {}
-    return Health(sae, columns["density"], text.get("tokens"), columns.get("own_cosine"), health.get("l0"),
-                  health.get("norms"), health.get("errors"))
 
 
 def _of_core(out: Path, sae: str) -> Health | None:
@@ -114,17 +98,12 @@ def _baselines(one: Compared) -> Health | None:
 def specs(known: Health, theirs: Health | None, most: int) -> list[dict]:
     """The charts of one SAE; `most` tokens of it are shown."""
     sides = {"this run": ("run", known)} | ({"baseline": ("baseline", theirs)} if theirs else {})
-    silent = sum(share <= 0 for share in known.density)
-    logs = {name: (role, [math.log10(share) for share in side.density if share > 0])
-            for name, (role, side) in sides.items()}
-    lowest = min((value for _, values in logs.values() for value in values), default=-1.0)
-    found = [{"title": f"Density · {silent:,} of {len(known.density):,} features never fired", "kind": "bars",
-              "x": {"label": "log10 of the share of tokens on which a feature fires", "log": False},
-              "y": {"label": "features", "log": False}, "series": histograms(logs, math.floor(lowest), 0.0)}]
+    found = [_densities(known, sides)]
     if known.l0:
-        found.append({"title": "L0 per token", "kind": "bars", "x": {"label": "active features", "log": False},
+        found.append({"title": "L0 per token", "kind": "bars",
+                      "x": {"label": "active features", "log": False, "whole": True},
                       "y": {"label": "tokens", "log": False},
-                      "series": [{"name": "this run", "role": "run", **known.l0}]})
+                      "series": [{"name": "this run", "role": "run", **_with_room(known.l0)}]})
     cosines = {name: (role, side.cosine) for name, (role, side) in sides.items() if side.cosine}
     if known.cosine:
         lowest = min(min(values) for _, values in cosines.values())
@@ -141,15 +120,54 @@ def specs(known: Health, theirs: Health | None, most: int) -> list[dict]:
     return found
 
 
-def histograms(sides: dict[str, tuple[str, list[float]]], low: float, high: float) -> list[dict]:
-    """A series for each {name: (role, values)} over the same BINS of equal width; what lies outside is at the ends."""
-    width = (high - low) / BINS
-    edges = [round(low + i * width, 6) for i in range(BINS + 1)]
+def _densities(known: Health, sides: dict[str, tuple[str, Health]]) -> dict:
+    """How many features fire how often, of the run and of its baseline."""
+    logs = {name: (role, [math.log10(share) for share in side.density if share > 0])
+            for name, (role, side) in sides.items()}
+    counted = known.baseline
+    if counted is not None and len(sides) == 1:  # by the board, on the same text
+        edges = counted["edges"]
+        series = histograms(logs, edges[0], edges[-1], len(edges) - 1)
+        series.append(series[0] | {"name": "baseline", "role": "baseline", "counts": counted["counts"]})
+        baseline = counted["silent"], counted["of"]
+    else:
+        lowest = min((value for _, values in logs.values() for value in values), default=-1.0)
+        series = histograms(logs, math.floor(lowest), 0.0)
+        theirs = [side.density for _, side in list(sides.values())[1:]]
+        baseline = (_silent(theirs[0]), len(theirs[0])) if theirs else None
+    never = f"{_silent(known.density):,} of {len(known.density):,}"
+    title = f"Density · {never} features never fired"
+    if baseline is not None:
+        title = f"Density · {never} never fired, baseline {baseline[0]:,} of {baseline[1]:,}"
+    return {"title": title, "kind": "bars",
+            "x": {"label": "log10 of the share of tokens on which a feature fires", "log": False},
+            "y": {"label": "features", "log": False}, "series": series}
+
+
+def _silent(density: Iterable[float]) -> int:
+    return sum(share <= 0 for share in density)
+
+
+def _with_room(l0: dict) -> dict:
+    """Tokens by active features, with two empty bars beside what fills one alone."""
+    edges, counts = l0["edges"], l0["counts"]
+    if len(counts) > 1:
+        return l0
+    width = edges[1] - edges[0]
+    before = min(2, int(edges[0] // width))  # none below 0
+    return {"edges": [edges[0] + i * width for i in range(-before, 4)],
+            "counts": [*(0 for _ in range(before)), *counts, 0, 0]}
+
+
+def histograms(sides: dict[str, tuple[str, Sequence[float]]], low: float, high: float, bins: int = BINS) -> list[dict]:
+    """A series for each {name: (role, values)} over the same bins of equal width; what lies outside is at the ends."""
+    width = (high - low) / bins
+    edges = [round(low + i * width, 6) for i in range(bins + 1)]
     series = []
     for name, (role, values) in sides.items():
-        counts = [0] * BINS
+        counts = [0 for _ in range(bins)]
         for value in values:
-            counts[min(max(int((value - low) / width), 0), BINS - 1)] += 1
+            counts[min(max(int((value - low) / width), 0), bins - 1)] += 1
         series.append({"name": name, "role": role, "edges": edges, "counts": counts})
     return series
 
@@ -215,6 +233,6 @@ def _table(found: list[Health]) -> str:
                  number(median(one.cosine)) if one.cosine else "–", "–" if alike is None else f"{alike:.1%}"]
         rows.append(f"<tr><td class=l>{escape(one.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     header = "".join(f"<th>{escape(head)}</th>" for head in heads)
-    return (f"<details><summary>all SAEs</summary><div class=scroll role=region tabindex=0 aria-label='health of each "
-            f"SAE'><table class=sortable><thead><tr><th class=l>SAE</th>{header}</tr></thead><tbody>{''.join(rows)}"
-            "</tbody></table></div></details>")
+    table = (f"<table class=sortable><thead><tr><th class=l>SAE</th>{header}</tr></thead><tbody>{''.join(rows)}</tbody>"
+             "</table>")
+    return f"<details><summary>all SAEs</summary>{shell.scrolling('health of each SAE', table)}</details>"

@@ -6,9 +6,12 @@ from base64 import b64encode
 from html import escape
 from pathlib import Path
 
+from runs.page import shell
 from runs.reading import Run
 
-PICTURE = 300_000  # bytes of a picture that a page takes in
+PICTURE = 300_000  # bytes of a picture that a page takes in,
+PICTURES = 600_000  # and of all of them
+NAMED = 100  # other files that it names
 KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
@@ -25,8 +28,8 @@ def part(runs: list[Run]) -> str:
         header = "".join(f"<th class=l>{escape(cell)}</th>" for cell in ["SAE", *own])
         lines = [[run.section or run.name, *(_plain(run.config.get(k)) for k in own)] for run in runs]
         rows = ("".join(f"<td class=l>{escape(cell)}</td>" for cell in line) for line in lines)
-        html += (f"<div class=scroll role=region tabindex=0 aria-label='settings of each SAE'><table><tr>{header}</tr>"
-                 f"{''.join(f'<tr>{row}</tr>' for row in rows)}</table></div>")
+        table = f"<table><tr>{header}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        html += shell.scrolling("settings of each SAE", table)
     return f"<h2>Settings</h2><details><summary>{len(keys)} settings</summary>{html}</details>"
 
 
@@ -37,14 +40,27 @@ def _plain(value) -> str:
 
 
 def own_report(folder: Path) -> str:
-    """Pictures a variant made of itself, inside the page; larger ones and other files are named."""
-    html = []
+    """Pictures a variant made of itself, inside the page as far as there is room; the others, and other files, as links
+    to where they lie beside the page.
+    """
+    shown, links, room = [], [], PICTURES
     for file in sorted(folder.glob("*/*")):
-        title = f"{escape(file.parent.name)}: {escape(file.name)}"
-        if file.suffix in KINDS and file.stat().st_size < PICTURE:
+        size, title = file.stat().st_size, f"{escape(file.parent.name)}: {escape(file.name)}"
+        if file.suffix in KINDS and size < min(PICTURE, room):
+            room -= size
             content = b64encode(file.read_bytes()).decode()
-            html.append(f'<figure><img alt="{title}" src="data:{KINDS[file.suffix]};base64,{content}">'
-                        f"<figcaption class=mut>{title}</figcaption></figure>")
+            shown.append(f'<figure><img alt="{title}" src="data:{KINDS[file.suffix]};base64,{content}">'
+                         f"<figcaption class=mut>{title}</figcaption></figure>")
         elif file.name != "numbers.json":
-            html.append(f"<p class=mut>variant_report/{escape(file.parent.name)}/{escape(file.name)}</p>")
-    return f"<h2>The variant's own report</h2>{''.join(html)}" if html else ""
+            path = "/".join(map(shell.quoted, (folder.name, file.parent.name, file.name)))
+            links.append(f'<li><a href="{escape(path)}">{title}</a> <span class=mut>{_size(size)}</span></li>')
+    beside = ""
+    if links:
+        more = f"<li class=mut>and {len(links) - NAMED:,} more</li>" if len(links) > NAMED else ""
+        beside = (f"<details><summary>{len(links):,} more in {escape(folder.name)}/, beside this page, which stays "
+                  f"under 3 MB</summary><ul>{''.join(links[:NAMED])}{more}</ul></details>")
+    return f"<h2>The variant's own report</h2>{''.join(shown)}{beside}" if shown or links else ""
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from base64 import b64encode
 from collections.abc import Iterable
 from hashlib import sha256
@@ -46,6 +47,15 @@ def data(value, **attributes: str) -> str:
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     named = "".join(f' {name}="{escape(text)}"' for name, text in attributes.items())
     return f'<script type="application/json"{named}>{safe}</script>'
+
+
+def scrolling(label: str, html: str, kind: str = "") -> str:
+    """A table that may be wider than its place: it scrolls there, with a keyboard too, fades at the edges behind which
+    there is more, and `label` says what it is. kind: further classes of the place, as "tall".
+    """
+    named = escape(label)
+    captioned = re.sub(r"^<table[^>]*>", lambda tag: f"{tag[0]}<caption><span>{named}</span></caption>", html)
+    return f'<div class="{f"scroll {kind}".strip()}" role=region tabindex=0 aria-label="{named}">{captioned}</div>'
 
 
 def visible(token: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
+import shlex
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -21,31 +23,41 @@ WORDS = {"better": ("▲", "Better"), "worse": ("▼", "Worse"), "within_noise":
          "equal_to_baseline": ("=", "Equal"), "suspect": ("!", "Suspect"), "incomparable": ("–", "Not comparable"),
          "failed": ("✕", "Failed")}
 DIFF_LINES = 400  # of one diff that are shown
-SAID = 6  # changes that the sentence names
+NAMED = 2  # changes that the sentence names beside the variant,
+SAID = 6  # and a line under it
+NUMBERS = 4  # figures that a warning about several SAEs names
+COUNTING = ("better", "worse", "within_noise", "equal_to_baseline")  # verdicts of SAEs whose figures show something
+FIGURE = re.compile(r"(\d+(?:[.,]\d+)*)")
+# where runs/verdict.py goes on from why to what to do, and what of that is a command
+ADVICE = re.compile(r": (?=(?:compare|set|choose|run) )")
+COMMAND = re.compile(r"python -m [\w.]+(?: [\w-]+)*|--\w+")
 
 # ------------------------------------------------------------------------------------------------ the whole part
 
 
-def part(comparisons: list[Comparison], out: Path, info: dict) -> str:
-    """The verdict as HTML: the sentence, each SAE's where there are several, what changed, warnings, problems."""
+def part(comparisons: list[Comparison], out: Path, info: dict, others: Iterable[Run] = ()) -> str:
+    """The verdict as HTML: the sentence, each SAE's where there are several, what changed, warnings, problems.
+
+    others: SAEs of runs beside this one that differ in the seed alone.
+    """
     said = of_run(comparisons, out, info)
     saes = [one for comparison in comparisons for one in comparison.saes]
-    word = str(said["verdict"])
+    word, others = str(said["verdict"]), list(others)
     sign, _ = WORDS.get(word, ("", ""))
-    first, rest = sentence(said, saes)
+    directions = comparisons[0].directions if comparisons else {}
+    first, rest = sentence(said, saes, directions.get(said.get("metric")) != "lower")
     several = len(saes) > 1
     anchor = "" if several or not saes else f' id="{escape(anchor_of(saes[0].run))}"'
     html = [f"<section class='verdict is-{escape(word)}'{anchor}><p class=sentence>"
             f"<strong><span aria-hidden=true>{sign}</span> {escape(first)}</strong> {escape(rest)}</p>"]
     diffs = code_diffs(out, saes, info)
-    changes = listed_changes(saes, diffs)
-    if changes:
-        html.append(f"<p>What changed: {escape('; '.join(changes))}.</p>")
+    lines = [over_seeds(said, saes, others), *listed_changes(saes, diffs)]
+    html += [f"<p>{escape(line)}</p>" for line in lines if line]
     html.append("</section>")
-    if several:
+    html += [f"<div class=warn>{escape(line)}</div>" for line in warnings(comparisons, said)]
+    if several and "saes" in said:
         html.append(_each(said, saes))
-    html.append(_folded(saes, diffs))
-    html += [f"<div class=warn>{escape(line)}</div>" for line in warned(comparisons)]
+    html += [_folded(saes, diffs), _next_html(_next(said, saes, out, others))]
     return "".join(html) + _problems([one.run for one in saes])
 
 
@@ -73,8 +85,11 @@ def link_of(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------ sentences
 
 
-def sentence(said: dict, saes: list[Compared]) -> tuple[str, str]:
-    """(the verdict in a word or three, the rest of the sentence) of what verdict.judged returns of these SAEs."""
+def sentence(said: dict, saes: list[Compared], higher: bool = True) -> tuple[str, str]:
+    """(the verdict in a word or three, the rest of the sentence) of what verdict.judged returns of these SAEs.
+
+    higher: whether the larger of two values of its metric is the better one.
+    """
     word = said["verdict"]
     _, first = WORDS.get(word, ("", str(word)))
     if word == "failed":
@@ -82,24 +97,59 @@ def sentence(said: dict, saes: list[Compared]) -> tuple[str, str]:
     if not saes:
         return f"{first}:", f"{said['why']}."
     if len(saes) > 1:
-        return _of_several(said, first, saes)
-    return _of_one(said, first, saes[0])
+        return f"{first}:", _of_several(said, saes, higher)
+    return f"{first}:", _of_one(said, saes[0])
 
 
-def _of_one(said: dict, first: str, one: Compared) -> tuple[str, str]:
-    word, metric = said["verdict"], said["metric"]
-    source = one.source(metric)
+def _of_one(said: dict, one: Compared) -> str:
+    word, source = said["verdict"], one.source(said["metric"])
+    reason = _reason(said, one)
     if word == "equal_to_baseline":
-        return f"{first} to the baseline {one.partner.name}:", f"nothing in it differs. {_figure(said)}."
+        return f"nothing in this run differs from the baseline {_called(one.partner)}. {_figure(said, 'it')}."
     if word in ("suspect", "incomparable"):
-        figure = f" {_figure(said)}{_beside(said, one)}." if said["value"] is not None else ""
-        return f"{first}:", f"{said['why']}.{figure}"
-    than = {"within_noise": "of"}.get(word, "than")
-    rest = (f"the baseline {_called(source)} in {metrics.title(metric)}, {_where(one, source)}: "
-            f"{_with_error(said['value'], said['stderr'])} against {_their_figure(said)}, {_by_how_much(said)}")
-    if word == "within_noise" and not _known(said):
-        rest += f"; {said['why']}"
-    return f"{first} {than}", f"{rest}."
+        figure = f" {_figure(said, _subject(one))}{_beside(said, one)}." if said["value"] is not None else ""
+        return f"{reason}.{figure}"
+    rest = (f"{_subject(one)} reaches {_with_error(said['value'], said['stderr'])} in {metrics.title(said['metric'])}, "
+            f"against {_their_figure(said)} of the baseline {_called(source)} {_where(one, source)}: "
+            f"{_by_how_much(said)}")
+    if word == "within_noise" and not _known(said) and reason:
+        rest += f"; {reason}"
+    return f"{rest}."
+
+
+def _reason(said: dict, one: Compared | None = None) -> str:
+    """Why a verdict is what it is, without what to do about it, in the words of the page."""
+    reason, _ = _parted(said.get("why") or "")
+    if said.get("metric"):
+        reason = reason.replace(said["metric"], metrics.title(said["metric"]))
+    if one is not None and reason.startswith("not sparse"):
+        width, l0 = one.run.config.get("d_in"), l0_of(one.run)
+        if width and l0 and l0 > width / 2:
+            reason += f"; an activation of {width:,} dimensions is easily rebuilt from so many"
+    return reason
+
+
+def _parted(why: str) -> tuple[str, str]:
+    """What runs/verdict.py says of why, and behind it what to do, or ""."""
+    found = ADVICE.search(why)
+    return (why[: found.start()], why[found.end():]) if found else (why, "")
+
+
+def _subject(one: Compared) -> str:
+    """What was run, by what differs: "mine in place of standard, with k 64 in place of 50,"."""
+    name = _called(one.run) or "this run"
+    changes = _changes(one)
+    variant = [(theirs, ours) for key, theirs, ours in changes if key == "variant"]
+    others = [f"{key} {ours} in place of {theirs}" for key, theirs, ours in changes if key != "variant"]
+    more = len(others) - NAMED
+    if more > 0:
+        changed = f"{', '.join(others[:NAMED])} and {more} more {'change' if more == 1 else 'changes'}"
+    else:
+        changed = " and ".join(others)
+    if variant:
+        ours = f"{variant[0][1]} in place of {variant[0][0]}"
+        return f"{ours}, with {changed}," if changed else ours
+    return f"{name} with {changed}" if changed else name
 
 
 def _beside(said: dict, one: Compared) -> str:
@@ -107,7 +157,7 @@ def _beside(said: dict, one: Compared) -> str:
     if one.obstacles or said["baseline_value"] is None:
         return ""
     at = "" if number(said["l0"]) == number(said["baseline_l0"]) else f" at L0 {number(said['baseline_l0'])}"
-    return f" against {_their_figure(said)}{at} of the baseline {_called(one.source(said['metric']))}"
+    return f", against {_their_figure(said)}{at} of the baseline {_called(one.source(said['metric']))}"
 
 
 def _known(said: dict) -> bool:
@@ -115,20 +165,71 @@ def _known(said: dict) -> bool:
     return said["stderr"] is not None and said["baseline_stderr"] is not None
 
 
-def _of_several(said: dict, first: str, saes: list[Compared]) -> tuple[str, str]:
-    word, metric = said["verdict"], said["metric"]
-    if word in ("suspect", "incomparable"):
-        return f"{first}:", f"{said['why']}."
-    source = listing(list(dict.fromkeys(_called(one.source(metric)) for one in saes if one.source(metric))), 2)
-    if word == "equal_to_baseline":
-        return f"{first} to the baseline {source}:", "nothing differs in any of the SAEs."
-    compared = sum(one["difference"] is not None and one["verdict"] != "incomparable" for one in said["saes"].values())
-    over = f"over {compared} SAEs" if compared == len(saes) else f"over {compared} of {len(saes)} SAEs"
-    than = {"within_noise": "of"}.get(word, "than")
-    rest = f"the baseline {source} in {metrics.title(metric)}: {over} the mean is {_by_how_much(said)}"
-    if not _known(said):
-        rest += "; of some no standard error is known: run several seeds of both"
-    return f"{first} {than}", f"{rest}."
+def _of_several(said: dict, saes: list[Compared], higher: bool) -> str:
+    """How many SAEs are what, the mean difference, and the best that counts."""
+    each = said["saes"]
+    parts = [f"{_counted_words(each, said['metric'])}{_shared_subject(saes)}"]
+    compared = sum(one["difference"] is not None and one["verdict"] != "incomparable" for one in each.values())
+    if said["verdict"] in ("better", "worse", "within_noise") and said["difference"] is not None:
+        over = "over all" if compared == len(each) else f"over the {compared} that can be compared"
+        unsure = "" if _known(said) else "; of some no standard error is known"
+        parts[0] += (f"; {over} the mean of {metrics.title(said['metric'])} is {_by_how_much(said)}{unsure}")
+    best = _best(each, higher)
+    if best:
+        parts.append(_best_in_words(best, said["metric"], each))
+    elif all(one["value"] is not None and one["l0"] is not None for one in each.values()):
+        ends = sorted(each.values(), key=lambda one: one["l0"])
+        low, high = (f"{number(one['value'])} at L0 {number(one['l0'])}" for one in (ends[0], ends[-1]))
+        parts.append(f"{metrics.title(said['metric'])} goes from {low} to {high}")
+    return " ".join(f"{part}." for part in parts)
+
+
+def _counted_words(each: dict[str, dict], metric: str | None) -> str:
+    """"of 3 SAEs 1 is better, 2 are suspect (not sparse)"."""
+    counts = []
+    for word, (_, text) in WORDS.items():
+        found = [one for one in each.values() if one["verdict"] == word]
+        if not found:
+            continue
+        reasons = list(dict.fromkeys(filter(None, (_brief(one, metric) for one in found))))
+        why = f" ({listing(reasons)})" if reasons else ""
+        counts.append(f"{len(found)} {'is' if len(found) == 1 else 'are'} {text.lower()}{why}")
+    return f"of {len(each)} SAEs {', '.join(counts)}"
+
+
+def _brief(one: dict, metric: str | None) -> str:
+    """Why the figures of an SAE show nothing, without theirs: "not sparse"; "" of one whose do."""
+    if one["verdict"] in COUNTING or not one["why"]:
+        return ""
+    brief = re.split(r": | \(| = ", one["why"])[0]
+    return brief.replace(metric, metrics.title(metric)) if metric else brief
+
+
+def _shared_subject(saes: list[Compared]) -> str:
+    """", mine in place of standard", where all SAEs have that in common."""
+    found = {_swapped(one) for one in saes}
+    swapped = found.pop() if len(found) == 1 else ""
+    return f", with {swapped}" if swapped else ""
+
+
+def _swapped(one: Compared) -> str:
+    return next((f"{ours} in place of {theirs}" for key, theirs, ours in _changes(one) if key == "variant"), "")
+
+
+def _best(each: dict[str, dict], higher: bool) -> str:
+    """The SAE that lies highest above its baseline, of those whose verdict counts; "" without one."""
+    counting = {name: one["difference"] for name, one in each.items()
+                if one["verdict"] in COUNTING and one["difference"] is not None}
+    if not counting:
+        return ""
+    return max(counting, key=lambda name: counting[name] if higher else -counting[name])
+
+
+def _best_in_words(best: str, metric: str, each: dict[str, dict]) -> str:
+    one = each[best]
+    at = f" at L0 {number(one['l0'])}" if one["l0"] is not None else ""
+    return (f"The best that counts is {best}: {_with_error(one['value'], one['stderr'])}{at}, against "
+            f"{_their_figure(one)} of its baseline, {_by_how_much(one)}")
 
 
 def _called(run: Run | None) -> str:
@@ -140,12 +241,12 @@ def _with_error(value: float | None, error: float | None) -> str:
     return number(value) + (f" ± {error:.2g}" if error else "")
 
 
-def _figure(said: dict) -> str:
+def _figure(said: dict, subject: str) -> str:
     """The run's own value, in words."""
     if said["value"] is None:
         return f"{metrics.title(said['metric'])} is not known"
     at = f" at L0 {number(said['l0'])}" if said["l0"] is not None else ""
-    return f"{metrics.title(said['metric'])} is {_with_error(said['value'], said['stderr'])}{at}"
+    return f"{subject} reaches {_with_error(said['value'], said['stderr'])} in {metrics.title(said['metric'])}{at}"
 
 
 def _their_figure(said: dict) -> str:
@@ -164,49 +265,134 @@ def _where(one: Compared, source: Run) -> str:
         return "at an L0 that is not known"
     if number(ours) == number(theirs):
         return f"at the same L0, {number(ours)}"
-    return f"at L0 {number(ours)} against {number(theirs)}"
+    return f"at L0 {number(theirs)} in place of {number(ours)}"
 
 
 def _by_how_much(said: dict) -> str:
     """The difference, and how many standard errors it is."""
     difference, error = said["difference"], said["difference_stderr"]
+    if not difference:
+        return "no difference"
     sides = [side for side in (said["value"], said["baseline_value"]) if side]
-    text = f"{signed(difference, *(sides or [difference or 1.0]))}"
+    size = signed(abs(difference), *(sides or [difference])).removeprefix("+")
+    way = "higher" if difference > 0 else "lower"
     if error is None or not _known(said):
-        return f"a difference of {text}"
+        return f"{size} {way}"
     if not error:
-        return f"a difference of {text} ± 0"
-    times = abs(difference) / error
-    shown = f"{times:.0f}" if times >= 10 else f"{times:.1f}"
-    needed = "" if abs(difference) > 2 * error else ", and 2 are asked for"
-    return f"a difference of {text} ± {error:.2g}, {shown} standard errors{needed}"
+        return f"{size} ± 0 {way}"
+    return f"{size} ± {error:.2g} {way}, {_times(said)} standard errors where 2 are asked for"
+
+
+def _times(said: dict) -> str:
+    """How many standard errors a difference is."""
+    times = abs(said["difference"]) / said["difference_stderr"]
+    return f"{times:.0f}" if times >= 10 else f"{times:.1f}"
+
+
+def over_seeds(said: dict, saes: list[Compared], others: list[Run]) -> str:
+    """The mean over a run's SAE and its other seeds, in a sentence; "" of several SAEs or without others."""
+    if len(saes) != 1 or not others or said.get("metric") is None:
+        return ""
+    mean = verdicts.mean_run([saes[0].run, *others])
+    value = mean.means.get(said["metric"])
+    if value is None:
+        return ""
+    error = _with_error(value, mean.stderrs.get(said["metric"]))
+    return f"Over {len(others) + 1} seeds it reaches {error}."
+
+
+# ------------------------------------------------------------------------------------------------ what to do next
+
+
+def _next(said: dict, saes: list[Compared], out: Path, others: list[Run]) -> list[str]:
+    """What to do about a verdict, in lines; commands stand between `marks`."""
+    whys = [said.get("why") or "", *(one["why"] or "" for one in said.get("saes", {}).values())]
+    found = [_marked(advice) for _, advice in map(_parted, whys) if advice]
+    configs = [one.run.config for one in saes]
+    if any(config.get("profile") == "tiny" for config in configs):
+        found.insert(0, "the profile tiny shows that everything runs, not how good a variant is: its model has "
+                        "32 dimensions; `python experiment.py --profile=embedded` takes a small real one")
+    elif said["verdict"] == "suspect" and any("not sparse" in why for why in whys):
+        width = min((config["d_sae"] for config in configs if config.get("d_sae")), default=0)
+        if width and all("k" in (config.get("hyper") or {}) for config in configs):
+            found.append(f"a sparse SAE of this width has `--hyper k={max(width // 10, 1)}` or less")
+    names = [out.name, *(run.path.parent.name for run in others)]
+    if said["verdict"] in ("better", "worse", "within_noise", "equal_to_baseline"):
+        if others:
+            found.append("the verdict over these seeds: "
+                         f"`python -m runs.compare {' '.join(map(shlex.quote, names))} --exit-status`")
+        elif said["verdict"] != "equal_to_baseline":
+            found.append("± is of the evaluated samples alone, and of one seed: the same command with `--seed=1` and "
+                         "another `--out_dir` tells whether it holds")
+    return list(dict.fromkeys(found))
+
+
+def _marked(advice: str) -> str:
+    """What runs/verdict.py says to do, with its commands marked."""
+    return COMMAND.sub(lambda found: f"`{found[0]}`", advice.replace(", python", ": python"))
+
+
+def _next_html(lines: list[str]) -> str:
+    items = []
+    for line in lines:
+        words = [escape(piece) for piece in line.split("`")]
+        words[1::2] = [f"<code>{command}</code>" for command in words[1::2]]
+        items.append(f"<li>{''.join(words)}</li>")
+    return f"<div class=next><strong>Next</strong><ul>{''.join(items)}</ul></div>" if items else ""
+
+
+# ------------------------------------------------------------------------------------------------ each SAE, warnings
 
 
 def _each(said: dict, saes: list[Compared]) -> str:
-    """A table of the SAEs of a run, each with its verdict and a place to go to."""
+    """A table of the SAEs of a run, each with its verdict and a place to go to; without columns that are empty."""
     metric = said["metric"]
+    heads = ("why", "L0", metrics.title(metric or "value"), "baseline", "difference", "standard errors")
+    figures = [_figures(own, metric) for own in said["saes"].values()]
+    shown = [i for i in range(len(heads)) if any(row[i] for row in figures)]
+    sides = ["l mut" if i == 0 else "" for i in range(len(heads))]
     rows = []
-    for one, own in zip(saes, said.get("saes", {}).values()):
+    for one, own, row in zip(saes, said["saes"].values(), figures):
         sign, word = WORDS.get(own["verdict"], ("", own["verdict"]))
-        sure = ""
-        if own["difference"] is not None and own["difference_stderr"] and _known(own):
-            sure = f"{abs(own['difference']) / own['difference_stderr']:.1f}"
-        difference = ""
-        if own["difference"] is not None:
-            difference = signed(own["difference"], own["value"], own["baseline_value"])
-        name = escape(one.run.section or one.run.name)
-        why = f" <span class=mut>{escape(own['why'])}</span>" if own["why"] else ""
-        figures = (number(own["l0"]), _with_error(own["value"], own["stderr"]), _their_figure(own), difference, sure)
-        cells = "".join(f"<td>{escape(text)}</td>" for text in figures)
-        rows.append(f'<tr id="{escape(anchor_of(one.run))}"><td class=l>{name}</td>{cells}'
-                    f"<td class=l><span class={escape(own['verdict'])}>{sign} {escape(word)}</span>{why}</td></tr>")
-    heads = ("L0", metrics.title(metric or "value"), "baseline", "difference", "standard errors")
-    header = "<th class=l>SAE</th>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "<th class=l>verdict</th>"
-    words = [WORDS.get(own["verdict"], ("", own["verdict"]))[1].lower() for own in said.get("saes", {}).values()]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
-    return (f"<p>Each by itself: {escape(counts)}.</p>"
-            f"<div class='scroll tall' role=region tabindex=0 aria-label='verdict of each SAE'><table class=sortable>"
-            f"<thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+        cells = "".join(f'<td class="{sides[i]}">{escape(row[i])}</td>' for i in shown)
+        rows.append(f'<tr id="{escape(anchor_of(one.run))}"><td class=l>{escape(one.run.section or one.run.name)}</td>'
+                    f"<td class=l><span class={escape(own['verdict'])}>{sign} {escape(word)}</span></td>{cells}</tr>")
+    header = "".join(f'<th class="{sides[i]}">{escape(heads[i])}</th>' for i in shown)
+    table = (f"<table class=sortable><thead><tr><th class=l>SAE</th><th class=l>verdict</th>{header}</tr></thead>"
+             f"<tbody>{''.join(rows)}</tbody></table>")
+    return shell.scrolling("verdict of each SAE", table, "tall")
+
+
+def _figures(own: dict, metric: str | None) -> tuple[str, ...]:
+    """Why an SAE's figures show nothing, and its figures."""
+    known = own["difference"] is not None
+    difference = signed(own["difference"], own["value"], own["baseline_value"]) if known else ""
+    sure = _times(own) if known and own["difference_stderr"] and _known(own) else ""
+    l0 = "" if own["l0"] is None else number(own["l0"])
+    return (_brief(own, metric), l0, _with_error(own["value"], own["stderr"]), _their_figure(own), difference, sure)
+
+
+def warnings(comparisons: list[Comparison], said: dict) -> list[str]:
+    """The warnings of a run's SAEs, one of those that differ in figures alone; without what the sentence says."""
+    groups: dict[str, list[tuple[list[str], str]]] = {}
+    for line in warned(comparisons):
+        text, _, names = line.rpartition(" — ") if " — " in line else (line, "", "")
+        groups.setdefault(FIGURE.sub("#", text), []).append((FIGURE.split(text), names))
+    found = []
+    for lines in groups.values():
+        pieces = [_several([pieces[i] for pieces, _ in lines]) for i in range(len(lines[0][0]))]
+        names = ", ".join(dict.fromkeys(names for _, names in lines if names))
+        found.append("".join(pieces) + (f" — {names}" if names else ""))
+    return [line for line in found if line != said.get("why")]
+
+
+def _several(texts: list[str]) -> str:
+    """What stands at one place of several lines."""
+    distinct = list(dict.fromkeys(texts))
+    if len(distinct) <= NUMBERS:
+        return ", ".join(distinct) if len(distinct) > 1 else distinct[0]
+    values = sorted(distinct, key=lambda text: float(text.replace(",", "")))
+    return f"{values[0]} to {values[-1]}"
 
 
 def _problems(runs: list[Run]) -> str:
@@ -224,30 +410,32 @@ def _problems(runs: list[Run]) -> str:
 
 
 def listed_changes(saes: list[Compared], diffs: list[tuple[str, list[str]]]) -> list[str]:
-    """What all SAEs of a run have otherwise than what they are compared with, and what differs among them; short."""
+    """Sentences: the changes that the first one has no room for, what differs among several SAEs, and in the code."""
+    said = []
     each = [_changes(one) for one in saes]
-    common = [line for line in each[0] if all(line in other for other in each)] if each else []
+    common = [change for change in each[0] if all(change in other for other in each)] if each else []
+    others = [change for change in common if change[0] != "variant"]
+    if (len(saes) > 1 and others) or len(others) > NAMED:
+        listed = [f"{key} {theirs} → {ours}" for key, theirs, ours in others]
+        more = [f"and {len(listed) - SAID} more"] if len(listed) > SAID else []
+        said.append(f"Changed beside the variant: {'; '.join(listed[:SAID] + more)}.")
     among = _swept([one.run for one in saes]) if len(saes) > 1 else []
-    code = [_counted(title, lines) for title, lines in diffs[:1]]
-    variant = [line for line in common if "in place of" in line]
-    found = [*variant, *code, *(line for line in common if line not in variant), *among]
-    more = [f"and {len(found) - SAID} more"] if len(found) > SAID else []
-    return found[:SAID] + more
+    if among:
+        said.append(f"Among the SAEs: {'; '.join(among)}.")
+    return said + [f"Code: {_counted(title, lines)}." for title, lines in diffs[:1]]
 
 
-def _changes(one: Compared) -> list[str]:
-    """Settings of an SAE that differ from those of what it is compared with, the variant first."""
+def _changes(one: Compared) -> list[tuple[str, str, str]]:
+    """(setting, the value of what an SAE is compared with, its own) of those that differ."""
     if one.partner is None or one.obstacles:
         return []
     found = []
     for key, (ours, theirs) in one.differs.items():
-        if key == "variant":
-            found.append(f"{ours} in place of {theirs}")
-        elif key == "hyper" and isinstance(ours, dict) and isinstance(theirs, dict):
-            found += [f"{name} {short(theirs[name])} → {short(ours[name])}" for name in ours
+        if key == "hyper" and isinstance(ours, dict) and isinstance(theirs, dict):
+            found += [(str(name), short(theirs[name]), short(ours[name])) for name in ours
                       if name in theirs and ours[name] != theirs[name]]
         else:
-            found.append(f"{key} {_setting(theirs)} → {_setting(ours)}")
+            found.append((key, _setting(theirs), _setting(ours)))
     return found
 
 
@@ -271,7 +459,7 @@ def _counted(title: str, lines: list[str]) -> str:
     added = sum(line.startswith("+") for line in lines)
     removed = sum(line.startswith("-") for line in lines)
     if not lines:
-        return f"variant.py is {title}'s"
+        return f"that of {title}, unchanged"
     return f"{added} lines added to and {removed} taken from {title}'s variant.py"
 
 
@@ -329,10 +517,10 @@ def _side_by_side(saes: list[Compared]) -> str:
         return ""
     body = "".join(f"<tr><td class=l>{escape(str(key))}</td><td class='l w'>{escape(_side(theirs))}</td>"
                    f"<td class='l w'>{escape(_side(ours))}</td></tr>" for key, theirs, ours in rows)
-    return (f"<details><summary>{len(rows)} settings differ</summary><div class=scroll role=region tabindex=0 "
-            f"aria-label='settings that differ'><table><tr><th class=l>setting</th>"
-            f"<th class=l>{escape(one.nearest.name)}</th><th class=l>{escape(one.run.name)}</th></tr>{body}</table>"
-            "</div></details>")
+    table = (f"<table><tr><th class=l>setting</th><th class=l>{escape(one.nearest.name)}</th>"
+             f"<th class=l>{escape(one.run.name)}</th></tr>{body}</table>")
+    return (f"<details><summary>{len(rows)} settings differ</summary>"
+            f"{shell.scrolling('settings that differ', table)}</details>")
 
 
 def _side(value) -> str:

@@ -39,6 +39,22 @@ class Page(html.parser.HTMLParser):
             self.words.append(data)
 
 
+def charts(data: dict) -> dict:
+    """A menu's charts with the points of their series, of the data that a page holds: [x, y, stderr, label, href]."""
+    places, found = data["places"], {}
+    for name, spec in data["charts"].items():
+        series = []
+        for one in spec["series"]:
+            points = []
+            for (x, label, href), value in zip(places[one["at"]], one["values"]):
+                if value is not None:
+                    y, error = value if isinstance(value, list) else (value, 0.0)
+                    points.append([x, y, error, label, href])
+            series.append(one | {"points": points})
+        found[name] = spec | {"series": series}
+    return found
+
+
 def part(text: str, heading: str) -> str:
     """The HTML of a page from a heading to the next."""
     return re.split(rf"<h2[^>]*>{heading}</h2>", text)[1].partition("<h2")[0]

@@ -69,3 +69,19 @@ def test_a_table_is_sorted_by_its_figures(browser, tmp_path):
     shown = browser.js("return [...document.querySelectorAll('td')].map(cell => cell.textContent)")
     assert shown == ["1,000", "100.0%", "9.5%", "0.93 ± 0.002", "~0.9", "-2e-3", "–"]
     assert browser.js("return document.querySelector('th').getAttribute('aria-sort')") == "descending"
+
+
+@pytest.mark.slow
+def test_a_wide_table_says_that_there_is_more(browser, tmp_path):
+    """Fails if a wide table widens the page, has no name or caption, or nothing at its edge."""
+    cells = "".join(f"<td>column {i}</td>" for i in range(30))
+    page = tmp_path / "page.html"
+    page.write_text(shell.page("wide", [shell.scrolling("all <i>", f"<table><tr>{cells}</tr></table>", "tall")]))
+    for dark in (False, True):
+        browser.open(page, width=360, dark=dark)
+        assert browser.wider_than_its_window() == 0 and browser.violations() == []
+        assert browser.violations("scrollable-region-focusable") == []
+    told = browser.js("const place = document.querySelector('.scroll'), style = getComputedStyle(place);"
+                      "return [place.ariaLabel, place.querySelector('caption').textContent, place.tabIndex,"
+                      "style.backgroundAttachment, place.scrollWidth > place.clientWidth]")
+    assert told == ["all <i>", "all <i>", 0, "local, local, scroll, scroll", True]

@@ -56,13 +56,34 @@ const Pages = (() => {
     return length <= 8 ? css("--c" + i) : `hsl(${Math.round(300 * i / length)} 65% 50%)`;
   }
 
+  // of data as a page holds it (charts.py, packed and _shared) a chart
+  function unpacked(spec, places) {
+    const series = spec.series.map(one => {
+      if (one.ends) {
+        const [first, last] = one.ends;
+        const n = one.counts.length;
+        return {...one, edges: Array.from({length: n + 1}, (_, i) => first + (last - first) * i / n)};
+      }
+      if (!one.values) return one;
+      const points = one.values.flatMap((value, i) => {
+        if (value === null) return [];
+        const [x, label, href] = places[one.at][i];
+        const [y, e] = Array.isArray(value) ? value : [value, 0];
+        return [[x, y, e, label, href]];
+      });
+      return {...one, points: points.sort((a, b) => a[0] - b[0] || a[1] - b[1])};
+    });
+    return {...spec, series};
+  }
+
   const shape = (spec, one) => spec.kind === "bars" ? "rect"
     : one.parts ? "line" : one.mark || shapes[one.role] || "circle";
 
   function dataset(spec, one, i) {
     const line = colour(spec, i);
     if (spec.kind === "bars") {
-      const {edges} = one;
+      const half = spec.x.whole ? .5 : 0;  // a bar stands around its number
+      const edges = one.edges.map(edge => edge - half);
       const middle = n => spec.x.log ? Math.sqrt(edges[n] * edges[n + 1]) : (edges[n] + edges[n + 1]) / 2;
       return {type: "bar", label: one.name, data: one.counts.map((y, n) => ({x: middle(n), y})), edges,
         backgroundColor: line.startsWith("#") ? line + "99" : line, borderColor: line, barThickness: "flex",
@@ -89,7 +110,8 @@ const Pages = (() => {
   function range(spec, axis) {
     if (spec.kind === "bars") {
       if (axis === "y") return spec.y.log ? {min: .5} : {beginAtZero: true};
-      const edges = spec.series.flatMap(one => one.edges).filter(x => !spec.x.log || x > 0);
+      const half = spec.x.whole ? .5 : 0;
+      const edges = spec.series.flatMap(one => one.edges.map(edge => edge - half)).filter(x => !spec.x.log || x > 0);
       return {min: Math.min(...edges), max: Math.max(...edges)};
     }
     let [least, most] = [Infinity, -Infinity];
@@ -112,6 +134,7 @@ const Pages = (() => {
 
   // of a logarithmic axis 1, 2 and 5 times powers of ten, the powers alone where there are many, all where few
   function label(value, index, ticks) {
+    if (this.options.whole && !Number.isInteger(value)) return undefined;
     if (this.type !== "logarithmic") return tick(value);
     const decades = Math.log10(this.max / this.min);
     const mantissa = value / 10 ** Math.floor(Math.log10(value) + 1e-9);
@@ -123,21 +146,30 @@ const Pages = (() => {
 
   function scale(spec, axis) {
     const mut = css("--mut");
-    return {type: spec[axis].log ? "logarithmic" : "linear", title: {display: true, text: spec[axis].label, color: mut},
+    const whole = Boolean(spec[axis].whole);
+    return {type: spec[axis].log ? "logarithmic" : "linear", whole, title: {display: true, text: spec[axis].label, color: mut},
       grid: {color: css("--line"), display: axis === "y"}, border: {color: mut}, offset: false, ...range(spec, axis),
       stacked: spec.kind === "bars" && axis === "x",  // bars of several series lie over each other
-      ticks: {color: mut, includeBounds: spec.kind === "bars", maxTicksLimit: spec[axis].log ? 30 : 7,
+      ticks: {color: mut, includeBounds: spec.kind === "bars" && !whole,
+        ...(whole ? {precision: 0} : {}), maxTicksLimit: spec[axis].log ? 30 : 7,
         maxRotation: 0, autoSkipPadding: 8, callback: label}};
   }
 
   const cut = text => text.length > LETTERS ? text.slice(0, LETTERS - 1) + "…" : text;
+
+  // from where to where a bar counts
+  function interval(spec, edges, i) {
+    if (!spec.x.whole) return `${number(edges[i])} to ${number(edges[i + 1])}`;
+    const [first, last] = [edges[i] + .5, edges[i + 1] - .5];
+    return first === last ? number(first) : `${number(first)} to ${number(last)}`;
+  }
 
   function hover(spec) {
     return {title: items => items[0] && spec.kind !== "bars" ? cut(items[0].dataset.label) : "", label(item) {
       const {raw, dataset: {edges, label}, dataIndex} = item;
       if (edges) {
         const of = spec.series.length > 1 ? `${cut(label)}, ` : "";
-        return `${of}${number(edges[dataIndex])} to ${number(edges[dataIndex + 1])}: ${tick(raw.y)}`;
+        return `${of}${interval(spec, edges, dataIndex)}: ${tick(raw.y)}`;
       }
       const y = `${number(raw.y)}${raw.e ? " ± " + number(raw.e) : ""}`;
       const lines = [`${spec.y.label}: ${y}`, `${spec.x.label}: ${tick(raw.x)}`].map(cut);
@@ -213,7 +245,9 @@ const Pages = (() => {
       row(bars ? ["", "from", "to", spec.y.label] : ["", spec.x.label, spec.y.label, "standard error"], "th");
       for (const one of spec.series) {
         if (bars) {
-          one.counts.forEach((y, n) => row([one.name, number(one.edges[n]), number(one.edges[n + 1]), tick(y)], "td"));
+          const last = spec.x.whole ? 1 : 0;
+          one.counts.forEach((y, n) => row([one.name, number(one.edges[n]), number(one.edges[n + 1] - last), tick(y)],
+                                           "td"));
           continue;
         }
         for (const [x, y, e, label, href] of one.points) {
@@ -249,21 +283,23 @@ const Pages = (() => {
   function upgrade(figure) {
     const specs = figure.querySelector("script.specs");
     if (!specs) {
-      chart(figure.querySelector(".still"), JSON.parse(figure.querySelector("script.spec").textContent));
+      const own = JSON.parse(figure.querySelector("script.spec").textContent);
+      chart(figure.querySelector(".still"), unpacked(own, []));
       return;
     }
-    const all = new Map(Object.entries(JSON.parse(specs.textContent)));
+    const {places, charts} = JSON.parse(specs.textContent);
+    const all = new Map(Object.entries(charts));
     const [choice, place] = [figure.querySelector(".choice"), figure.querySelector(".stills")];
     const select = choice.querySelector("select");
     const show = () => {
       const found = all.get(select.value);
       place.className = Array.isArray(found) ? "stills charts" : "stills";
       if (!Array.isArray(found)) {
-        chart(place, found);
+        chart(place, unpacked(found, places));
         return;
       }
       place.replaceChildren(...found.map(() => make("div", {className: "panel"})));
-      found.forEach((spec, i) => chart(place.children[i], spec));
+      found.forEach((spec, i) => chart(place.children[i], unpacked(spec, places)));
     };
     choice.hidden = all.size < 2;
     select.addEventListener("change", show);

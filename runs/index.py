@@ -450,7 +450,8 @@ def ordered(seen: dict) -> list[int]:
     else:
         known = pages.of_runs(seen, by)
         values, ways = [known.get(i) for i in numbers], [seen["metrics"][by]["way"]] * len(rows)
-    apart = [pages.ranked(by) and pages.kind(row["verdict"]) != "comparable" for row in rows]
+    behind = {"comparable": 0, "failed": 2}
+    apart = [pages.ranked(by) and behind.get(pages.kind(row["verdict"]), 1) for row in rows]
     ranks = [value if isinstance(value, str) or value is None or way == "lower" else -value
              for value, way in zip(values, ways)]
     return sorted(numbers, key=lambda i: (apart[i], ranks[i] is None, ranks[i] or 0))

@@ -192,8 +192,8 @@
   const kinds = ["difference", "value", ...names];
   const asked = Math.max(0, names.indexOf(data.by));
   const amount = (count, what) => `${count.toLocaleString("en")} ${count === 1 ? what : what + "s"}`;
-  const options = data.groups.map(({where, metric, runs, comparable}) => `${where}, ${metric}: `
-    + (comparable === runs ? `${comparable} comparable` : `${comparable} comparable of ${amount(runs, "run")}`));
+  const options = data.groups.map(({where, metric, runs, comparable}) =>
+    `${comparable.toLocaleString("en")} comparable of ${amount(runs, "run")}: ${where}, ${metric}`);
   const first = data.by && !data.judged ? asked + 2 : data.groups[0]?.comparable ? 0 : 1;
 
   // ---------------------------------------------------------------------------------------------- the table
@@ -212,7 +212,8 @@
     th.append(button);
   }
   table.tHead.rows[0].prepend(make("td", {className: "pick"}));
-  const apart = i => kind(rows.verdict[i]) !== "comparable";
+  const behind = {comparable: 0, failed: 2};
+  const apart = i => behind[kind(rows.verdict[i])] ?? 1;
 
   function sort(th) {
     const key = th.dataset.key, values = rows[key], text = th.classList.contains("l") && key !== "time";

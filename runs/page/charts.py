@@ -25,8 +25,8 @@ from html import escape
 from runs.page import shell
 
 ROLES = ("run", "baseline", "random", "seed", "other")
-# to have another shape than its role's a series names it as its "mark", a key of these, Chart.js's: matplotlib's; a line
-# with "parts", a number for each point, joins the points of one part alone, and is thin
+# to have another shape than its role's a series names it as its "mark", a key of these, Chart.js's: matplotlib's
+# a line with "parts", a number for each point, joins the points of one part alone, and is thin
 MARKS_OF = {"circle": "o", "rectRot": "D", "triangle": "^", "rect": "s", "dash": "_"}
 # CSS variables of page.css; what matplotlib draws in these grays becomes one of them
 COLOURS = tuple(f"--c{i}" for i in range(8))

@@ -341,7 +341,7 @@ def overview(folder: Path, by: str = "time", place: str | None = "") -> dict:
     _count_seeds(rows)
     told = [said_of(sae, rows[i]["said"]) if rows[i]["saes"] > 1 else None for i, sae in zip(owners, saes)]
     if len(told) - told.count(None) > REASONS:
-        told = [one and one | dict(why=None) for one in told]
+        told = [None if one is None else one | dict(why=None) for one in told]
     seen = dict(folder=str(folder), by=by, judged_by=judged_by, rows=rows, metrics=metrics,
                 left_out=left_out, continued=continued, places=places,
                 directions={row["metric"]: directions.get(row["metric"], "") for row in rows},
@@ -450,7 +450,9 @@ def ordered(seen: dict) -> list[int]:
     else:
         known = pages.of_runs(seen, by)
         values, ways = [known.get(i) for i in numbers], [seen["metrics"][by]["way"]] * len(rows)
-    apart = [pages.ranked(by) and pages.kind(row["verdict"]) != "comparable" for row in rows]
+    apart = [0] * len(rows)
+    if pages.ranked(by):
+        apart = [{"comparable": 0, "failed": 2}.get(pages.kind(row["verdict"]), 1) for row in rows]
     ranks = [value if isinstance(value, str) or value is None or way == "lower" else -value
              for value, way in zip(values, ways)]
     return sorted(numbers, key=lambda i: (apart[i], ranks[i] is None, ranks[i] or 0))

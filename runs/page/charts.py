@@ -11,10 +11,8 @@ label is what hovering says of a point beside its values, in lines, href where a
 "#…"; both may be "" or left out. Bars, a histogram: in place of "line" and "points" a series has "edges", n + 1
 numbers, and "counts", n; of an axis with "whole": true they count whole numbers from an edge up to the one before the
 next, as 32 between 32 and 33. A role decides the shape: "run", "baseline", "random" (a dashed line), "seed" (small
-points), "other"; to have another one a series names it as its "mark", a key of MARKS_OF. A line with "parts", a number
-for each point, joins those of one part alone, thin. Colours go by a series' place, or by its "colour", a number of
-COLOURS, where what it shows is to keep one. Points that are not finite, and those not positive on a log axis, are left
-out.
+points), "other". Colours go by a series' place, or by its "colour", a number of COLOURS, where what it shows is to keep
+one. Points that are not finite, and those not positive on a log axis, are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +29,9 @@ from html import escape
 from runs.page import shell
 
 ROLES = ("run", "baseline", "random", "seed", "other")
-MARKS_OF = {"circle": "o", "rectRot": "D", "triangle": "^", "rect": "s", "dash": "_"}  # Chart.js's: matplotlib's
+# to have another shape than its role's a series names it as its "mark", a key of these, Chart.js's: matplotlib's
+# a line with "parts", a number for each point, joins the points of one part alone, and is thin
+MARKS_OF = {"circle": "o", "rectRot": "D", "triangle": "^", "rect": "s", "dash": "_"}
 # CSS variables of page.css; what matplotlib draws in these grays becomes one of them
 COLOURS = tuple(f"--c{i}" for i in range(8))
 STILLS = 6  # of a menu's charts are there without scripts

@@ -248,8 +248,9 @@ def test_another_metric_is_judged_as_the_command_does(tmp_path, capsys):
 
 def test_what_does_not_count_comes_behind(tmp_path):
     """Fails if a suspect run, whose figure is the best, comes before one that counts, or is marked as it is."""
-    for i, word in enumerate(["suspect", "better", "incomparable", "worse", "failed"]):
-        ended(tmp_path / word, word, i, metric="core.r2", value=0.9 - i / 10, difference=0.5 - i / 10)
+    for i, word in enumerate(["failed", "suspect", "better", "incomparable", "worse"]):
+        difference = None if word in ("incomparable", "failed") else 0.5 - i / 10
+        ended(tmp_path / word, word, i, metric="core.r2", value=0.9 - i / 10, difference=difference)
     for by in ("value", "difference"):
         seen = index.overview(tmp_path, by)
         assert [seen["rows"][i]["run"] for i in seen["order"]] == ["better", "worse", "suspect", "incomparable",

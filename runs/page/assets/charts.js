@@ -76,8 +76,7 @@ const Pages = (() => {
     return {...spec, series};
   }
 
-  const shape = (spec, one) => spec.kind === "bars" ? "rect"
-    : one.parts ? "line" : one.mark || shapes[one.role] || "circle";
+  const shape = (spec, one) => spec.kind === "bars" ? "rect" : shapes[one.role] || "circle";
 
   function dataset(spec, one, i) {
     const line = colour(spec, i);
@@ -94,9 +93,11 @@ const Pages = (() => {
     return {type: "line", label: one.name, data: one.points.map(([x, y, e, label, href]) => ({x, y, e, label, href})),
       errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: line,
       order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8,
-      borderDash: one.role === "random" ? [6, 4] : [], pointStyle: shape(spec, one), clip: 8,
+      borderDash: one.role === "random" ? [6, 4] : [], pointStyle: mark(spec, one), clip: 8,
       pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6, pointHitRadius: 6, ...apart(one)};
   }
+
+  const mark = (spec, one) => one.parts ? "line" : one.mark || shape(spec, one);
 
   // a line with `parts` is thin, has no points, and joins those of one part alone
   function apart({parts}) {
@@ -208,7 +209,7 @@ const Pages = (() => {
     if (spec.series.length < 2) return list;
     spec.series.forEach((one, i) => {
       const button = make("button", {type: "button"});
-      const sign = make("span", {textContent: signs[shape(spec, one)]});
+      const sign = make("span", {textContent: signs[mark(spec, one)]});
       sign.setAttribute("aria-hidden", "true");
       sign.style.color = spec.series.length <= 8 ? `var(--c${(one.colour ?? i) % 8})` : colour(spec, i);
       button.setAttribute("aria-pressed", "true");

@@ -18,8 +18,11 @@
   };
   const word = verdict => verdicts.get(verdict)?.[0] ?? (verdict || "unknown");
   const sign = verdict => `${verdicts.get(verdict)?.[1] ?? ""} ${word(verdict)}`.trim();
-  const kind = verdict => counted.has(verdict) ? "comparable" : failed.has(verdict) ? "failed"
-    : verdict === "suspect" ? "suspect" : "not comparable";
+  function kind(verdict) {
+    if (counted.has(verdict)) return "comparable";
+    if (failed.has(verdict)) return "failed";
+    return verdict === "suspect" ? "suspect" : "not comparable";
+  }
   const address = (i, file) => `${rows.at[i]}/${data.files[file]}`;
   const leads = i => rows.files[i].length ? address(i, rows.files[i][0]) : "";
   const fill = (select, names) => select.replaceChildren(...names.map((name, i) => new Option(name, i)));
@@ -57,8 +60,8 @@
   const cut = (text, most) => text.length > most ? text.slice(0, most - 1) + "…" : text;
 
   function label(i, sae) {
-    const lines = [cut(rows.run[i] + (sae === undefined ? "" : ` ${data.saes.name[sae]}`) + (rows.best[i] ? " ★" : ""),
-                       60)];
+    const of = sae === undefined ? "" : ` ${data.saes.name[sae]}`;
+    const lines = [cut(`${rows.run[i]}${of}${rows.best[i] ? " ★" : ""}`, 60)];
     const verdict = said.get(sae)?.verdict ?? rows.verdict[i];
     lines.push(cut([rows.variant[i], rows.hyper[i], word(verdict)].filter(Boolean).join(" · "), 60));
     if (sae === undefined && rows.saes[i] > 1) lines.push(`mean of ${rows.saes[i]} SAEs, L0 ${between(i)}`);
@@ -192,8 +195,8 @@
   const kinds = ["difference", "value", ...names];
   const asked = Math.max(0, names.indexOf(data.by));
   const amount = (count, what) => `${count.toLocaleString("en")} ${count === 1 ? what : what + "s"}`;
-  const options = data.groups.map(({where, metric, runs, comparable}) => `${where}, ${metric}: `
-    + (comparable === runs ? `${comparable} comparable` : `${comparable} comparable of ${amount(runs, "run")}`));
+  const options = data.groups.map(({where, metric, runs, comparable}) =>
+    `${comparable.toLocaleString("en")} comparable of ${amount(runs, "run")}: ${where}, ${metric}`);
   const first = data.by && !data.judged ? asked + 2 : data.groups[0]?.comparable ? 0 : 1;
 
   // ---------------------------------------------------------------------------------------------- the table
@@ -212,7 +215,8 @@
     th.append(button);
   }
   table.tHead.rows[0].prepend(make("td", {className: "pick"}));
-  const apart = i => kind(rows.verdict[i]) !== "comparable";
+  const behind = {comparable: 0, failed: 2};
+  const apart = i => behind[kind(rows.verdict[i])] ?? 1;
 
   function sort(th) {
     const key = th.dataset.key, values = rows[key], text = th.classList.contains("l") && key !== "time";
@@ -294,9 +298,9 @@
 
   function saesOf(i) {
     const heads = ["SAE", "verdict", "L0", "value", "±", "difference", "±", "why"];
-    const left = n => n < 2 || n === 7 ? "l" : "";
-    const cells = (texts, tag) => make("tr", {}, ...texts.map((textContent, n) => make(tag,
-      {className: n === 7 ? "l w" : left(n), textContent})));
+    const sides = ["l", "l", "", "", "", "", "", "l w"];
+    const cells = (texts, tag) =>
+      make("tr", {}, ...texts.map((textContent, n) => make(tag, {className: sides[n], textContent})));
     const number = value => value === null || value === undefined ? "" : Pages.number(value);
     const own = all_saes.get(i).map(sae => {
       const one = said.get(sae) ?? {};
@@ -305,7 +309,8 @@
         one.why ?? ""], "td");
     });
     const table_of = make("table", {}, make("thead", {}, cells(heads, "th")), make("tbody", {}, ...own));
-    return make("div", {className: "scroll", tabIndex: 0, role: "region", ariaLabel: `SAEs of ${rows.run[i]}`}, table_of);
+    const name = `SAEs of ${rows.run[i]}`;
+    return make("div", {className: "scroll", tabIndex: 0, role: "region", ariaLabel: name}, table_of);
   }
 
   const all_saes = new Map();  // {run: its SAEs}
@@ -342,7 +347,8 @@
     const sought = get("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const asked_of = filters.filter(({select}) => select.value !== "0");
     const text = i => words[i] ?? (words[i] = [lines[i].textContent, rows.why[i]].join(" ").toLowerCase());
-    inside = new Set(all.filter(i => (group === null || rows.group[i] === group) && asked_of.every(({select, values, of}) => of[i] === values[select.value - 1])
+    inside = new Set(all.filter(i => (group === null || rows.group[i] === group)
+      && asked_of.every(({select, values, of}) => of[i] === values[select.value - 1])
       && sought.every(one => text(i).includes(one))));
     leaf = 0;
     lay();

@@ -34,6 +34,19 @@ def signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def no_pages(request):
+    """The runs of this test make no pages, which is half of their time: for tests of something else. One that is marked
+    `pages` has them all the same; so have the session's fixtures, and what is started in a process of its own.
+    """
+    if request.node.get_closest_marker("pages"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        small_run.leave_out_pages(patch.setattr)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """A cache folder, filled by the first run."""

@@ -19,6 +19,8 @@ from runs import compare
 from tests import PROJECT
 from tests.small_run import command
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 PROFILES = {"gemma": ("google/gemma-2-2b", "google/gemma-2-2b-it", "hub"),
             "tiny": ("tiny-gemma2", "tiny-gemma2", "tiny"),
             "embedded": ("smollm2-135m-instruct", "smollm2-135m-instruct", "embedded"),

@@ -18,6 +18,8 @@ from evals.texts import embedded, text_files
 from evals.texts.splits import held_out
 from tests import PROJECT, architectures
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 CORE = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 2}}
 
 
@@ -167,6 +169,7 @@ def test_tokens_that_the_model_does_not_have(cache, gpt2, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.pages
 def test_a_report_without_held_out_text_is_a_report(cache, gpt2, tmp_path, capsys):
     """Fails if the end of a run needs text that nothing asked for."""
     texts = jsonl(tmp_path / "few.jsonl", [text for text in architectures.texts(400) if not held_out(text)][:60])

@@ -14,13 +14,15 @@ from evals.storage import network
 from tests import PROJECT
 from tests.small_run import SMALL, command, fail_at_checkpoint, start, wait_for
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 # ------------------------------------------------------------------------------------------------ results
 
 
 def test_a_run_writes_its_files(reference):
     """Fails if a file that the README promises is missing or the checkpoint is left behind."""
     for name in ("run_info.json", "training_log.csv", "variant.py", "report.html", "log.txt", "sae/layer_2/cfg.json",
-                 "sae/layer_2/sae_weights.safetensors"):
+                 "sae/layer_2/sae_weights.safetensors", "features/layer_2.html", "features/layer_2.json.gz"):
         assert (reference / name).exists(), name
     assert len(list((reference / "eval_results").glob("*/*_eval_results.json"))) == 3
     assert not (reference / "checkpoint.pt").exists()
@@ -52,11 +54,13 @@ def test_same_seed_same_bytes_with_a_cold_cache_and_another_with_another_seed(re
 
 
 @pytest.mark.slow
+@pytest.mark.pages
 def test_several_layers_and_a_sweep_share_one_stream_and_change_nothing(reference, cache, tmp_path):
-    """Fails if an SAE's result depends on its siblings, or a section is missing."""
+    """Fails if an SAE's result depends on its siblings, or a section or a page is missing."""
     assert experiment.main(command(tmp_path / "many", cache, "--layers=1,2", "--sweep=k=8,32", "--evals=core")) == 0
     many = json.loads((tmp_path / "many/final_info.json").read_text())
     assert set(many) == {"layer_1.k_8", "layer_1.k_32", "layer_2.k_8", "layer_2.k_32"}
+    assert {page.name.removesuffix(".html") for page in tmp_path.glob("many/features/*.html")} == set(many)
     alone = json.loads((reference / "final_info.json").read_text())["layer_2"]["means"]
     together = many["layer_2.k_32"]["means"]
     measured = [name for name in alone if not name.startswith(("sparse", "sae_probes"))]

@@ -20,6 +20,8 @@ from variants.kit import saving
 from variants.kit.steps import gradients
 from variants.preflight import budget
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 
 def torchrun(*arguments, processes=2):
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",

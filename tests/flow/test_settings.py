@@ -17,6 +17,8 @@ from tests.small_run import command
 from variants.kit import interchange
 from variants.kit.hyper import parse_hyper, parse_sweep
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 MODE = """from variants import topk
 
 class SAE(topk.SAE):

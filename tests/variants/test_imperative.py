@@ -24,6 +24,8 @@ from variants.kit.hyper import hyperparameters
 from variants.preflight import messages
 from variants.preflight.trial import synthetic
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 HABITS = sorted((FIXTURES / "imperative_variants").glob("*.py"))
 BROKEN = FIXTURES / "broken_imperative_variants"
 SETTING = dict(steps=60, lr=3e-3, seed=0, device="cpu", layer=3, lm_name="tiny")

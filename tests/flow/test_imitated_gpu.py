@@ -174,9 +174,10 @@ def test_known_features_on_a_gpu(tmp_path):
 def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
     """Fails if a checkpoint does not bring everything back to the device: a bf16 model, a sweep, two layers."""
     def run(name, *more):
-        return on_gpu("-m", "tests.without_pages", *tiny(tmp_path / name, tmp_path, "--num_tokens=50000", "--variant=batch_topk", "--sweep=k=4,8",
-                            "--layers=1,2", "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none",
-                            "--checkpoint_seconds=0.1", *more)[1:])
+        _, *given = tiny(tmp_path / name, tmp_path, "--num_tokens=50000", "--variant=batch_topk", "--sweep=k=4,8",
+                         "--layers=1,2", "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none",
+                         "--checkpoint_seconds=0.1", *more)
+        return on_gpu("-m", "tests.without_pages", *given)
 
     whole, killed = run("whole"), run("killed")
     wait_for(tmp_path / "killed/checkpoint.pt", killed)

@@ -25,6 +25,17 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
+# half a minute and more each: begun last, one of them would leave the other core idle to the end
+LONGEST = ("tests/variants/test_gpu_steps.py::test_losses_compile_once", "tests/flow/test_imitated_gpu.py",
+           "tests/flow/test_ranks.py", "tests/flow/test_real_path.py",
+           "tests/flow/test_minutes.py", "tests/runs/test_template.py::test_client", "tests/evals/test_protocol.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests come first, the others in their order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def signals():
     """A run that a test starts in its own process leaves no handler behind."""

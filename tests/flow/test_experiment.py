@@ -209,13 +209,13 @@ def test_each_wrong_input_ends_in_one_clear_message(tmp_path, cache, capsys, arg
     broken = tmp_path / "broken.py"
     broken.write_text(NAN.format("(batch.x.sum() * 0)"))
     network.HEARD["last"] = "an answer"  # an earlier run in this process had a hub
-    begun = time.monotonic()
+    begun, worked = time.monotonic(), time.process_time()
     given = [argument.replace("BROKEN", str(broken)) for argument in arguments]
     assert experiment.main(command(tmp_path / "run", cache, *given)) == 1
-    took, stderr = time.monotonic() - begun, capsys.readouterr().err
+    took, worked, stderr = time.monotonic() - begun, time.process_time() - worked, capsys.readouterr().err
     assert words in stderr and len(stderr) <= 1200, stderr
     assert "Traceback" not in stderr
-    assert took < 20  # ten seconds on a quiet machine
+    assert worked < 20 and took < 100  # ten seconds on a quiet machine, more on one that others use
     if (tmp_path / "run").exists():
         assert json.loads((tmp_path / "run/error.json").read_text())["message"]
 

@@ -25,6 +25,17 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
+# half a minute and more each: begun last, one of them would leave the other core idle to the end
+LONGEST = ("tests/variants/test_gpu_steps.py::test_losses_compile_once", "tests/flow/test_imitated_gpu.py",
+           "tests/flow/test_ranks.py", "tests/flow/test_real_path.py",
+           "tests/flow/test_minutes.py", "tests/runs/test_template.py::test_client", "tests/evals/test_protocol.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests come first, the others in their order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def signals():
     """A run that a test starts in its own process leaves no handler behind."""
@@ -32,6 +43,19 @@ def signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_pages(request):
+    """The runs of this test make no pages, which is half of their time: for tests of something else. One that is marked
+    `pages` has them all the same; so have the session's fixtures, and what is started in a process of its own.
+    """
+    if request.node.get_closest_marker("pages"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        small_run.leave_out_pages(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")

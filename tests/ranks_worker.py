@@ -1,4 +1,6 @@
-"""What torchrun starts for test_ranks.py: gradients FILE | runs ARGUMENTS_OF_A_RUN_AS_JSON … | fragile (the same)."""
+"""What torchrun starts for test_ranks.py: gradients FILE | runs ARGUMENTS_OF_A_RUN_AS_JSON … | without_pages (the same)
+| fragile (the same).
+"""
 
 import json
 import os
@@ -12,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import experiment  # noqa: E402
 import variants  # noqa: E402
-from tests import OWN_VARIANTS  # noqa: E402
+from tests import OWN_VARIANTS, small_run  # noqa: E402
 from tests.flow.test_golden import RECIPES  # noqa: E402
 from variants import base  # noqa: E402
 from variants.kit import ranks, steps  # noqa: E402
@@ -63,6 +65,11 @@ def runs(*commands: str) -> int:
     return status
 
 
+def without_pages(*commands: str) -> int:
+    small_run.leave_out_pages()
+    return runs(*commands)
+
+
 def fragile(*commands: str) -> int:
     """The same where no eval but the first rank's works."""
     import evals
@@ -75,4 +82,5 @@ def fragile(*commands: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    ranks.end({"gradients": gradients, "runs": runs, "fragile": fragile}[sys.argv[1]](*sys.argv[2:]))
+    does = {"gradients": gradients, "runs": runs, "without_pages": without_pages, "fragile": fragile}
+    ranks.end(does[sys.argv[1]](*sys.argv[2:]))

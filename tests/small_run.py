@@ -24,6 +24,14 @@ def start(out: Path, cache: Path, *more: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def leave_out_pages(patch=setattr) -> None:
+    """Runs of this process end without report.html and features/: half of a small run's time. `patch` sets them."""
+    from runs import report
+
+    patch(report, "with_features", lambda out, looked_at, say: None)
+    patch(report, "write", lambda out, sections, baseline, log_rows: None)
+
+
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     """Until the process has made that file; AssertionError with its last words if it ends before."""
     deadline = time.monotonic() + 120

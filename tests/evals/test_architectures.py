@@ -13,6 +13,8 @@ from evals.texts import packing, tiny
 from tests import architectures
 from variants.preflight import budget
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 LAYER = 1
 
 
@@ -27,10 +29,14 @@ def saved(folder, name):
     return where if where.exists() else architectures.save(name, where)
 
 
-@pytest.fixture(params=list(architectures.configurations()))
-def model(request, folder):
+NAMES = list(architectures.configurations())
+WITH_PAGES = ["gpt2", "mamba"]  # what pages need of a model, evals need too: one with attention and one without
+
+
+@pytest.fixture
+def model(name, folder):
     """(name, folder of the tiny random model)"""
-    return request.param, saved(folder, request.param)
+    return name, saved(folder, name)
 
 
 def untouched(where):
@@ -57,6 +63,7 @@ def hooked(hf, tokens_BT, change):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_residuals_and_what_follows_them_are_the_model_s_own(model):
     """Fails if an eval's residual is not the block's output, what follows another one not the untouched model's.
 
@@ -103,15 +110,20 @@ def test_gradients_pass_through_what_follows(folder):
 
 
 @pytest.mark.slow
-def test_a_whole_run_measures_the_model_itself(model, tmp_path):
-    """Fails if a run breaks on a family without Llama's names, or core's loss without an SAE is not the model's."""
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.pages) for name in WITH_PAGES),
+                                  *(name for name in NAMES if name not in WITH_PAGES)])
+def test_a_whole_run_measures_the_model_itself(model, folder, tmp_path):
+    """Fails if a run breaks on a family without Llama's names, core's loss without an SAE is not the model's, or no
+    dashboards can be made of one.
+    """
     name, where = model
     config = {"core": {"batch_size_prompts": 2, "n_eval_reconstruction_batches": 4,
                        "n_eval_sparsity_variance_batches": 4}}
     flags = ["--profile=tiny", f"--model={where}", "--layers=1", "--device=cpu", "--num_tokens=4096",
-             f"--cache_dir={tmp_path / 'cache'}", f"--eval_config={json.dumps(config)}",
+             f"--cache_dir={folder / 'cache'}", f"--eval_config={json.dumps(config)}",
              f"--out_dir={tmp_path / 'run'}"]
     assert experiment.main(flags) == 0
+    assert (tmp_path / "run/features/layer_1.html").exists() == (name in WITH_PAGES)
     means = json.loads((tmp_path / "run/final_info.json").read_text())["layer_1"]["means"]
     hf = untouched(where)
     rows_RT = packing.pack(tiny.documents("heldout"), architectures.tokenizer(), 32, 0, 8)

@@ -20,6 +20,8 @@ from variants import base, topk
 from variants.kit import saving
 from variants.kit.trained import TrainedSAE
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 WORLD = dict(num_features=40, hidden_dim=12, max_prob=0.4, min_prob=0.05, total_root_nodes=4, max_depth=2, rank=3)
 
 

@@ -14,13 +14,15 @@ from evals.storage import network
 from tests import PROJECT
 from tests.small_run import SMALL, command, fail_at_checkpoint, start, wait_for
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 # ------------------------------------------------------------------------------------------------ results
 
 
 def test_a_run_writes_its_files(reference):
     """Fails if a file that the README promises is missing or the checkpoint is left behind."""
     for name in ("run_info.json", "training_log.csv", "variant.py", "report.html", "log.txt", "sae/layer_2/cfg.json",
-                 "sae/layer_2/sae_weights.safetensors"):
+                 "sae/layer_2/sae_weights.safetensors", "features/layer_2.html", "features/layer_2.json.gz"):
         assert (reference / name).exists(), name
     assert len(list((reference / "eval_results").glob("*/*_eval_results.json"))) == 3
     assert not (reference / "checkpoint.pt").exists()
@@ -52,11 +54,13 @@ def test_same_seed_same_bytes_with_a_cold_cache_and_another_with_another_seed(re
 
 
 @pytest.mark.slow
+@pytest.mark.pages
 def test_several_layers_and_a_sweep_share_one_stream_and_change_nothing(reference, cache, tmp_path):
-    """Fails if an SAE's result depends on its siblings, or a section is missing."""
+    """Fails if an SAE's result depends on its siblings, or a section or a page is missing."""
     assert experiment.main(command(tmp_path / "many", cache, "--layers=1,2", "--sweep=k=8,32", "--evals=core")) == 0
     many = json.loads((tmp_path / "many/final_info.json").read_text())
     assert set(many) == {"layer_1.k_8", "layer_1.k_32", "layer_2.k_8", "layer_2.k_32"}
+    assert {page.name.removesuffix(".html") for page in tmp_path.glob("many/features/*.html")} == set(many)
     alone = json.loads((reference / "final_info.json").read_text())["layer_2"]["means"]
     together = many["layer_2.k_32"]["means"]
     measured = [name for name in alone if not name.startswith(("sparse", "sae_probes"))]
@@ -205,13 +209,13 @@ def test_each_wrong_input_ends_in_one_clear_message(tmp_path, cache, capsys, arg
     broken = tmp_path / "broken.py"
     broken.write_text(NAN.format("(batch.x.sum() * 0)"))
     network.HEARD["last"] = "an answer"  # an earlier run in this process had a hub
-    begun = time.monotonic()
+    begun, worked = time.monotonic(), time.process_time()
     given = [argument.replace("BROKEN", str(broken)) for argument in arguments]
     assert experiment.main(command(tmp_path / "run", cache, *given)) == 1
-    took, stderr = time.monotonic() - begun, capsys.readouterr().err
+    took, worked, stderr = time.monotonic() - begun, time.process_time() - worked, capsys.readouterr().err
     assert words in stderr and len(stderr) <= 1200, stderr
     assert "Traceback" not in stderr
-    assert took < 20  # ten seconds on a quiet machine
+    assert worked < 20 and took < 100  # ten seconds on a quiet machine, more on one that others use
     if (tmp_path / "run").exists():
         assert json.loads((tmp_path / "run/error.json").read_text())["message"]
 

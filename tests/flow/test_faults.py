@@ -27,6 +27,8 @@ from variants.kit import files, interchange
 from variants.preflight import budget
 from variants.preflight.check import Findings
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 STATE = dict(cursor={}, log=[], recent={}, rng={}, saes={"layer_2": {"w": torch.arange(10_000.0)}})
 
 

@@ -8,6 +8,8 @@ import pytest
 import experiment
 from tests import small_run
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 STRONG = ["--variant=standard", "--evals=none"]
 
 

@@ -53,7 +53,8 @@ def means(out) -> dict:
 
 
 REFUSED = """
-import torch
+import sys, torch
+from unittest import mock
 x, host = torch.ones(3, 3, device="cuda"), torch.ones(3, 3)
 for what in (lambda: x + host, lambda: torch.cat([x, host]), lambda: x.index_select(0, torch.zeros(1).long()),
              lambda: host[x > 0], lambda: x.numpy(), lambda: torch.empty(2 * 10**9, device="cuda"),
@@ -71,6 +72,12 @@ for what in (y.item, y.cpu, lambda: x[x > 0], lambda: x.nonzero(), lambda: torch
         raise SystemExit(f"did not wait: {what()}")
     except RuntimeError:
         pass
+torch.cuda.set_sync_debug_mode("default")
+sys.path.insert(0, ".")
+from runs import environment
+ones, measured = torch.ones, environment.matmul_rate.__defaults__[0]  # which runs here do without
+with mock.patch.object(torch, "ones", lambda *shape, **about: ones(64, 64, **about)):
+    assert measured("cuda", torch.bfloat16) > 0
 """
 
 
@@ -128,7 +135,9 @@ import sys
 sys.path.insert(0, ".")
 import experiment
 from evals import cache
+from tests import small_run
 cache.LARGE = 1
+small_run.leave_out_pages()
 for name in ("first", "second"):
     given = ["--profile=tiny", f"--out_dir={tmp_path}/{{name}}", "--cache_dir={tmp_path}/cache", "--evals=none"]
     assert experiment.main(given) == 0
@@ -165,9 +174,10 @@ def test_known_features_on_a_gpu(tmp_path):
 def test_a_killed_run_goes_on_on_a_gpu(tmp_path):
     """Fails if a checkpoint does not bring everything back to the device: a bf16 model, a sweep, two layers."""
     def run(name, *more):
-        return on_gpu(*tiny(tmp_path / name, tmp_path, "--num_tokens=50000", "--variant=batch_topk", "--sweep=k=4,8",
-                            "--layers=1,2", "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none",
-                            "--checkpoint_seconds=0.1", *more))
+        _, *given = tiny(tmp_path / name, tmp_path, "--num_tokens=50000", "--variant=batch_topk", "--sweep=k=4,8",
+                         "--layers=1,2", "--dtype=bfloat16", "--lm_batch_size=auto", "--evals=none",
+                         "--checkpoint_seconds=0.1", *more)
+        return on_gpu("-m", "tests.without_pages", *given)
 
     whole, killed = run("whole"), run("killed")
     wait_for(tmp_path / "killed/checkpoint.pt", killed)

@@ -11,6 +11,8 @@ import variants.kit.saving
 from tests.small_run import command
 from variants.kit.trained import TrainedSAE
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 
 def means(out):
     return json.loads((out / "final_info.json").read_text())["layer_2"]["means"]

@@ -12,6 +12,8 @@ from runs import features, pace
 from runs.limit import Limit
 from tests.small_run import command, fail_at_checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 LONG = "--num_tokens=50000000"
 
 
@@ -92,6 +94,7 @@ def test_a_phase_without_end_is_ended_and_named(tmp_path, cache, monkeypatch, ca
 
 
 @pytest.mark.slow
+@pytest.mark.pages
 def test_dashboards_without_end_cost_themselves_alone(tmp_path, cache, monkeypatch, capsys):
     """Fails if a run ends without its result or report because its dashboards take what is left of its time."""
     def endless(*given):

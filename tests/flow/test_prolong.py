@@ -18,6 +18,8 @@ from variants import base
 from variants.base import Progress
 from variants.kit.hyper import hyperparameters
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 # whole blocks: 2 passes of 8 steps each; 48 steps, of which the first 39 have the full learning rate
 SHORT, LONG = "--num_tokens=6144", "--num_tokens=8192"
 VARIANT = ["--variant=standard_april", "--evals=core"]

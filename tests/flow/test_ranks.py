@@ -20,6 +20,8 @@ from variants.kit import saving
 from variants.kit.steps import gradients
 from variants.preflight import budget
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 
 def torchrun(*arguments, processes=2):
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
@@ -68,7 +70,7 @@ def test_runs_of_two_ranks_end_as_those_of_one(tmp_path, cache):
 
     for command in commands("one").values():
         assert experiment.main(command) == 0
-    said = run("tests/ranks_worker.py", "runs", *map(json.dumps, commands("two").values()))
+    said = run("tests/ranks_worker.py", "without_pages", *map(json.dumps, commands("two").values()))
     assert said.count("training: ") == len(chosen)  # by the first rank alone
     one, two = tmp_path / "one", tmp_path / "two"
     for sae in ("layer_2.l1_penalty_0.05", "layer_2.l1_penalty_0.1"):

@@ -30,7 +30,7 @@ ELSEWHERE = (
     ("pip install -r requirements.txt", ".ci/run", r'pip" install .*-r requirements\.txt'),
     ("pip install --no-deps dictionary-learning==0.1.0", ".ci/run", r"--no-deps dictionary-learning==0\.1\.0"),
     ("pip install selenium", ".ci/run", r'pip" install .* selenium$'),
-    ("pip install --no-deps axe-playwright-python==0.1.8", ".ci/run", r"--no-deps axe-playwright-python==0\.1\.8"),
+    ("pip install --no-deps axe-playwright-python==0.1.8", ".ci/run", r"^    axe-playwright-python==0\.1\.8"),
     ("python -m pytest -q", ".ci/run", r'python" -m pytest -q'),
     ("python3 -m venv", ".ci/run", r"^python3 -m venv"),
     ("torchrun", "tests/flow/test_ranks.py", r'"-m", "torch\.distributed\.run", .*--nproc_per_node'),

@@ -17,6 +17,8 @@ from tests.small_run import command
 from variants.kit import interchange
 from variants.kit.hyper import parse_hyper, parse_sweep
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 MODE = """from variants import topk
 
 class SAE(topk.SAE):
@@ -95,11 +97,11 @@ def cases(listed, *marks):
 @pytest.mark.parametrize("arguments, words", [*cases(WRONG), *cases(MORE_WRONG, pytest.mark.slow)])
 def test_a_mistake_in_the_settings_is_named_at_once(tmp_path, cache, capsys, arguments, words):
     """Fails if the line does not name the setting and its value, comes late, or leaves more than words."""
-    begun = time.monotonic()
+    begun, worked = time.monotonic(), time.process_time()
     assert experiment.main(command(tmp_path / "run", cache, *arguments)) == 1
-    took, stderr = time.monotonic() - begun, capsys.readouterr().err
+    took, worked, stderr = time.monotonic() - begun, time.process_time() - worked, capsys.readouterr().err
     assert words in stderr.splitlines()[0] and "to do: " in stderr and len(stderr) <= 1200, stderr
-    assert took < 10
+    assert worked < 10 and took < 50
     if (tmp_path / "run").exists():
         assert {p.name for p in (tmp_path / "run").iterdir()} <= folder.NOTHING_BUT_WORDS | {folder.LOCK}
 

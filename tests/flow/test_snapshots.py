@@ -9,6 +9,8 @@ import experiment
 from runs import folder, snapshots
 from tests import small_run
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 SAE = "layer_2"
 
 
@@ -16,6 +18,7 @@ def section(out):
     return json.loads((out / "final_info.json").read_text())[SAE]
 
 
+@pytest.mark.pages
 def test_measuring_changes_nothing(reference, cache, tmp_path, monkeypatch):
     """Fails if a run measured at four points has other weights or results than one that is not, or a row is wrong; or
     if one that was interrupted between two points has other rows."""

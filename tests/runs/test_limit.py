@@ -165,9 +165,9 @@ def test_an_alarm_within_the_preflight_s_own():
     with pytest.raises(OutOfTime, match="are over, in preflight"), limit.within(0.0, lambda: "in preflight"):
         for _ in range(3):
             with limited(0.5, "a step"):
-                time.sleep(0.2)
+                time.sleep(0.1)
         with limited(20.0, "a step"):
             time.sleep(10.0)
-    assert time.monotonic() - begun == pytest.approx(1.0, abs=0.3)
+    assert 0.99 < time.monotonic() - begun < 8  # a busy machine rings late; put off, it would ring after ten
     with pytest.raises(TooSlow), limited(0.1, "a step"):
         time.sleep(5.0)

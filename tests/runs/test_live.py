@@ -16,6 +16,8 @@ from runs.clock import Clock
 from runs.live import LIVE, Live
 from tests.small_run import command, fail_at_checkpoint, start, wait_for
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 SETTINGS = dict(log="")
 PHASES = ["preflight", "language model", "training", "report", "evals", "results"]
 

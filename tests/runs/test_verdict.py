@@ -21,6 +21,8 @@ from tests import OWN_VARIANTS, PROJECT
 from tests.runs.records import CE, DIRECTIONS, R2, entry, record, run
 from tests.small_run import command
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 
 def ruled(mine, baseline, metric=CE):
     """The verdict on a run, or on several SAEs of one, beside a baseline of the same kind."""

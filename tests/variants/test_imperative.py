@@ -16,13 +16,15 @@ import experiment
 import variants
 import variants.kit.saving
 from tests import FIXTURES
-from tests.small_run import start, wait_for
+from tests.small_run import command, start, wait_for
 from tests.variants.common import GEMMA, line_of, preflight
 from variants import base
 from variants.kit import trainer_state, trainers
 from variants.kit.hyper import hyperparameters
 from variants.preflight import messages
 from variants.preflight.trial import synthetic
+
+pytestmark = pytest.mark.usefixtures("no_pages")
 
 HABITS = sorted((FIXTURES / "imperative_variants").glob("*.py"))
 BROKEN = FIXTURES / "broken_imperative_variants"
@@ -134,15 +136,13 @@ def test_a_trainer_continues_from_its_state_as_if_never_interrupted(file, x_SBD)
 def test_a_killed_trainer_ends_in_the_same_bytes(tmp_path):
     """Fails if the run's checkpoint lacks the trainer: resampling counters and an optimiser's moments decide."""
     file = next(f for f in HABITS if f.stem == "resampling")
-    more = [f"--variant={file}", "--evals=none", "--checkpoint_seconds=0"]
+    more = [tmp_path / "cache", f"--variant={file}", "--evals=none", "--checkpoint_seconds=0"]
+    process = start(tmp_path / "killed", *more)
+    wait_for(tmp_path / "killed/checkpoint.pt", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     for name in ("whole", "killed"):
-        process = start(tmp_path / name, tmp_path / "cache", *more)
-        if name == "killed":
-            wait_for(tmp_path / name / "checkpoint.pt", process)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            process = start(tmp_path / name, tmp_path / "cache", *more)
-        assert process.wait(120) == 0, process.communicate()[1]
+        assert experiment.main(command(tmp_path / name, *more)) == 0
     assert "continuing" in (tmp_path / "killed/log.txt").read_text()
     assert (tmp_path / "killed/final_info.json").read_bytes() == (tmp_path / "whole/final_info.json").read_bytes()
 

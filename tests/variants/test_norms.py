@@ -11,6 +11,8 @@ from tests import PROJECT
 from tests.small_run import command, fail_at_checkpoint
 from variants.kit import norms
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 
 def block():
     """Six tokens of norms 1 to 6 (layer 0), and 1 but for the first's 50 (layer 3); pairs with a, of tokens i < j."""

@@ -11,6 +11,8 @@ from evals.model import checks
 from runs import compare, reading
 from tests import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("no_pages")
+
 TOPK = variants.path("topk").read_text(encoding="utf-8")
 LINE_OF_INIT = TOPK[:TOPK.index("def __init__")].count("\n") + 1
 REPORT = '''

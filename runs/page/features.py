@@ -372,8 +372,7 @@ def _static(board: dict) -> str:
     head = "".join(f"<th>{name}</th>" for name in heads) + "<th class=l>chosen as, classes</th><th class=l>context</th>"
     said = f"<h2>{len(rows)} of the {len(board['features']):,} features with dashboards</h2>"
     table = f"<table><tr>{head}</tr>{''.join(rows)}</table>"
-    scroll = f"<div class=scroll tabindex=0 role=region aria-label=features>{table}</div>"
-    return f"<div id=plain>{said}{note}{scroll}</div>"
+    return f"<div id=plain>{said}{note}{shell.scrolling('features with dashboards', table)}</div>"
 
 
 def _card(board: dict, feature: str) -> str:

@@ -349,7 +349,7 @@ def _best(seen: dict, top: list[dict]) -> str:
     heads = [("best run", 1), ("difference", 0), ("verdict", 1), ("L0", 0), ("what it is", 1),
              ("its seeds", 1), ("value", 0), ("metric", 1), ("of", 1)]
     return ("<h2>Best so far</h2><p class=mut>The largest difference to the baseline that counts.</p>"
-            + _scrolling("the best runs", _plain_table(heads, lines, "best")))
+            + shell.scrolling("the best runs", _plain_table(heads, lines, "best")))
 
 
 def _value(row: dict) -> str:
@@ -383,10 +383,6 @@ def _plain_table(heads: list[tuple[str, int]], lines: Iterable[list[str]], name:
     body = "".join(f"<tr>{row(cells, 'td')}" for cells in lines)
     head = row([text for text, _ in heads], "th")
     return f"<table class={name}><thead><tr>{head}</thead><tbody>{body}</tbody></table>"
-
-
-def _scrolling(label: str, table: str) -> str:
-    return f'<div class=scroll tabindex=0 role=region aria-label="{label}">{table}</div>'
 
 
 def _verdict(verdict: str | None) -> str:
@@ -509,8 +505,8 @@ def _table(seen: dict) -> str:
             "<div id=pair class=card hidden></div>"
             "<p class=choices id=leaf hidden><span id=count role=status></span>"
             "<button type=button id=back>previous</button><button type=button id=on>next</button></p>"
-            + _scrolling("all runs", f"<table id=runs{by_rank}><thead><tr>{''.join(heads)}</thead>"
-                                     f"<tbody>{''.join(body)}</tbody></table>"))
+            + shell.scrolling("all runs", f"<table id=runs{by_rank}><thead><tr>{''.join(heads)}</thead>"
+                                          f"<tbody>{''.join(body)}</tbody></table>"))
 
 
 def _meanings(verdicts: set[str | None]) -> str:

@@ -118,8 +118,9 @@ def _table(passage: dict, names: dict[str, str], known: dict, links: dict[str, s
         cells = "".join(f"<td class='l w'>{_features(passage[side][place], known[side], links.get(side, ''))}</td>"
                         for side in names)
         rows.append(f"<tr><td>{place}</td><td class=l>{escape(shell.visible(token))}</td>{cells}</tr>")
-    return ("<div class=scroll tabindex=0 role=region aria-label='all tokens'><table class=looked><thead><tr><th>#</th>"
-            f"<th class=l>token</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>")
+    table = (f"<table class=looked><thead><tr><th>#</th><th class=l>token</th>{heads}</tr></thead>"
+             f"<tbody>{''.join(rows)}</tbody></table>")
+    return shell.scrolling("all tokens", table)
 
 
 def _features(pairs: list, known: dict[str, list[str]], link: str) -> str:

@@ -16,6 +16,12 @@
     made.append(...children);
     return made;
   };
+  function scrolling(label, table) {  // as shell.py's
+    const place = make("div", {className: "scroll", tabIndex: 0}, table);
+    place.setAttribute("role", "region");
+    place.setAttribute("aria-label", label);
+    return place;
+  }
   const word = verdict => verdicts.get(verdict)?.[0] ?? (verdict || "unknown");
   const sign = verdict => `${verdicts.get(verdict)?.[1] ?? ""} ${word(verdict)}`.trim();
   function kind(verdict) {
@@ -309,8 +315,7 @@
         one.why ?? ""], "td");
     });
     const table_of = make("table", {}, make("thead", {}, cells(heads, "th")), make("tbody", {}, ...own));
-    const name = `SAEs of ${rows.run[i]}`;
-    return make("div", {className: "scroll", tabIndex: 0, role: "region", ariaLabel: name}, table_of);
+    return scrolling(`SAEs of ${rows.run[i]}`, table_of);
   }
 
   const all_saes = new Map();  // {run: its SAEs}
@@ -385,10 +390,8 @@
     const head = make("tr", {}, make("th", {className: "l", textContent: title}), make("td"),
       make("th", {className: "l", textContent: rows.run[a], scope: "col"}),
       make("th", {className: "l", textContent: rows.run[b], scope: "col"}));
-    const scroll = make("div", {className: "scroll", tabIndex: 0, ariaLabel: `${title} of both runs`},
+    return scrolling(`${title} of both runs`,
       make("table", {className: `beside ${marked}`}, make("thead", {}, head), inner));
-    scroll.setAttribute("role", "region");
-    return scroll;
   }
 
   const setting = (i, key) => {

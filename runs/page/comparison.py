@@ -17,7 +17,7 @@ ROOM = 500_000  # characters of a table's rows in the page at most
 def part(comparisons: list[Comparison], runs: list[Run]) -> str:
     """The brief tables, every metric folded, and what evals note of themselves."""
     brief, full = (laid_out(comparisons, everything) for everything in (False, True))
-    html = ["<h2>Comparison</h2>", *(_table(table, ROOM // len(brief), "comparison") for table in brief)]
+    html = ["<h2>Comparison</h2>", *(_table(table, ROOM // len(brief), "run beside baseline") for table in brief)]
     if any(len(a.rows) != len(b.rows) for a, b in zip(brief, full)):
         room = ROOM // len(full)
         html.append("<details><summary>every metric</summary>"

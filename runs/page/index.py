@@ -495,7 +495,9 @@ def _table(seen: dict) -> str:
     only = ""
     if len(values["metric"]) == 1:
         only = f"value, ± and difference to the baseline: {escape(next(iter(values['metric'])))}. "
-    seeds = "“1 of 3”: a seed of a setting that has results of three. " if any(row["seeds"] > 1 for row in rows) else ""
+    seeds = ""
+    if any(row["seeds"] > 1 for row in rows):
+        seeds = "“1 (one of 3)”: seed 1, of a setting that has results of three. "
     by_rank = " class=ranked" if ranked(seen["by"]) else ""
     return (f"<h2>All runs</h2><p class=mut>{only}★ was better than all runs before it. {seeds}"
             "Gray: does not count, and comes behind what does where quality is sorted.</p>"
@@ -552,7 +554,7 @@ def _cell(name: str, row: dict) -> str:
     if name in LEFT:
         return f"<td class=l>{escape(value or '')}"
     if name == "seed":
-        of = f" <span class=mut>of {row['seeds']}</span>" if row["seeds"] > 1 and value is not None else ""
+        of = f" <span class=mut>(one of {row['seeds']})</span>" if row["seeds"] > 1 and value is not None else ""
         return f"<td>{'' if value is None else value}{of}"
     return f"<td>{rough(value) if name in ROUGH else figure(value)}"
 

@@ -9,16 +9,13 @@ unless --again says to make them again, or they are damaged.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
 
 from runs import beside, compare, features, look, report
 from runs.reading import read
-from runs.voice import steady
 
 
 def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False) -> None:
@@ -84,41 +81,23 @@ def there(out: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; 0, or 1 with one line on stderr."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    steady()
-    try:
-        return _main(argv)
-    except (ValueError, OSError, MemoryError) as error:
-        print(str(error).split("\n")[0], file=sys.stderr)
-    except (LookupError, TypeError) as error:
-        print(f"the run's record is not whole ({type(error).__name__}: {error}): give the folder of a run of this "
-              "version", file=sys.stderr)
-    return 1
+    return look.ended(lambda: _main(argv))
 
 
-def _main(argv: list[str] | None) -> int:
-    parser = _Parser(prog="python -m runs.dashboards", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("run", help="folder of a finished run")
+def _main(argv: list[str] | None) -> None:
+    parser = look.parser_of("runs.dashboards", __doc__.split("\n\n")[0])
     parser.add_argument("--again", action="store_true", help="make boards again that are there")
-    parser.add_argument("--cache_dir", default="", help="as the run's: where its model is kept")
-    parser.add_argument("--data_dir", default="", help="as the run's: folder of the embedded profile's wheels")
-    parser.add_argument("--trust_code", action="store_true",
-                        help="run the variant.py that lies with an SAE, though it is none of variants/")
     options = parser.parse_args(argv)
     out = Path(options.run).resolve()
     if there(out) and not options.again:
         raise ValueError(f"{options.run} has boards of {', '.join(there(out))}: --again makes them again")
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    make(out, options.cache_dir or os.path.join(caches, "sae_experiment"), options.data_dir, options.trust_code)
-    return 0
+    try:
+        make(out, look.cache_of(options), options.data_dir, options.trust_code)
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"the run's record is not whole ({type(error).__name__}: {error}): give the folder of a run "
+                         "of this version") from error
 
 
 if __name__ == "__main__":

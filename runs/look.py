@@ -23,6 +23,7 @@ import shutil
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -352,21 +353,43 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; 0, or 1 with one line on stderr."""
+def parser_of(command: str, about: str) -> argparse.ArgumentParser:
+    """The parser of a command that loads a finished run's model and SAEs: the run, and where they are."""
+    parser = _Parser(prog=f"python -m {command}", description=about, allow_abbrev=False)
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("--cache_dir", default="", help="as the run's: where its model is kept")
+    parser.add_argument("--data_dir", default="", help="as the run's: folder of the embedded profile's wheels")
+    parser.add_argument("--trust_code", action="store_true",
+                        help="run the variant.py that lies with an SAE, though it is none of variants/")
+    return parser
+
+
+def cache_of(options: argparse.Namespace) -> str:
+    """The cache folder asked for, else the one that runs have."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return options.cache_dir or os.path.join(caches, "sae_experiment")
+
+
+def ended(command: Callable[[], None]) -> int:
+    """Do what a command does; 0, or 1 with one line on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     steady()
     try:
-        return _main(argv)
+        command()
+        return 0
     except (ValueError, OSError, MemoryError) as error:
         print(in_a_line(error), file=sys.stderr)
         return 1
 
 
-def _main(argv: list[str] | None) -> int:
-    parser = _Parser(prog="python -m runs.look", description=__doc__.split("\n\n")[1], allow_abbrev=False)
-    parser.add_argument("run", help="folder of a finished run")
+def main(argv: list[str] | None = None) -> int:
+    """The command; 0, or 1 with one line on stderr."""
+    return ended(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = parser_of("runs.look", __doc__.split("\n\n")[1])
     parser.add_argument("--text", help="the text")
     parser.add_argument("--file", help="a file that holds the text; - for stdin")
     parser.add_argument("--sae", help="which SAE of the run, where it has several: layer_9.k_20")
@@ -375,10 +398,6 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("--top", type=int, default=5, help="features of a token that are shown")
     parser.add_argument("--page", type=Path, help="write a page to this new file, too")
     parser.add_argument("--json", action="store_true", help="all that is known, for programs")
-    parser.add_argument("--cache_dir", default="", help="as the run's: where its model is kept")
-    parser.add_argument("--data_dir", default="", help="as the run's: folder of the embedded profile's wheels")
-    parser.add_argument("--trust_code", action="store_true",
-                        help="run the variant.py that lies with an SAE, though it is none of variants/")
     options = parser.parse_args(argv)
     if options.top < 1:
         raise ValueError("--top: show at least one feature of a token")
@@ -387,9 +406,8 @@ def _main(argv: list[str] | None) -> int:
     text = text_of(options.text, options.file)
     run = chosen(options.run, options.sae)
     info = recorded(run)
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     with contextlib.redirect_stdout(sys.stderr):  # a model that has to be fetched says so
-        lm = load_model(info, options.cache_dir or os.path.join(caches, "sae_experiment"), options.data_dir)
+        lm = load_model(info, cache_of(options), options.data_dir)
         sae = beside.trained(run, options.trust_code)
         other, other_sae, problem = partner(run, options.baseline, options.trust_code)
         what = found(run, sae, other, other_sae, lm, text, info["settings"]["context"], options.top, problem)
@@ -404,7 +422,6 @@ def _main(argv: list[str] | None) -> int:
     if options.page:
         sys.stdout.flush()
         _write(options.page, what, run, other)
-    return 0
 
 
 def _write(file: Path, what: dict, run: Run, other: Run | None) -> None:

@@ -16,6 +16,7 @@ from runs.comparison import Compared, Comparison
 from runs.folder import write_bytes
 from runs.frontier import l0_of
 from runs.voice import duration
+from runs.wording import first_line
 
 FOLDER = "features"
 # what pages need of a board, of its list and of a dashboard, beside what `_problem` names
@@ -105,7 +106,7 @@ def make(out: Path, looked_at: dict[str, tuple], comparisons: Iterable[Compariso
         saved = {sae: (setup, _as_saved(out, sae, trained)) for sae, (setup, trained) in looked_at.items()}
         keep(out, found(out, saved, comparisons, say), say, begun)
     except Exception as error:  # noqa: BLE001  whatever it is, the run's results are not lost for it
-        say(f"report: no feature dashboards: {type(error).__name__}: {str(error).split(chr(10))[0]}")
+        say(f"report: no feature dashboards: {type(error).__name__}: {first_line(error)}")
     missing = sorted(looked_at.keys() - set(kept(out)))
     if missing:
         say(f"report: {', '.join(missing)} without dashboards: all else is whole, and once the cause is mended "
@@ -200,7 +201,7 @@ def _encoder(run, device) -> tuple:
     try:
         return trained(run).to(device), None
     except Exception as error:  # noqa: BLE001  of code that is not ours, too: the run's own features are shown all the same
-        return None, str(error).split("\n")[0] or type(error).__name__
+        return None, first_line(error)
 
 
 # ------------------------------------------------------------------------------------------------ from the evals

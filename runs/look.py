@@ -32,7 +32,7 @@ from runs.frontier import l0_of
 from runs.page.shell import visible
 from runs.reading import Run, read
 from runs.voice import steady
-from runs.wording import in_a_line, number
+from runs.wording import first_line, in_a_line, number
 
 NAMED = 3  # tokens of a feature
 AT_ONCE = 64  # features whose logits over the vocabulary are held
@@ -171,7 +171,7 @@ def partner(run: Run, asked: str | None, trust_code: bool) -> tuple[Run | None, 
     except (ValueError, OSError) as error:
         if asked:
             raise
-        return None, None, str(error).split("\n")[0]
+        return None, None, first_line(error)
 
 
 # ------------------------------------------------------------------------------------------------ what is found

@@ -31,7 +31,7 @@ from pathlib import Path
 from runs import card, compare, features, folder, outward, report, verdict
 from runs.card import Published
 from runs.reading import without_result
-from runs.wording import in_a_line
+from runs.wording import first_line, in_a_line
 from variants.kit.files import digest, file_name
 
 # the hub's recommendations, huggingface.co/docs/hub/repositories-recommendations
@@ -189,7 +189,7 @@ def pages(run: Path, target: Path, info: dict, saes: list[Published]) -> list[st
         try:
             page = report.again(copy)
         except (OSError, ValueError) as error:
-            why = outward.no_paths(str(error).splitlines()[0])
+            why = outward.no_paths(first_line(error))
             return [*left_out, f"report.html and {features.FOLDER}/ are left out: {why}"]
         outward.hand_on(page, page, copy)
         outward.hand_on(page, target / page.name, run)
@@ -223,7 +223,7 @@ def stage(run: Path, copy: Path, info: dict, saes: list[Published]) -> list[str]
         except outward.Revealing:
             raise
         except (OSError, ValueError) as error:
-            left_out.append(f"{features.FOLDER}/{name}.html is left out: {str(error).splitlines()[0]}")
+            left_out.append(f"{features.FOLDER}/{name}.html is left out: {first_line(error)}")
     return left_out
 
 

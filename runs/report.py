@@ -23,7 +23,7 @@ from runs.page import comparison, cost, curves, frontier, glance, health, settin
 from runs.page import features as pages
 from runs.reading import Run, read
 from runs.stability import as_data
-from runs.wording import in_a_line
+from runs.wording import first_line, in_a_line
 
 PREVIEWS = 6  # dashboards in the page, of all its SAEs together
 SIZE = 2_950_000  # bytes of a page at most
@@ -171,7 +171,7 @@ def feature_pages(out: Path, say: Callable[[str], None]) -> None:
             glance.of(out, sae, _previewed(out, sae), board)
         except Exception as error:  # noqa: BLE001  whatever is wrong with it, the run has its results
             pages.place(out, sae).unlink(missing_ok=True)  # of an earlier board
-            say(f"report: no page of the features of {sae}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            say(f"report: no page of the features of {sae}: {type(error).__name__}: {first_line(error)}")
 
 
 def _features(out: Path) -> str:

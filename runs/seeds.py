@@ -22,7 +22,7 @@ from runs import stability
 from runs.comparison import SETTINGS
 from runs.reading import Run, code_of, read, setting
 from runs.tables import BY_RUN, Table, as_markdown, as_text, plain
-from runs.wording import number
+from runs.wording import first_line, in_a_line, number
 
 # in what runs of one setting agree: all but the seed
 SETTING = ("model", "layer", "hook_name", *(name for name in SETTINGS if name != "seed"), "init_from")
@@ -92,7 +92,7 @@ def stabilities(groups: dict[str, list[Run]]) -> dict[str, dict]:
             found[name] = stability.between_seeds(members)
         # a damaged decoder, or one of code that is not in variants/: the runs' other figures stand
         except (ValueError, OSError) as error:
-            print(f"decoders of {name} not matched: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"decoders of {name} not matched: {first_line(error)}", file=sys.stderr)
             found[name] = None
     return {name: one for name, one in found.items() if one is not None}
 
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         runs = [run for path in options.runs for run in read(Path(path)).values()]
     except (ValueError, OSError) as error:
-        print(str(error).split("\n")[0], file=sys.stderr)
+        print(in_a_line(error), file=sys.stderr)
         return 1
     groups = grouped(runs)
     if options.store:

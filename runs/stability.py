@@ -31,7 +31,7 @@ from runs.beside import DECODER, folder_of, keep_encoder, row_bytes
 from runs.comparison import New
 from runs.frontier import l0_of
 from runs.reading import Run, read
-from runs.wording import number
+from runs.wording import first_line, in_a_line, number
 
 NEW = 0.7
 SEEDS = 5  # of a setting that are matched with each other at most: ten pairs
@@ -176,7 +176,7 @@ def new_features(run: Run, references: list[Run]) -> New | None:
         cosine, nearest = (found_F.tolist() for found_F in _nearest(*places, signless(run) or signless(other)))
     # whatever a decoder is damaged by, or its variant's code does: a run's own figures are not lost for it
     except Exception as error:  # noqa: BLE001
-        return New(other, [], [], [], 0, 0.0, False, str(error).split("\n")[0] or type(error).__name__)
+        return New(other, [], [], [], 0, 0.0, False, first_line(error))
     fire = firing(run)
     known = fire is not None and len(fire) == len(cosine)
     looked_at = [i for i in range(len(cosine)) if not known or fire[i]]
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = read(options.run).values()
         kept = [keep(run, options.baseline) for run in runs]
     except (ValueError, OSError) as error:
-        print(str(error).split("\n")[0], file=sys.stderr)
+        print(in_a_line(error), file=sys.stderr)
         return 1
     for run, file in zip(runs, list(kept)):
         try:

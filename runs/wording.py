@@ -74,6 +74,11 @@ def in_a_line(error: Exception) -> str:
     return f"{what}: {advice}" if advice else what
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong, on one line; its kind where it says nothing."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
 def listing(names: list[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

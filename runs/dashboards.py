@@ -1,7 +1,8 @@
 """The boards of a run that has none, made later: python -m runs.dashboards run_1.
 
-For a run of before, or one whose --minutes were over: they are those that the run itself would have made, from its
-sae/, its evals' results and the same held-out text. The pages of features/ and report.html are made with them.
+For a run of before, or one whose --minutes were over: they are those that the run itself would have made on a device of
+this kind, from its sae/, its evals' results and the same held-out text, of which a GPU is given more than a CPU. The
+pages of features/ and report.html are made with them.
 
 The language model is the one that the run was trained on, kept or fetched as by the run. Boards that are there stay,
 unless --again says to make them again, or they are damaged.
@@ -18,8 +19,10 @@ from runs import beside, compare, features, look, report
 from runs.reading import read
 
 
-def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False) -> None:
-    """Make the boards of a finished run, those that can be, in place of its own, and all of its pages.
+def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False, again: bool = False) -> None:
+    """Make the boards that a finished run lacks, `again` all, as far as they can be made, and all of its pages.
+
+    A board that was made of more text, as on a GPU, stays in place of one of less.
 
     OSError, ValueError: there is no such run, its model, SAEs or text cannot be had, or no board can be made; boards
     that are there are then left.
@@ -33,7 +36,7 @@ def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False) -> 
     info = look.recorded(next(iter(runs.values())))
     saes = {name: beside.trained(run, trust_code) for name, run in runs.items()}
     source = source_of(info, cache_dir, data_dir)
-    lm = look.load_model(info, cache_dir, data_dir)
+    lm = look.load_model(info, cache_dir, data_dir, reads=False)
     if info.get("model_digest") not in (None, lm.digest):
         raise ValueError(f"boards of another model would not be the run's: give --cache_dir of a cache that has its "
                          f"{lm.name}")
@@ -45,10 +48,14 @@ def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False) -> 
                      source.digest("heldout"), cache, source, config["seed"], print, max_norm=config.get("max_norm"))
 
     looked_at = {name: (setup_of(runs[name].config), sae.to(lm.device)) for name, sae in saes.items()}
+    # all, as how many features an SAE shows goes by the number of SAEs
     boards = features.found(out, looked_at, compare.of_run(out), print)
     if not boards:
         raise ValueError(f"no board of {out} could be made")
-    features.keep(out, boards, print, begun)
+    stay = {sae for sae, board in there(out).items() if not again or _tokens(board) > _tokens(boards.get(sae))}
+    for sae in sorted(stay & boards.keys() if again else ()):
+        print(f"the board of {sae} stays: it was made of more text than this machine's device is given")
+    features.keep(out, {sae: board for sae, board in boards.items() if sae not in stay}, print, begun)
     report.again(out)
 
 
@@ -68,14 +75,18 @@ def source_of(info: dict, cache_dir: str, data_dir: str):
     return source
 
 
-def there(out: Path) -> list[str]:
-    """The SAEs of which a folder holds a board that can be read."""
-    found = []
+def there(out: Path) -> dict[str, dict]:
+    """The boards of a folder that can be read, by their SAEs."""
+    found = {}
     for sae in features.kept(out):
         with contextlib.suppress(ValueError):
-            features.read(out, sae)
-            found.append(sae)
+            found[sae] = features.read(out, sae)
     return found
+
+
+def _tokens(board: dict | None) -> int:
+    """Of how many tokens a board was made."""
+    return ((board or {}).get("text") or {}).get("tokens", 0)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -91,10 +102,11 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--again", action="store_true", help="make boards again that are there")
     options = parser.parse_args(argv)
     out = Path(options.run).resolve()
-    if there(out) and not options.again:
-        raise ValueError(f"{options.run} has boards of {', '.join(there(out))}: --again makes them again")
+    whole = there(out)
+    if not options.again and whole and whole.keys() >= read(out).keys():
+        raise ValueError(f"{options.run} has boards of {', '.join(whole)}: --again makes them again")
     try:
-        make(out, look.cache_of(options), options.data_dir, options.trust_code)
+        make(out, look.cache_of(options), options.data_dir, options.trust_code, options.again)
     except (LookupError, TypeError) as error:
         raise ValueError(f"the run's record is not whole ({type(error).__name__}: {error}): give the folder of a run "
                          "of this version") from error

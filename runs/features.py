@@ -188,10 +188,12 @@ def _baseline(one: Compared, known: dict, device):
     if (run.path, run.section) not in known:
         known[run.path, run.section] = _encoder(run, device)
     sae, problem = known[run.path, run.section]
+    fires = stability.firing(one.run) if new.fire else [True for _ in new.cosine]
+    counted = [feature for feature, fire in enumerate(fires) if fire]
     return Beside(run.name, run.config.get("variant", ""), l0_of(run), new.nearest, new.cosine,
                   stability.decoder(stability.folder_of(run)), sae, problem,
-                  absolute=stability.signless(one.run) or stability.signless(run), new=new.index, of=new.of,
-                  threshold=stability.NEW)
+                  absolute=stability.signless(one.run) or stability.signless(run), new=new.index,
+                  counted=counted, threshold=stability.NEW)
 
 
 def _encoder(run, device) -> tuple:

@@ -35,7 +35,6 @@ from runs.voice import steady
 from runs.wording import first_line, in_a_line, number
 
 NAMED = 3  # tokens of a feature
-AT_ONCE = 64  # features whose logits over the vocabulary are held
 # by what a feature is called, the best first, and what that means
 LABELS = {"explanation": "autointerp's explanation",
           "fires_on": "the tokens of held-out text on which it fires most",
@@ -128,8 +127,10 @@ def check_page(file: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the model
 
 
-def load_model(info: dict, cache_dir: str, data_dir: str):
-    """The language model that a run was trained on, where it is kept or can be had. OSError, ValueError: it cannot."""
+def load_model(info: dict, cache_dir: str, data_dir: str, reads: bool = True):
+    """The language model that a run was trained on, where it is kept or can be had; one that reads no text only unless
+    `reads`. OSError, ValueError: it cannot.
+    """
     import torch
 
     from evals.model import language_model, places, synthetic
@@ -138,16 +139,20 @@ def load_model(info: dict, cache_dir: str, data_dir: str):
 
     settings = info["settings"]
     name = settings["model"]
-    if settings.get("profile") == "synthetic" or name in synthetic.WORLDS:
+    if reads and (settings.get("profile") == "synthetic" or name in synthetic.WORLDS):
         raise ValueError(NO_TEXT)
     if is_path(name) and not Path(name).exists():
         raise FileNotFoundError(f"the model of this run lay in {name}, and there is no such folder now")
     network.pin(info.get("commits") or {})  # as it was then
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, settings["dtype"])
     where = places.location(name, cache_dir, data_dir)
-    if synthetic.is_synthetic(where):
+    made_up = synthetic.is_synthetic(where)
+    if reads and made_up:
         raise ValueError(NO_TEXT)
-    lm = language_model.load(where, name, getattr(torch, settings["dtype"]), device)
+    if made_up:
+        lm = synthetic.load(where, name, places.known_identity(name, cache_dir, data_dir), dtype, device)
+    else:
+        lm = language_model.load(where, name, dtype, device)
     if info.get("model_digest") not in (None, lm.digest):
         print(f"note: {name} holds other weights than when the run was trained", file=sys.stderr)
     return lm
@@ -190,7 +195,7 @@ def found(run: Run, sae, other: Run | None, other_sae, lm, text: str, context: i
     layer, max_norm = run.config["layer"], run.config.get("max_norm")
     tokens_T, left_out = passages.ids_of(lm, text, context)
     x_TD, counts_T = passages.residual(lm, layer, tokens_T, max_norm)
-    passage, known = {"tokens": passages.texts_of(lm, tokens_T)}, {}
+    passage, known = {"tokens": passages.spelled(lm.tokenizer, tokens_T.tolist())}, {}
     for name, side, its_sae in (("run", run, sae), ("baseline", other, other_sae)):
         passage[name] = known[name] = None
         if side is not None:
@@ -253,13 +258,12 @@ def fires_on(known: dict, feature: int) -> list[str]:
 
 def promoted(lm, W_CD) -> list[list[str]]:
     """The tokens whose logits directions of the residual stream raise most; none where the head takes no such."""
-    if lm.d_final != lm.d_model or not len(W_CD):
+    from evals.dashboards import directions, passages
+
+    found = directions.promoted(lm, W_CD.to(lm.device))
+    if found is None:
         return [[] for _ in W_CD]
-    found = []
-    for W_cD in W_CD.split(AT_ONCE):
-        best_cK = lm.unembed(W_cD.to(lm.device, lm.dtype)).float().topk(NAMED, dim=1).indices
-        found += [[lm.tokenizer.decode([i]) for i in row] for row in best_cK.tolist()]
-    return found
+    return [passages.spelled(lm.tokenizer, [token for token, _ in one["top"][:NAMED]]) for one in found]
 
 
 # ------------------------------------------------------------------------------------------------ on the terminal

@@ -37,6 +37,7 @@ from variants.kit.files import digest, file_name
 # the hub's recommendations, huggingface.co/docs/hub/repositories-recommendations
 MOST_BYTES, MOST_ENTRIES = 20_000_000_000, 10_000
 RESULTS = ("final_info.json", "verdict.json")
+LED_TO = ("variant_report/*/*", "training_log.csv", "features/*.json.gz")  # by the pages: they lie beside them
 TOLERANCE = 1e-4  # of the norm of features and reconstructions, between the run's SAE and the one read by SAELens
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")  # as the hub names them: apache-2.0, cc-by-4.0
 # {folder of an eval: what SAEBench calls it}, see sae_bench/custom_saes/run_all_evals_custom_saes.py
@@ -198,6 +199,11 @@ def pages(run: Path, target: Path, info: dict, saes: list[Published]) -> list[st
             (target / features.FOLDER).mkdir()
         for file in written:
             shutil.copyfile(file, target / features.FOLDER / file.name)
+        for name in LED_TO:
+            for file in sorted(copy.glob(name)):  # handed on to the copy, as what may be
+                place = target / file.relative_to(copy)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, place)
     return left_out
 
 

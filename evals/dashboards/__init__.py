@@ -13,9 +13,10 @@ runs/neuronpedia.py). F features; activations and norms in units of the raw resi
     list        columns of F values: density (share of tokens on which it fires), max (the largest activation, of either
                 sign), own_nearest and own_cosine (the other row of its own decoder that is most like it), nearest and
                 cosine (that of the baseline's decoder), new (1 for those that the comparison counts as new against
-                the baseline, else 0), encoder_cosine (encoder with decoder), peak (the number in vocab of the token
-                on which it is largest, -1 for one that fires on none); a column is None where there is nothing of the
-                kind, and own_nearest is -1 for a dictionary of one
+                the baseline, 0 for others, None for those that it does not count, as they fire nowhere in the text of
+                `core`), encoder_cosine (encoder with decoder), peak (the number in vocab of the token on which it is
+                largest, -1 for one that fires on none); a column is None where there is nothing of the kind, and
+                own_nearest is -1 for a dictionary of one
     health      {"l0": {"edges", "counts"}: tokens by active features; "norms", "errors": ‖x‖ and ‖x − x̂‖ of up to a
                 thousand tokens, evenly spread}
     vocab       the texts of the tokens that contexts and peaks use, by number
@@ -52,8 +53,9 @@ A dashboard is
 A context is {"tokens": [number in vocab], "values": [[place in tokens, activation], …] where it fires, "peak": the
 place it was chosen for, "row": of the text, "cut": [whether text of the row before, after it was left out]}.
 
-Numbers have four significant digits. Cosines of features that fire with either sign are magnitudes, and those with a
-baseline's where either's do. An activation that is no number counts as 0, and so does a decoder row that holds one.
+Numbers have four significant digits, densities eight: a number of tokens is made of them. Cosines of features that fire
+with either sign are magnitudes, and those with a baseline's where either's do. An activation that is no number counts
+as 0, and so does a decoder row that holds one.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ from evals.texts import packing
 FEW = 5  # features of a probe for which it is one with few
 OWN, THEIRS, COFIRING = 5, 3, 5  # features named beside one
 OF_BASELINE = 10  # contexts
+DIGITS = {"density": 8}  # so that times the text's tokens it is a number of tokens
 AT_ONCE = 32  # features whose φ with all is reckoned at once
 
 
@@ -92,7 +95,7 @@ class Beside:
     problem: str | None = None  # why there is none
     absolute: bool = False  # whether `nearest` takes the opposite direction for the same
     new: list[int] | None = None  # the features that count as new against it; None: not counted
-    of: int = 0  # features that were counted
+    counted: list[int] = field(default_factory=list)  # the features that were looked at for that
     threshold: float = 0.0  # new ones have a smaller cosine
 
 
@@ -192,7 +195,7 @@ def _board(read: text.Text, heard: list, name: str, sae, asked: Asked, seen: dic
             for dashboard, others, values in zip(features.values(), index_CK.tolist(), value_CK.tolist()):
                 dashboard[kind] = [[f, rounded(v)] for f, v in zip(others, values) if v > -torch.inf]
     nearest = directions.own_nearest(W_FD, either_sign)
-    columns = {"density": (own.fired_F / max(1, own.tokens)).tolist(), "max": own.max_F.tolist(),
+    columns = {"density": (own.fired_F.double() / max(1, own.tokens)).tolist(), "max": own.max_F.tolist(),
                "own_nearest": nearest and nearest[0], "own_cosine": nearest and nearest[1],
                "nearest": beside and beside.nearest, "cosine": beside and beside.cosine,
                "new": _marked(beside, len(W_FD)), "encoder_cosine": directions.encoder_cosine(sae),
@@ -204,7 +207,7 @@ def _board(read: text.Text, heard: list, name: str, sae, asked: Asked, seen: dic
     return {"sae": name, "variant": asked.variant, "model": asked.model or setup.lm.name,
             "hook_name": setup.hook_name, "layer": setup.layer, "d_in": W_FD.shape[1], "d_sae": len(W_FD),
             "either_sign": either_sign, "text": said if texts else None,
-            "list": {column: values and rounded(values) for column, values in columns.items()},
+            "list": {column: values and rounded(values, DIGITS.get(column, 4)) for column, values in columns.items()},
             "health": {"l0": _l0(torch.cat(own.l0)), "norms": rounded(own.norms), "errors": rounded(own.errors)},
             "features": {str(feature): dashboard for feature, dashboard in features.items()},
             "baseline": of_baseline, "passages": passages.of(heard, sae, beside.sae if beside else None),
@@ -214,7 +217,7 @@ def _board(read: text.Text, heard: list, name: str, sae, asked: Asked, seen: dic
 def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: set[int], vocab: Vocabulary) -> dict:
     new = None
     if beside.new is not None:
-        new = {"count": len(beside.new), "of": beside.of, "threshold": beside.threshold}
+        new = {"count": len(beside.new), "of": len(beside.counted), "threshold": beside.threshold}
     found = {"name": beside.name, "variant": beside.variant, "l0": beside.l0, "problem": beside.problem, "new": new,
              "features": {}}
     if beside.sae is not None and read.setup.lm.reads_text:
@@ -228,11 +231,15 @@ def _baseline(read: text.Text, beside: Beside, seen: dict, looks: dict, wanted: 
 # ------------------------------------------------------------------------------------------------ the parts of a board
 
 
-def _marked(beside: Beside | None, features: int) -> list[int] | None:
-    """Of every feature whether it counts as new against the baseline, 1 or 0; None where that was not counted."""
+def _marked(beside: Beside | None, features: int) -> list[int | None] | None:
+    """Of every feature whether it counts as new against the baseline, 1 or 0, or None of one that was not counted; None
+    where none was.
+    """
     if beside is None or beside.new is None:
         return None
-    marks = [0 for _ in range(features)]
+    marks: list[int | None] = [None for _ in range(features)]
+    for feature in beside.counted:
+        marks[feature] = 0
     for feature in beside.new:
         marks[feature] = 1
     return marks
@@ -257,19 +264,14 @@ class Vocabulary:
         return [self.number.setdefault(i, len(self.number)) for i in ids]
 
     def texts(self) -> list[str]:
-        return spelled(self.tokenizer, list(self.number))
+        return passages.spelled(self.tokenizer, list(self.number))
 
 
-def spelled(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token."""
-    return tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False) if ids else []
-
-
-def rounded(value):
-    """A number, or each of a list, with four significant digits; whole ones stay as they are."""
+def rounded(value, digits: int = 4):
+    """A number, or each of a list, with so many significant digits; whole ones stay as they are."""
     if isinstance(value, list):
-        return [rounded(one) for one in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+        return [rounded(one, digits) for one in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def _l0(l0_N: Tensor) -> dict:
@@ -308,8 +310,9 @@ def _dashboards(read: text.Text, W_FD: Tensor, seen: sweeps.Seen, look: sweeps.L
         if promoted is not None:
             promoted = {key: _named(read.setup.lm.tokenizer, value) if key in ("top", "bottom") else rounded(value)
                         for key, value in promoted.items()}
+        density = rounded(int(seen.fired_F[feature]) / max(1, seen.tokens), DIGITS["density"])
         found[feature] = {
-            "why": [], "density": rounded(float(seen.fired_F[feature] / max(1, seen.tokens))),
+            "why": [], "density": density,
             "max": rounded(float(seen.max_F[feature])), "groups": groups[c],
             "histogram": {"edges": rounded(edges), "counts": look.counts_CB[c].tolist()}, "logits": promoted,
             "own": [], "theirs": [], "cofiring": [], "classes": [], "letters": [], "explanation": None, "score": None}
@@ -317,7 +320,7 @@ def _dashboards(read: text.Text, W_FD: Tensor, seen: sweeps.Seen, look: sweeps.L
 
 
 def _named(tokenizer, ends: list[tuple[int, float]]) -> list[list]:
-    texts = spelled(tokenizer, [token for token, _ in ends])
+    texts = passages.spelled(tokenizer, [token for token, _ in ends])
     return [[token, rounded(value)] for token, (_, value) in zip(texts, ends)]
 
 

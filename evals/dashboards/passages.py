@@ -38,9 +38,9 @@ def ids_of(lm, text: str, most: int) -> tuple[Tensor, int]:
     return torch.tensor([lm.bos, *ids[:most - 1]]), max(0, len(ids) - (most - 1))
 
 
-def texts_of(lm, tokens_T: Tensor) -> list[str]:
+def spelled(tokenizer, ids: list[int]) -> list[str]:
     """The text of each token by itself."""
-    return [lm.tokenizer.decode([i]) for i in tokens_T.tolist()]
+    return tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False) if ids else []
 
 
 def residual(lm, layer: int, tokens_T: Tensor, max_norm: float | None = None) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def heard(lm, layer: int, max_norm: float | None = None) -> list[tuple[str, list
     found = []
     for title, text in PASSAGES.items():
         tokens_T, _ = ids_of(lm, text, TOKENS)
-        found.append((title, texts_of(lm, tokens_T), *residual(lm, layer, tokens_T, max_norm)))
+        found.append((title, spelled(lm.tokenizer, tokens_T.tolist()), *residual(lm, layer, tokens_T, max_norm)))
     return found
 
 

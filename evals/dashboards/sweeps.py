@@ -164,14 +164,15 @@ def second(text: Text, looks: dict, saes: dict) -> None:
     """The second sweep, which fills `looks` {key: Look}."""
     R, T = text.tokens_RT.shape
     generator = torch.Generator().manual_seed(text.setup.seed)
-    lot_RT = torch.rand(R, T, generator=generator, dtype=torch.float64)
+    lot_N = torch.rand(R * T, generator=generator, dtype=torch.float64)
+    lots = {torch.device(device).type: lot_N.to(device) for device in ("cpu", text.setup.lm.device)}
     for part in text.parts():
         for key, look in looks.items():
             if len(look.index_C):
-                _look(text.setup, look, saes[key], part, lot_RT)
+                _look(text, look, saes[key], part, lots)
 
 
-def _look(setup: Setup, look: Look, sae, part: Part, lot_RT: Tensor) -> None:
+def _look(text: Text, look: Look, sae, part: Part, lots: dict[str, Tensor]) -> None:
     def work(z_rTF: Tensor, body_rT: Tensor) -> Tensor:
         acts_rTC = z_rTF[..., look.index_C]
         if look.together_CF is not None:
@@ -181,7 +182,7 @@ def _look(setup: Setup, look: Look, sae, part: Part, lot_RT: Tensor) -> None:
             look.together_CF.addmm_(fires_CN, fires_NF)
         return acts_rTC
 
-    acts_rTC = _over(setup, sae, look.features, part, work)
+    acts_rTC = _over(text.setup, sae, look.features, part, work)
     T, at_E = acts_rTC.shape[1], acts_rTC.nonzero()
     r_E, t_E, c_E = at_E.unbind(1)
     new = Firings(c_E, (part.first + r_E) * T + t_E, acts_rTC[r_E, t_E, c_E])
@@ -206,7 +207,7 @@ def _look(setup: Setup, look: Look, sae, part: Part, lot_RT: Tensor) -> None:
         return both.at(choose(both))
 
     def best_rows(of: Firings) -> Tensor:
-        best = firsts(of.c_E * len(lot_RT) + of.place_E // T, -of.value_E.abs(), 1)
+        best = firsts(of.c_E * len(text.tokens_RT) + of.place_E // T, -of.value_E.abs(), 1)
         return best[firsts(of.c_E[best], -of.value_E.abs()[best], look.top)]
 
     def strongest(of: Firings) -> Tensor:
@@ -214,7 +215,7 @@ def _look(setup: Setup, look: Look, sae, part: Part, lot_RT: Tensor) -> None:
 
     def some_of_each(of: Firings) -> Tensor:
         index_E = look.index_C.to(of.c_E.device)[of.c_E]
-        lot_E = (lot_RT.flatten().to(of.c_E.device)[of.place_E] + index_E * GOLDEN) % 1
+        lot_E = (lots[of.c_E.device.type][of.place_E] + index_E * GOLDEN) % 1
         return firsts(of.c_E * (INTERVALS + 1) + interval(look, of), lot_E, EACH)
 
     look.by_row, look.strongest = kept(look.by_row, best_rows), kept(look.strongest, strongest)

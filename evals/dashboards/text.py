@@ -63,6 +63,7 @@ class Text:
             yield part.to(lm.device)
 
     def _made(self, first: int, end: int) -> Part:
+        end = min(end, len(self.tokens_RT))
         tokens_rT, plain_rT = self.tokens_RT[first:end], self.plain_RT[first:end]
         if self.kept_RTD is not None and end <= len(self.kept_RTD):
             x_rTD = self.kept_RTD[first:end]
@@ -70,7 +71,8 @@ class Text:
         of_tokens = hashlib.sha256(tokens_rT.contiguous().numpy().tobytes()).hexdigest()
         lm = self.setup.lm
         depends_on = dict(model=lm.digest, layer=self.setup.layer, tokens=of_tokens,
-                          dtype=str(getattr(lm, "dtype", "")), device=torch.device(lm.device).type)
+                          dtype=str(getattr(lm, "dtype", "")), device=torch.device(lm.device).type,
+                          code=code_digest(memory.__file__))
         size = len(tokens_rT)
         if depends_on["device"] == "cpu":
             size = max(1, PASS // tokens_rT.shape[1])

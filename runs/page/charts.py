@@ -239,8 +239,7 @@ def still(spec: dict) -> str:
         drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg"):], flags=re.DOTALL)
-    svg = re.sub(r"#0000([0-9a-f]{2})", lambda found: f"var({_NAMED[int(found[1], 16) - 1]})", svg)
-    svg = re.sub(r' (?:d|x|y|x1|x2|y1|y2|points|transform)="[^"]*"', _rounded, svg)
+    svg = re.sub(r"<[^>]+>", _tag, svg)  # what names hold stands between tags, where a "<" is "&lt;"
     label = escape(f"{spec['title']}: {spec['y']['label']} against {spec['x']['label']}")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
@@ -260,6 +259,12 @@ def _ink(name: str) -> str:
     """The colour by which matplotlib draws what a CSS variable is to colour."""
     number = _NAMED.index(f"--{name}") if f"--{name}" in _NAMED else 3 + int(name)
     return f"#0000{number + 1:02x}"
+
+
+def _tag(found: re.Match) -> str:
+    """A tag of matplotlib's, in the page's colours and with short coordinates."""
+    tag = re.sub(r"#0000([0-9a-f]{2})", lambda colour: f"var({_NAMED[int(colour[1], 16) - 1]})", found[0])
+    return re.sub(r' (?:d|x|y|x1|x2|y1|y2|points|transform)="[^"]*"', _rounded, tag)
 
 
 def _rounded(found: re.Match) -> str:

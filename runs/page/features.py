@@ -180,7 +180,7 @@ def _shown(value, column: str):
     if column in SCALED:
         return round(value * 1000)
     if column == "density":  # whole: a number of tokens is made of it
-        return _digits(value)
+        return _digits(value, 8)
     return value if isinstance(value, int) else _digits(value, 3)
 
 
@@ -229,7 +229,7 @@ def _dashboard(one: dict) -> dict:
         words = {side: [[token, _digits(value, 3)] for token, value in logits[side]] for side in ("top", "bottom")}
         logits = words | _bars(logits)
     links = {name: [[other, _digits(value, 3)] for other, value in one[name]] for name in ("own", "theirs", "cofiring")}
-    return {"density": _digits(one["density"]), "max": _digits(one["max"]), "groups": groups,
+    return {"density": _digits(one["density"], 8), "max": _digits(one["max"]), "groups": groups,
             "histogram": _bars(one["histogram"]), "logits": logits, **links}
 
 

@@ -132,7 +132,7 @@ def _densities(known: Health, sides: dict[str, tuple[str, Health]]) -> dict:
         baseline = counted["silent"], counted["of"]
     else:
         lowest = min((value for _, values in logs.values() for value in values), default=-1.0)
-        series = histograms(logs, math.floor(lowest), 0.0)
+        series = histograms(logs, min(math.floor(lowest), -1), 0.0)
         theirs = [side.density for _, side in list(sides.values())[1:]]
         baseline = (_silent(theirs[0]), len(theirs[0])) if theirs else None
     never = f"{_silent(known.density):,} of {len(known.density):,}"

@@ -27,7 +27,7 @@ NAMED = 2  # changes that the sentence names beside the variant,
 SAID = 6  # and a line under it
 NUMBERS = 4  # figures that a warning about several SAEs names
 COUNTING = ("better", "worse", "within_noise", "equal_to_baseline")  # verdicts of SAEs whose figures show something
-FIGURE = re.compile(r"(\d+(?:[.,]\d+)*)")
+FIGURE = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)")
 # where runs/verdict.py goes on from why to what to do, and what of that is a command
 ADVICE = re.compile(r": (?=(?:compare|set|choose|run) )")
 COMMAND = re.compile(r"python -m [\w.]+(?: [\w-]+)*|--\w+")
@@ -322,8 +322,9 @@ def _next(said: dict, saes: list[Compared], out: Path, others: list[Run]) -> lis
             found.append("the verdict over these seeds: "
                          f"`python -m runs.compare {' '.join(map(shlex.quote, names))} --exit-status`")
         elif said["verdict"] != "equal_to_baseline":
-            found.append("± is of the evaluated samples alone, and of one seed: the same command with `--seed=1` and "
-                         "another `--out_dir` tells whether it holds")
+            seed = max((config["seed"] for config in configs if isinstance(config.get("seed"), int)), default=0)
+            found.append("± is of the evaluated samples alone, and of one seed: the same command with "
+                         f"`--seed={seed + 1}` and another `--out_dir` tells whether it holds")
     return list(dict.fromkeys(found))
 
 

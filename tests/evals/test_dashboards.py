@@ -89,7 +89,7 @@ def test_a_board_is_what_loops_find(tmp_path, SAE, max_norm):
     fired = [[at for at in acts if f in acts[at]] for f in range(F)]
     values = [[acts[at][f] for at in fired[f]] for f in range(F)]
     largest = [max(v, key=abs, default=0.0) for v in values]
-    assert board["list"]["density"] == [short(len(at) / N) for at in fired]
+    assert board["list"]["density"] == [float(f"{len(at) / N:.8g}") for at in fired]
     assert board["list"]["max"] == pytest.approx(largest, rel=1e-3)
     peaks = [max(at, key=lambda place, f=f: abs(acts[place][f]), default=None) for f, at in enumerate(fired)]
     tokens = [board["vocab"][number] if number >= 0 else None for number in board["list"]["peak"]]
@@ -326,11 +326,13 @@ def test_the_nearest_of_list_and_dashboard_are_one(monkeypatch):
     for ours, theirs in ((False, False), (True, False), (False, True)):
         run, other = (SimpleNamespace(name="", path="", section="", means={}, config={"either_sign": either})
                       for either in (ours, theirs))
-        new = SimpleNamespace(baseline=other, nearest=[0, 0], cosine=[0.5, 0.9], index=[0], of=2)
+        new = SimpleNamespace(baseline=other, nearest=[0, 0], cosine=[0.5, 0.9], index=[1], of=1,
+                              fire=True)
         one = SimpleNamespace(run=run, new=lambda new=new: new)
+        monkeypatch.setattr(features.stability, "firing", lambda run: [False, True])
         beside = features._baseline(one, {("", ""): (None, "none")}, "cpu")
         assert beside.absolute == (ours or theirs)
-        assert (beside.new, beside.of, beside.threshold) == ([0], 2, 0.7)
+        assert (beside.new, beside.counted, beside.threshold) == ([1], [1], 0.7)
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -342,11 +344,11 @@ def test_a_baseline_stands_beside(tmp_path, absolute):
         cosine_FG = cosine_FG.abs()
     nearest = cosine_FG.argmax(1).tolist()
     beside = Beside("standard", "topk", 5.0, nearest, cosine_FG.amax(1).tolist(), other.W_dec, other,
-                    absolute=absolute, new=[3, 7], of=20, threshold=0.7)
+                    absolute=absolute, new=[3, 7], counted=list(range(20)), threshold=0.7)
     board = one_board(setup_of(tmp_path), sae, Asked(baseline=beside))
     alone = one_board(setup_of(tmp_path), other)
     assert board["list"]["nearest"] == nearest
-    assert board["list"]["new"] == [int(f in (3, 7)) for f in range(24)]
+    assert board["list"]["new"] == [int(f in (3, 7)) for f in range(20)] + 4 * [None]
     assert board["baseline"]["new"] == {"count": 2, "of": 20, "threshold": 0.7}
     assert alone["list"]["new"] is None and alone["baseline"] is None
     assert set(board["baseline"]["features"]) == {str(nearest[int(f)]) for f in board["features"]}
@@ -371,6 +373,13 @@ def test_too_little_text(tmp_path, capsys):
     asked = {"layer_0": (setup_of(tmp_path, n_texts=2), trained(TopK))}
     assert dashboards.boards(asked, {}, print) == {}
     assert "report: no feature dashboards: the texts hold fewer than the 32 tokens" in capsys.readouterr().out
+
+
+def test_a_density_gives_the_number_of_tokens():
+    """Fails if so few digits of it are kept that the number of tokens on which a feature fires is another."""
+    for tokens in (32_326, 8192 * 127):
+        for fired in (1, 8_847, 20_011, tokens - 1):
+            assert round(dashboards.rounded(fired / tokens, dashboards.DIGITS["density"]) * tokens) == fired
 
 
 def test_a_model_without_text_or_head(tmp_path):

@@ -57,8 +57,8 @@ SMALL = {"architectures": ["gpt2"], "standard_errors": ["--profile=tiny", "--eva
          "steps": ["--device=cpu", "--d_in=32", "--width=256", "--k=4", "--batch_size=64", "--variants=topk,standard"],
          "evals": ["--help"]}  # minutes of the embedded model
 OTHER_PROGRAMS = {"--again", "--all", "--baseline", "--by", "--csv", "--despite_warnings", "--exit-status", "--file",
-                  "--json", "--markdown", "--model_id", "--page", "--rebuild", "--sae", "--saebench", "--set",
-                  "--store", "--text", "--top"}
+                  "--json", "--markdown", "--model_id", "--page", "--private", "--rebuild", "--sae", "--saebench",
+                  "--set", "--store", "--text", "--top"}
 COMMANDS = r"(python3?|torchrun|pip|diff) "
 REFUSED = "\n## What can go wrong"  # the part of tests/README.md that lists what is refused
 

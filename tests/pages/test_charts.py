@@ -1,5 +1,6 @@
 """Charts of the pages: the same data drawn by matplotlib, and by Chart.js in a real browser."""
 
+import html
 import re
 
 import pytest
@@ -33,6 +34,18 @@ def test_a_still_is_in_the_pages_colours():
 
 
 @pytest.mark.slow
+def test_a_stills_names_stay_as_they_are():
+    """Fails if a name that looks like a colour or a place of the picture's own is rewritten in it, or breaks it."""
+    name = '#0000ff #000001 x="1.23456" d="2.34567"'
+    points = [[1.0, 2.0, 0], [3.0, 4.0, 0]]
+    both = [{"name": name, "role": "run", "line": False, "points": points} for _ in range(2)]
+    drawn = charts.still({"title": name, "kind": "points", "x": {"label": name, "log": False},
+                          "y": {"label": "y", "log": False}, "series": both})
+    texts = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)]
+    assert texts.count(name) == 4  # title, label, and two in the legend
+    assert "#0000" not in "".join(re.findall(r"<(?!svg)[^>]*>", drawn))
+
+
 def test_charts_in_a_browser(browser, tmp_path):
     """Fails if a chart is not made, an address with a scheme is reached, or anything is asked for or complained of."""
     page = tmp_path / "page.html"

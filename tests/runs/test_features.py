@@ -10,6 +10,7 @@ from evals import dashboards
 from runs import dashboards as later
 from runs import features, report
 from runs.reading import Run
+from tests import small_run
 from tests.evals import test_dashboards
 from tests.pages import boards
 
@@ -97,6 +98,46 @@ def test_boards_made_later_are_those_of_the_run(reference, cache, tmp_path, caps
     (out / "run_info.json").write_text(json.dumps(info))
     (out / "features/layer_2.json.gz").write_bytes(own[:-9])
     assert later.main(command) == 0 and (out / "features/layer_2.json.gz").read_bytes() == own
+
+
+@pytest.mark.slow
+def test_boards_that_are_lacking_are_made(cache, tmp_path, capsys):
+    """Fails if a damaged board keeps a sweep's others from being made, one that is whole is made again unasked, or one
+    of more text gives way to one of less.
+    """
+    import experiment
+
+    out = tmp_path / "run"
+    assert experiment.main(small_run.command(out, cache, "--evals=none", "--sweep", "k=4,8")) == 0
+    own = {sae: features.place(out, sae).read_bytes() for sae in ("layer_2.k_4", "layer_2.k_8")}
+    other = boards.board("layer_2.k_4")
+    features.write(out, other)
+    features.place(out, "layer_2.k_8").write_bytes(b"damaged")
+    command = [str(out), f"--cache_dir={cache}"]
+    assert later.main(command) == 0
+    assert features.place(out, "layer_2.k_8").read_bytes() == own["layer_2.k_8"]
+    assert features.read(out, "layer_2.k_4") == other
+    assert later.main(command) == 1
+    capsys.readouterr()
+    assert other["text"]["tokens"] > features.read(out, "layer_2.k_8")["text"]["tokens"]
+    assert later.main([*command, "--again"]) == 0 and features.read(out, "layer_2.k_4") == other
+    assert "the board of layer_2.k_4 stays: it was made of more text" in capsys.readouterr().out
+    features.place(out, "layer_2.k_4").unlink()
+    assert later.main(command) == 0 and features.place(out, "layer_2.k_4").read_bytes() == own["layer_2.k_4"]
+
+
+@pytest.mark.slow
+def test_boards_of_a_model_without_text_are_made_later(cache, tmp_path):
+    """Fails if a run on samples of known features is refused what it has itself."""
+    import experiment
+
+    out = tmp_path / "run"
+    small = ("--profile=synthetic", "--num_tokens=10240", "--d_sae=64", "--hyper=k=4", "--evals=none")
+    assert experiment.main([f"--out_dir={out}", f"--cache_dir={cache}", *small]) == 0
+    own = features.place(out, "layer_0").read_bytes()
+    shutil.rmtree(out / "features")
+    assert later.main([str(out), f"--cache_dir={cache}"]) == 0
+    assert features.place(out, "layer_0").read_bytes() == own
 
 
 def test_nothing_to_make_boards_of(tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from runs import compare, exports, report, tables
-from tests.pages.reading import Page, part
+from tests.pages.reading import Page, charts, part
 from tests.runs.records import CE, R2, entry, record, run
 
 PROBING, PROBES = "sparse_probing.sae_top_1_test_accuracy", "sae_probes.sae_top_1_test_auc"
@@ -83,7 +83,7 @@ def test_every_form_carries_it(stored, tmp_path):
     page = report.write(tmp_path, {"r": ours()}, None, []).read_text(encoding="utf-8")
     assert f"<div class=warn>{LINE}: " in page
     (menu,) = Page(part(page, "Frontier")).data
-    series = next(iter(menu.values()))["series"]
+    series = next(iter(charts(menu).values()))["series"]
     assert [(one["name"], one["role"], one["line"], len(one["points"])) for one in series[1:]] == [
         ("frozen random decoder", "random", True, 2), ("untrained SAE", "random", True, 1)]
 

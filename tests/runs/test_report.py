@@ -392,6 +392,20 @@ def test_density_counts_every_feature_that_fires():
     assert [i for i, count in enumerate(run_["counts"]) if count] == [16, 33, 49] and base["counts"][0] == 1
 
 
+def test_densities_of_features_that_always_fire():
+    """Fails if a dense SAE, in need of the chart, has none."""
+    (spec,) = health.specs(health.Health("a", [1.0, 1.0], None, None, None, None, None), None, 10)
+    assert spec["series"][0]["edges"][0] == -1.0 and spec["series"][0]["counts"][-1] == 2
+
+
+def test_warnings_that_differ_in_figures_are_one():
+    """Fails if a figure with an exponent, or one that is none, is taken apart or breaks the page."""
+    figures = ("1e-05", "3.5e-07", "1,234.5", "7", "0.25")
+    assert verdict._several(list(figures)) == "3.5e-07 to 1,234.5"
+    parts = verdict.FIGURE.split("between 1e-05 and 1,234.5 of version 1.2.3")
+    assert parts[1::2][:2] == ["1e-05", "1,234.5"] and all(map(float, (one.replace(",", "") for one in parts[1::2])))
+
+
 def test_density_stands_beside_the_baselines():
     """Fails if a board's count of the baseline's densities is not drawn, or in other bins than the run's own."""
     counted = {"edges": [-4.0, -3.0, -2.0, -1.0, 0.0], "counts": [0, 5, 6, 7], "silent": 2, "of": 20}

@@ -90,11 +90,13 @@ const Pages = (() => {
     }
     const many = one.points.length > MANY;
     const small = one.role === "seed" || one.points.length > SMALL;
+    let radius = small ? 2 : 4;
+    if (one.line && many) radius = 0;
     return {type: "line", label: one.name, data: one.points.map(([x, y, e, label, href]) => ({x, y, e, label, href})),
       errors: one.points.some(point => point[2]), showLine: Boolean(one.line), borderColor: line,
       order: one.role === "seed" ? 0 : 1, backgroundColor: line, borderWidth: 1.8,
       borderDash: one.role === "random" ? [6, 4] : [], pointStyle: mark(spec, one), clip: 8,
-      pointRadius: one.line && many ? 0 : small ? 2 : 4, pointHoverRadius: 6, pointHitRadius: 6, ...apart(one)};
+      pointRadius: radius, pointHoverRadius: 6, pointHitRadius: 6, ...apart(one)};
   }
 
   const mark = (spec, one) => one.parts ? "line" : one.mark || shape(spec, one);
@@ -141,14 +143,17 @@ const Pages = (() => {
     const mantissa = value / 10 ** Math.floor(Math.log10(value) + 1e-9);
     const leading = Math.round(mantissa);
     if (Math.abs(mantissa - leading) > 1e-6) return undefined;
-    const shown = decades > 3 ? [1] : decades > .6 ? [1, 2, 5] : [1, 2, 3, 4, 5, 6, 7, 8, 9];
+    let shown = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+    if (decades > .6) shown = [1, 2, 5];
+    if (decades > 3) shown = [1];
     return shown.includes(leading) ? tick(value) : undefined;
   }
 
   function scale(spec, axis) {
     const mut = css("--mut");
     const whole = Boolean(spec[axis].whole);
-    return {type: spec[axis].log ? "logarithmic" : "linear", whole, title: {display: true, text: spec[axis].label, color: mut},
+    return {type: spec[axis].log ? "logarithmic" : "linear", whole,
+      title: {display: true, text: spec[axis].label, color: mut},
       grid: {color: css("--line"), display: axis === "y"}, border: {color: mut}, offset: false, ...range(spec, axis),
       stacked: spec.kind === "bars" && axis === "x",  // bars of several series lie over each other
       ticks: {color: mut, includeBounds: spec.kind === "bars" && !whole,

@@ -49,12 +49,18 @@ const Features = (() => {
     return parsed.get(name);
   }
 
+  // the class of a column's cells
+  function side(column) {
+    if (column.words) return "l";
+    return column.key === "feature" ? "first" : null;
+  }
+
   const featureAt = row => board.rows ? board.rows[row] : row;
   function rowAt(feature) {  // -1: not in the list
     if (rowOf) return rowOf.get(feature) ?? -1;
     return feature >= 0 && feature < board.d_sae ? feature : -1;
   }
-  const note = feature => Object.hasOwn(board.notes, feature) ? board.notes[feature] : null;
+  const note = feature => Object.prototype.hasOwnProperty.call(board.notes, feature) ? board.notes[feature] : null;
   const column = (name, row) => board.columns[name] && row >= 0 ? board.columns[name][row] : null;
   const cosine = (name, row) => {
     const value = column(name, row);
@@ -340,7 +346,7 @@ const Features = (() => {
     if (!has(feature)) made.classList.add("bare");
     for (const one of list.columns) {
       const value = one.value(row);
-      const cell = el("span", {role: "gridcell", class: one.words ? "l" : one.key === "feature" ? "first" : null});
+      const cell = el("span", {role: "gridcell", class: side(one)});
       if (one.key === "feature") cell.append(el("a", {href: "#" + feature, tabindex: -1, text: feature}));
       else if (one.chips) cell.append(...one.chips(row).map(text => el("code", {text})));
       else if (one.words) cell.textContent = visible(value);
@@ -407,7 +413,7 @@ const Features = (() => {
     for (const one of list.columns) {
       const button = el("button", {type: "button", text: one.title, title: one.about,
         on: {click: () => sortBy(one.key)}});
-      const cell = el("span", {role: "columnheader", class: one.words ? "l" : one.key === "feature" ? "first" : null},
+      const cell = el("span", {role: "columnheader", class: side(one)},
         button);
       list.heads.set(one.key, cell);
       head.append(cell);
@@ -625,11 +631,12 @@ const Features = (() => {
 
   // whether no feature of the baseline is like it, as the comparison counts
   function newness(row) {
-    const told = column("new", row), {baseline} = board;
-    if (told === null || !baseline?.new) return null;
-    const limit = `a cosine of ${baseline.new.threshold}`;
-    const said = told ? `yes: no feature of ${visible(baseline.name)} has ${limit} with it` : null;
-    return said ?? (fires(row) ? `no: its nearest there has ${limit} or more` : "not counted, as it does not fire");
+    const {baseline} = board;
+    if (!board.columns.new || row < 0 || !baseline?.new) return null;
+    const told = column("new", row), limit = `a cosine of ${baseline.new.threshold}`;
+    if (told === null) return "not counted: it fires nowhere in the text of the eval core, by which they are counted";
+    if (told) return `yes: no feature of ${visible(baseline.name)} has ${limit} with it`;
+    return `no: its nearest there has ${limit} or more`;
   }
 
   // what is known of any feature; of one with a dashboard the rest is there

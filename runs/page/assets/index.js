@@ -16,10 +16,13 @@
     made.append(...children);
     return made;
   };
+  function labelled(label, made) {
+    made.setAttribute("aria-label", label);
+    return made;
+  }
   function scrolling(label, table) {  // as shell.py's
-    const place = make("div", {className: "scroll", tabIndex: 0}, table);
+    const place = labelled(label, make("div", {className: "scroll", tabIndex: 0}, table));
     place.setAttribute("role", "region");
-    place.setAttribute("aria-label", label);
     return place;
   }
   const word = verdict => verdicts.get(verdict)?.[0] ?? (verdict || "unknown");
@@ -250,9 +253,9 @@
   function ready(i) {  // a row gets its box and its button when it is first seen
     const line = lines[i];
     if (line.cells[0].className !== "pick") {
-      const box = make("input", {type: "checkbox", ariaLabel: `compare ${rows.run[i]}`});
+      const box = labelled(`compare ${rows.run[i]}`, make("input", {type: "checkbox"}));
       box.addEventListener("change", () => pick(i, box));
-      const button = make("button", {type: "button", textContent: "▸", ariaLabel: `more of ${rows.run[i]}`});
+      const button = labelled(`more of ${rows.run[i]}`, make("button", {type: "button", textContent: "▸"}));
       button.setAttribute("aria-expanded", "false");
       button.addEventListener("click", () => open(i, button));
       line.prepend(make("td", {className: "pick"}, box, button));
@@ -340,7 +343,10 @@
   const filters = [...get("filters").querySelectorAll("select")].map(select => {
     const values = [...new Set(rows[select.dataset.key])];
     values.sort((a, b) => (a === null) - (b === null) || (a < b ? -1 : 1));
-    const name = value => value === null ? "none" : select.dataset.key === "verdict" ? word(value) : value;
+    const name = value => {
+      if (value === null) return "none";
+      return select.dataset.key === "verdict" ? word(value) : value;
+    };
     fill(select, ["all", ...values.map(name)]);
     select.parentNode.hidden = values.length < 2;
     select.addEventListener("change", filter);

@@ -68,7 +68,7 @@ def small():
                        "counts": [1] * 50},
             "own": [], "theirs": [], "cofiring": [[0, 0.25]], "classes": [], "letters": [],
             "explanation": "names of cats", "score": 0.8}
-    whole, others = boards.board(features=16384, boards=0), [0.0] * 16381
+    whole, others = boards.board(features=16384, boards=0), [0.2] * 16381
     return whole | {
         "sae": "layer_9.k_20", "variant": "my variant!", "model": "google/gemma-2-2b",
         "vocab": ["a\0", "b"], "features": {"2": told}, "text": {"dataset": "held-out", "tokens": 100, "rows": 4,

@@ -68,11 +68,12 @@ def small():
                        "counts": [1] * 50},
             "own": [], "theirs": [], "cofiring": [[0, 0.25]], "classes": [], "letters": [],
             "explanation": "names of cats", "score": 0.8}
-    return boards.board() | {
-        "sae": "layer_9.k_20", "variant": "my variant!", "model": "google/gemma-2-2b", "d_sae": 16384,
+    whole, others = boards.board(features=16384, boards=0), [0.2] * 16381
+    return whole | {
+        "sae": "layer_9.k_20", "variant": "my variant!", "model": "google/gemma-2-2b",
         "vocab": ["a\0", "b"], "features": {"2": told}, "text": {"dataset": "held-out", "tokens": 100, "rows": 4,
                                                                  "context": 25},
-        "list": boards.board()["list"] | {"density": [0.0, 0.2, 0.1], "max": [0.0, 4.0, 10.0]}}
+        "list": whole["list"] | {"density": [0.0, 0.2, 0.1, *others], "max": [0.0, 4.0, 10.0, *others]}}
 
 
 def test_every_field_means_what_it_says(tmp_path):

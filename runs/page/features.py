@@ -276,8 +276,9 @@ def _summary(board: dict) -> str:
                     f"{_share(board, median(density[feature] for feature in firing))}.")
     new = (board["baseline"] or {}).get("new")
     if new:
-        said.append(f"{new['count']:,} of {new['of']:,} features are new, as the comparison counts them: no feature of "
-                    f"{board['baseline']['name']} has a cosine of {new['threshold']} with them.")
+        said.append(f"{new['count']:,} of {new['of']:,} features are new, as the comparison counts them, of those that "
+                    f"fire in the text of core: no feature of {board['baseline']['name']} has a cosine of "
+                    f"{new['threshold']} with them.")
     return " ".join(said)
 
 

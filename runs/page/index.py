@@ -448,7 +448,7 @@ def _progress(seen: dict, top: list[tuple]) -> str:
     choices = ("<label>of <select class=group></select></label><label>shown <select class=what></select></label>"
                f"{ALONE}")
     return ("<h2>Progress</h2><p class=mut>The runs in the order of their end; bars are one standard error. "
-            "The line is the best so far among those whose difference means something.</p>"
+            "The line is the best so far of those that can be compared, within noise or beyond it.</p>"
             f"<section class=seen id=progress aria-label=progress><p class=choices hidden>{choices}</p>"
             f"<div class='plots charts'>{''.join(filter(None, stills))}</div></section>")
 
@@ -541,7 +541,9 @@ def _cell(name: str, row: dict) -> str:
         return f"<td class='l name'>{_link(row)}{star}"
     if name == "verdict":
         return f"<td class='l why'>{_verdict(value)}{_first_of_cause(row)}"
-    if name in ("note", "hyper"):
+    if name == "note":
+        return f"<td class='l note' title=\"{escape(value or '')}\">{escape(value or '')}"
+    if name == "hyper":
         return f"<td class='l {name}'>{escape(value or '')}"
     if name == "time":
         return f"<td class=l>{escape((value or '')[:16].replace('T', ' '))}"

@@ -160,8 +160,8 @@ def test_head_says_what_the_comparison_counts(tmp_path):
     html = written(tmp_path, made).read_text()
     assert "4 of 5 features fire on this text, 1 (20.0%) never do" in html
     assert "does so on 0.197% of tokens (8 of 4,064)" in html
-    assert "1,234 of 2,301 features are new, as the comparison counts them: no feature of topk at L0 32 has a cosine " \
-        "of 0.6 with them" in html
+    assert "1,234 of 2,301 features are new, as the comparison counts them, of those that fire in the text of core: " \
+        "no feature of topk at L0 32 has a cosine of 0.6 with them" in html
 
 
 def test_classes_in_words(tmp_path):
@@ -415,6 +415,8 @@ def test_tokens_of_all_features_are_searched(browser, tmp_path):
     assert text_of(browser, "#found") == "3 of 100 features, the best hits first."
     assert text_of(browser, "#scope") == "A search covers number and strongest token of all 100 features; " \
         "explanation, classes, other tokens and contexts of the 10 with a dashboard."
+    assert text_of(browser, f"[data-feature='{fires}'] mark") == "fires on Zagreb"
+    assert search(browser, "nowhere") == [] and "not in the list" in text_of(browser, "#one")
     assert search(browser, "rijeka") == [passes] and "by the text of contexts alone" in text_of(browser, "#found")
     assert browser.js(heading) == f"Feature {passes}"
     assert passes in search(browser, "")  # what is shown stays

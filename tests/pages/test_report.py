@@ -79,6 +79,7 @@ def test_hovering_tells_and_a_click_leads_to_the_sae(browser, tmp_path):
                      "L0, features per token (log): 40"]
     for kind in ("mousePressed", "mouseReleased"):
         mouse(browser, kind, place)
+    settled(browser)  # what the mouse does is heard a frame later
     assert browser.js("return decodeURIComponent(location.hash)") == "#sae-layer_3.k_1"
     assert browser.js("return document.querySelector(':target').tagName") == "TR"
     assert browser.console() == []

@@ -136,6 +136,17 @@ def test_from_the_folders(tmp_path, capsys):
     assert ledger.main([str(tmp_path / "cache")]) == 1 and "no run in" in capsys.readouterr().err
 
 
+def test_what_is_published_is_no_run(tmp_path):
+    """Fails if the folder that runs.publish makes of a run counts as another one, or a README of a run's own hides it.
+    """
+    for name in ("run_1", "run_1_hub"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("---\nlicense: mit\n---\n")
+        (tmp_path / name / "verdict.json").write_text('{"verdict": "better"}')
+    (tmp_path / "run_1/run_info.json").write_text('{"status": "finished"}')
+    assert [one["run"] for one in ledger.found(tmp_path)] == ["run_1"]
+
+
 def test_a_run_under_way_is_not_killed(tmp_path, capsys):
     """Fails if a run whose process holds its folder counts as killed."""
     filelock = pytest.importorskip("filelock")

@@ -234,6 +234,21 @@ def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
     assert "The training curves would make this page larger than 3 MB: see training_log.csv." in text
 
 
+def test_without_dashboards_the_page_says_so(tmp_path):
+    """Fails if boards that are lacking or damaged go without a word, or a run's note is not in its page."""
+    out = tmp_path / "run 1"
+    (out / "sae").mkdir(parents=True)
+    (out / "run_info.json").write_text(json.dumps({"settings": {"note": "a <wider> penalty"}}))
+    (base, mine) = (run(name, {CE: 0.9, "core.l0": 32.0}) for name in ("b", "mine"))
+    html = report.write(out, {"s": mine}, [base], []).read_text()
+    assert "<code>python -m runs.dashboards &#x27;run 1&#x27;</code> makes them" in html
+    assert "<p class=note>a &lt;wider&gt; penalty</p>" in html
+    (out / "features").mkdir()
+    (out / "features/s.json.gz").write_bytes(b"damaged")
+    html = report.write(out, {"s": mine}, [base], []).read_text()
+    assert "the features of s could not be shown: ValueError: run 1/features/s.json.gz is damaged" in html
+
+
 def test_a_board_is_read_once(tmp_path, monkeypatch):
     """Fails if the parts of a page and the pages of features each read and parse the same board."""
     out = record(tmp_path / "run_1", {name: entry({"core.l0": 20.0, CE: 0.8}) for name in ("layer_3", "layer_9")})

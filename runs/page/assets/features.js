@@ -235,8 +235,11 @@ const Features = (() => {
   function found(query, where) {
     const text = query.trim().toLowerCase();
     if (!text) return null;
-    const hits = new Map();
-    const hit = (feature, level) => hits.set(feature, Math.min(level, hits.get(feature) ?? LEVELS));
+    const hits = new Map(), by = new Map();  // by: a token that was found, where the list does not show it
+    const hit = (feature, level, token) => {
+      hits.set(feature, Math.min(level, hits.get(feature) ?? LEVELS));
+      if (token !== undefined) by.set(feature, token);
+    };
     if (where === "any" && /^#?\d+$/.test(text)) {
       const digits = text.replace("#", "");
       for (let row = 0; row < size; row++)
@@ -257,7 +260,7 @@ const Features = (() => {
         if (texts.some(said)) hit(feature, 2);
       }
     }
-    return {hits, last};
+    return {hits, by, last};
   }
 
   function byToken(text, hit) {
@@ -268,8 +271,11 @@ const Features = (() => {
       if (tokens.has(column("peak", row))) hit(featureAt(row), 2);
     for (const [feature, {fired, promoted}] of indexed()) {
       if (note(feature)[5].some(token => same(plainToken(token)))) hit(feature, 2);
-      else if (promoted.some(same)) hit(feature, 3);
-      else if ([...tokens].some(token => fired.has(token))) hit(feature, 4);
+      else if (promoted.some(same)) hit(feature, 3, `promotes ${promoted.find(same)}`);
+      else {
+        const token = [...tokens].find(one => fired.has(one));
+        if (token !== undefined) hit(feature, 4, `fires on ${short(board.vocab[token])}`);
+      }
     }
   }
 
@@ -292,6 +298,7 @@ const Features = (() => {
     const why = get("why")?.value;
     const rows = [];
     list.level = new Uint8Array(size);
+    list.by = search ? search.by : new Map();
     for (let row = 0; row < size; row++) {
       const feature = featureAt(row), level = search ? search.hits.get(feature) : 1;
       if (level === undefined) continue;
@@ -324,6 +331,7 @@ const Features = (() => {
   function follows() {
     const {shown, level} = list, row = rowAt(opened);
     const number = get("where").value === "any" ? exact() : null;
+    if (get("at")) get("at").textContent = amongShown(opened);
     if (!shown.length || number === opened || number === null && row >= 0 && level[row]) return;
     const first = number ?? featureAt(shown.find(one => has(featureAt(one))) ?? shown[0]);
     history.replaceState(null, "", "#" + first);
@@ -348,6 +356,7 @@ const Features = (() => {
       const value = one.value(row);
       const cell = el("span", {role: "gridcell", class: side(one)});
       if (one.key === "feature") cell.append(el("a", {href: "#" + feature, tabindex: -1, text: feature}));
+      else if (one.chips && list.by.has(feature)) cell.append(el("mark", {text: visible(list.by.get(feature))}));
       else if (one.chips) cell.append(...one.chips(row).map(text => el("code", {text})));
       else if (one.words) cell.textContent = visible(value);
       else if (value !== null) cell.textContent = one.say(value);
@@ -563,9 +572,10 @@ const Features = (() => {
     return Array.from({length: counts.length + 1}, (_, i) => ends[0] + (ends[1] - ends[0]) * i / counts.length);
   }
 
-  function histogram(title, unit, bars, counted, name) {
-    const filled = bars.counts.filter(Boolean);
-    if (!filled.length) return [];
+  // `other`: the one that it stands beside, which has the same scale
+  function histogram(title, unit, bars, counted, name, other) {
+    if (!bars.counts.some(Boolean)) return [];
+    const filled = [...bars.counts, ...other?.counts ?? []].filter(Boolean);
     const log = Math.max(...filled) > SPREAD * Math.min(...filled);
     const label = log ? `${counted} (log)` : counted;
     const spec = {title, kind: "bars", x: {label: unit, log: false}, y: {label, log},
@@ -580,10 +590,10 @@ const Features = (() => {
     return el("div", {class: "words"}, side("promotes", top), side("suppresses", bottom));
   }
 
-  function side(title, figures, one, name, charts) {
+  function shown(title, figures, one, name, charts, other) {
     const part = el("div", {}, title, el("p", {class: "mut", text: figures}));
-    const drawn = [...histogram("Activations", "activation", one.histogram, "tokens", name),
-      ...one.logits ? histogram("Logits", "logit", one.logits, "vocabulary", name) : []];
+    const drawn = [...histogram("Activations", "activation", one.histogram, "tokens", name, other?.histogram),
+      ...one.logits ? histogram("Logits", "logit", one.logits, "vocabulary", name, other?.logits) : []];
     part.append(el("div", {class: "hist"}, ...drawn.map(([place]) => place)));
     charts.push(...drawn);
     if (one.logits) part.append(logits(one.logits));
@@ -663,7 +673,7 @@ const Features = (() => {
   }
 
   // the baseline's feature `nearest` as it stands beside the run's
-  function beside(nearest, near, charts) {
+  function beside(nearest, near, charts, own = null) {
     const {baseline} = board;
     const named = ` ${visible(baseline.name)}${baseline.l0 === null ? "" : `, L0 ${number(baseline.l0)}`}`;
     const heading = el("h3", {text: `Baseline: feature ${nearest ?? "–"}`}, el("span", {class: "mut", text: named}));
@@ -671,7 +681,7 @@ const Features = (() => {
     const like = near === null ? "" : `cosine ${number(near)}`;
     if (other) {
       const said = `${like}${like ? " · " : ""}density ${rate(other.density)} · max ${number(other.max)}`;
-      return side(heading, said, other, "baseline", charts);
+      return shown(heading, said, other, "baseline", charts, own);
     }
     const reason = baseline.problem ? visible(baseline.problem) : "There is no dashboard of it.";
     return el("div", {}, heading, el("p", {class: "mut", text: like}), el("p", {text: reason}));
@@ -681,15 +691,16 @@ const Features = (() => {
 
   // the run's feature and the baseline's beside it
   function pair(feature, one, row) {
-    const charts = [], own = side(el("h3", {text: `This run: feature ${feature}`}),
-      `density ${rate(one.density)} · max ${number(one.max)}`, one, "run", charts);
+    const charts = [], first = one.beside ?? one.theirs[0]?.[0] ?? column("nearest", row);
+    const near = board.baseline === null || first === null ? null : dashboard("b" + first);
+    const own = shown(el("h3", {text: `This run: feature ${feature}`}),
+      `density ${rate(one.density)} · max ${number(one.max)}`, one, "run", charts, near);
     if (board.baseline === null) return [about(feature, one, row), el("div", {class: "pair alone"}, own), charts];
     const cosines = new Map(one.theirs.map(([name, value]) => [String(name), value]));
-    const first = one.beside ?? one.theirs[0]?.[0] ?? column("nearest", row);
     const like = nearest => cosines.get(String(nearest)) ?? (nearest === first ? cosine("cosine", row) : null);
-    const both = el("div", {class: "pair"}, own, beside(first, like(first), charts));
+    const both = el("div", {class: "pair"}, own, beside(first, like(first), charts, one));
     const show = nearest => {
-      const drawn = [], part = beside(nearest, like(nearest), drawn);
+      const drawn = [], part = beside(nearest, like(nearest), drawn, one);
       both.lastChild.replaceWith(part);
       drawAll(drawn);
       if (part.getBoundingClientRect().top > innerHeight) part.scrollIntoView({block: "start"});
@@ -757,15 +768,19 @@ const Features = (() => {
     if (inside) get("which").focus({preventScroll: true});  // what had it is gone
   }
 
-  function bar(feature, one) {
+  function amongShown(feature) {
     const [all, at] = neighbours(feature);
+    if (at >= 0) return `${comma(at + 1)} of ${comma(all.length)} dashboards in the list`;
+    return has(feature) ? "not in the list as it is now" : "";
+  }
+
+  function bar(feature, one) {
     const heading = el("h2", {id: "which", tabindex: -1, text: `Feature ${feature}`});
     const button = (text, by, name) => el("button", {type: "button", class: "plainbutton", text, "aria-label": name,
       on: {click: () => { step(by); get("one").querySelector(`[aria-label="${name}"]`)?.focus(); }}});
-    const place = at < 0 ? "" : `${comma(at + 1)} of ${comma(all.length)} dashboards in the list`;
     const turn = el("span", {}, button("‹", -1, "previous dashboard"), " ", button("›", 1, "next dashboard"));
     const parts = [heading, turn,
-      el("span", {class: "mut", role: "status", text: place})];
+      el("span", {class: "mut", role: "status", id: "at", text: amongShown(feature)})];
     if (!one) return el("div", {class: "bar"}, ...parts);
     const signs = board.either_sign ? [el("span", {class: "mut"}, "shaded ",
       el("span", {class: "on pos full", text: "where positive"}), " ",
@@ -929,7 +944,10 @@ const Features = (() => {
   }
 
   function listen() {
-    addEventListener("hashchange", follow);
+    addEventListener("hashchange", () => {
+      arriving = true;
+      follow();
+    });
     document.addEventListener("click", event => {
       const link = event.target instanceof Element ? event.target.closest("#app a[href^='#']") : null;
       if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;

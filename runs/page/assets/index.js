@@ -413,6 +413,7 @@
     if (chosen.length === 1) {
       const said = `${rows.run[chosen[0]]}: choose a second run to see both side by side`;
       place.replaceChildren(make("p", {textContent: said}));
+      place.scrollIntoView({block: "nearest"});
     }
     if (chosen.length < 2) return;
     const [a, b] = chosen;

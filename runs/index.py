@@ -27,6 +27,7 @@ from runs.comparison import HEADLINES
 from runs.frontier import L0, l0_of
 from runs.page import index as pages
 from runs.reading import LM_ONLY, Run, finite, read
+from runs.wording import in_a_line
 
 FILE = "runs.html"
 TEXT = {"run": 200, "note": 300, "why": 1000, "hyper": 300}  # characters of a text that are shown; of others SHORT
@@ -312,7 +313,7 @@ def overview(folder: Path, by: str = "time", place: str | None = "") -> dict:
     """
     lines, continued = rows_of(folder)
     if not lines:
-        raise FileNotFoundError(f"no run in {folder}\ngive the folder that holds the runs")
+        raise FileNotFoundError(ledger.none_in(folder))
     directions = compare.directions()
     rows = ledger.marked([plain(one) for one in lines], directions)
     root, each = folder.resolve(), []
@@ -522,7 +523,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         file = write(Path(options.folder), options.by, Path(options.out) if options.out else None)
     except OSError as error:
-        what = str(error).split("\n")[0]
+        what = in_a_line(error)
         if error.errno is not None:
             what = f"the page cannot be written: {error.strerror or error}"
         print(what, file=sys.stderr)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from runs import compare, tables, verdict
 from runs.reading import finite, held, read, slug
-from runs.wording import number
+from runs.wording import in_a_line, listing, number
 
 FILE = "results.tsv"
 COLUMNS = ("time", "run", "variant", "model", "hash", "commit", "hyper", "seed", "metric", "value", "stderr",
@@ -168,6 +168,18 @@ def found(folder: Path, rows: Iterable[dict] = ()) -> list[dict]:
         except Exception:  # noqa: BLE001  another program's, or not ours to read; a number beyond every float, a pit
             continue
     return read_now
+
+
+def none_in(folder: Path) -> str:
+    """That there is no run in a folder, and which one to give."""
+    if _of_folder(folder) is not None:
+        return f"{folder} is a run itself\ngive the folder that holds it"
+    with contextlib.suppress(OSError):
+        below = sorted(entry.path for entry in os.scandir(folder) if _is_folder(entry))
+        deeper = [path for path in below[:100] if found(Path(path))]
+        if deeper:
+            return f"no run in {folder}, but in {listing(deeper)}\ngive one of these"
+    return f"no run in {folder}\ngive the folder that holds the runs"
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -329,9 +341,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rows += found(folder, rows)
         if not rows:
-            raise FileNotFoundError(f"no run in {folder}")
+            raise FileNotFoundError(none_in(folder))
     except OSError as error:
-        print(str(error).split("\n")[0], file=sys.stderr)
+        print(in_a_line(error), file=sys.stderr)
         return 1
     directions = compare.directions()
     rows = sorted_by(marked(rows, directions), options.by, directions)

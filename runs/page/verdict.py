@@ -307,7 +307,8 @@ def over_seeds(said: dict, saes: list[Compared], others: list[Run]) -> str:
 def _next(said: dict, saes: list[Compared], out: Path, others: list[Run]) -> list[str]:
     """What to do about a verdict, in lines; commands stand between `marks`."""
     whys = [said.get("why") or "", *(one["why"] or "" for one in said.get("saes", {}).values())]
-    found = [_marked(advice) for _, advice in map(_parted, whys) if advice]
+    own = shlex.quote(out.name)
+    found = [_marked(advice.replace("run_1 run_2", f"{own} another_run")) for _, advice in map(_parted, whys) if advice]
     configs = [one.run.config for one in saes]
     if any(config.get("profile") == "tiny" for config in configs):
         found.insert(0, "the profile tiny shows that everything runs, not how good a variant is: its model has "

@@ -72,7 +72,8 @@ def test_a_verdict_without_a_baseline(tmp_path):
     text = written(tmp_path, [run("r", {"core.l0": 50.0, CE: 0.9}, {CE: 0.004}, variant="mine")], None)
     assert said(text) == ("– Not comparable: no baseline is stored for org/Tiny, layer 3. mine reaches 0.9000 ± 0.004 "
                           "in CE loss score at L0 50.00.")
-    assert advised(text) == "compare with a run of yours: python -m runs.compare run_1 run_2 --exit-status"
+    assert advised(text) == ("compare with a run of yours: "
+                             f"python -m runs.compare {tmp_path.name} another_run --exit-status")
     far = written(tmp_path, [run("r", {"core.l0": 90.0, CE: 0.91}, {CE: 0.004}, variant="mine")], [BASE])
     assert said(far) == ("– Not comparable: no baseline at the run's own L0: 90.00, and b has 50.00. mine in place of "
                          "standard reaches 0.9100 ± 0.004 in CE loss score at L0 90.00, against 0.9000 ± 0.003 at L0 "

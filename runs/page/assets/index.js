@@ -456,6 +456,7 @@
   prepare("progress", [["group", options, 0],
     ["what", ["difference to the baseline", "value", ...names], first]],
   (group, what, alone) => progress(group, kinds[what], alone));
-  prepare("frontier", [["metric", names, asked], ["place", data.places.map(place => place.name), 0]],
+  const places = data.places.map(place => place.name);
+  prepare("frontier", [["metric", names, asked], ["place", places, Math.max(0, places.indexOf(data.groups[0]?.where))]],
     (metric, place, alone) => frontier(place, names[metric], alone));
 })();

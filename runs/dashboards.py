@@ -19,7 +19,7 @@ from runs import beside, compare, features, look, report
 from runs.reading import read
 
 
-def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False, again: bool = False) -> None:
+def make(folder: Path, cache_dir: str, data_dir: str, trust_code: bool = False, again: bool = False) -> None:
     """Make the boards that a finished run lacks, `again` all, as far as they can be made, and all of its pages.
 
     A board that was made of more text, as on a GPU, stays in place of one of less.
@@ -32,7 +32,10 @@ def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False, aga
     from runs import disk
 
     begun = time.monotonic()
-    runs = read(out)
+    out = folder.resolve()
+    runs, whole = read(out), there(out)
+    if not again and whole and whole.keys() >= runs.keys():
+        raise ValueError(f"{folder} has boards of {', '.join(whole)}: --again makes them again")
     info = look.recorded(next(iter(runs.values())))
     saes = {name: beside.trained(run, trust_code) for name, run in runs.items()}
     source = source_of(info, cache_dir, data_dir)
@@ -52,7 +55,7 @@ def make(out: Path, cache_dir: str, data_dir: str, trust_code: bool = False, aga
     boards = features.found(out, looked_at, compare.of_run(out), print)
     if not boards:
         raise ValueError(f"no board of {out} could be made")
-    stay = {sae for sae, board in there(out).items() if not again or _tokens(board) > _tokens(boards.get(sae))}
+    stay = {sae for sae, board in whole.items() if not again or _tokens(board) > _tokens(boards.get(sae))}
     for sae in sorted(stay & boards.keys() if again else ()):
         print(f"the board of {sae} stays: it was made of more text than this machine's device is given")
     features.keep(out, {sae: board for sae, board in boards.items() if sae not in stay}, print, begun)
@@ -101,12 +104,8 @@ def _main(argv: list[str] | None) -> None:
     parser = look.parser_of("runs.dashboards", __doc__.split("\n\n")[0])
     parser.add_argument("--again", action="store_true", help="make boards again that are there")
     options = parser.parse_args(argv)
-    out = Path(options.run).resolve()
-    whole = there(out)
-    if not options.again and whole and whole.keys() >= read(out).keys():
-        raise ValueError(f"{options.run} has boards of {', '.join(whole)}: --again makes them again")
     try:
-        make(out, look.cache_of(options), options.data_dir, options.trust_code, options.again)
+        make(Path(options.run), look.cache_of(options), options.data_dir, options.trust_code, options.again)
     except (LookupError, TypeError) as error:
         raise ValueError(f"the run's record is not whole ({type(error).__name__}: {error}): give the folder of a run "
                          "of this version") from error

@@ -26,7 +26,7 @@ from runs import compare, ledger, verdict
 from runs.comparison import HEADLINES
 from runs.frontier import L0, l0_of
 from runs.page import index as pages
-from runs.reading import LM_ONLY, Run, finite, read
+from runs.reading import LM_ONLY, Run, finite, json_object, read
 from runs.wording import in_a_line
 
 FILE = "runs.html"
@@ -68,17 +68,6 @@ def text(value, most: int = SHORT) -> str | None:
         value = json.dumps(finite(value), ensure_ascii=False, default=str)
     line = " ".join(value.split())
     return line if len(line) <= most else line[:most - 1] + "…"
-
-
-def document(file: Path) -> dict:
-    """A JSON object, {} of what is none, too large, or no regular file: a pipe would never end."""
-    try:
-        if file.is_file() and file.stat().st_size < LARGEST:
-            value = json.loads(file.read_bytes())
-            return value if isinstance(value, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        pass
-    return {}
 
 
 def inner(value) -> dict:
@@ -125,7 +114,7 @@ def details(out: Path) -> dict:
     """What a run's folder says beside the ledger's line: figures, costs, settings, why it failed; and whether it has a
     report inside the folder of all runs.
     """
-    said, info, error = (document(out / name) for name in ("verdict.json", "run_info.json", "error.json"))
+    said, info, error = (json_object(out / name, LARGEST) for name in ("verdict.json", "run_info.json", "error.json"))
     settings = inner(info.get("settings"))
     peaks = [inner(peak) for peak in inner(info.get("peak_memory_gb")).values()]
     memory = {key: [known for known in (number(peak.get(side)) for peak in peaks) if known is not None]
@@ -144,7 +133,7 @@ def details(out: Path) -> dict:
         found["why"] = text(error.get("message") or error.get("type"), TEXT["why"])
     if info.get("status") == "running":
         found["note"] = text(settings.get("note"), TEXT["note"])  # the ledger's adds where it was killed
-        now = document(out / "progress.json")
+        now = json_object(out / "progress.json", LARGEST)
         found["progress"] = {key: number(now.get(key)) for key in ("share", "eta_seconds")}
         found["phase"] = text(now.get("phase") or info.get("phase"))
     return found

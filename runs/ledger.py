@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from runs import compare, tables, verdict
-from runs.reading import finite, held, read, slug
+from runs.reading import finite, held, json_object, read, slug
 from runs.wording import in_a_line, listing, number
 
 FILE = "results.tsv"
@@ -200,7 +200,7 @@ def _of_folder(out: Path) -> dict | None:
     """The row of a run folder, or None if it is none, as one that runs.publish made of a run."""
     if _published(out):
         return None
-    info, said = _json(out / "run_info.json"), _json(out / "verdict.json")
+    info, said = json_object(out / "run_info.json"), json_object(out / "verdict.json")
     if not info and not said and not (out / "final_info.json").is_file():
         return None
     settings, status = info.get("settings") or {}, info.get("status")
@@ -251,14 +251,6 @@ def _judged_now(out: Path, info: dict, status: str | None) -> dict:
     own = dict(variant=bare["variant"] or first.get("variant"), seed=first.get("seed"),
                model=bare["model"] or slug(first.get("model") or "") or None)
     return bare | own | verdict.judged(comparisons, verdict.headline(None, runs.values()))
-
-
-def _json(file: Path) -> dict:
-    try:
-        value = json.loads(_bytes(file))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _bytes(file: Path) -> bytes:

@@ -128,11 +128,11 @@ def _file(path: Path) -> Path:
 
 def without_result(folder: Path) -> str:
     """What a folder without final_info.json is, as what follows its name, and in a second line what to do."""
-    info, error = _object(folder / "run_info.json"), _object(folder / "error.json")
+    info, error = json_object(folder / "run_info.json"), json_object(folder / "error.json")
     status, nothing = info.get("status"), "has no final_info.json"
     phase = error.get("phase") or info.get("phase") or "of preparing"
     if held(folder):
-        now = _object(folder / "progress.json")
+        now = json_object(folder / "progress.json")
         share = now.get("share")
         done = f", {share:.0%} of it done" if isinstance(share, (int, float)) else ""
         return f"is under way, in its phase {now.get('phase') or phase}{done}, and {nothing} yet\nwait for its end"
@@ -166,13 +166,15 @@ def held(folder: Path) -> bool:
         return False
 
 
-def _object(file: Path) -> dict:
-    """A file's JSON object; {} where there is none. A pipe is not read, which would never end."""
+def json_object(file: Path, most: float = math.inf) -> dict:
+    """A file's JSON object; {} of what is none, of `most` bytes or more, or no regular file: a pipe would never end."""
     try:
-        value = json.loads(file.read_bytes()) if file.is_file() else {}
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        if file.is_file() and file.stat().st_size < most:
+            value = json.loads(file.read_bytes())
+            return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        pass
+    return {}
 
 
 def _sections(document: dict, file: Path) -> Iterator[tuple[str, tuple]]:
